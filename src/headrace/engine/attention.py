@@ -1,0 +1,198 @@
+"""Attention over several sequences, each on a KV cache of its own, behind transformers' attention interface.
+
+A step packs the new rows of all sequences one after another into a batch of one. Where attention happens, each sequence
+takes its rows, appends their keys and values to its cache, and attends to nothing but that cache. So prefill, decode,
+verification and batches differ in nothing but their numbers of rows, and rolling back is setting a length.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from headrace.kernels import FEW_ROWS
+
+KV_DTYPE = torch.float16
+
+
+class KVCache:
+    """Keys and values of one sequence for all layers, allocated once: 2 * layers * kv_heads * head_dim * 2 bytes a token."""
+
+    def __init__(self, layers: int, capacity: int):
+        """`capacity` is in tokens. Memory is taken from the system as it is written."""
+        self.capacity = capacity
+        self.length = 0
+        self._keys: list[torch.Tensor | None] = [None] * layers  # each (kv_heads, capacity, head_dim)
+        self._values: list[torch.Tensor | None] = [None] * layers
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the rows after `length`: keys and values of shape (kv_heads, rows, head_dim)."""
+        heads, rows, width = keys.shape
+        held = self._keys[layer]
+        if held is None:
+            held = self._keys[layer] = torch.empty((heads, self.capacity, width), dtype=KV_DTYPE)
+            self._values[layer] = torch.empty((heads, self.capacity, values.shape[2]), dtype=KV_DTYPE)
+        assert self.length + rows <= self.capacity, "the engine checks the context before a pass"
+        held[:, self.length : self.length + rows] = keys
+        self._values[layer][:, self.length : self.length + rows] = values  # type: ignore[index]
+
+    def get(self, layer: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of positions [first, last): each (kv_heads, last - first, head_dim)."""
+        keys, values = self._keys[layer], self._values[layer]
+        assert keys is not None
+        assert values is not None
+        return keys[:, first:last], values[:, first:last]
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from `length` on."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+
+class PackedAttention:
+    """The attention function of one engine. `begin` says whose rows the next forward carries."""
+
+    def __init__(self) -> None:
+        self._batch: Sequence[tuple[KVCache, int]] = ()
+        self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
+        self.used = False
+
+    def begin(self, batch: Sequence[tuple[KVCache, int]]) -> None:
+        """The sequences of the next forward, in order, each with its number of new rows."""
+        self._batch = batch
+        self._masks = {}
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Query (1, heads, rows, head_dim), key and value (1, kv_heads, rows, head_dim) to (1, rows, heads, head_dim)."""
+        self.used = True
+        if query.is_meta:
+            return query.transpose(1, 2), None
+        out = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        first = 0
+        for cache, rows in self._batch:
+            part = slice(first, first + rows)
+            cache.put(layer, key[0, :, part], value[0, :, part])
+            attend = self._row_by_row if rows <= FEW_ROWS else self._all_rows
+            attend(query[0, :, part], cache, layer, out[0, part], scaling, sliding_window, softcap)
+            first += rows
+        return out, None
+
+    @staticmethod
+    def _row_by_row(
+        query: torch.Tensor,
+        cache: KVCache,
+        layer: int,
+        out: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        """Each row alone, so that its result does not depend on the rows beside it. The heads of a group are the rows."""
+        heads, rows, width = query.shape
+        query = query.to(KV_DTYPE)
+        for row in range(rows):
+            last = cache.length + row + 1
+            keys, values = cache.get(layer, max(0, last - window) if window else 0, last)
+            grouped = query[:, row].reshape(1, keys.shape[0], heads // keys.shape[0], width)
+            out[row] = _attend(grouped, keys, values, None, scaling, softcap).reshape(heads, -1)
+
+    def _all_rows(
+        self,
+        query: torch.Tensor,
+        cache: KVCache,
+        layer: int,
+        out: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        rows = query.shape[1]
+        start = cache.length
+        keys, values = cache.get(layer, 0, start + rows)
+        repeat = query.shape[0] // keys.shape[0]
+        mask = self._mask(start, rows, window or 0)
+        if repeat > 1:
+            keys, values = keys.repeat_interleave(repeat, 0), values.repeat_interleave(repeat, 0)
+        result = _attend(query.to(KV_DTYPE)[None], keys, values, mask, scaling, softcap)
+        out.copy_(result[0].transpose(0, 1))
+
+    def _mask(self, start: int, rows: int, window: int) -> torch.Tensor:
+        """True where row i, at position start + i, may look: not ahead, and not further back than the window."""
+        mask = self._masks.get((start, rows, window))
+        if mask is None:
+            own = torch.arange(start, start + rows)[:, None]
+            other = torch.arange(start + rows)[None, :]
+            mask = other <= own
+            if window:
+                mask &= other > own - window
+            self._masks[start, rows, window] = mask
+        return mask
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Query (1, heads, rows, width) over keys and values (heads, positions, width)."""
+    if softcap is None:
+        return scaled_dot_product_attention(query, keys[None], values[None], attn_mask=mask, scale=scaling)
+    scores = query.float() @ keys.float().transpose(1, 2) * (scaling or query.shape[-1] ** -0.5)
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    return scores.softmax(-1) @ values.float()
+
+
+class JoinedCache:
+    """For models that compute attention themselves: the caches of all sequences as one, told apart by a mask.
+
+    It speaks as much of transformers' cache protocol as their forward uses.
+    """
+
+    is_compileable = False
+
+    def __init__(self, batch: Sequence[tuple[KVCache, int]]):
+        self._batch = batch
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the new rows, return all of every sequence: (1, kv_heads, all positions, head_dim)."""
+        first = 0
+        keys, values = [], []
+        for cache, rows in self._batch:
+            cache.put(layer_idx, key[0, :, first : first + rows], value[0, :, first : first + rows])
+            held = cache.get(layer_idx, 0, cache.length + rows)
+            keys.append(held[0].to(key.dtype))
+            values.append(held[1].to(value.dtype))
+            first += rows
+        return torch.cat(keys, 1)[None], torch.cat(values, 1)[None]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions before the new rows; the position ids say the rest."""
+        return sum(cache.length for cache, _ in self._batch)
+
+    def mask(self) -> torch.Tensor:
+        """(1, 1, new rows, all positions), zero where a row may look: its own sequence, not ahead."""
+        blocks = []
+        for cache, rows in self._batch:
+            own = torch.arange(cache.length, cache.length + rows)[:, None]
+            blocks.append(torch.arange(cache.length + rows)[None, :] <= own)
+        allowed = torch.block_diag(*blocks).bool()
+        return torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)[None, None]

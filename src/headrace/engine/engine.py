@@ -1,0 +1,229 @@
+"""A step: the new rows of some sequences go in, logits come out, and the weights pass by once.
+
+The engine holds the model's modules, the stream of weights and the kernels, and ties them together: when a module asks
+for a product, the weights of its place in the pass are taken from the stream as they come.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface
+
+from headrace.checkpoint import Checkpoint, Tensor
+from headrace.engine.attention import JoinedCache, KVCache, PackedAttention
+from headrace.engine.trace import PassStats, Trace
+from headrace.errors import ContextError
+from headrace.kernels import Kernels, Piece
+from headrace.model import PackedLinear, build_shell
+from headrace.model.shell import EMBEDDING
+from headrace.stream import Arena, WeightFile, WeightStream
+from headrace.stream.layout import make_layout
+from headrace.stream.memory import PAGE_BYTES
+from headrace.stream.weights import File
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """New tokens of one sequence, and how many of their last rows need logits."""
+
+    cache: KVCache
+    tokens: Sequence[int]
+    logits: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamOptions:
+    """What the plan decided about the stream."""
+
+    pinned_rows: Mapping[str, int]
+    unit_bytes: int
+    slots: int
+    readers: int
+
+
+class Engine:
+    """One model, ready to step. A context manager; `close` stops the readers."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: StreamOptions,
+        kernels: Kernels,
+        *,
+        trace: Trace | None = None,
+        open_file: Callable[[str], File] = WeightFile,
+    ):
+        """Builds the model and the stream; nothing large is read before the first step."""
+        self.checkpoint = checkpoint
+        self.kernels = kernels
+        self.trace = trace
+        self.passes: list[PassStats] = []
+        self.on_visit: Callable[[int, int], None] | None = None  # called with (visits done, visits of the pass)
+        self._attention = PackedAttention()
+        self._attention_name = f"headrace_{id(self):x}"
+        AttentionInterface.register(self._attention_name, self._attention)
+        self._files = {path: open_file(path) for path in checkpoint.paths}
+        self._scratch = Arena(1 << 20)
+        self._rows_cache: dict[int, torch.Tensor] = {}
+        shell = build_shell(
+            checkpoint,
+            attention=self._attention_name,
+            product=self._product,
+            unpack=self._unpack,
+            gather=self._gather,
+        )
+        self.model = shell.model
+        self._own_attention = self._attention.used
+        self._place = {linear: (v, i) for v, group in enumerate(shell.groups) for i, linear in enumerate(group)}
+        self._pending: dict[PackedLinear, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._groups = shell.groups
+        order = [[linear.tensor for linear in group] for group in shell.groups]
+        self.layout = make_layout(order, options.pinned_rows, options.unit_bytes)
+        self.stream = WeightStream(
+            self.layout, slots=options.slots, readers=options.readers, open_file=open_file, spans=trace
+        )
+        self._kernel_s = 0.0
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the readers, close the files, free the kernels. Safe to call twice."""
+        self.stream.close()
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        self.kernels.close()
+        AttentionInterface._global_mapping.pop(self._attention_name, None)
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers, each with keys and values of its own."""
+        return int(self.model.config.num_hidden_layers)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for one sequence of at most `capacity` tokens."""
+        return KVCache(self.layers, capacity)
+
+    def step(self, batch: Sequence[Rows]) -> torch.Tensor:
+        """One pass over the weights for the new rows of all sequences.
+
+        Returns:
+            Logits in fp32, (sum of `rows.logits`, vocab), sequence after sequence. The caches have grown.
+
+        Raises:
+            ContextError: a cache has no room for its rows.
+            ReadError: the weights could not be read; no cache has grown, and the next step starts afresh.
+        """
+        for rows in batch:
+            if rows.cache.length + len(rows.tokens) > rows.cache.capacity:
+                raise ContextError(
+                    f"{rows.cache.length + len(rows.tokens)} tokens do not fit into a context of {rows.cache.capacity}",
+                    hint=f"use --ctx-size {rows.cache.length + len(rows.tokens)} or more",
+                )
+        before, kernel_before, start = replace(self.stream.counters), self._kernel_s, time.perf_counter()
+        try:
+            logits = self._forward(batch)
+        except BaseException:
+            self._pending.clear()
+            self.stream.rewind()
+            raise
+        for rows in batch:
+            rows.cache.length += len(rows.tokens)
+        end, after = time.perf_counter(), self.stream.counters
+        if self.trace is not None:
+            self.trace.add("pass", f"{sum(len(r.tokens) for r in batch)} rows", start, end)
+        self.passes.append(
+            PassStats(
+                rows=sum(len(rows.tokens) for rows in batch),
+                start_s=start,
+                seconds=end - start,
+                read_bytes=after.read_bytes - before.read_bytes,
+                stall_s=after.stall_s - before.stall_s,
+                kernel_s=self._kernel_s - kernel_before,
+            )
+        )
+        return logits
+
+    @torch.inference_mode()
+    def _forward(self, batch: Sequence[Rows]) -> torch.Tensor:
+        tokens = torch.tensor([[token for rows in batch for token in rows.tokens]])
+        positions = torch.cat([torch.arange(r.cache.length, r.cache.length + len(r.tokens)) for r in batch])[None]
+        wanted, first = [], 0
+        for rows in batch:
+            first += len(rows.tokens)
+            wanted += range(first - rows.logits, first)
+        counted = [(rows.cache, len(rows.tokens)) for rows in batch]
+        arguments: dict[str, Any] = {}
+        if self._own_attention:
+            self._attention.begin(counted)
+        else:
+            joined = JoinedCache(counted)
+            arguments = {"past_key_values": joined, "attention_mask": joined.mask(), "use_cache": True}
+        keep: Any = torch.tensor(wanted)
+        result = self.model(input_ids=tokens, position_ids=positions, logits_to_keep=keep, **arguments)
+        logits: torch.Tensor = result.logits[0]
+        return logits
+
+    def _product(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+        """The product of a linear; with the first of a group come those of the others, on the same activations."""
+        ready = self._pending.pop(linear, None)
+        if ready is None:
+            self._compute_group(linear, x)
+            ready = self._pending.pop(linear)
+        source, out = ready
+        assert source is x, "linears of a group were called with different activations"
+        return out
+
+    def _compute_group(self, linear: PackedLinear, x: torch.Tensor) -> None:
+        visit, place = self._place[linear]
+        assert place == 0, "linears were called in another order than they were traced"
+        group = self._groups[visit]
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        outputs = [rows.new_empty((rows.shape[0], member.tensor.rows)) for member in group]
+        for pieces in self.stream.visit(visit):
+            start = time.perf_counter()
+            self.kernels.multiply(rows, [piece for _, piece in pieces], [outputs[i] for i, _ in pieces])
+            end = time.perf_counter()
+            self._kernel_s += end - start
+            if self.trace is not None:
+                self.trace.add("compute", linear.tensor.name, start, end)
+        for member, out in zip(group, outputs, strict=True):
+            self._pending[member] = (x, out.view(*x.shape[:-1], -1))
+        if self.on_visit is not None:
+            self.on_visit(visit + 1, len(self._groups))
+
+    def _unpack(self, tensor: Tensor) -> torch.Tensor:
+        """A small tensor read whole: fp32, in its shape."""
+        data = self._read(tensor.path, tensor.offset, tensor.nbytes)
+        return self._to_floats(tensor, data).view(tensor.shape)
+
+    def _gather(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows of the token embedding, (tokens, hidden): one short read each."""
+        tensor = self.checkpoint.tensors[EMBEDDING]
+        size = tensor.row_bytes
+        packed = np.concatenate([self._read(tensor.path, tensor.offset + t * size, size) for t in tokens.tolist()])
+        return self._to_floats(tensor, packed).view(-1, tensor.columns)
+
+    def _to_floats(self, tensor: Tensor, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
+        rows = len(data) // tensor.row_bytes
+        return self.kernels.unpack(tensor.type, data.ctypes.data, rows, tensor.columns).clone()
+
+    def _read(self, path: str, offset: int, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        if self._scratch.nbytes < nbytes + 2 * PAGE_BYTES:
+            self._scratch = Arena(nbytes + 2 * PAGE_BYTES)
+        start = offset - offset % PAGE_BYTES
+        length = -(-(offset + nbytes - start) // PAGE_BYTES) * PAGE_BYTES
+        self._files[path].read(start, self._scratch.view[:length], offset + nbytes - start)
+        return np.frombuffer(self._scratch.view[offset - start : offset - start + nbytes], np.uint8).copy()
+
+
+__all__ = ["Engine", "Piece", "Rows", "StreamOptions"]

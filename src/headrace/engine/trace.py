@@ -1,0 +1,55 @@
+"""What a run did: one record per pass, and, if asked for, every span of time as a Chrome trace."""
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassStats:
+    """One pass over the weights."""
+
+    rows: int
+    start_s: float  # by time.perf_counter
+    seconds: float
+    read_bytes: int  # that arrived during the pass, for this pass or the next
+    stall_s: float  # compute waited for the disk
+    kernel_s: float  # products with packed weights
+
+
+class Trace:
+    """Spans of time by kind (read, stall, compute, pass) and thread. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[str, str, float, float, str]] = []
+        self._lock = threading.Lock()
+
+    def add(self, kind: str, label: str, start: float, end: float) -> None:
+        """Record one span; times by `time.perf_counter`."""
+        with self._lock:
+            self._spans.append((kind, label, start, end, threading.current_thread().name))
+
+    def seconds(self, kind: str) -> float:
+        """Summed length of the spans of a kind."""
+        return sum(end - start for name, _, start, end, _ in self._spans if name == kind)
+
+    def events(self) -> Sequence[dict[str, Any]]:
+        """The spans as Chrome trace events, in microseconds from the first."""
+        zero = min((span[2] for span in self._spans), default=0.0)
+        threads = {name: number for number, name in enumerate(sorted({span[4] for span in self._spans}))}
+        names = [
+            {"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": name}}
+            for name, number in threads.items()
+        ]
+        return names + [
+            {"ph": "X", "pid": 1, "tid": threads[thread], "cat": kind, "name": f"{kind} {label}",
+             "ts": (start - zero) * 1e6, "dur": (end - start) * 1e6}
+            for kind, label, start, end, thread in self._spans
+        ]  # fmt: skip
+
+    def write(self, path: Path) -> None:
+        """Write a file that chrome://tracing and Perfetto open."""
+        path.write_text(json.dumps({"traceEvents": list(self.events())}))

@@ -1,0 +1,56 @@
+"""Every error a user can meet, each with its exit code and a hint.
+
+    HeadraceError (1)
+    ├── CheckpointError       the file is not what it says it is
+    │   └── UnsupportedError  the file is sound, but holds what this version cannot run
+    ├── ReadError             the disk failed, or the file changed, while in use
+    ├── BudgetError           the memory given is below the floor
+    ├── ContextError          more tokens than the context holds
+    └── UsageError (2)        contradictory or unknown options
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class HeadraceError(Exception):
+    """Something a user can act on. `str()` is the message, `hint` the next thing to try."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None):
+        super().__init__(message)
+        self.hint = hint
+
+
+class CheckpointError(HeadraceError):
+    """The model file is damaged, truncated, or not a model file."""
+
+
+class UnsupportedError(CheckpointError):
+    """The model file is sound, but needs what headrace does not do."""
+
+
+class ReadError(HeadraceError):
+    """The disk failed, stalled, or the file changed while its weights were in use."""
+
+
+class BudgetError(HeadraceError):
+    """The memory given is less than the model needs at the very least."""
+
+
+class ContextError(HeadraceError):
+    """A prompt and its answer need more tokens than the context holds."""
+
+
+class UsageError(HeadraceError):
+    """The options contradict each other or name something unknown."""
+
+    exit_code = 2
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """A hint naming the known words nearest to `name`, or all of them if none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"

@@ -1,0 +1,11 @@
+"""What the model is: its config, tokenizer and modules, from a checkpoint's header, by way of transformers.
+
+Nothing here rewrites a model's layers. The transformers model is built on meta, its linears are replaced by packed ones,
+its small tensors are filled in, and its own `forward` runs.
+"""
+
+from headrace.model.packed import PackedLinear
+from headrace.model.shell import Shell, build_shell
+from headrace.model.tokenizer import Tokenizer
+
+__all__ = ["PackedLinear", "Shell", "Tokenizer", "build_shell"]

@@ -1,0 +1,191 @@
+"""A transformers config from GGUF metadata.
+
+transformers maps most keys (`GGUF_CONFIG_MAPPING`) but leaves out what its test models did not need: rotary widths and
+scalings, soft caps, biases, Falcon's and GPT-2's own names. `_corrections` adds those, one function per family where
+the file's facts have to be derived, each value from the file itself.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
+
+from headrace.checkpoint import Checkpoint
+from headrace.errors import CheckpointError, UnsupportedError
+
+MODEL_TYPES = {"gemma3": "gemma3_text"}
+# The 27B sizes scale queries by hidden_size / heads, the others by head_dim; no metadata says so (llama.cpp goes by the
+# number of layers as well).
+_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
+
+
+def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> PreTrainedConfig:
+    """The config of the model in a checkpoint.
+
+    Args:
+        checkpoint: an open header of a supported architecture.
+        read_floats: reads a small tensor of the file by name, for scalings that are stored as tensors.
+
+    Raises:
+        CheckpointError: metadata that the architecture needs is missing or impossible.
+    """
+    architecture = checkpoint.architecture
+    values: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(architecture, {}))
+    for key, renamed in GGUF_CONFIG_MAPPING[architecture].items():
+        value = checkpoint.get(key)
+        if renamed is not None and value is not None:
+            values[renamed] = value
+    values |= {
+        "vocab_size": checkpoint.vocab_size,
+        "tie_word_embeddings": "output.weight" not in checkpoint.tensors,
+        "bos_token_id": checkpoint.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": checkpoint.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": checkpoint.get("tokenizer.ggml.padding_token_id"),
+    }
+    values |= _corrections(checkpoint, read_floats)
+    values.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(MODEL_TYPES.get(architecture, architecture), **values)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{checkpoint.path}: the metadata makes no {architecture} model: {error}") from error
+    return config
+
+
+def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:
+    architecture = checkpoint.architecture
+    values = dict(_FAMILIES.get(architecture, _plain)(checkpoint))
+    rope = _rope(checkpoint, read_floats)
+    if architecture == "gemma3":
+        local = {"rope_type": "default", "rope_theta": checkpoint.get("rope.freq_base_swa") or 10000.0}
+        values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    else:
+        values["rope_parameters"] = rope
+    return values
+
+
+def _head_dim(checkpoint: Checkpoint) -> int:
+    heads = checkpoint.number("attention.head_count")
+    if heads < 1:
+        raise CheckpointError(f"{checkpoint.path}: the model has {heads} attention heads")
+    return checkpoint.number("attention.key_length", checkpoint.number("embedding_length") // heads)
+
+
+def _rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": checkpoint.get("rope.freq_base") or 10000.0}
+    width = checkpoint.number("rope.dimension_count", _head_dim(checkpoint))
+    if width != _head_dim(checkpoint):
+        rope["partial_rotary_factor"] = width / _head_dim(checkpoint)
+    original = checkpoint.get("rope.scaling.original_context_length")
+    if "rope_factors_long.weight" in checkpoint.tensors:
+        context = checkpoint.number("context_length")
+        rope |= {
+            "rope_type": "longrope",
+            "long_factor": read_floats("rope_factors_long.weight"),
+            "short_factor": read_floats("rope_factors_short.weight"),
+            "original_max_position_embeddings": original or context,
+            "attention_factor": checkpoint.get("rope.scaling.attn_factor"),
+            "factor": context / int(original or context),
+        }
+        return rope
+    kind = checkpoint.get("rope.scaling.type")
+    if kind in (None, "none", "default") or not checkpoint.get("rope.scaling.factor"):
+        return rope
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedError(f"{checkpoint.path}: positions are scaled by `{kind}`, which is not supported")
+    rope |= {"rope_type": kind, "factor": checkpoint.get("rope.scaling.factor")}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = original or checkpoint.number("context_length")
+    return rope
+
+
+def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {}
+
+
+def _llama(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "head_dim": _head_dim(checkpoint),
+        "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in checkpoint.tensors,
+    }
+
+
+def _gemma(checkpoint: Checkpoint) -> dict[str, Any]:
+    head_dim, layers = _head_dim(checkpoint), checkpoint.number("block_count")
+    scalar = head_dim
+    if _GEMMA_27B_LAYERS[checkpoint.architecture] == layers:
+        scalar = checkpoint.number("embedding_length") // checkpoint.number("attention.head_count")
+    values = {"query_pre_attn_scalar": scalar, "head_dim": head_dim}
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if checkpoint.get(key) is not None:
+            values[key] = checkpoint.get(key)  # type: ignore[assignment]
+    return values
+
+
+def _gpt2(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "n_positions": checkpoint.number("context_length"),
+        "n_inner": checkpoint.number("feed_forward_length", 0) or None,
+    }
+
+
+def _falcon(checkpoint: Checkpoint) -> dict[str, Any]:
+    kv_heads = checkpoint.number("attention.head_count_kv", 1)
+    return {
+        "num_kv_heads": kv_heads,
+        "multi_query": kv_heads == 1,
+        "new_decoder_architecture": "blk.0.attn_norm_2.weight" in checkpoint.tensors,
+        "layer_norm_epsilon": checkpoint.get("attention.layer_norm_epsilon") or 1e-5,
+        "ffn_hidden_size": checkpoint.number("feed_forward_length", 4 * checkpoint.number("embedding_length")),
+        "bias": "blk.0.attn_qkv.bias" in checkpoint.tensors,
+    }
+
+
+def _stablelm(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "use_qkv_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
+        "use_parallel_residual": "blk.0.ffn_norm.weight" not in checkpoint.tensors,
+        "qk_layernorm": "blk.0.attn_q_norm.weight" in checkpoint.tensors,
+    }
+
+
+def _starcoder2(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"use_bias": "blk.0.attn_q.bias" in checkpoint.tensors, "sliding_window": None}
+
+
+def _nemotron(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "head_dim": _head_dim(checkpoint),
+        "norm_eps": checkpoint.get("attention.layer_norm_epsilon") or 1e-5,
+        "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in checkpoint.tensors,
+    }
+
+
+def _phi3(checkpoint: Checkpoint) -> dict[str, Any]:
+    window = checkpoint.number("attention.sliding_window", 0)
+    return {
+        "sliding_window": window or None,
+        "original_max_position_embeddings": checkpoint.get("rope.scaling.original_context_length")
+        or checkpoint.number("context_length"),
+    }
+
+
+def _qwen3(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"head_dim": _head_dim(checkpoint), "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors}
+
+
+_FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
+    "falcon": _falcon,
+    "gemma2": _gemma,
+    "gemma3": _gemma,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "mistral": _llama,
+    "nemotron": _nemotron,
+    "phi3": _phi3,
+    "qwen3": _qwen3,
+    "stablelm": _stablelm,
+    "starcoder2": _starcoder2,
+}

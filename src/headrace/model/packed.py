@@ -1,0 +1,68 @@
+"""Modules whose weights never become tensors of the model: they are multiplied where they lie."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from headrace.checkpoint import Tensor
+
+# Multiplies activations (..., columns) with the packed rows of a linear: (..., rows), fp32.
+Product: TypeAlias = Callable[["PackedLinear", torch.Tensor], torch.Tensor]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight stays in the checkpoint. `product` is set by whoever delivers the weights."""
+
+    def __init__(self, tensor: Tensor, product: Product, bias: nn.Parameter | None):
+        super().__init__()
+        self.tensor = tensor
+        self.product = product
+        self.bias = bias
+        # Undoes a permutation of the output rows that the file's writer made.
+        self.row_order: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., columns) to (..., rows)."""
+        out = self.product(self, x)
+        if self.row_order is not None:
+            out = out.index_select(-1, self.row_order)
+        if self.bias is not None:
+            out += self.bias
+        return out
+
+    def extra_repr(self) -> str:
+        """Shape and quantisation, for printing the model."""
+        return f"{self.tensor.columns}, {self.tensor.rows}, type={self.tensor.type}"
+
+
+class GatheredEmbedding:
+    """A forward hook for the token embedding: fetches just the rows of the tokens at hand.
+
+    The module's own forward still runs (some scale their rows), on a table of the fetched rows and the token ids
+    numbered anew.
+    """
+
+    def __init__(self, gather: Callable[[torch.Tensor], torch.Tensor]):
+        """`gather` maps unique token ids (n,) to fp32 rows (n, hidden)."""
+        self._gather = gather
+
+    def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Replace the table and the ids of this call."""
+        unique, numbered = torch.unique(arguments[0], return_inverse=True)
+        module._parameters["weight"] = nn.Parameter(self._gather(unique), requires_grad=False)
+        return (numbered, *arguments[1:])
+
+
+class RmsNorm(nn.Module):
+    """Root mean square norm in one call of torch instead of six: same formula, for models that spell it out."""
+
+    def __init__(self, weight: torch.Tensor, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., hidden) normalised over the last dimension."""
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

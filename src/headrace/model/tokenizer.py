@@ -1,0 +1,143 @@
+"""Text to tokens and back, by the tokenizer and chat template in the checkpoint's metadata."""
+
+import gc
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers.decoders import DecodeStream
+from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+    GGUF_TOKENIZER_MAPPING,
+    convert_gguf_tokenizer,
+)
+
+from headrace.checkpoint import Checkpoint
+from headrace.errors import CheckpointError, UsageError
+
+# Tokens that end a turn, by the names that published models give them; metadata often names only one of them.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_CONTROL = 3
+
+
+class Tokenizer:
+    """Encodes and decodes for one model. Memory is that of the tokenizers library, about 350 bytes per token."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        """Raises `CheckpointError` where the metadata describes no tokenizer."""
+        self._checkpoint = checkpoint
+        description = _description(checkpoint)
+        self._tokens: list[str] = description["tokens"]
+        try:
+            self._backend, _ = convert_gguf_tokenizer(checkpoint.architecture, description)
+        except Exception as error:  # whatever the untrusted vocabulary provokes in two libraries
+            raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
+        kinds = checkpoint.array("tokenizer.ggml.token_type")
+        self.end_ids = _end_ids(checkpoint, self._tokens, kinds)
+        self.bos_id = _token_id(checkpoint, "bos_token_id", len(self._tokens))
+        self._add_bos = self._wants_bos(description.get("tokenizer_type"))
+        self._tokens = [self._tokens[i] for i in sorted(self.end_ids)]
+        self._bos, self._eos = self._spelled(self.bos_id), self._spelled(self._eos_id)
+        del description, kinds
+        gc.collect()
+
+    def _wants_bos(self, kind: object) -> bool:
+        flag = self._checkpoint.get("tokenizer.ggml.add_bos_token")
+        return self.bos_id is not None and bool(kind == "llama" if flag is None else flag)
+
+    @property
+    def _eos_id(self) -> int | None:
+        return _token_id(self._checkpoint, "eos_token_id", 1 << 31)
+
+    def _spelled(self, token: int | None) -> str:
+        return "" if token is None else (self._backend.id_to_token(token) or "")
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text, with the beginning token where the model wants one and the text has none."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        if special and self._add_bos and ids[:1] != [self.bos_id]:
+            assert self.bos_id is not None
+            return [self.bos_id, *ids]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without control tokens."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+
+    def stream(self) -> "TextStream":
+        """A decoder that is given one token at a time."""
+        return TextStream(self._backend)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the file says how a conversation is written."""
+        return isinstance(self._checkpoint.get("tokenizer.chat_template"), str)
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's next answer begins.
+
+        Raises:
+            UsageError: the model has no chat template, or it refuses the conversation.
+        """
+        if not self.has_chat_template:
+            raise UsageError(f"{self._checkpoint.path} has no chat template", hint="use --raw with a prompt to complete")
+        try:
+            text = self._template.render(
+                messages=list(messages), add_generation_prompt=True, bos_token=self._bos, eos_token=self._eos
+            )
+        except (TemplateError, SecurityError, TypeError, ValueError) as error:
+            raise UsageError(f"the model's chat template refuses this conversation: {error}") from error
+        return self.encode(text)
+
+    @cached_property
+    def _template(self) -> Any:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+        try:
+            return environment.from_string(str(self._checkpoint.get("tokenizer.chat_template")))
+        except TemplateError as error:
+            raise CheckpointError(f"{self._checkpoint.path}: the chat template is broken: {error}") from error
+
+
+class TextStream:
+    """Text from tokens that come one by one: a character split over tokens is held back until it is whole."""
+
+    def __init__(self, backend: Any):
+        self._backend = backend
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def step(self, token: int) -> str:
+        """The text that this token completes, possibly none."""
+        return self._stream.step(self._backend, token) or ""
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _description(checkpoint: Checkpoint) -> dict[str, Any]:
+    arrays = ("ggml.tokens", "ggml.scores", "ggml.token_type", "ggml.merges")
+    description: dict[str, Any] = {}
+    for key, name in GGUF_TOKENIZER_MAPPING["tokenizer"].items():
+        value = checkpoint.array(f"tokenizer.{key}") if key in arrays else checkpoint.get(f"tokenizer.{key}")
+        if value is not None and value != []:
+            description[name] = value
+    if "tokens" not in description or "tokenizer_type" not in description:
+        raise CheckpointError(f"{checkpoint.path} holds no tokenizer", hint="get a file that was converted with one")
+    return description
+
+
+def _token_id(checkpoint: Checkpoint, name: str, vocab_size: int) -> int | None:
+    token = checkpoint.get(f"tokenizer.ggml.{name}")
+    return token if isinstance(token, int) and 0 <= token < vocab_size else None
+
+
+def _end_ids(checkpoint: Checkpoint, tokens: Sequence[str], kinds: Sequence[object]) -> frozenset[int]:
+    ends = {_token_id(checkpoint, name, len(tokens)) for name in ("eos_token_id", "eot_token_id", "eom_token_id")}
+    ends |= {i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == _CONTROL and token in _TURN_ENDS}
+    return frozenset(i for i in ends if i is not None)

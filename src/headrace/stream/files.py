@@ -1,0 +1,72 @@
+"""Weights read from their own file into memory of ours: O_DIRECT where it is allowed, buffered where it is not.
+
+A read either delivers every byte asked for or raises `ReadError` with the file and the offset.
+"""
+
+import os
+from contextlib import suppress
+
+from headrace.errors import ReadError
+from headrace.stream.memory import PAGE_BYTES, aligned
+
+# One request to the disk. Larger ones are split by the kernel, smaller ones cost a turn of the interpreter each.
+REQUEST_BYTES = 1 << 20
+
+
+class WeightFile:
+    """An open checkpoint file. `direct` tells whether reads go past the page cache, `reason` why not."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.direct = True
+        self.reason = "O_DIRECT"
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.direct = False
+            self.reason = f"buffered, the file system refuses O_DIRECT ({error.strerror})"
+            with suppress(OSError, AttributeError):
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def read(self, offset: int, target: memoryview, needed: int) -> int:
+        """Fill `target` from a page-aligned offset; at least `needed` bytes of it must come. Returns what came.
+
+        Raises:
+            ReadError: the disk failed, or the file ends before the bytes needed.
+        """
+        done = 0
+        while done < len(target):
+            piece = target[done : done + REQUEST_BYTES]
+            count = self._pread(piece, offset + done)
+            done += count
+            if count < len(piece) and (count == 0 or done % PAGE_BYTES):
+                break  # the end of the file
+        if done < needed:
+            raise ReadError(
+                f"{self.path} ended at {offset + done} bytes, weights up to {offset + needed} were expected",
+                hint="the file was cut or replaced while in use; restore it and start again",
+            )
+        if not self.direct:
+            with suppress(OSError, AttributeError):  # the page cache must not grow beside the budget
+                os.posix_fadvise(self._fd, offset, done, os.POSIX_FADV_DONTNEED)
+        return done
+
+    def _pread(self, target: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(self._fd, [target], offset)
+        except OSError as error:
+            raise ReadError(
+                f"reading {self.path} at {offset} failed: {error.strerror}", hint="check the disk (dmesg, smartctl)"
+            ) from error
+
+    def read_bytes(self, offset: int, nbytes: int, scratch: memoryview) -> memoryview:
+        """Any range of bytes through page-aligned scratch memory at least two pages larger than the range."""
+        start, length = aligned(offset, nbytes)
+        delta = offset - start
+        self.read(start, scratch[:length], delta + nbytes)
+        return scratch[delta : delta + nbytes]
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)

@@ -1,0 +1,268 @@
+"""The stream of weights: reader threads fill the pinned memory once and the ring for ever, in execution order.
+
+The readers run ahead of the compute by as much as the ring holds, over the end of a pass into the next one, and while
+the engine samples. The reads of pinned rows are part of the first pass, so nothing is read twice and the first token
+waits for no loading phase. With no reader threads the consumer reads for itself: load, compute, release. That serial
+twin runs the same code and reads the same bytes.
+
+What must never happen: a slot is overwritten while in use (a unit's number may exceed the released ones by the slots at
+most); a reader's error is lost (it is raised in the consumer); a consumer waits for ever (a silent disk is an error).
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from headrace.errors import ReadError
+from headrace.kernels import Piece
+from headrace.stream.files import WeightFile
+from headrace.stream.layout import Layout, Unit
+from headrace.stream.memory import Arena
+
+STALL_LIMIT_S = 60.0
+
+
+class Spans(Protocol):
+    """Where spans of time are recorded: a kind, a label, start and end by `time.perf_counter`."""
+
+    def add(self, kind: str, label: str, start: float, end: float) -> None:
+        """Record one span."""
+
+
+class File(Protocol):
+    """What the stream asks of a file, so that tests can make one fail."""
+
+    def read(self, offset: int, target: memoryview, needed: int) -> int:
+        """Fill `target` from `offset`; see `WeightFile.read`."""
+
+    def close(self) -> None:
+        """Close the file."""
+
+
+@dataclass(slots=True)
+class StreamCounters:
+    """What the stream did so far. Differences of two copies describe a pass."""
+
+    read_bytes: int = 0
+    reads: int = 0
+    read_s: float = 0.0  # summed over readers, so it can exceed the time that passed
+    stall_s: float = 0.0  # the consumer waited for a read
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    visit: int
+    unit: Unit
+    number: int | None  # of its slot in the ring, counted over all passes; None: pinned
+
+
+class WeightStream:
+    """Delivers the weights of each visit of a pass, in order, pass after pass. A context manager."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        slots: int,
+        readers: int,
+        open_file: Callable[[str], File] = WeightFile,
+        spans: Spans | None = None,
+        stall_limit_s: float = STALL_LIMIT_S,
+    ):
+        """`readers=0` is the serial twin. `slots` is the size of the ring in units."""
+        self.layout = layout
+        self.counters = StreamCounters()
+        self.spans = spans
+        self._slots = slots
+        self._readers = readers
+        self._stall_limit_s = stall_limit_s
+        self._pinned = Arena(layout.pinned_bytes)
+        self._ring = Arena(slots * layout.slot_bytes if layout.streamed_units else 0)
+        paths = {tensor.path for visit in layout.visits for tensor in visit.tensors}
+        self._files: Mapping[str, File] = {path: open_file(path) for path in sorted(paths)}
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._loaded: set[int] = set()  # ids of pinned units in memory
+        self._error: BaseException | None = None
+        self._begin_pass()
+
+    def __enter__(self) -> "WeightStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the consumer -------------------------------------------------------------------------------------------
+
+    def visit(self, index: int) -> Iterator[list[tuple[int, Piece]]]:
+        """The weights of visit `index` of the pass, in batches of (index of the tensor, piece).
+
+        First all pinned rows in one batch, then each streamed unit, whose slot is released when the next is asked for.
+        Visits must be made in order; after the last one follows the first of the next pass.
+
+        Raises:
+            ReadError: a read failed or nothing has come from the disk for `stall_limit_s`.
+        """
+        assert index == self._next_visit, f"visit {index} asked for, {self._next_visit} is next"
+        self._next_visit = (index + 1) % len(self.layout.visits)
+        self._start()
+        visit = self.layout.visits[index]
+        if any(visit.pinned_rows):
+            if index not in self._complete:
+                self._wait(lambda: self._pinned_ready(index), f"visit {index}")
+                self._complete.add(index)
+            yield [
+                (i, Piece(tensor.type, rows, self._pinned.address + address, 0))
+                for i, (tensor, rows, address) in enumerate(
+                    zip(visit.tensors, visit.pinned_rows, visit.pinned_address, strict=True)
+                )
+                if rows
+            ]
+        for i, unit in visit.streamed:
+            number = self._released
+            self._wait(lambda n=number: n in self._filled, unit.tensor.name)  # type: ignore[misc]
+            slot = self._ring.address + number % self._slots * self.layout.slot_bytes
+            yield [(i, Piece(unit.tensor.type, unit.rows, slot + unit.delta, unit.first))]
+            with self._changed:
+                self._filled.discard(number)
+                self._released += 1
+                self._changed.notify_all()
+
+    def rewind(self) -> None:
+        """Give up the pass in progress: the next visit is the first one again. What is pinned stays."""
+        self._stop()
+        self._error = None
+        self._begin_pass()
+
+    def close(self) -> None:
+        """Stop the readers and close the files. Safe to call twice."""
+        self._stop()
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+    def _wait(self, ready: Callable[[], bool], label: str) -> None:
+        with self._changed:
+            if ready() and self._error is None:
+                return
+        start = last_news = time.perf_counter()
+        reads = self.counters.reads
+        while True:
+            if not self._readers and not ready():
+                self._run(self._take())
+            with self._changed:
+                if self._error is not None:
+                    raise self._error
+                if ready():
+                    break
+                self._changed.wait(timeout=min(1.0, self._stall_limit_s))
+                now = time.perf_counter()
+                if self.counters.reads != reads:
+                    reads, last_news = self.counters.reads, now
+                if now - last_news > self._stall_limit_s:
+                    raise ReadError(
+                        f"the disk has delivered nothing for {self._stall_limit_s:.0f} s while {label} was read",
+                        hint="check the disk or the network share, then run the same command again",
+                    )
+        end = time.perf_counter()
+        self.counters.stall_s += end - start
+        if self.spans is not None:
+            self.spans.add("stall", label, start, end)
+
+    def _pinned_ready(self, index: int) -> bool:
+        return all(id(unit) in self._loaded for units in self.layout.visits[index].pinned for unit in units)
+
+    # -- the readers --------------------------------------------------------------------------------------------
+
+    def _begin_pass(self) -> None:
+        self._next_visit = 0
+        self._released = 0
+        self._filled: set[int] = set()
+        self._complete: set[int] = set()
+        self._issued = set(self._loaded)
+        self._loads = self._sequence()
+        self._next: _Load | None = next(self._loads, None)
+        self._stopping = False
+
+    def _sequence(self) -> Iterator[_Load]:
+        """All loads, for ever: pinned rows that were not issued yet and every streamed unit, pass after pass."""
+        number = 0
+        while True:
+            before = number, len(self._issued)
+            for index, visit in enumerate(self.layout.visits):
+                for units in visit.pinned:
+                    for unit in units:
+                        if id(unit) not in self._issued:
+                            self._issued.add(id(unit))
+                            yield _Load(index, unit, None)
+                for _, unit in visit.streamed:
+                    yield _Load(index, unit, number)
+                    number += 1
+            if before == (number, len(self._issued)):
+                return  # everything is pinned
+
+    def _start(self) -> None:
+        if self._threads or not self._readers or self._next is None:
+            return
+        self._threads = [
+            threading.Thread(target=self._read_ahead, name=f"headrace-reader-{i}", daemon=True)
+            for i in range(self._readers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=self._stall_limit_s)
+        self._threads = []
+
+    def _read_ahead(self) -> None:
+        try:
+            while (load := self._take()) is not None:
+                self._run(load)
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _take(self) -> _Load | None:
+        """The next load, once the ring has room for it. None when there is nothing more to do."""
+        with self._changed:
+            while not self._stopping and self._error is None and (load := self._next) is not None:
+                if load.number is None or load.number < self._released + self._slots:
+                    self._next = next(self._loads, None)
+                    return load
+                self._changed.wait()
+            return None
+
+    def _run(self, load: _Load | None) -> None:
+        if load is None:
+            return
+        unit = load.unit
+        start = time.perf_counter()
+        self._files[unit.tensor.path].read(unit.start, self._target(load), unit.needed)
+        end = time.perf_counter()
+        if self.spans is not None:
+            self.spans.add("read", unit.tensor.name, start, end)
+        with self._changed:
+            self.counters.read_bytes += unit.length
+            self.counters.reads += 1
+            self.counters.read_s += end - start
+            if load.number is None:
+                self._loaded.add(id(unit))
+            else:
+                self._filled.add(load.number)
+            self._changed.notify_all()
+
+    def _target(self, load: _Load) -> memoryview:
+        unit = load.unit
+        if load.number is None:
+            assert unit.pinned_at is not None
+            return self._pinned.view[unit.pinned_at : unit.pinned_at + unit.length]
+        start = load.number % self._slots * self.layout.slot_bytes
+        return self._ring.view[start : start + unit.length]
