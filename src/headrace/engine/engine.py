@@ -18,7 +18,7 @@ from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import JoinedCache, KVCache, PackedAttention
 from headrace.engine.trace import PassStats, Trace
 from headrace.errors import ContextError
-from headrace.kernels import Kernels, Piece
+from headrace.kernels import Kernels
 from headrace.model import PackedLinear, build_shell
 from headrace.model.shell import EMBEDDING
 from headrace.stream import Arena, WeightFile, WeightStream
@@ -52,13 +52,16 @@ class Engine:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        options: StreamOptions,
+        options: "StreamOptions | Callable[[], StreamOptions]",
         kernels: Kernels,
         *,
         trace: Trace | None = None,
         open_file: Callable[[str], File] = WeightFile,
     ):
-        """Builds the model and the stream; nothing large is read before the first step."""
+        """Builds the model and the stream; nothing large is read before the first step.
+
+        `options` may be a function: it is called when the model is built and the memory for weights is not yet taken.
+        """
         self.checkpoint = checkpoint
         self.kernels = kernels
         self.trace = trace
@@ -69,7 +72,6 @@ class Engine:
         AttentionInterface.register(self._attention_name, self._attention)
         self._files = {path: open_file(path) for path in checkpoint.paths}
         self._scratch = Arena(1 << 20)
-        self._rows_cache: dict[int, torch.Tensor] = {}
         shell = build_shell(
             checkpoint,
             attention=self._attention_name,
@@ -82,6 +84,8 @@ class Engine:
         self._place = {linear: (v, i) for v, group in enumerate(shell.groups) for i, linear in enumerate(group)}
         self._pending: dict[PackedLinear, tuple[torch.Tensor, torch.Tensor]] = {}
         self._groups = shell.groups
+        if callable(options):
+            options = options()
         order = [[linear.tensor for linear in group] for group in shell.groups]
         self.layout = make_layout(order, options.pinned_rows, options.unit_bytes)
         self.stream = WeightStream(
@@ -224,6 +228,3 @@ class Engine:
         length = -(-(offset + nbytes - start) // PAGE_BYTES) * PAGE_BYTES
         self._files[path].read(start, self._scratch.view[:length], offset + nbytes - start)
         return np.frombuffer(self._scratch.view[offset - start : offset - start + nbytes], np.uint8).copy()
-
-
-__all__ = ["Engine", "Piece", "Rows", "StreamOptions"]

@@ -1,0 +1,5 @@
+"""The terminal: the only room that prints. stdout is data, stderr is everything else."""
+
+from headrace.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,167 @@
+"""The `headrace` command: options, errors, exit codes. Nothing here imports torch before it must.
+
+Exit codes: 0 done, 1 failed or "no", 2 usage, 130 Ctrl-C. A closed pipe ends quietly.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from headrace._version import __version__
+from headrace.cli import show
+from headrace.errors import HeadraceError, UsageError
+from headrace.units import parse_bytes
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Size(click.ParamType):
+    """A size such as 4GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """To bytes."""
+        try:
+            return parse_bytes(value)
+        except UsageError as error:
+            self.fail(f"{error}; {error.hint}", param, ctx)
+
+
+class Group(click.Group):
+    """A group that suggests the nearest command, and turns our errors into a message, a hint and an exit code."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name near commands when there is no such one."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            if near and "Did you mean" not in error.message:
+                error.message += f" Did you mean `{near[0]}`?"
+            raise
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, and end with the error's own exit code."""
+        try:
+            return super().main(*args, **kwargs)
+        except HeadraceError as error:
+            if os.environ.get("HEADRACE_DEBUG"):
+                raise
+            show.error(error)
+            sys.exit(error.exit_code)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "HEADRACE"})
+@click.version_option(__version__, prog_name="headrace")
+def main() -> None:
+    """Run language models larger than your memory, at the speed of your disk."""
+
+
+def shared(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+memory_option = click.option("--memory", type=Size(), help="Ceiling for the whole process, like 4GiB. [default: what is free, less 10%]")
+context_option = click.option("-c", "--ctx-size", type=click.IntRange(1), help="Tokens of prompt and answer together.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No plan, progress or stats on stderr.")
+sampling_options = shared(
+    click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens to generate at most."),
+    click.option("-t", "--temperature", type=click.FloatRange(0, 100), help="0 is greedy. [default: the model's, else 1]"),
+    click.option("--top-k", type=click.IntRange(0), help="Keep the k likeliest tokens; 0 is off."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep the likeliest tokens of this much probability."),
+    click.option("--min-p", type=click.FloatRange(0, 1), help="Keep tokens at least this likely, relative to the likeliest."),
+    click.option("--seed", type=int, help="Draw the same tokens every time."),
+    click.option("--stop", multiple=True, help="End the answer at this string. May be repeated."),
+)  # fmt: skip
+
+
+def check_file(function: F) -> F:
+    """Refuse a model file that is not there before anything slow is imported."""
+
+    @wraps(function)
+    def checked(model: str, **options: Any) -> Any:
+        if not Path(model).exists():
+            raise HeadraceError(f"there is no file {model}", hint="give the path of a .gguf file; `headrace demo` brings one")
+        return function(model=model, **options)
+
+    return checked  # type: ignore[return-value]
+
+
+@main.command()
+@click.argument("model")
+@click.argument("prompt", required=False)
+@click.option("-f", "--file", "prompt_file", type=click.Path(path_type=Path), help="Read the prompt from a file, - is stdin.")
+@memory_option
+@context_option
+@sampling_options
+@click.option("-s", "--system", help="A system message before the prompt.")
+@click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the chat template.")
+@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="Write a Chrome trace of every read and product.")
+@json_option
+@quiet_option
+@check_file
+def run(model: str, **options: Any) -> None:
+    """Generate text with MODEL, a .gguf file. Without a prompt on a terminal: chat.
+
+    The text goes to stdout; the plan, progress and statistics go to stderr.
+    """
+    from headrace.cli.run import run_command
+
+    sys.exit(run_command(model, **options))
+
+
+@main.command()
+@click.argument("model")
+@memory_option
+@context_option
+@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of the prompt to plan for.")
+@json_option
+@check_file
+def plan(model: str, memory: int | None, ctx_size: int | None, prompt_tokens: int, as_json: bool) -> None:
+    """Say what running MODEL will cost, and what would make it faster. Reads headers only."""
+    from headrace.cli.plan import plan_command
+
+    plan_command(model, memory, ctx_size, prompt_tokens, as_json)
+
+
+@main.command()
+@click.argument("target", required=False, type=click.Path(exists=True, path_type=Path))
+@json_option
+def probe(target: Path | None, as_json: bool) -> None:
+    """Measure disk, kernels and interpreter of this machine, and keep the profile.
+
+    TARGET is a model file, or a folder on the disk to measure (default: the current one).
+    """
+    from headrace.cli.plan import probe_command
+
+    probe_command(target or Path.cwd(), as_json)
+
+
+@main.command()
+@click.argument("prompt", required=False)
+@click.option("--memory", type=Size(), help="Ceiling. [default: one that holds about half of the weights]")
+@json_option
+def demo(prompt: str | None, memory: int | None, as_json: bool) -> None:
+    """Run Gemma 3 270M, which comes as a Python package, with less memory for weights than its file has bytes."""
+    from headrace.cli.demo import demo_command
+
+    sys.exit(demo_command(prompt, memory, as_json))

@@ -1,0 +1,211 @@
+"""`headrace run`: plan, load, generate; and chat, which is the same with the conversation so far as the prompt."""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.cli import show
+from headrace.cli.plan import profile_for
+from headrace.errors import HeadraceError, UsageError
+from headrace.plan import Plan, Profile, Request, detect_budget, given_budget, make_plan
+
+if TYPE_CHECKING:
+    from headrace.api import Completion, Message, Model, Piece
+    from headrace.engine import Sampling
+
+INTERRUPTED = 130
+CHAT_CONTEXT = 4096
+CHAT_PROMPT = 256
+# Tokens of the chat template around a prompt, and characters per token at the least: what a context must allow for.
+TEMPLATE_TOKENS = 96
+BYTES_PER_TOKEN = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options that chat and single runs share."""
+
+    max_tokens: int
+    stop: Sequence[str]
+    system: str | None
+    raw: bool
+    quiet: bool
+    as_json: bool
+    sampling: dict[str, Any]
+
+
+def run_command(
+    model: str,
+    prompt: str | None,
+    prompt_file: Path | None,
+    memory: int | None,
+    ctx_size: int | None,
+    trace: Path | None,
+    max_tokens: int,
+    stop: Sequence[str],
+    system: str | None,
+    raw: bool,
+    as_json: bool,
+    quiet: bool,
+    **sampling: Any,
+) -> int:
+    """Run or chat; returns the exit code."""
+    text = _read_prompt(prompt, prompt_file)
+    if text is None and as_json:
+        raise UsageError("--json needs a prompt", hint="give one as an argument, with --file or on stdin")
+    if raw and system:
+        raise UsageError("--raw and --system contradict each other", hint="write the system text into the prompt")
+    settings = Settings(
+        max_tokens=max_tokens, stop=stop, system=system, raw=raw, quiet=quiet, as_json=as_json, sampling=sampling
+    )
+    checkpoint = open_checkpoint(model)
+    request = _request(checkpoint, text, system, max_tokens, ctx_size)
+    profile = profile_for(model, say=not quiet)
+    budget = detect_budget() if memory is None else given_budget(memory)
+    plan = make_plan(checkpoint, profile, budget, request)
+    if not quiet:
+        show.note(plan.line())
+    with _load(model, plan, profile, request, trace is not None) as loaded:
+        code = _chat(loaded, settings) if text is None else _once(loaded, text, settings)
+        if trace is not None and loaded.trace is not None:
+            loaded.trace.write(trace)
+    return code
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
+    """The prompt from wherever it was given; None means chat."""
+    if prompt is not None and prompt_file is not None:
+        raise UsageError("a prompt and --file were both given", hint="use one of them")
+    if prompt_file is not None and str(prompt_file) != "-":
+        try:
+            return prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read {prompt_file}: {error}", hint="give a text file in UTF-8") from error
+    if prompt == "-" or prompt_file is not None or (prompt is None and not sys.stdin.isatty()):
+        prompt = sys.stdin.read()
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt is empty", hint="give a prompt, or none on a terminal to chat")
+    return prompt
+
+
+def _request(checkpoint: Checkpoint, text: str | None, system: str | None, max_tokens: int, ctx_size: int | None) -> Request:
+    """What to plan for, before there is a tokenizer: a generous guess of the prompt's tokens from its bytes."""
+    limit = checkpoint.number("context_length", CHAT_CONTEXT)
+    if text is None:
+        return Request(context_tokens=ctx_size or min(CHAT_CONTEXT, limit), prompt_tokens=CHAT_PROMPT)
+    size = len(text.encode()) + len((system or "").encode())
+    prompt_tokens = size // BYTES_PER_TOKEN + TEMPLATE_TOKENS
+    return Request(
+        context_tokens=ctx_size or min(prompt_tokens + max_tokens, limit),
+        prompt_tokens=max(1, min(prompt_tokens, ctx_size or limit)),
+    )
+
+
+def _load(path: str, plan: Plan, profile: Profile, request: Request, trace: bool) -> "Model":
+    from headrace.api import load  # torch and transformers: seconds, so only after the plan line
+
+    return load(
+        path,
+        memory=plan.budget.nbytes,
+        context_tokens=request.context_tokens,
+        prompt_tokens=request.prompt_tokens,
+        profile=profile,
+        trace=trace,
+    )
+
+
+def _sampling(model: "Model", settings: Settings) -> "Sampling":
+    from dataclasses import replace
+
+    return replace(model.default_sampling(), **{k: v for k, v in settings.sampling.items() if v is not None})
+
+
+def _answer(model: "Model", prompt: "str | list[Message]", settings: Settings) -> tuple["Completion", bool]:
+    """Generate and print as it comes; (completion, whether Ctrl-C ended it)."""
+    import time
+
+    pieces: list[Piece] = []
+    progress = show.ProgressLine(settings.quiet)
+    first, start = len(model.passes), time.perf_counter()
+    interrupted = False
+    try:
+        for piece in model.stream(
+            prompt,
+            max_tokens=settings.max_tokens,
+            sampling=_sampling(model, settings),
+            stop=settings.stop,
+            raw=settings.raw,
+            on_progress=progress.update,
+        ):
+            progress.clear()
+            pieces.append(piece)
+            if not settings.as_json and piece.text:
+                click.echo(piece.text, nl=False)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        progress.clear()
+    if not settings.as_json:
+        click.echo()
+    return model.completion(pieces, first, time.perf_counter() - start), interrupted
+
+
+def _once(model: "Model", text: str, settings: Settings) -> int:
+    prompt: str | list[Message] = text
+    if settings.system:
+        prompt = [{"role": "system", "content": settings.system}, {"role": "user", "content": text}]
+    completion, interrupted = _answer(model, prompt, settings)
+    if settings.as_json:
+        click.echo(json.dumps(completion.as_json(), ensure_ascii=False, allow_nan=False))
+    if not settings.quiet:
+        click.echo(show.stats(completion), err=True)
+    return INTERRUPTED if interrupted else 0
+
+
+CHAT_HELP = "/reset forgets the conversation, /stats shows the last answer's cost, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+def _chat(model: "Model", settings: Settings) -> int:
+    if not model.tokenizer.has_chat_template:
+        raise UsageError("the model has no chat template", hint="give a prompt to complete")
+    with suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history for input())
+    show.note(CHAT_HELP)
+    system: list[Message] = [{"role": "system", "content": settings.system}] if settings.system else []
+    messages, last = list(system), ""
+    while True:
+        try:
+            line = input(">>> ").strip()
+        except EOFError:
+            click.echo()
+            return 0
+        except KeyboardInterrupt:
+            click.echo("\nCtrl-D or /exit to leave", err=True)
+            continue
+        if line == "/exit":
+            return 0
+        if line in ("/help", "/reset", "/stats"):
+            messages = list(system) if line == "/reset" else messages
+            show.note({"/help": CHAT_HELP, "/reset": "the conversation is forgotten", "/stats": last or "no answer yet"}[line])
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            completion, _ = _answer(model, messages, settings)
+        except HeadraceError as error:
+            messages.pop()
+            show.error(error)
+            continue
+        messages.append({"role": "assistant", "content": completion.text})
+        last = show.stats(completion)
+        if not settings.quiet:
+            click.echo(last, err=True)

@@ -1,0 +1,82 @@
+"""How things look on a terminal: notes, errors, a line of progress that overwrites itself, statistics."""
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from headrace.errors import HeadraceError
+from headrace.units import gib, gigabytes, rate, seconds
+
+if TYPE_CHECKING:
+    from headrace.api import Completion, Progress
+
+
+def note(text: str) -> None:
+    """A line on stderr that begins with our name."""
+    click.echo(f"headrace: {text}", err=True)
+
+
+def error(problem: HeadraceError) -> None:
+    """What went wrong, and a hint."""
+    click.echo(f"Error: {problem}", err=True)
+    if problem.hint:
+        click.echo(f"\nhint: {problem.hint}", err=True)
+
+
+class ProgressLine:
+    """One line on stderr that is rewritten while a prefill goes on. Silent where stderr is not a terminal."""
+
+    def __init__(self, quiet: bool = False):
+        dumb = os.environ.get("TERM") == "dumb" or bool(os.environ.get("HEADRACE_NO_PROGRESS"))
+        self._shown = not quiet and not dumb and sys.stderr.isatty()
+        self._width = 0
+        self._last = 0.0
+
+    def update(self, progress: "Progress") -> None:
+        """Show how far the prefill is: layer, rate, time left."""
+        now = time.monotonic()
+        if not self._shown or now - self._last < 0.1:
+            return
+        self._last = now
+        done = (progress.pass_number - 1) * progress.visits + progress.done
+        total = progress.passes * progress.visits
+        left = progress.seconds / done * (total - done)
+        text = (
+            f"prefill {done / total:4.0%}  pass {progress.pass_number}/{progress.passes}"
+            f"  step {progress.done}/{progress.visits}"
+            f"  {gigabytes(progress.read_bytes / max(progress.seconds, 1e-9))}/s  {seconds(left)} left"
+        )
+        self._write(text)
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._width:
+            self._write("")
+            sys.stderr.write("\r")
+            sys.stderr.flush()
+            self._width = 0
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write("\r" + text.ljust(self._width))
+        sys.stderr.flush()
+        self._width = max(self._width, len(text))
+
+
+def stats(completion: "Completion") -> str:
+    """One line after the text: predicted beside measured."""
+    t, plan = completion.timings, completion.plan
+    parts = [f"{completion.completion_tokens} tokens"]
+    if t["ttft_s"] is not None:
+        parts.append(f"ttft {seconds(t['ttft_s'])} (plan {seconds(plan.ttft_s.expected)})")
+    if t["decode_tok_per_s"]:
+        spent = 1 / t["decode_tok_per_s"]
+        expected = plan.decode_s_per_token.expected
+        parts.append(f"{seconds(spent)} per token (plan {seconds(expected)}, {expected / spent - 1:+.0%}) = {rate(1 / spent)}")
+    parts.append(f"read {gigabytes(t['read_bytes'] or 0)}, {gigabytes(t['read_bytes_per_pass'] or 0)} per pass")
+    busy = (t["stall_s"] or 0) + (t["compute_s"] or 0)
+    parts.append(f"waited for disk {(t['stall_s'] or 0) / busy:.0%}" if busy else "no pass")
+    parts.append(f"peak {gib(completion.memory['peak_bytes'])} of {gib(completion.memory['budget_bytes'])}")
+    return f"[{' | '.join(parts)}]"

@@ -1,0 +1,77 @@
+"""How much memory the process may have: what the user says, or what cgroup and free memory leave, with a margin."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.units import gib
+
+# Left to the system when nobody says how much to take: page cache, other programs, our own errors.
+MARGIN = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A ceiling for the whole process in bytes, and why it is that."""
+
+    nbytes: int
+    reason: str
+
+
+def given_budget(nbytes: int) -> Budget:
+    """The ceiling that the user asked for."""
+    return Budget(nbytes=nbytes, reason=f"--memory {gib(nbytes)}")
+
+
+def detect_budget(root: Path = Path("/")) -> Budget:
+    """The smaller of what the cgroup and the free memory leave, less the margin. `root` is for tests."""
+    free = _available(root)
+    source = f"{gib(free)} of memory is available"
+    limit = _cgroup_room(root)
+    if limit is not None and limit < free:
+        free, source = limit, f"the cgroup leaves {gib(limit)}"
+    return Budget(nbytes=int(free * (1 - MARGIN)), reason=f"no --memory; {source}, less {MARGIN:.0%}")
+
+
+def _available(root: Path) -> int:
+    text = (root / "proc/meminfo").read_text()
+    match = re.search(r"MemAvailable:\s+(\d+) kB", text) or re.search(r"MemFree:\s+(\d+) kB", text)
+    return int(match.group(1)) * 1024 if match else 0
+
+
+def _cgroup_room(root: Path) -> int | None:
+    """What the tightest cgroup above this process leaves, version 1 or 2; None without a limit."""
+    rooms = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.stat", r"^anon (\d+)")
+            if not (base / "cgroup.controllers").exists():
+                base = root / "sys/fs/cgroup/unified"
+        elif "memory" in controllers.split(","):
+            base, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.stat", r"^total_rss (\d+)")
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(base):
+                break
+            room = _room(group, *names)
+            if room is not None:
+                rooms.append(room)
+    return min(rooms, default=None)
+
+
+def _room(group: Path, limit_name: str, stat_name: str, used_pattern: str) -> int | None:
+    lines = _lines(group / limit_name)
+    if not lines or not lines[0].isdigit() or int(lines[0]) >= 1 << 60:
+        return None
+    used = re.search(used_pattern, "\n".join(_lines(group / stat_name)), re.MULTILINE)
+    return max(0, int(lines[0]) - (int(used.group(1)) if used else 0))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,411 @@
+"""The plan: what is pinned, what is streamed, how large every buffer is, what a token will cost, and what would help.
+
+Made from a checkpoint's header, a profile and a budget, before torch is imported. The engine executes it, the trace is
+compared with it. The memory of the whole process adds up to the budget:
+
+    budget = runtime + tokenizer + small tensors + ring + KV cache + activations + margin + pinned weights
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from headrace.checkpoint import Checkpoint, Tensor
+from headrace.checkpoint.architectures import check_architecture
+from headrace.checkpoint.gguf import bits_per_weight
+from headrace.errors import BudgetError, ContextError
+from headrace.plan.cost import FEW_ROWS, PassCost, pass_cost
+from headrace.plan.memory import Budget
+from headrace.plan.profile import Profile
+from headrace.units import MIB, gib, gigabytes, rate, seconds
+
+UNIT_BYTES = 2 * MIB
+RING_SLOTS = 16
+LEAST_SLOTS = 3
+READERS = 3
+# A tensor whose streamed rest would be smaller than this is pinned whole: a read has a price beside its bytes.
+SMALLEST_READ_BYTES = 512 << 10
+TOKENIZER_BYTES_PER_TOKEN = 450
+UNPACK_SCRATCH_BYTES = 32 * MIB
+MARGIN_BYTES = 24 * MIB
+MARGIN_SHARE = 0.01
+KV_BYTES = 2  # fp16
+ROW_CHUNK = 64
+
+# Bits per weight of whole files as llama.cpp's quantiser makes them.
+USUAL_FILES = (("Q8_0", 8.5), ("Q6_K", 6.56), ("Q4_K_M", 4.85), ("Q3_K_M", 3.9), ("Q2_K", 3.16))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of the model: how many tokens go in, and how many the context must hold in all."""
+
+    prompt_tokens: int = 512
+    context_tokens: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """A prediction: what it cannot be faster than, what is expected, and what is likely not exceeded."""
+
+    low: float
+    expected: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Something the user could change, and the seconds per token it would give."""
+
+    what: str
+    s_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every number that the engine needs, and every prediction it will be held to. Sizes in bytes."""
+
+    model: str
+    type_bits: float
+    budget: Budget
+    floor_bytes: int
+    weights_bytes: int
+    pinned_rows: Mapping[str, int]
+    pinned_bytes: int
+    streamed_bytes_per_pass: int
+    unit_bytes: int
+    ring_slots: int
+    ring_bytes: int
+    readers: int
+    threads: int
+    bf16_many_rows: bool
+    kv_bytes: int
+    context_tokens: int
+    prefill_rows: int
+    prefill_passes: int
+    activation_bytes: int
+    runtime_bytes: int
+    disk_bytes_per_s: float
+    decode: PassCost
+    prefill: PassCost
+    decode_s_per_token: Range
+    ttft_s: Range
+    profile_source: str
+    reasons: tuple[str, ...]
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def binding(self) -> str:
+        """What a decoded token waits for: disk or compute."""
+        return self.decode.binding
+
+    def line(self) -> str:
+        """The plan in one line."""
+        streamed = (
+            f"streamed {gigabytes(self.streamed_bytes_per_pass)} per pass at {gigabytes(self.disk_bytes_per_s)}/s"
+            if self.streamed_bytes_per_pass
+            else "nothing streamed"
+        )
+        return (
+            f"{gib(self.budget.nbytes)} ({self.budget.reason}): pinned {gigabytes(self.pinned_bytes)}"
+            f" of {gigabytes(self.weights_bytes)}, {streamed}; {self.binding}-bound,"
+            f" {seconds(self.decode_s_per_token.expected)} per token,"
+            f" first token in {seconds(self.ttft_s.expected)} (rates {self.profile_source})"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The prediction as JSON-ready values."""
+        return {
+            "binding": self.binding,
+            "decode_s_per_token": vars(self.decode_s_per_token),
+            "ttft_s": vars(self.ttft_s),
+            "reasons": list(self.reasons),
+            "memory": {
+                "budget_bytes": self.budget.nbytes,
+                "floor_bytes": self.floor_bytes,
+                "weights_bytes": self.weights_bytes,
+                "pinned_bytes": self.pinned_bytes,
+                "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
+                "ring_bytes": self.ring_bytes,
+                "kv_bytes": self.kv_bytes,
+                "activation_bytes": self.activation_bytes,
+                "runtime_bytes": self.runtime_bytes,
+            },
+            "context_tokens": self.context_tokens,
+            "prefill": {"rows_per_pass": self.prefill_rows, "passes": self.prefill_passes},
+            "disk_bytes_per_s": self.disk_bytes_per_s,
+            "profile": self.profile_source,
+            "changes": [{"what": change.what, "s_per_token": change.s_per_token} for change in self.changes],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """What the plan needs to know of a checkpoint."""
+
+    checkpoint: Checkpoint
+    linears: tuple[Tensor, ...]
+    small_bytes: int
+    layers: int
+    hidden: int
+    feed_forward: int
+    attention_width: int
+    kv_bytes_per_token: int
+    context_limit: int
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.linears)
+
+    @property
+    def weights(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for tensor in self.linears:
+            counts[tensor.type] = counts.get(tensor.type, 0) + tensor.rows * tensor.columns
+        return counts
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    budget: Budget,
+    request: Request = Request(),  # noqa: B008  (frozen)
+    *,
+    runtime_bytes: int | None = None,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        checkpoint: the header of a model.
+        profile: what the machine can do.
+        budget: the ceiling for the whole process.
+        request: tokens in, and tokens in all.
+        runtime_bytes: what the process takes without weights, if it is already known; else the profile's word.
+
+    Raises:
+        UnsupportedError: the architecture does not run.
+        BudgetError: the budget is below the floor, which the message names.
+        ContextError: the context is longer than the model's.
+    """
+    plan = _plan(checkpoint, profile, budget, request, runtime_bytes)
+    return replace(plan, changes=_changes(plan, checkpoint, profile, request, runtime_bytes))
+
+
+def _plan(
+    checkpoint: Checkpoint, profile: Profile, budget: Budget, request: Request, runtime_bytes: int | None
+) -> Plan:
+    model = _describe(checkpoint)
+    if request.context_tokens > model.context_limit:
+        raise ContextError(
+            f"a context of {request.context_tokens} tokens is asked for, the model was made for {model.context_limit}",
+            hint=f"use --ctx-size {model.context_limit} or less",
+        )
+    runtime = runtime_bytes or profile.runtime_bytes + checkpoint.vocab_size * TOKENIZER_BYTES_PER_TOKEN
+    kv = model.kv_bytes_per_token * request.context_tokens
+    slot = UNIT_BYTES + max(tensor.row_bytes for tensor in model.linears)
+    margin = MARGIN_BYTES + int(MARGIN_SHARE * budget.nbytes)
+    base = runtime + model.small_bytes + kv + margin
+    floor = base + LEAST_SLOTS * slot + _activations(model, FEW_ROWS, request.context_tokens)
+    if budget.nbytes < floor:
+        raise BudgetError(
+            f"the model needs at least {gib(floor)}, the budget is {gib(budget.nbytes)} ({budget.reason})",
+            hint=_floor_hint(floor, kv),
+        )
+    room = budget.nbytes - base
+    rows = _prefill_rows(model, request, budget.nbytes, room - LEAST_SLOTS * slot)
+    activations = _activations(model, rows, request.context_tokens)
+    slots = max(LEAST_SLOTS, min(RING_SLOTS, (room - activations) // slot))
+    pinned_rows = _pin(model, room - activations - slots * slot)
+    pinned = sum(pinned_rows[tensor.name] * tensor.row_bytes for tensor in model.linears)
+    if pinned == model.weights_bytes:
+        slots = 0
+    streamed = model.weights_bytes - pinned
+    disk = profile.disk(checkpoint.paths[0])
+    passes = -(-request.prompt_tokens // rows)
+    decode = pass_cost(profile, disk, streamed, model.weights, model.layers, 1)
+    first = pass_cost(profile, disk, model.weights_bytes, model.weights, model.layers, min(rows, request.prompt_tokens))
+    later = pass_cost(profile, disk, streamed, model.weights, model.layers, rows)
+    ttft = first.seconds + (passes - 1) * later.seconds
+    reasons = [
+        budget.reason,
+        f"{slots} ring slots of {gib(slot)}" if slots else "everything is pinned, no ring",
+        f"{passes} weight pass{'es' if passes > 1 else ''} of up to {rows} rows for {request.prompt_tokens} prompt tokens",
+    ]
+    return Plan(
+        model=checkpoint.name,
+        type_bits=8 * model.weights_bytes / sum(model.weights.values()),
+        budget=budget,
+        floor_bytes=floor,
+        weights_bytes=model.weights_bytes,
+        pinned_rows=pinned_rows,
+        pinned_bytes=pinned,
+        streamed_bytes_per_pass=streamed,
+        unit_bytes=UNIT_BYTES,
+        ring_slots=slots,
+        ring_bytes=slots * slot,
+        readers=READERS,
+        threads=profile.threads,
+        bf16_many_rows=profile.bf16_pays,
+        kv_bytes=kv,
+        context_tokens=request.context_tokens,
+        prefill_rows=rows,
+        prefill_passes=passes,
+        activation_bytes=activations,
+        runtime_bytes=runtime + model.small_bytes,
+        disk_bytes_per_s=disk,
+        decode=decode,
+        prefill=first,
+        decode_s_per_token=_spread(decode.seconds, profile),
+        ttft_s=_spread(ttft, profile),
+        profile_source=profile.source,
+        reasons=tuple(reasons),
+    )
+
+
+def _spread(expected: float, profile: Profile) -> Range:
+    """Shared machines vary by a fifth from hour to hour; a guessed profile is worth a factor of three."""
+    low, high = (0.33, 3.0) if profile.source == "guessed" else (0.9, 1.25)
+    return Range(low=expected * low, expected=expected, high=expected * high)
+
+
+def _describe(checkpoint: Checkpoint) -> _Model:
+    check_architecture(checkpoint.architecture, checkpoint.number("expert_count", 0), checkpoint.path)
+    tensors = checkpoint.tensors
+    linears = [t for t in tensors.values() if is_linear(t)]
+    if "output.weight" not in tensors:
+        linears.append(tensors["token_embd.weight"])  # tied: gathered by row and multiplied as the head
+    names = {tensor.name for tensor in linears} | {"token_embd.weight"}
+    heads = checkpoint.number("attention.head_count")
+    hidden = checkpoint.number("embedding_length")
+    head_dim = checkpoint.number("attention.key_length", hidden // max(1, heads))
+    kv_heads = checkpoint.number("attention.head_count_kv", heads)
+    layers = checkpoint.number("block_count")
+    return _Model(
+        checkpoint=checkpoint,
+        linears=tuple(linears),
+        small_bytes=sum(t.rows * t.columns * 4 for t in tensors.values() if t.name not in names),
+        layers=layers,
+        hidden=hidden,
+        feed_forward=max((t.rows for t in linears if ".ffn_" in t.name), default=hidden),
+        attention_width=heads * head_dim,
+        kv_bytes_per_token=2 * layers * kv_heads * head_dim * KV_BYTES,
+        context_limit=checkpoint.number("context_length", 1 << 20),
+    )
+
+
+def is_linear(tensor: Tensor) -> bool:
+    """Whether a tensor is multiplied in every pass: a matrix, and not a table of embeddings."""
+    tables = ("token_embd.weight", "position_embd.weight", "token_types.weight")
+    return len(tensor.shape) == 2 and tensor.name not in tables
+
+
+def _activations(model: _Model, rows: int, context_tokens: int) -> int:
+    """The most that a pass of this many rows holds at once, in fp32: the wider of MLP and attention, and one row of logits."""
+    narrow = 6 * model.hidden
+    mlp = 4 * model.feed_forward
+    attention = 6 * model.attention_width
+    logits = 4 * model.checkpoint.vocab_size * 4
+    if rows <= FEW_ROWS:
+        return rows * 4 * (narrow + max(mlp, attention)) + logits
+    # Many rows: weights unpacked beside them, and the cache repeated for grouped heads, in fp16.
+    repeated = 2 * context_tokens * model.attention_width * KV_BYTES + rows * context_tokens
+    return rows * 4 * (narrow + max(mlp, attention)) + logits + repeated + UNPACK_SCRATCH_BYTES
+
+
+def _prefill_rows(model: _Model, request: Request, budget_bytes: int, room: int) -> int:
+    """As many prompt rows per pass as fit into an eighth of the budget: passes cost more than pins until then."""
+    limit = min(room, max(budget_bytes // 8, 96 * MIB))
+    rows = max(1, request.prompt_tokens)
+    if rows <= FEW_ROWS:
+        return FEW_ROWS
+    while rows > ROW_CHUNK and _activations(model, rows, request.context_tokens) > limit:
+        rows -= ROW_CHUNK
+    return rows if _activations(model, rows, request.context_tokens) <= limit else FEW_ROWS
+
+
+def _pin(model: _Model, room: int) -> dict[str, int]:
+    """Rows to pin by tensor: the same share of each, except that small rests are pinned too."""
+    room = max(0, room)
+    if room >= model.weights_bytes + 4096 * 2 * len(model.linears):
+        return {tensor.name: tensor.rows for tensor in model.linears}
+    room = max(0, room - 4096 * 2 * len(model.linears))
+    whole: set[str] = set()
+    while True:
+        rest = [tensor for tensor in model.linears if tensor.name not in whole]
+        spent = model.weights_bytes - sum(tensor.nbytes for tensor in rest)
+        share = max(0.0, (room - spent) / max(1, sum(tensor.nbytes for tensor in rest)))
+        more = {t.name for t in rest if (1 - share) * t.nbytes < SMALLEST_READ_BYTES}
+        cost = sum(t.nbytes for t in rest if t.name in more)
+        if not more or spent + cost > room:
+            break
+        whole |= more
+    rows = {tensor.name: int(share * tensor.rows) for tensor in rest}
+    return rows | {tensor.name: tensor.rows for tensor in model.linears if tensor.name in whole}
+
+
+def _floor_hint(floor: int, kv: int) -> str:
+    hint = f"use --memory {-(-floor // MIB)}MiB"
+    return f"{hint}, or a smaller --ctx-size (the KV cache takes {gib(kv)} of it)" if kv > floor // 4 else hint
+
+
+def _changes(
+    plan: Plan, checkpoint: Checkpoint, profile: Profile, request: Request, runtime_bytes: int | None
+) -> tuple[Change, ...]:
+    """The three changes that save most time per token, each by planning again with it."""
+    now = plan.decode.seconds
+    fixed = plan.budget.nbytes - plan.pinned_bytes - (plan.ring_bytes if plan.streamed_bytes_per_pass else 0)
+    enough = int((fixed + plan.weights_bytes + 64 * MIB) * 1.02)
+
+    def with_memory(nbytes: int) -> float:
+        budget = Budget(nbytes=nbytes, reason="what if")
+        return _plan(checkpoint, profile, budget, request, runtime_bytes).decode.seconds
+
+    candidates: list[Change] = []
+    if plan.streamed_bytes_per_pass:
+        candidates.append(Change(what=f"--memory {gib(enough)}: everything pinned", s_per_token=with_memory(enough)))
+        half = (plan.budget.nbytes + enough) // 2
+        candidates.append(Change(what=f"--memory {gib(half)}", s_per_token=with_memory(half)))
+        faster = max(plan.decode.disk_s / 2, plan.decode.compute_s)
+        candidates.append(Change(what="a disk twice as fast (or the file on two)", s_per_token=faster))
+    candidates += _smaller_files(plan)
+    if plan.kv_bytes > plan.budget.nbytes // 10 and plan.streamed_bytes_per_pass:
+        shorter = replace(request, context_tokens=max(256, request.context_tokens // 2))
+        s = _plan(checkpoint, profile, plan.budget, shorter, runtime_bytes).decode.seconds
+        candidates.append(Change(what=f"--ctx-size {shorter.context_tokens}", s_per_token=s))
+    better = sorted((c for c in candidates if c.s_per_token < 0.97 * now), key=lambda c: c.s_per_token)
+    return tuple(better[:3])
+
+
+def _smaller_files(plan: Plan) -> list[Change]:
+    """The next smaller quantisations: the same budget holds a larger share of fewer bytes."""
+    smaller = [(name, bits) for name, bits in USUAL_FILES if bits < 0.92 * plan.type_bits][:2]
+    changes = []
+    for name, bits in smaller:
+        size = plan.weights_bytes * bits / plan.type_bits
+        streamed = max(0.0, size - plan.pinned_bytes)
+        # Kernels of two to four bits are bound by their arithmetic: fewer bytes do not make them faster.
+        compute = plan.decode.compute_s * (bits / plan.type_bits if plan.type_bits > 9 else 1.0)
+        changes.append(
+            Change(what=f"the same model as {name} ({gigabytes(size)})", s_per_token=max(streamed / plan.disk_bytes_per_s, compute))
+        )
+    return changes
+
+
+def describe(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
+    """The plan as rows of (name, value, remark), for a terminal."""
+    decode, ttft = plan.decode_s_per_token, plan.ttft_s
+    kinds = sorted({t.type for t in checkpoint.tensors.values() if is_linear(t)}, key=bits_per_weight)
+    rows = [
+        ("model", plan.model, f"{checkpoint.architecture}, {plan.type_bits:.2f} bits/weight ({', '.join(kinds)})"),
+        ("memory", gib(plan.budget.nbytes), f"{plan.budget.reason}; floor {gib(plan.floor_bytes)}"),
+        ("weights", gigabytes(plan.weights_bytes), "read in the first pass"),
+        ("pinned", gigabytes(plan.pinned_bytes), f"{plan.pinned_bytes / plan.weights_bytes:.0%} of every large tensor"),
+        ("streamed", gigabytes(plan.streamed_bytes_per_pass), f"per pass, disk {gigabytes(plan.disk_bytes_per_s)}/s"),
+        ("KV cache", gib(plan.kv_bytes), f"{plan.context_tokens} tokens"),
+        ("buffers", gib(plan.ring_bytes + plan.activation_bytes), f"ring {gib(plan.ring_bytes)}, activations {gib(plan.activation_bytes)}"),
+        ("runtime", gib(plan.runtime_bytes), "interpreter, libraries, tokenizer, small tensors"),
+        ("prefill", seconds(ttft.expected), f"{plan.prefill.binding}-bound, {plan.prefill_passes} pass(es) of {plan.prefill_rows} rows  [{seconds(ttft.low)} .. {seconds(ttft.high)}]"),
+        ("decode", f"{seconds(decode.expected)}/token", f"{plan.binding}-bound = {rate(1 / decode.expected)}  [{seconds(decode.low)} .. {seconds(decode.high)}]"),
+        ("rates", plan.profile_source, "run `headrace probe` to measure this machine" if plan.profile_source == "guessed" else "by `headrace probe`"),
+    ]  # fmt: skip
+    return rows

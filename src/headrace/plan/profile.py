@@ -1,0 +1,130 @@
+"""What this machine can do, measured once by `headrace probe` and kept: disk, kernels, interpreter.
+
+Rates are in weights per second rather than bytes, so that a quantisation that was not measured can borrow a neighbour's.
+"""
+
+import json
+import os
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headrace.units import GIB, MIB
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Measured rates of one machine. `source` is `measured <date>` or `guessed`."""
+
+    source: str
+    machine: str
+    threads: int
+    disk_bytes_per_s: Mapping[str, float]  # by device number of the file system
+    kernel_weights_per_s: Mapping[str, Mapping[str, float]]  # by type, by rows: products on packed blocks
+    unpack_weights_per_s: Mapping[str, float]  # by type
+    bf16_flop_per_s: Mapping[str, float]  # by rows: torch's products of unpacked weights
+    fp32_flop_per_s: Mapping[str, float]
+    layer_s: float  # interpreter and small operations of one decoder layer, one row
+    layer_row_s: float  # the same for each further row
+    runtime_bytes: int  # interpreter, torch, transformers, the code of one model
+    schema: int = field(default=SCHEMA)
+
+    def disk(self, path: str) -> float:
+        """Bytes per second of the file system that holds a file: its own measurement, else the slowest known."""
+        key = str(os.stat(path).st_dev) if os.path.exists(path) else ""
+        return self.disk_bytes_per_s.get(key) or min(self.disk_bytes_per_s.values(), default=1e9)
+
+    def kernel(self, type_name: str, rows: int) -> float:
+        """Weights per second of the packed product with this many rows."""
+        table = self.kernel_weights_per_s.get(type_name) or _slowest(self.kernel_weights_per_s)
+        return _interpolated(table, rows)
+
+    def unpack(self, type_name: str) -> float:
+        """Weights per second unpacked to fp32."""
+        return self.unpack_weights_per_s.get(type_name) or min(self.unpack_weights_per_s.values())
+
+    def product(self, rows: int, precise: bool) -> float:
+        """Floating point operations per second of torch's products with this many rows."""
+        return _interpolated(self.fp32_flop_per_s if precise else self.bf16_flop_per_s, rows)
+
+    @property
+    def bf16_pays(self) -> bool:
+        """Whether torch multiplies faster in bf16 than in fp32 on this machine."""
+        return self.product(256, False) > 1.2 * self.product(256, True)
+
+
+def _slowest(tables: Mapping[str, Mapping[str, float]]) -> Mapping[str, float]:
+    return min(tables.values(), key=lambda table: table["1"])
+
+
+def _interpolated(table: Mapping[str, float], rows: int) -> float:
+    """Linear between measured numbers of rows, constant outside. Time is what adds up, so its inverse is linear."""
+    points = sorted((int(key), 1 / value) for key, value in table.items())
+    counts = [count for count, _ in points]
+    at = bisect_left(counts, rows)
+    if at == 0 or at == len(points):
+        return 1 / points[min(at, len(points) - 1)][1]
+    (x0, y0), (x1, y1) = points[at - 1], points[at]
+    return 1 / (y0 + (y1 - y0) * (rows - x0) / (x1 - x0))
+
+
+def machine_name() -> str:
+    """Processor, cores and memory: a profile is only good for the machine it was measured on."""
+    model = "unknown"
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory / GIB:.0f} GiB"
+
+
+def profile_path() -> Path:
+    """Where the profile is kept: $HEADRACE_HOME, else headrace's folder in the user's cache."""
+    home = os.environ.get("HEADRACE_HOME")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return (Path(home) if home else Path(cache) / "headrace") / "profile.json"
+
+
+def load_profile(path: Path | None = None) -> Profile | None:
+    """The kept profile, or None if there is none, it is unreadable, or it is another machine's."""
+    try:
+        values: dict[str, Any] = json.loads((path or profile_path()).read_text())
+        profile = Profile(**values)
+    except (OSError, ValueError, TypeError):
+        return None
+    return profile if profile.schema == SCHEMA and profile.machine == machine_name() else None
+
+
+def save_profile(profile: Profile, path: Path | None = None) -> Path:
+    """Keep a profile; a reader sees the old one or the new one, never half of it."""
+    path = path or profile_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(asdict(profile), indent=1))
+    partial.replace(path)
+    return path
+
+
+def guessed_profile() -> Profile:
+    """A modest machine, for planning before the probe has run. Every plan made with it says so."""
+    return Profile(
+        source="guessed",
+        machine=machine_name(),
+        threads=len(os.sched_getaffinity(0)),
+        disk_bytes_per_s={},
+        kernel_weights_per_s={"Q4_K": {"1": 20e9, "4": 8e9, "16": 3e9}, "F16": {"1": 8e9, "4": 6e9, "16": 3e9}},
+        unpack_weights_per_s={"Q4_K": 2e9},
+        bf16_flop_per_s={"32": 150e9, "512": 200e9},
+        fp32_flop_per_s={"32": 150e9, "512": 200e9},
+        layer_s=400e-6,
+        layer_row_s=20e-6,
+        runtime_bytes=420 * MIB,
+    )

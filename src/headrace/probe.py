@@ -1,0 +1,251 @@
+"""Measure this machine: disk at the engine's own read pattern, kernels on packed blocks, unpacking, products, interpreter.
+
+Everything is measured with the parts that will run: the disk by the stream with a consumer that drops what comes, the
+kernels and a whole small model by the engine. Rounds are repeated and the median kept; the machine may be shared.
+"""
+
+import ctypes
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import date
+from os import sched_getaffinity, stat
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from headrace.checkpoint import Checkpoint, Tensor, open_checkpoint
+from headrace.checkpoint.gguf import block_of
+from headrace.engine import Engine, Rows
+from headrace.engine.engine import StreamOptions
+from headrace.errors import HeadraceError
+from headrace.kernels import FEW_ROWS, Kernels, Piece
+from headrace.plan.plan import READERS, RING_SLOTS, UNIT_BYTES, is_linear
+from headrace.plan.profile import Profile, load_profile, machine_name, profile_path, save_profile
+from headrace.process import peak_bytes
+from headrace.stream import Arena, WeightStream
+from headrace.stream.layout import make_layout
+from headrace.units import GIB, MIB
+
+COLUMNS, WEIGHT_ROWS = 4096, 14336  # one projection of an 8B model
+USUAL_TYPES = ("Q4_K", "Q6_K", "Q5_K", "Q8_0", "F16", "BF16", "Q5_0", "Q4_0", "Q3_K", "Q2_K", "IQ4_XS", "F32")
+KERNEL_ROWS = (1, 2, 4, 8, FEW_ROWS)
+PRODUCT_ROWS = (32, 128, 512)
+DISK_BYTES = GIB
+ROUNDS = 3
+
+
+def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
+    """Measure, keep and return the profile.
+
+    Args:
+        target: a GGUF file, or a folder on the file system to measure.
+        say: told what is being measured.
+
+    Raises:
+        HeadraceError: the disk cannot be measured at `target`.
+    """
+    threads = len(sched_getaffinity(0))
+    known = load_profile()
+    say("disk")
+    disks = dict(known.disk_bytes_per_s) if known else {}
+    disks[str(stat(target).st_dev)] = measure_disk(target)
+    say("kernels")
+    kernels = Kernels(threads)
+    types = dict.fromkeys([*_types_of(target), *USUAL_TYPES])
+    packed = {kind: _measure_kernel(kernels, kind) for kind in types}
+    unpacked = {kind: _measure_unpack(kernels, kind) for kind in types if kind != "F32"} | {"F32": 1e12}
+    say("matrix products")
+    products = {kind: _measure_products(kernels, kind) for kind in ("Q4_K", "F16")}
+    kernels.close()
+    say("interpreter")
+    layer_s, layer_row_s = _measure_layers(threads)
+    profile = Profile(
+        source=f"measured {date.today().isoformat()}",
+        machine=machine_name(),
+        threads=threads,
+        disk_bytes_per_s=disks,
+        kernel_weights_per_s=packed,
+        unpack_weights_per_s=unpacked,
+        bf16_flop_per_s=products["Q4_K"],
+        fp32_flop_per_s=products["F16"],
+        layer_s=layer_s,
+        layer_row_s=layer_row_s,
+        runtime_bytes=_measure_runtime(),
+    )
+    save_profile(profile, profile_path())
+    return profile
+
+
+def _types_of(target: Path) -> Iterable[str]:
+    with suppress(HeadraceError):
+        if target.is_file():
+            return sorted({t.type for t in open_checkpoint(target).tensors.values() if is_linear(t)})
+    return ()
+
+
+def measure_disk(target: Path, total_bytes: int = DISK_BYTES, rounds: int = ROUNDS) -> float:
+    """Bytes per second of the stream alone, from a model's own file, or from a temporary file in a folder."""
+    if target.is_file():
+        tensors = [t for t in open_checkpoint(target).tensors.values() if is_linear(t)]
+        return _stream_rate(tensors, total_bytes, rounds)
+    with tempfile.NamedTemporaryFile(dir=target, prefix=".headrace-probe-") as file:
+        block = np.random.default_rng(0).integers(0, 256, 8 * MIB, np.uint8).tobytes()
+        count = total_bytes // 2 // len(block)
+        for _ in range(count):
+            file.write(block)
+        file.flush()
+        tensor = Tensor(
+            name="probe", shape=(count * 2048, 1024), type="F32", path=file.name, offset=0, nbytes=count * len(block)
+        )
+        return _stream_rate([tensor], total_bytes // 2, rounds)
+
+
+def _stream_rate(tensors: Sequence[Tensor], total_bytes: int, rounds: int) -> float:
+    chosen: list[Tensor] = []
+    while tensors and sum(t.nbytes for t in chosen) < total_bytes and len(chosen) < len(tensors):
+        chosen.append(tensors[len(chosen)])
+    layout = make_layout([[t] for t in chosen], {t.name: 0 for t in chosen}, UNIT_BYTES)
+    rates = []
+    with WeightStream(layout, slots=RING_SLOTS, readers=READERS) as stream:
+        for round_ in range(rounds + 1):
+            start = time.perf_counter()
+            for visit in range(len(layout.visits)):
+                for _ in stream.visit(visit):
+                    pass
+            if round_:  # the first fills the ring and starts the threads
+                rates.append(layout.streamed_bytes / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def _median_s(work: Callable[[int], None], rounds: int = ROUNDS) -> float:
+    work(0)
+    times = []
+    for i in range(rounds):
+        start = time.perf_counter()
+        work(i + 1)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _packed(kind: str, rows: int, copies: int) -> tuple[Arena, int]:
+    """`copies` weights of arbitrary valid blocks, more than the caches hold, and the bytes of one."""
+    block, size = block_of(kind)
+    nbytes = COLUMNS // block * size * rows
+    arena = Arena(copies * nbytes)
+    ctypes.memset(arena.address, 0x11, copies * nbytes)  # small, finite scales in every format
+    return arena, nbytes
+
+
+def _measure_kernel(kernels: Kernels, kind: str) -> Mapping[str, float]:
+    copies = 8
+    arena, nbytes = _packed(kind, WEIGHT_ROWS, copies)
+    rates = {}
+    for rows in KERNEL_ROWS:
+        x, out = torch.randn(rows, COLUMNS), torch.empty(rows, WEIGHT_ROWS)
+
+        def work(i: int, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
+            kernels.multiply(x, [Piece(kind, WEIGHT_ROWS, arena.address + i % copies * nbytes, 0)], [out])
+
+        rates[str(rows)] = WEIGHT_ROWS * COLUMNS / _median_s(work, 5 if rows == 1 else ROUNDS)
+    return rates
+
+
+def _measure_unpack(kernels: Kernels, kind: str) -> float:
+    rows = 1024
+    arena, nbytes = _packed(kind, rows, 4)
+    return rows * COLUMNS / _median_s(lambda i: void(kernels.unpack(kind, arena.address + i % 4 * nbytes, rows, COLUMNS)))
+
+
+def void(_: object) -> None:
+    """Nothing: turns an expression into a statement for a lambda."""
+
+
+def _measure_products(kernels: Kernels, kind: str) -> Mapping[str, float]:
+    """Flop per second of the many-row path, unpacking taken off."""
+    weight_rows = 4096
+    arena, _ = _packed(kind, weight_rows, 1)
+    weights = weight_rows * COLUMNS
+    unpack_s = weights / _measure_unpack(kernels, kind)
+    rates = {}
+    for rows in PRODUCT_ROWS:
+        x, out = torch.randn(rows, COLUMNS), torch.empty(rows, weight_rows)
+
+        def work(_: int, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
+            kernels.multiply(x, [Piece(kind, weight_rows, arena.address, 0)], [out])
+
+        spent = _median_s(work)
+        rates[str(rows)] = 2 * weights * rows / max(spent - unpack_s, spent / 10)
+    return rates
+
+
+def _measure_layers(threads: int) -> tuple[float, float]:
+    """Seconds per decoder layer outside of the kernels, for one row and for each further one, from a small model."""
+    layers, many = 4, 256
+    with tempfile.TemporaryDirectory(prefix="headrace-probe-") as folder:
+        checkpoint = small_model(Path(folder) / "probe.gguf", layers=layers)
+        pinned = {t.name: t.rows for t in checkpoint.tensors.values()}
+        options = StreamOptions(pinned_rows=pinned, unit_bytes=UNIT_BYTES, slots=1, readers=1)
+        with Engine(checkpoint, options, Kernels(threads)) as engine:
+            cache = engine.new_cache(2 * many + 64)
+            for _ in range(24):
+                engine.step([Rows(cache=cache, tokens=[1])])
+            one = statistics.median(p.seconds - p.kernel_s for p in engine.passes[4:])
+            for _ in range(2):
+                engine.step([Rows(cache=cache, tokens=[1] * many)])
+            last = engine.passes[-1]
+            further = max(0.0, last.seconds - last.kernel_s - one) / (many - 1)
+    return one / layers, further / layers
+
+
+def small_model(path: Path, layers: int, hidden: int = 1024, feed_forward: int = 4096, vocab: int = 512) -> Checkpoint:
+    """Write a llama of this size with constant Q8_0 weights, and open it."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(1024)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(feed_forward)
+    writer.add_head_count(hidden // 64)
+    writer.add_head_count_kv(hidden // 256)
+    writer.add_layer_norm_rms_eps(1e-5)
+    q8 = gguf.GGMLQuantizationType.Q8_0
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        writer.add_tensor(name, np.full((rows, columns // 32 * 34), 0x11, np.uint8), raw_dtype=q8)
+
+    matrix("token_embd.weight", vocab, hidden)
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    for i in range(layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{norm}.weight", np.ones(hidden, np.float32))
+        for name in ("attn_q", "attn_output"):
+            matrix(f"blk.{i}.{name}.weight", hidden, hidden)
+        for name in ("attn_k", "attn_v"):
+            matrix(f"blk.{i}.{name}.weight", hidden // 4, hidden)
+        for name in ("ffn_gate", "ffn_up"):
+            matrix(f"blk.{i}.{name}.weight", feed_forward, hidden)
+        matrix(f"blk.{i}.ffn_down.weight", hidden, feed_forward)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return open_checkpoint(path)
+
+
+def _measure_runtime() -> int:
+    """Peak memory of a fresh process that has built and run a small model: all that is not weights."""
+    command = [sys.executable, "-c", "from headrace import probe; probe.report_runtime()"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return int(result.stdout)
+
+
+def report_runtime() -> None:
+    """Print the peak memory of this process in bytes, after running a small model."""
+    _measure_layers(len(sched_getaffinity(0)))
+    print(peak_bytes())
