@@ -22,7 +22,7 @@ from headrace.errors import ContextError, UsageError
 from headrace.kernels import Kernels
 from headrace.model import Tokenizer
 from headrace.plan import Budget, Plan, Profile, Request, detect_budget, given_budget, guessed_profile, load_profile, make_plan
-from headrace.process import peak_bytes, release_unused, resident_bytes
+from headrace.process import keep_freed_memory, peak_bytes, release_unused, resident_bytes
 from headrace.stream import WeightFile
 from headrace.stream.weights import File
 from headrace.units import parse_bytes
@@ -360,6 +360,7 @@ def load(
     context = context_tokens or min(4096, checkpoint.number("context_length", 4096))
     request = Request(context_tokens=context, prompt_tokens=min(prompt_tokens or 512, context))
     make_plan(checkpoint, profile, budget, request)  # refuse before anything is built
+    keep_freed_memory()
     tokenizer = Tokenizer(checkpoint)
     release_unused()
     return _load(checkpoint, tokenizer, profile, budget, request, trace, open_file, start)

@@ -4,7 +4,6 @@ Everything is measured with the parts that will run: the disk by the stream with
 kernels and a whole small model by the engine. Rounds are repeated and the median kept; the machine may be shared.
 """
 
-import ctypes
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from headrace.errors import HeadraceError
 from headrace.kernels import FEW_ROWS, Kernels, Piece
 from headrace.plan.plan import READERS, RING_SLOTS, UNIT_BYTES, is_linear
 from headrace.plan.profile import Profile, load_profile, machine_name, profile_path, save_profile
-from headrace.process import peak_bytes
+from headrace.process import release_unused, resident_bytes
 from headrace.stream import Arena, WeightStream
 from headrace.stream.layout import make_layout
 from headrace.units import GIB, MIB
@@ -135,11 +134,19 @@ def _median_s(work: Callable[[int], None], rounds: int = ROUNDS) -> float:
 
 
 def _packed(kind: str, rows: int, copies: int) -> tuple[Arena, int]:
-    """`copies` weights of arbitrary valid blocks, more than the caches hold, and the bytes of one."""
+    """`copies` weights of random blocks, more than the caches hold, and the bytes of one.
+
+    A constant pattern would be 15 % slower than the weights of a model in Q4_K. Bytes of 0 to 0x3f make finite, small
+    numbers wherever a format keeps a scale.
+    """
     block, size = block_of(kind)
     nbytes = COLUMNS // block * size * rows
     arena = Arena(copies * nbytes)
-    ctypes.memset(arena.address, 0x11, copies * nbytes)  # small, finite scales in every format
+    pattern = np.random.default_rng(0).integers(0, 0x40, 1 << 20, np.uint8)
+    whole = np.frombuffer(arena.view, np.uint8)
+    for start in range(0, copies * nbytes, len(pattern)):
+        piece = whole[start : min(start + len(pattern), copies * nbytes)]
+        piece[:] = pattern[: len(piece)]
     return arena, nbytes
 
 
@@ -151,7 +158,7 @@ def _measure_kernel(kernels: Kernels, kind: str) -> Mapping[str, float]:
         x, out = torch.randn(rows, COLUMNS), torch.empty(rows, WEIGHT_ROWS)
 
         def work(i: int, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
-            kernels.multiply(x, [Piece(kind, WEIGHT_ROWS, arena.address + i % copies * nbytes, 0)], [out])
+            kernels.multiply(x, [(0, Piece(kind, WEIGHT_ROWS, arena.address + i % copies * nbytes, 0))], [out])
 
         rates[str(rows)] = WEIGHT_ROWS * COLUMNS / _median_s(work, 5 if rows == 1 else ROUNDS)
     return rates
@@ -178,7 +185,7 @@ def _measure_products(kernels: Kernels, kind: str) -> Mapping[str, float]:
         x, out = torch.randn(rows, COLUMNS), torch.empty(rows, weight_rows)
 
         def work(_: int, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
-            kernels.multiply(x, [Piece(kind, weight_rows, arena.address, 0)], [out])
+            kernels.multiply(x, [(0, Piece(kind, weight_rows, arena.address, 0))], [out])
 
         spent = _median_s(work)
         rates[str(rows)] = 2 * weights * rows / max(spent - unpack_s, spent / 10)
@@ -239,13 +246,21 @@ def small_model(path: Path, layers: int, hidden: int = 1024, feed_forward: int =
 
 
 def _measure_runtime() -> int:
-    """Peak memory of a fresh process that has built and run a small model: all that is not weights."""
+    """Memory of a fresh process that has built a small model and run a token: all that is not weights."""
     command = [sys.executable, "-c", "from headrace import probe; probe.report_runtime()"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     return int(result.stdout)
 
 
 def report_runtime() -> None:
-    """Print the peak memory of this process in bytes, after running a small model."""
-    _measure_layers(len(sched_getaffinity(0)))
-    print(peak_bytes())
+    """Print the memory of this process in bytes, after running one token of a small model."""
+    with tempfile.TemporaryDirectory(prefix="headrace-probe-") as folder:
+        checkpoint = small_model(Path(folder) / "probe.gguf", layers=2, hidden=256, feed_forward=512)
+        pinned = {t.name: t.rows for t in checkpoint.tensors.values()}
+        options = StreamOptions(pinned_rows=pinned, unit_bytes=UNIT_BYTES, slots=1, readers=1)
+        with Engine(checkpoint, options, Kernels(len(sched_getaffinity(0)))) as engine:
+            engine.step([Rows(cache=engine.new_cache(8), tokens=[1])])
+            import headrace.model.tokenizer  # noqa: F401  (its libraries count as well)
+
+            release_unused()
+            print(resident_bytes())

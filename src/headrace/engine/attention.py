@@ -107,8 +107,8 @@ class PackedAttention:
         for row in range(rows):
             last = cache.length + row + 1
             keys, values = cache.get(layer, max(0, last - window) if window else 0, last)
-            grouped = query[:, row].reshape(1, keys.shape[0], heads // keys.shape[0], width)
-            out[row] = _attend(grouped, keys, values, None, scaling, softcap).reshape(heads, -1)
+            grouped = query[:, row].reshape(1, keys.shape[0], -1, width)
+            out[row] = _attend(grouped, keys, values, None, scaling, softcap).view(heads, -1)
 
     def _all_rows(
         self,

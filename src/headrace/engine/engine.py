@@ -18,7 +18,7 @@ from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import JoinedCache, KVCache, PackedAttention
 from headrace.engine.trace import PassStats, Trace
 from headrace.errors import ContextError
-from headrace.kernels import Kernels
+from headrace.kernels import FEW_ROWS, Kernels
 from headrace.model import PackedLinear, build_shell
 from headrace.model.shell import EMBEDDING
 from headrace.stream import Arena, WeightFile, WeightStream
@@ -133,6 +133,7 @@ class Engine:
                     f"{rows.cache.length + len(rows.tokens)} tokens do not fit into a context of {rows.cache.capacity}",
                     hint=f"use --ctx-size {rows.cache.length + len(rows.tokens)} or more",
                 )
+        self._share_cores(sum(len(rows.tokens) for rows in batch))
         before, kernel_before, start = replace(self.stream.counters), self._kernel_s, time.perf_counter()
         try:
             logits = self._forward(batch)
@@ -156,6 +157,12 @@ class Engine:
             )
         )
         return logits
+
+    def _share_cores(self, rows: int) -> None:
+        """torch's small operations stay on one core while ggml works, whose threads wait by spinning on all of them."""
+        threads = self.kernels.threads if rows > FEW_ROWS else 1
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Rows]) -> torch.Tensor:
@@ -195,13 +202,14 @@ class Engine:
         outputs = [rows.new_empty((rows.shape[0], member.tensor.rows)) for member in group]
         for pieces in self.stream.visit(visit):
             start = time.perf_counter()
-            self.kernels.multiply(rows, [piece for _, piece in pieces], [outputs[i] for i, _ in pieces])
+            self.kernels.multiply(rows, pieces, outputs)
             end = time.perf_counter()
             self._kernel_s += end - start
             if self.trace is not None:
                 self.trace.add("compute", linear.tensor.name, start, end)
+        shape = x.shape[:-1]
         for member, out in zip(group, outputs, strict=True):
-            self._pending[member] = (x, out.view(*x.shape[:-1], -1))
+            self._pending[member] = (x, out.view(*shape, -1))
         if self.on_visit is not None:
             self.on_visit(visit + 1, len(self._groups))
 

@@ -61,25 +61,23 @@ class Products(Graph):
         super().__init__()
         x = self.leaf("F32", columns, rows)
         outputs = []
-        self._weights, self._results = [], []
+        self._parts: list[tuple[Any, Any]] = []
         for type_name, weight_rows, stride in parts:
             weight = self.leaf(type_name, columns, weight_rows)
             result = ggml.ggml_mul_mat(self._context, weight, x)
             result.contents.nb[1] = stride
             result.contents.nb[2] = result.contents.nb[3] = stride * rows
             outputs.append(result)
-            self._weights.append(weight.contents)
-            self._results.append(result.contents)
+            self._parts.append((weight.contents, result.contents))
         self._x = x.contents
         self.plan(outputs, threads)
 
-    def __call__(self, x: int, weights: Sequence[int], results: Sequence[int]) -> None:
-        """Multiply what lies at these addresses."""
+    def __call__(self, x: int, addresses: Sequence[tuple[int, int]]) -> None:
+        """Multiply what lies at these addresses: activations, and for each part its (weights, result)."""
         self._x.data = x
-        for tensor, address in zip(self._weights, weights, strict=True):
-            tensor.data = address
-        for tensor, address in zip(self._results, results, strict=True):
-            tensor.data = address
+        for (weight, result), (source, target) in zip(self._parts, addresses, strict=True):
+            weight.data = source
+            result.data = target
         self.compute()
 
 

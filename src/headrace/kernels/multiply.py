@@ -45,31 +45,31 @@ class Kernels:
         self._unpacks: dict[tuple[str, int, int], Unpack] = {}
         self._scratch: torch.Tensor | None = None
 
-    def multiply(self, x: torch.Tensor, pieces: Sequence[Piece], outputs: Sequence[torch.Tensor]) -> None:
-        """Fill `outputs[i][:, first : first + rows]` with x times piece i.
+    def multiply(
+        self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]
+    ) -> None:
+        """For every (i, piece), fill `outputs[i][:, first : first + rows]` with x times the piece.
 
         Args:
             x: fp32 activations, contiguous, (rows, columns).
-            pieces: packed weights with that many columns.
-            outputs: fp32, contiguous, (rows, total rows of the piece's tensor).
+            pieces: packed weights with that many columns, each with the index of its output.
+            outputs: fp32, contiguous, (rows, total rows of the tensor).
         """
         if x.shape[0] <= FEW_ROWS:
             self._few_rows(x, pieces, outputs)
             return
-        for piece, output in zip(pieces, outputs, strict=True):
-            self._many_rows(x, piece, output)
+        for i, piece in pieces:
+            self._many_rows(x, piece, outputs[i])
 
-    def _few_rows(self, x: torch.Tensor, pieces: Sequence[Piece], outputs: Sequence[torch.Tensor]) -> None:
-        rows, columns = x.shape
-        parts = tuple((p.type, p.rows, 4 * o.shape[1]) for p, o in zip(pieces, outputs, strict=True))
-        graph = self._products.get((rows, columns, parts))
+    def _few_rows(
+        self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]
+    ) -> None:
+        parts = tuple([(piece.type, piece.rows, 4 * outputs[i].shape[1]) for i, piece in pieces])
+        key = (x.shape, parts)
+        graph = self._products.get(key)
         if graph is None:
-            graph = self._products[rows, columns, parts] = Products(parts, columns, rows, self.threads)
-        graph(
-            x.data_ptr(),
-            [piece.address for piece in pieces],
-            [o.data_ptr() + 4 * p.first for p, o in zip(pieces, outputs, strict=True)],
-        )
+            graph = self._products[key] = Products(parts, x.shape[1], x.shape[0], self.threads)
+        graph(x.data_ptr(), [(piece.address, outputs[i].data_ptr() + 4 * piece.first) for i, piece in pieces])
 
     def _many_rows(self, x: torch.Tensor, piece: Piece, output: torch.Tensor) -> None:
         columns = x.shape[1]

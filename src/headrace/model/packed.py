@@ -23,14 +23,16 @@ class PackedLinear(nn.Module):
         # Undoes a permutation of the output rows that the file's writer made.
         self.row_order: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., columns) to (..., rows)."""
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., columns) to (..., rows). Called two hundred times a token, so past nn.Module's own call with its hooks."""
         out = self.product(self, x)
         if self.row_order is not None:
             out = out.index_select(-1, self.row_order)
         if self.bias is not None:
-            out += self.bias
+            out = out + self.bias
         return out
+
+    forward = __call__
 
     def extra_repr(self) -> str:
         """Shape and quantisation, for printing the model."""
@@ -56,13 +58,31 @@ class GatheredEmbedding:
 
 
 class RmsNorm(nn.Module):
-    """Root mean square norm in one call of torch instead of six: same formula, for models that spell it out."""
+    """x / sqrt(mean(x^2) + eps) * weight, in one call of torch where models spell it out in six."""
 
     def __init__(self, weight: torch.Tensor, eps: float):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.shape = tuple(weight.shape)
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., hidden) normalised over the last dimension."""
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return torch.rms_norm(x, self.shape, self.weight, self.eps)
+
+    forward = __call__
+
+    @classmethod
+    def equal_to(cls, module: nn.Module) -> "RmsNorm | None":
+        """The same norm as `module`, or None if it is none. Decided by what it computes, not by its name."""
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        weight = module._parameters.get("weight")
+        if not isinstance(eps, float) or weight is None or len(module._parameters) > 1 or weight.dim() != 1:
+            return None
+        x = torch.randn((3, weight.shape[0]), generator=torch.Generator().manual_seed(0))
+        expected = module(x)
+        for scale in (weight.data, weight.data + 1):
+            norm = cls(scale, eps)
+            if torch.allclose(norm(x), expected, rtol=1e-5, atol=1e-5):
+                return norm
+        return None

@@ -85,6 +85,7 @@ class WeightStream:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._loaded: set[int] = set()  # ids of pinned units in memory
+        self._complete: dict[int, list[tuple[int, Piece]]] = {}  # pinned pieces of visits, once all are in memory
         self._error: BaseException | None = None
         self._begin_pass()
 
@@ -109,17 +110,11 @@ class WeightStream:
         self._next_visit = (index + 1) % len(self.layout.visits)
         self._start()
         visit = self.layout.visits[index]
-        if any(visit.pinned_rows):
-            if index not in self._complete:
-                self._wait(lambda: self._pinned_ready(index), f"visit {index}")
-                self._complete.add(index)
-            yield [
-                (i, Piece(tensor.type, rows, self._pinned.address + address, 0))
-                for i, (tensor, rows, address) in enumerate(
-                    zip(visit.tensors, visit.pinned_rows, visit.pinned_address, strict=True)
-                )
-                if rows
-            ]
+        pinned = self._complete.get(index)
+        if pinned is None:
+            pinned = self._complete[index] = self._pinned_pieces(index)
+        if pinned:
+            yield pinned
         for i, unit in visit.streamed:
             number = self._released
             self._wait(lambda n=number: n in self._filled, unit.tensor.name)  # type: ignore[misc]
@@ -171,6 +166,19 @@ class WeightStream:
         if self.spans is not None:
             self.spans.add("stall", label, start, end)
 
+    def _pinned_pieces(self, index: int) -> list[tuple[int, Piece]]:
+        """Wait until the pinned rows of a visit have come."""
+        visit = self.layout.visits[index]
+        if any(visit.pinned_rows):
+            self._wait(lambda: self._pinned_ready(index), f"visit {index}")
+        return [
+            (i, Piece(tensor.type, rows, self._pinned.address + address, 0))
+            for i, (tensor, rows, address) in enumerate(
+                zip(visit.tensors, visit.pinned_rows, visit.pinned_address, strict=True)
+            )
+            if rows
+        ]
+
     def _pinned_ready(self, index: int) -> bool:
         return all(id(unit) in self._loaded for units in self.layout.visits[index].pinned for unit in units)
 
@@ -180,7 +188,6 @@ class WeightStream:
         self._next_visit = 0
         self._released = 0
         self._filled: set[int] = set()
-        self._complete: set[int] = set()
         self._issued = set(self._loaded)
         self._loads = self._sequence()
         self._next: _Load | None = next(self._loads, None)
