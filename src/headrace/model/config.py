@@ -182,7 +182,6 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "gemma3": _gemma,
     "gpt2": _gpt2,
     "llama": _llama,
-    "mistral": _llama,
     "nemotron": _nemotron,
     "phi3": _phi3,
     "qwen3": _qwen3,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -61,9 +61,7 @@ def build_shell(
     """
     config = make_config(checkpoint, lambda name: [float(x) for x in unpack(_find(checkpoint, name)).flatten()])
     config.use_cache = False
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    model.eval().requires_grad_(False)
+    model = _on_meta(config, attention).eval().requires_grad_(False)
     processor = TENSOR_PROCESSORS.get(checkpoint.architecture, TensorProcessor)(config=config.to_dict())
     names = _names(checkpoint, model, processor)
     _pack_linears(checkpoint, model, names, product)
@@ -77,6 +75,14 @@ def build_shell(
     embedding.padding_idx = None  # only training uses it, and it indexes the whole table
     embedding.register_forward_pre_hook(GatheredEmbedding(gather))
     return Shell(model=model, groups=groups)
+
+
+def _on_meta(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        except KeyError:  # Falcon looks its attention up in a table of its own
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def _find(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -1,0 +1,21 @@
+from pathlib import Path
+
+import pytest
+from tiny import random_model, write_gguf
+
+from headrace.plan import Profile, guessed_profile
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def profile() -> Profile:
+    return guessed_profile()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(random_model("llama"), "llama", tmp_path_factory.mktemp("llama") / "tiny.gguf", "Q8_0")

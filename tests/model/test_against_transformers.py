@@ -1,0 +1,70 @@
+"""Every architecture against two oracles: the transformers model that the file was made of, and transformers' own loader."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import FAMILIES, VOCAB, random_model, write_gguf
+
+from headrace.checkpoint import open_checkpoint
+from headrace.engine import Engine, Rows
+from headrace.engine.engine import StreamOptions
+from headrace.kernels import Kernels
+
+TOKENS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(path: Path, parts: tuple[int, ...], share: float = 0.5) -> torch.Tensor:
+    """Logits of every row of TOKENS, computed in steps of these many rows, with this share of the weights pinned."""
+    checkpoint = open_checkpoint(path)
+    pinned = {tensor.name: int(share * tensor.rows) for tensor in checkpoint.tensors.values()}
+    options = StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2)
+    with Engine(checkpoint, options, Kernels(2)) as engine:
+        cache = engine.new_cache(64)
+        tokens, out = TOKENS[0].tolist(), []
+        for count in parts:
+            out.append(engine.step([Rows(cache=cache, tokens=tokens[:count], logits=count)]))
+            tokens = tokens[count:]
+        return torch.cat(out)
+
+
+def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest KL divergence of a row, from theirs to ours."""
+    return float(torch.nn.functional.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1).max())
+
+
+def same_choice(ours: torch.Tensor, theirs: torch.Tensor, tie: float = 0.02) -> bool:
+    """Whether our likeliest token is theirs in every row, but for ties within the rounding of fp16 keys."""
+    chosen = theirs.gather(-1, ours.argmax(-1, keepdim=True))[:, 0]
+    return bool((theirs.max(-1).values - chosen < tie).all())
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_logits_equal_those_of_the_model_the_file_was_made_of(architecture: str, tmp_path: Path) -> None:
+    model = random_model(architecture)
+    path = write_gguf(model, architecture, tmp_path / "tiny.gguf")
+    with torch.inference_mode():
+        expected = model(TOKENS).logits[0]
+    # One pass of many rows, then decoding row by row: both paths of attention and kernels, the window passed by both.
+    ours = logits_of(path, (30, 1, 1, 5, 1, 1, 1))
+
+    # fp16 keys and values are the only rounding: about 1e-3 of a logit.
+    assert divergence(ours, expected) < 1e-3
+    assert same_choice(ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "MXFP4"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_quantised_logits_equal_transformers_own_loader(architecture: str, kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf", kind)
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = oracle(TOKENS).logits[0]
+    ours = logits_of(path, (30, 10))
+
+    # Activations are quantised to 8 bits per block beside quantised weights, in ggml as here: these random logits have a
+    # standard deviation of several units, trained ones (tests/test_real.py) keep to 1e-3.
+    assert divergence(ours, expected) < 2e-2
+    assert (ours.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9

@@ -1,0 +1,191 @@
+"""Tiny random models of every architecture, as transformers models and as GGUF files of the same weights.
+
+The writer goes the way of llama.cpp's converter: names by the `gguf` package's tensor map, q and k of llama permuted,
+norms of gemma and nemotron plus one, gpt2's matrices transposed. So a reader that forgets to undo one of these differs
+from the transformers model that the weights came from.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 320
+COMMON = {"vocab_size": VOCAB, "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@dataclass(frozen=True)
+class Family:
+    model_type: str
+    config: dict[str, Any]
+    metadata: dict[str, Any]
+    norm_plus_one: bool = False
+    permute: bool = False
+    written_as: str | None = None  # `general.architecture`, where it is not the family's own name
+
+
+FAMILIES = {
+    "llama": Family("llama", {**COMMON, **HEADS, "rope_theta": 5e5}, {"rope.freq_base": 5e5}, permute=True),
+    "mistral": Family(
+        "mistral", {**COMMON, **HEADS, "sliding_window": None, "head_dim": 32}, {"attention.key_length": 32},
+        permute=True, written_as="llama",
+    ),
+    "qwen2": Family("qwen2", {**COMMON, **HEADS, "rope_theta": 1e6}, {"rope.freq_base": 1e6}),
+    "qwen3": Family("qwen3", {**COMMON, **HEADS, "head_dim": 32}, {"attention.key_length": 32}),
+    "gemma2": Family(
+        "gemma2",
+        {**COMMON, **HEADS, "head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32},
+        {"attention.key_length": 32, "attention.sliding_window": 8, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        norm_plus_one=True,
+    ),
+    "gemma3": Family(
+        "gemma3_text",
+        {
+            **COMMON, **HEADS, "num_hidden_layers": 7, "head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        {
+            "attention.key_length": 32, "attention.sliding_window": 8, "rope.freq_base": 1e6,
+            "rope.scaling.type": "linear", "rope.scaling.factor": 8.0,
+        },
+        norm_plus_one=True,
+    ),
+    "phi3": Family(
+        "phi3", {**COMMON, **HEADS, "pad_token_id": 0, "sliding_window": 12}, {"attention.sliding_window": 12}
+    ),
+    "starcoder2": Family(
+        "starcoder2",
+        {**COMMON, **HEADS, "rope_theta": 1e5, "sliding_window": None, "tie_word_embeddings": True},
+        {"rope.freq_base": 1e5},
+    ),
+    "gpt2": Family("gpt2", {"vocab_size": VOCAB, "n_layer": 3, "n_embd": 64, "n_head": 4, "n_positions": 512}, {}),
+    "falcon": Family(
+        "falcon",
+        {"vocab_size": VOCAB, "num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "multi_query": True},
+        {"attention.head_count_kv": 1},
+    ),
+    "stablelm": Family(
+        "stablelm",
+        {**COMMON, **HEADS, "partial_rotary_factor": 0.25, "use_qkv_bias": True},
+        {"rope.dimension_count": 4},
+    ),
+    "nemotron": Family(
+        "nemotron",
+        {**COMMON, **HEADS, "head_dim": 16, "partial_rotary_factor": 0.5},
+        {"rope.dimension_count": 8},
+        norm_plus_one=True,
+    ),
+}  # fmt: skip
+
+def random_model(architecture: str, seed: int = 0) -> PreTrainedModel:
+    """A transformers model with random weights, large enough that every part matters to the logits."""
+    family = FAMILIES[architecture]
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family.model_type, **family.config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        scale = 0.5 if parameter.dim() == 1 else 0.15
+        parameter.data = torch.randn_like(parameter) * scale
+        if parameter.dim() == 1 and name.endswith("weight") and not family.norm_plus_one:
+            parameter.data += 1
+    model.tie_weights()
+    return model
+
+
+def write_gguf(
+    model: PreTrainedModel, architecture: str, path: Path, kind: str = "F32", extra: dict[str, Any] | None = None
+) -> Path:
+    """Write a transformers model as GGUF. `kind` is the format of the matrices: F32, F16, BF16, Q8_0, Q4_0 ..."""
+    family, config = FAMILIES[architecture], model.config
+    architecture = family.written_as or architecture
+    writer = gguf.GGUFWriter(path, architecture)
+    heads = config.num_attention_heads
+    values = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "attention.head_count": heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", heads),
+        **family.metadata,
+        **(extra or {}),
+    }
+    for key, value in values.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        (writer.add_string if isinstance(value, str) else add)(f"{architecture}.{key}", value)
+    for eps in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"):
+        if getattr(config, eps, None) is not None:
+            key = "layer_norm_rms_epsilon" if eps == "rms_norm_eps" else "layer_norm_epsilon"
+            writer.add_float32(f"{architecture}.attention.{key}", getattr(config, eps))
+            if architecture == "nemotron":  # transformers' mapping reads this name
+                writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", getattr(config, eps))
+    _add_vocabulary(writer)
+    _add_tensors(writer, model, architecture, family, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
+    """All 256 bytes in GPT-2's spelling, some control tokens, and fillers."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokens = list(bytes_to_unicode().values())
+    kinds = [1] * len(tokens)
+    tokens += ["<|im_start|>", "<|im_end|>"]
+    kinds += [3, 3]
+    while len(tokens) < VOCAB:
+        tokens.append(f"filler{len(tokens)}")
+        kinds.append(5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["h e", "he l", "Ġ w"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+def _add_tensors(
+    writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: str, family: Family, kind: str
+) -> None:
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
+    tied = model.config.tie_word_embeddings or architecture == "falcon"
+    for name, parameter in model.state_dict().items():
+        if name == "lm_head.weight" and tied:
+            continue
+        base, suffix = name.rsplit(".", 1)
+        gguf_name = names.get_name(base) or names.get_name(base.removeprefix("model.").removeprefix("transformer."))
+        assert gguf_name, name
+        value = parameter.numpy().astype(np.float32)
+        if architecture == "gpt2" and value.ndim == 2 and (".h." in name):
+            value = value.T
+        if family.permute and (".q_proj." in name or ".k_proj." in name):
+            value = _permuted(value, model.config, ".q_proj." in name)
+        if family.norm_plus_one and "norm" in name and suffix == "weight":
+            value = value + 1
+        stored = "F32" if value.ndim == 1 or "position" in gguf_name else kind
+        data = gguf.quantize(np.ascontiguousarray(value), gguf.GGMLQuantizationType[stored])
+        writer.add_tensor(f"{gguf_name}.{suffix}", data, raw_dtype=gguf.GGMLQuantizationType[stored])
+
+
+def _permuted(value: np.ndarray, config: Any, query: bool) -> np.ndarray:
+    heads = config.num_attention_heads if query else config.num_key_value_heads
+    width = value.shape[0] // heads // 2
+    return value.reshape(heads, 2, width, -1).swapaxes(1, 2).reshape(value.shape)
