@@ -1,0 +1,131 @@
+"""What must always hold of a step: streamed equals resident bit for bit, and sequences do not touch each other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from headrace.checkpoint import open_checkpoint
+from headrace.engine import Engine, Rows, Trace
+from headrace.engine.engine import StreamOptions
+from headrace.errors import ContextError, ReadError
+from headrace.kernels import Kernels
+from headrace.stream import WeightFile
+
+PROMPT = [5, 17, 99, 3, 250, 41, 7, 7, 12, 130, 64, 2, 9]
+
+
+def make_engine(path: Path, share: float = 0.5, unit_bytes: int = 16 << 10, slots: int = 3, readers: int = 2, **more: object) -> Engine:
+    checkpoint = open_checkpoint(path)
+    pinned = {tensor.name: int(share * tensor.rows) for tensor in checkpoint.tensors.values()}
+    options = StreamOptions(pinned_rows=pinned, unit_bytes=unit_bytes, slots=slots, readers=readers)
+    return Engine(checkpoint, options, Kernels(2), **more)  # type: ignore[arg-type]
+
+
+def decode(engine: Engine, steps: int = 6) -> torch.Tensor:
+    """Logits of a prompt and of some greedy tokens after it."""
+    cache = engine.new_cache(64)
+    logits = [engine.step([Rows(cache=cache, tokens=PROMPT)])]
+    for _ in range(steps):
+        logits.append(engine.step([Rows(cache=cache, tokens=[int(logits[-1][-1].argmax())])]))
+    return torch.cat(logits)
+
+
+@pytest.fixture(scope="module")
+def resident(tiny_llama: Path) -> torch.Tensor:
+    with make_engine(tiny_llama, share=1.0) as engine:
+        return decode(engine)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize(("unit_bytes", "slots"), [(1, 1), (9000, 2), (64 << 10, 8)])
+@pytest.mark.parametrize("readers", [0, 1, 4])
+def test_streamed_logits_equal_resident_ones_bit_for_bit(
+    tiny_llama: Path, resident: torch.Tensor, share: float, unit_bytes: int, slots: int, readers: int
+) -> None:
+    # unit_bytes=1 makes every row a unit of its own: every tensor is then larger than the ring.
+    with make_engine(tiny_llama, share, unit_bytes, slots, readers) as engine:
+        assert torch.equal(decode(engine), resident)
+
+
+def test_sequences_in_one_step_equal_sequences_alone(tiny_llama: Path) -> None:
+    prompts = [PROMPT[:4], PROMPT[4:5], PROMPT[5:]]
+    with make_engine(tiny_llama) as engine:
+        alone = []
+        for prompt in prompts:
+            cache = engine.new_cache(32)
+            first = engine.step([Rows(cache=cache, tokens=prompt, logits=len(prompt))])
+            alone.append(torch.cat([first, engine.step([Rows(cache=cache, tokens=[1, 2], logits=2)])]))
+        caches = [engine.new_cache(32) for _ in prompts]
+        first = engine.step([Rows(cache=c, tokens=p, logits=len(p)) for c, p in zip(caches, prompts, strict=True)])
+        second = engine.step([Rows(cache=c, tokens=[1, 2], logits=2) for c in caches])
+    start = 0
+    for i, prompt in enumerate(prompts):
+        together = torch.cat([first[start : start + len(prompt)], second[2 * i : 2 * i + 2]])
+        assert torch.equal(together, alone[i])
+        start += len(prompt)
+
+
+def test_forgetting_positions_is_as_if_they_had_never_been(tiny_llama: Path) -> None:
+    with make_engine(tiny_llama) as engine:
+        cache = engine.new_cache(32)
+        engine.step([Rows(cache=cache, tokens=PROMPT[:5])])
+        expected = engine.step([Rows(cache=cache, tokens=[8])])
+        engine.step([Rows(cache=cache, tokens=[1, 2, 3])])
+        cache.truncate(5)
+        assert torch.equal(engine.step([Rows(cache=cache, tokens=[8])]), expected)
+
+
+def test_rows_that_do_not_fit_are_refused_before_anything_is_computed(tiny_llama: Path) -> None:
+    with make_engine(tiny_llama) as engine:
+        cache = engine.new_cache(4)
+        with pytest.raises(ContextError, match="do not fit"):
+            engine.step([Rows(cache=cache, tokens=[1] * 5)])
+        assert cache.length == 0
+        assert not engine.passes
+
+
+class FailsOnce:
+    """A file that fails at one read and works again after."""
+
+    count = 0
+
+    def __init__(self, path: str):
+        self._file = WeightFile(path)
+
+    def read(self, offset: int, target: memoryview, needed: int) -> int:
+        FailsOnce.count += 1
+        if FailsOnce.count == 60:
+            raise ReadError("reading failed: Input/output error")
+        return self._file.read(offset, target, needed)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def test_after_a_read_error_the_next_step_starts_afresh(tiny_llama: Path, resident: torch.Tensor) -> None:
+    FailsOnce.count = 0
+    with make_engine(tiny_llama, 0.3, open_file=FailsOnce) as engine:
+        cache = engine.new_cache(64)
+        with pytest.raises(ReadError):
+            for _ in range(20):
+                engine.step([Rows(cache=cache, tokens=[1])])
+        assert torch.equal(decode(engine), resident)
+
+
+def test_the_trace_has_reads_products_and_passes(tiny_llama: Path, tmp_path: Path) -> None:
+    trace = Trace()
+    with make_engine(tiny_llama, 0.3, trace=trace) as engine:
+        decode(engine, 2)
+        passes = engine.passes
+    kinds = {event.get("cat") for event in trace.events()}
+    assert {"read", "compute", "pass"} <= kinds
+    assert abs(trace.seconds("pass") - sum(p.seconds for p in passes)) < 0.01
+    trace.write(tmp_path / "trace.json")
+    assert (tmp_path / "trace.json").read_text().startswith('{"traceEvents"')
+
+
+def test_every_pass_reads_the_streamed_bytes_and_no_more(tiny_llama: Path) -> None:
+    with make_engine(tiny_llama, 0.3, readers=0) as engine:
+        decode(engine, 3)
+        assert [p.read_bytes for p in engine.passes[1:]] == [engine.layout.streamed_bytes] * 3

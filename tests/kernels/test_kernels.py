@@ -1,0 +1,97 @@
+"""The fast kernels against the slow twin, and the promise that few rows do not influence each other."""
+
+import ctypes
+
+import ggml
+import gguf
+import pytest
+import torch
+
+from headrace.checkpoint.gguf import COMPUTABLE, block_of
+from headrace.kernels import FEW_ROWS, Kernels, Piece, torch_reference
+from headrace.kernels.multiply import PRECISE_TYPES
+from headrace.plan import cost
+
+COLUMNS, ROWS = 512, 24
+# The gguf package cannot unpack it, so there is no twin to compare with.
+WITHOUT_TWIN = {"Q1_0"}
+TYPES = sorted(COMPUTABLE - WITHOUT_TWIN)
+
+
+def quantised(kind: str) -> torch.Tensor:
+    weights = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(7))
+    block, size = block_of(kind)
+    packed = torch.zeros(ROWS * COLUMNS // block * size, dtype=torch.uint8)
+    importance = (ctypes.c_float * COLUMNS)(*[1.0] * COLUMNS)
+    source = ctypes.cast(weights.data_ptr(), ctypes.POINTER(ctypes.c_float))
+    ggml.ggml_quantize_chunk(getattr(ggml, f"GGML_TYPE_{kind}"), source, packed.data_ptr(), 0, ROWS, COLUMNS, importance)
+    return packed
+
+
+def product(kernels: Kernels, x: torch.Tensor, kind: str, packed: torch.Tensor) -> torch.Tensor:
+    out = torch.full((x.shape[0], ROWS + 5), 99.0)
+    kernels.multiply(x, [(0, Piece(kind, ROWS, packed.data_ptr(), 3))], [out])
+    assert (out[:, :3] == 99).all()
+    assert (out[:, 3 + ROWS :] == 99).all()
+    return out[:, 3 : 3 + ROWS]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return Kernels(2)
+
+
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1, 70])
+@pytest.mark.parametrize("kind", TYPES)
+def test_products_equal_the_slow_twin(kernels: Kernels, kind: str, rows: int) -> None:
+    packed = quantised(kind)
+    x = torch.randn(rows, COLUMNS)
+    expected = torch_reference.multiply(x, kind, packed.data_ptr(), ROWS)
+    error = (product(kernels, x, kind, packed) - expected).norm() / expected.norm()
+
+    # ggml quantises the activations to 8 bits per block of 32 or 256: below 1 %. bf16 has 8 bits too, fp32 none to lose.
+    exact = kind == "F32" or (kind in PRECISE_TYPES and rows > FEW_ROWS)
+    assert error < (1e-5 if exact else 1e-2)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_result_of_a_row_does_not_depend_on_the_rows_beside_it(kernels: Kernels, kind: str) -> None:
+    packed = quantised(kind)
+    x = torch.randn(FEW_ROWS, COLUMNS)
+    together = product(kernels, x, kind, packed)
+    for row in range(FEW_ROWS):
+        assert torch.equal(product(kernels, x[row : row + 1].clone(), kind, packed)[0], together[row])
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "F16"])
+def test_the_result_does_not_depend_on_how_the_weight_is_cut(kernels: Kernels, kind: str) -> None:
+    packed = quantised(kind)
+    block, size = block_of(kind)
+    row_bytes = COLUMNS // block * size
+    for rows in (1, 5):
+        x = torch.randn(rows, COLUMNS)
+        whole, cut = torch.empty(rows, ROWS), torch.empty(rows, ROWS)
+        kernels.multiply(x, [(0, Piece(kind, ROWS, packed.data_ptr(), 0))], [whole])
+        for first in range(0, ROWS, 7):
+            count = min(7, ROWS - first)
+            kernels.multiply(x, [(0, Piece(kind, count, packed.data_ptr() + first * row_bytes, first))], [cut])
+        assert torch.equal(whole, cut)
+
+
+def test_several_weights_share_one_call(kernels: Kernels) -> None:
+    packed = {kind: quantised(kind) for kind in ("Q4_K", "Q6_K")}
+    x = torch.randn(2, COLUMNS)
+    outs = [torch.empty(2, ROWS), torch.empty(2, ROWS)]
+    kernels.multiply(x, [(i, Piece(k, ROWS, p.data_ptr(), 0)) for i, (k, p) in enumerate(packed.items())], outs)
+    for out, (kind, data) in zip(outs, packed.items(), strict=True):
+        assert torch.equal(out, product(kernels, x, kind, data))
+
+
+def test_every_computable_type_is_known_to_ggml() -> None:
+    for kind in COMPUTABLE:
+        assert getattr(ggml, f"GGML_TYPE_{kind}") == int(gguf.GGMLQuantizationType[kind])
+
+
+def test_the_planner_and_the_kernels_agree_on_what_few_rows_are() -> None:
+    assert cost.FEW_ROWS == FEW_ROWS
+    assert cost.PRECISE_TYPES == PRECISE_TYPES

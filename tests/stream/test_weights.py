@@ -1,0 +1,231 @@
+"""The stream by itself: right bytes in the right order at any size, and every way a disk can fail."""
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headrace.checkpoint import Tensor
+from headrace.errors import ReadError
+from headrace.stream import Layout, WeightFile, WeightStream
+from headrace.stream.layout import make_layout
+from headrace.stream.weights import File
+
+Bytes = dict[str, bytes]
+
+
+def make_file(path: Path, shapes: list[tuple[int, int]]) -> tuple[list[Tensor], Bytes]:
+    """Tensors of random F32 rows at odd offsets, and what they hold."""
+    random = np.random.default_rng(0)
+    tensors, contents, offset = [], {}, 96
+    with path.open("wb") as file:
+        for i, (rows, columns) in enumerate(shapes):
+            data = random.integers(0, 256, rows * columns * 4, np.uint8).tobytes()
+            file.seek(offset)
+            file.write(data)
+            name = f"t{i}"
+            tensors.append(Tensor(name=name, shape=(rows, columns), type="F32", path=str(path), offset=offset, nbytes=len(data)))
+            contents[name] = data
+            offset += len(data) + 32
+    return tensors, contents
+
+
+def read_pass(stream: WeightStream) -> Bytes:
+    """One pass: what every tensor's rows were when they were delivered."""
+    got: Bytes = {}
+    for index, visit in enumerate(stream.layout.visits):
+        rows: dict[str, dict[int, bytes]] = {tensor.name: {} for tensor in visit.tensors}
+        for batch in stream.visit(index):
+            for i, piece in batch:
+                tensor = visit.tensors[i]
+                rows[tensor.name][piece.first] = ctypes.string_at(piece.address, piece.rows * tensor.row_bytes)
+        got |= {name: b"".join(parts[first] for first in sorted(parts)) for name, parts in rows.items()}
+    return got
+
+
+def layout_of(tensors: list[Tensor], share: float, unit_bytes: int) -> Layout:
+    groups = [tensors[:2], *[[tensor] for tensor in tensors[2:]]]
+    return make_layout(groups, {t.name: int(share * t.rows) for t in tensors}, unit_bytes, read_bytes=20_000)
+
+
+SHAPES = [(7, 33), (64, 256), (1, 5000), (300, 40), (5, 1024)]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    share=st.floats(0, 1),
+    unit_bytes=st.integers(1, 60_000),
+    slots=st.integers(1, 9),
+    readers=st.integers(0, 4),
+)
+def test_every_pass_delivers_every_byte(tmp_path: Path, share: float, unit_bytes: int, slots: int, readers: int) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    with WeightStream(layout_of(tensors, share, unit_bytes), slots=slots, readers=readers) as stream:
+        for _ in range(3):
+            assert read_pass(stream) == contents
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_serial_and_pipelined_streams_read_the_same_bytes(tmp_path: Path, share: float) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    layout = layout_of(tensors, share, 9000)
+    read = {}
+    for readers in (0, 3):
+        with WeightStream(layout, slots=4, readers=readers) as stream:
+            for _ in range(3):
+                assert read_pass(stream) == contents
+            stream._stop()  # the pipelined one is ahead by what the ring holds; count what was consumed
+            read[readers] = layout.pinned_bytes + stream._released * layout.streamed_bytes // max(1, layout.streamed_units)
+            if readers == 0:
+                pinned = sum(u.length for v in layout.visits for units in v.pinned for u in units)
+                assert stream.counters.read_bytes == pinned + 3 * layout.streamed_bytes
+            else:
+                ahead = stream.counters.read_bytes - pinned - 3 * layout.streamed_bytes
+                assert 0 <= ahead <= 4 * layout.slot_bytes
+    assert read[0] == read[3]
+
+
+def test_a_pass_in_which_everything_is_pinned_reads_nothing(tmp_path: Path) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    with WeightStream(layout_of(tensors, 1.0, 9000), slots=1, readers=2) as stream:
+        assert read_pass(stream) == contents
+        before = stream.counters.read_bytes
+        assert read_pass(stream) == contents
+        assert stream.counters.read_bytes == before
+
+
+def test_rewinding_starts_the_pass_again(tmp_path: Path) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    with WeightStream(layout_of(tensors, 0.3, 9000), slots=3, readers=2) as stream:
+        for stop_at in (0, 1, 3):
+            for index in range(stop_at):
+                for _ in stream.visit(index):
+                    pass
+            stream.rewind()
+            assert read_pass(stream) == contents
+
+
+def test_reads_go_on_over_the_end_of_a_pass(tmp_path: Path) -> None:
+    tensors, _ = make_file(tmp_path / "w", SHAPES)
+    layout = layout_of(tensors, 0.0, 9000)
+    with WeightStream(layout, slots=3, readers=2) as stream:
+        read_pass(stream)
+        deadline = time.monotonic() + 10
+        while stream.counters.reads < layout.streamed_units + 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stream.counters.reads == layout.streamed_units + 3
+
+
+class Faulty:
+    """A file whose reads go wrong from the n-th on."""
+
+    def __init__(self, path: str, fault: Callable[[], None], after: int):
+        self._file, self._fault, self._left = WeightFile(path), fault, after
+
+    def read(self, offset: int, target: memoryview, needed: int) -> int:
+        self._left -= 1
+        if self._left < 0:
+            self._fault()
+        return self._file.read(offset, target, needed)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def faulty(fault: Callable[[], None], after: int = 5) -> Callable[[str], File]:
+    return lambda path: Faulty(path, fault, after)
+
+
+def io_error() -> None:
+    raise ReadError("reading w at 8192 failed: Input/output error", hint="check the disk")
+
+
+@pytest.mark.parametrize("readers", [0, 1, 3])
+def test_a_read_error_reaches_the_consumer_and_leaves_no_thread(tmp_path: Path, readers: int) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    threads = threading.active_count()
+    with WeightStream(layout_of(tensors, 0.3, 9000), slots=3, readers=readers, open_file=faulty(io_error)) as stream, pytest.raises(ReadError, match="8192"):
+        for _ in range(3):
+            assert read_pass(stream) == contents
+    assert threading.active_count() == threads
+
+
+def test_a_silent_disk_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
+    tensors, _ = make_file(tmp_path / "w", SHAPES)
+    silence = threading.Event()
+    with WeightStream(
+        layout_of(tensors, 0.3, 9000), slots=3, readers=2, open_file=faulty(lambda: void(silence.wait(20))), stall_limit_s=0.3
+    ) as stream:
+        with pytest.raises(ReadError, match="delivered nothing"):
+            for _ in range(3):
+                read_pass(stream)
+        silence.set()
+
+
+def void(_: object) -> None:
+    pass
+
+
+def test_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    with WeightStream(
+        layout_of(tensors, 0.0, 9000), slots=3, readers=2, open_file=faulty(lambda: time.sleep(0.02), 0), stall_limit_s=5
+    ) as stream:
+        assert read_pass(stream) == contents
+        assert stream.counters.stall_s > 0
+
+
+def test_a_file_that_shrinks_while_in_use_is_an_error(tmp_path: Path) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    with WeightStream(layout_of(tensors, 0.0, 9000), slots=2, readers=1) as stream:
+        assert read_pass(stream) == contents
+        os.truncate(tmp_path / "w", tensors[1].offset + 100)
+        with pytest.raises(ReadError, match="ended at"):
+            for _ in range(3):
+                read_pass(stream)
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: whole(fd, [buffers[0][:4096]], offset))
+    with WeightStream(layout_of(tensors, 0.5, 30_000), slots=2, readers=2) as stream:
+        assert read_pass(stream) == contents
+
+
+def test_a_file_system_without_direct_reads_is_read_buffered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    real = os.open
+
+    def refuse(path: str, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    file = WeightFile(str(tmp_path / "w"))
+    assert not file.direct
+    assert "O_DIRECT" in file.reason
+    file.close()
+    with WeightStream(layout_of(tensors, 0.5, 9000), slots=2, readers=2) as stream:
+        assert read_pass(stream) == contents
+
+
+@pytest.mark.stress
+def test_many_readers_and_rewinds_never_mix_up_slots(tmp_path: Path) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    for round_ in range(60):
+        with WeightStream(layout_of(tensors, 0.2, 5000), slots=1 + round_ % 5, readers=1 + round_ % 6) as stream:
+            for _ in range(round_ % 3):
+                for _ in stream.visit(0):
+                    pass
+                stream.rewind()
+            for _ in range(4):
+                assert read_pass(stream) == contents
