@@ -140,10 +140,12 @@ def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
     """All 256 bytes in GPT-2's spelling, some control tokens, and fillers."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    tokens = list(bytes_to_unicode().values())
+    tokens = [*bytes_to_unicode().values()]
     kinds = [1] * len(tokens)
     tokens += ["<|im_start|>", "<|im_end|>"]
     kinds += [3, 3]
+    tokens += ["he", "hel", "Ġw"]
+    kinds += [1, 1, 1]
     while len(tokens) < VOCAB:
         tokens.append(f"filler{len(tokens)}")
         kinds.append(5)

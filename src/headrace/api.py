@@ -7,6 +7,7 @@
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -19,7 +20,7 @@ from headrace.engine.engine import StreamOptions
 from headrace.engine.sampling import Sampler
 from headrace.engine.stops import StopScanner
 from headrace.errors import ContextError, UsageError
-from headrace.kernels import Kernels
+from headrace.kernels import make_kernels
 from headrace.model import Tokenizer
 from headrace.plan import Budget, Plan, Profile, Request, detect_budget, given_budget, guessed_profile, load_profile, make_plan
 from headrace.process import keep_freed_memory, peak_bytes, release_unused, resident_bytes
@@ -392,11 +393,11 @@ def _load(
         plan.append(made)
         return chosen
 
-    kernels = Kernels(profile.threads, profile.bf16_pays)
+    kernels, why = make_kernels(profile.threads, profile.bf16_pays)
+    if why != "ggml":
+        warnings.warn(why, stacklevel=3)
     engine = Engine(checkpoint, decide, kernels, trace=Trace() if trace else None, open_file=open_file)
-    return Model(
-        checkpoint, plan[0], load_s=time.perf_counter() - start, engine=engine, tokenizer=tokenizer
-    )
+    return Model(checkpoint, plan[0], load_s=time.perf_counter() - start, engine=engine, tokenizer=tokenizer)
 
 
 # What the first passes add to the process beside the plan's own items: graphs, threads' stacks, allocator's slack.

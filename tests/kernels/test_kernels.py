@@ -1,6 +1,7 @@
 """The fast kernels against the slow twin, and the promise that few rows do not influence each other."""
 
 import ctypes
+import sys
 
 import ggml
 import gguf
@@ -8,9 +9,8 @@ import pytest
 import torch
 
 from headrace.checkpoint.gguf import COMPUTABLE, block_of
-from headrace.kernels import FEW_ROWS, Kernels, Piece, torch_reference
-from headrace.kernels.multiply import PRECISE_TYPES
-from headrace.plan import cost
+from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels, make_kernels, torch_reference
+from headrace.kernels.limits import PRECISE_TYPES
 
 COLUMNS, ROWS = 512, 24
 # The gguf package cannot unpack it, so there is no twin to compare with.
@@ -28,7 +28,7 @@ def quantised(kind: str) -> torch.Tensor:
     return packed
 
 
-def product(kernels: Kernels, x: torch.Tensor, kind: str, packed: torch.Tensor) -> torch.Tensor:
+def product(kernels: Kernels | ReferenceKernels, x: torch.Tensor, kind: str, packed: torch.Tensor) -> torch.Tensor:
     out = torch.full((x.shape[0], ROWS + 5), 99.0)
     kernels.multiply(x, [(0, Piece(kind, ROWS, packed.data_ptr(), 3))], [out])
     assert (out[:, :3] == 99).all()
@@ -92,6 +92,10 @@ def test_every_computable_type_is_known_to_ggml() -> None:
         assert getattr(ggml, f"GGML_TYPE_{kind}") == int(gguf.GGMLQuantizationType[kind])
 
 
-def test_the_planner_and_the_kernels_agree_on_what_few_rows_are() -> None:
-    assert cost.FEW_ROWS == FEW_ROWS
-    assert cost.PRECISE_TYPES == PRECISE_TYPES
+def test_without_ggml_the_slow_twin_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "headrace.kernels.multiply", None)
+    kernels, why = make_kernels(2)
+    assert isinstance(kernels, ReferenceKernels)
+    assert "slow" in why
+    packed, x = quantised("Q4_0"), torch.randn(2, COLUMNS)
+    assert torch.equal(product(kernels, x, "Q4_0", packed), torch_reference.multiply(x, "Q4_0", packed.data_ptr(), ROWS))

@@ -18,7 +18,7 @@ from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import JoinedCache, KVCache, PackedAttention
 from headrace.engine.trace import PassStats, Trace
 from headrace.errors import ContextError
-from headrace.kernels import FEW_ROWS, Kernels
+from headrace.kernels import FEW_ROWS, Kernels, ReferenceKernels
 from headrace.model import PackedLinear, build_shell
 from headrace.model.shell import EMBEDDING
 from headrace.stream import Arena, WeightFile, WeightStream
@@ -53,7 +53,7 @@ class Engine:
         self,
         checkpoint: Checkpoint,
         options: "StreamOptions | Callable[[], StreamOptions]",
-        kernels: Kernels,
+        kernels: Kernels | ReferenceKernels,
         *,
         trace: Trace | None = None,
         open_file: Callable[[str], File] = WeightFile,

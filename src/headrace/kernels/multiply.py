@@ -6,32 +6,16 @@ two rows on; unpacking runs at 6.6, torch's bf16 tile products at 1.1 giga-weigh
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from headrace.checkpoint.gguf import block_of
 from headrace.kernels.ggml_graph import Products, Unpack
-
-# Up to here every product goes through ggml, whose rows do not influence each other. Drafts are verified, and batches
-# decoded, within this limit.
-FEW_ROWS = 16
+from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES
+from headrace.kernels.piece import Piece
 
 # Weights unpacked at a time: 16 MiB of fp32, which keeps torch's products wide and the scratch small.
 UNPACK_WEIGHTS = 4 << 20
-
-# Formats that keep more than bf16 does. Their many-row products run in full fp32.
-PRECISE_TYPES = frozenset({"F32", "F16"})
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some rows of a packed weight, in memory: `type`, number of rows, address, and the first column they fill."""
-
-    type: str
-    rows: int
-    address: int
-    first: int
 
 
 class Kernels:

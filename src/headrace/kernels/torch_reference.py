@@ -1,10 +1,16 @@
-"""The slow twin: the same products through the `gguf` package's own dequantisation and torch, nothing shared with ggml."""
+"""The slow twin: the same products through the `gguf` package's own dequantisation and torch, nothing shared with ggml.
+
+Tests compare the fast kernels with it, and it runs where ggml is not installed: exact in fp32, and tens of times slower.
+"""
 
 import ctypes
+from collections.abc import Sequence
 
 import gguf
 import numpy as np
 import torch
+
+from headrace.kernels.piece import Piece
 
 
 def unpack(type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
@@ -20,3 +26,24 @@ def unpack(type_name: str, address: int, rows: int, columns: int) -> torch.Tenso
 def multiply(x: torch.Tensor, type_name: str, address: int, weight_rows: int) -> torch.Tensor:
     """x (rows, columns) times packed weights (weight_rows, columns) at an address: (rows, weight_rows) in fp32."""
     return x.float() @ unpack(type_name, address, weight_rows, x.shape[1]).T
+
+
+class ReferenceKernels:
+    """The slow twin behind the interface of `Kernels`."""
+
+    def __init__(self, threads: int):
+        self.threads = threads
+
+    def multiply(
+        self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]
+    ) -> None:
+        """As `Kernels.multiply`, in fp32."""
+        for i, piece in pieces:
+            outputs[i][:, piece.first : piece.first + piece.rows] = multiply(x, piece.type, piece.address, piece.rows)
+
+    def unpack(self, type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
+        """As `Kernels.unpack`."""
+        return unpack(type_name, address, rows, columns)
+
+    def close(self) -> None:
+        """Nothing to give back."""

@@ -10,11 +10,8 @@ the probe; that both overlap fully is what the stream is for, and what the bench
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES
 from headrace.plan.profile import Profile
-
-# As in headrace.kernels, which imports torch; a test holds them equal.
-FEW_ROWS = 16
-PRECISE_TYPES = frozenset({"F32", "F16"})
 
 
 @dataclass(frozen=True, kw_only=True)

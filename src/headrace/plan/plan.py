@@ -14,7 +14,8 @@ from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.architectures import check_architecture
 from headrace.checkpoint.gguf import bits_per_weight
 from headrace.errors import BudgetError, ContextError
-from headrace.plan.cost import FEW_ROWS, PassCost, pass_cost
+from headrace.kernels import FEW_ROWS
+from headrace.plan.cost import PassCost, pass_cost
 from headrace.plan.memory import Budget
 from headrace.plan.profile import Profile
 from headrace.units import MIB, gib, gigabytes, rate, seconds

@@ -144,9 +144,9 @@ class WeightStream:
                 return
         start = last_news = time.perf_counter()
         reads = self.counters.reads
+        while not self._readers and not ready():
+            self._run(self._take())
         while True:
-            if not self._readers and not ready():
-                self._run(self._take())
             with self._changed:
                 if self._error is not None:
                     raise self._error

@@ -1,0 +1,8 @@
+"""Where one kernel hands over to another. Read by the planner, so without torch."""
+
+# Up to here every product goes through ggml, whose rows do not influence each other. Drafts are verified, and batches
+# decoded, within this limit.
+FEW_ROWS = 16
+
+# Formats that keep more than bf16 does. Their many-row products run in full fp32.
+PRECISE_TYPES = frozenset({"F32", "F16"})

@@ -1,0 +1,13 @@
+"""A piece of a packed weight, as the stream delivers it and the kernels take it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows of a packed weight, in memory: `type`, number of rows, address, and the first column they fill."""
+
+    type: str
+    rows: int
+    address: int
+    first: int

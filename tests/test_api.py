@@ -1,0 +1,111 @@
+"""The library: what `headrace.load` returns, and that a conversation is not computed twice."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import headrace
+from headrace.errors import BudgetError, ContextError, UsageError
+from headrace.plan import Profile
+from headrace.units import MIB
+
+GREEDY = headrace.Sampling(temperature=0)
+
+
+@pytest.fixture
+def measured(profile: Profile) -> Profile:
+    return replace(profile, runtime_bytes=100 * MIB)
+
+
+@pytest.fixture
+def model(tiny_llama: Path, measured: Profile):  # type: ignore[no-untyped-def]
+    with headrace.load(str(tiny_llama), memory="4GiB", context_tokens=256, profile=measured) as loaded:
+        yield loaded
+
+
+def test_stream_yields_a_piece_per_token_and_then_why_it_ended(model: headrace.Model) -> None:
+    pieces = list(model.stream("hello", max_tokens=5, sampling=GREEDY))
+    assert [piece.completion_tokens for piece in pieces[:5]] == [1, 2, 3, 4, 5][: len(pieces[:5])]
+    assert pieces[-1].finish_reason in ("stop", "length")
+    assert pieces[-1].token is None
+    assert all(piece.finish_reason is None for piece in pieces[:-1])
+
+
+def test_generate_is_the_text_of_the_stream(model: headrace.Model) -> None:
+    streamed = "".join(piece.text for piece in model.stream("hello", max_tokens=8, sampling=GREEDY))
+    assert model.generate("hello", max_tokens=8, sampling=GREEDY).text == streamed
+
+
+def test_a_continued_conversation_computes_only_what_is_new(model: headrace.Model) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    first = model.generate(messages, max_tokens=4, sampling=GREEDY)
+    before = len(model.passes)
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "more"}]
+    second = model.generate(messages, max_tokens=4, sampling=GREEDY)
+    rows = sum(p.rows for p in model.passes[before:])
+    assert rows < second.prompt_tokens  # the beginning was in the cache
+    model.generate([{"role": "user", "content": "something else"}], max_tokens=2, sampling=GREEDY)
+    assert model.generate(messages, max_tokens=4, sampling=GREEDY).text == second.text
+
+
+def test_a_stop_string_ends_the_answer(model: headrace.Model) -> None:
+    text = model.generate("hello", max_tokens=30, sampling=GREEDY, raw=True).text
+    middle = text[len(text) // 2 : len(text) // 2 + 2]
+    stopped = model.generate("hello", max_tokens=30, sampling=GREEDY, raw=True, stop=[middle])
+    assert stopped.text == text[: text.index(middle)]
+    assert stopped.finish_reason == "stop"
+
+
+def test_sampling_with_a_seed_repeats(model: headrace.Model) -> None:
+    sampling = headrace.Sampling(temperature=1.5, top_k=50, seed=3)
+    # A prompt of few rows: what of a longer one is in the cache goes through other kernels the second time.
+    texts = [model.generate("hello", max_tokens=12, sampling=sampling, raw=True).text for _ in range(2)]
+    assert texts[0] == texts[1]
+    other = headrace.Sampling(temperature=1.5, top_k=50, seed=4)
+    assert model.generate("hello", max_tokens=12, sampling=other, raw=True).text != texts[0]
+
+
+def test_long_prompts_are_prefilled_in_several_passes(tiny_llama: Path, measured: Profile) -> None:
+    prompt = "word " * 40
+    with headrace.load(str(tiny_llama), memory="4GiB", context_tokens=400, prompt_tokens=16, profile=measured) as small:
+        chunked = small.generate(prompt, max_tokens=3, sampling=GREEDY, raw=True)
+        assert max(p.rows for p in small.passes) == 16
+        assert chunked.timings["passes"] > 3
+    with headrace.load(str(tiny_llama), memory="4GiB", context_tokens=400, prompt_tokens=400, profile=measured) as large:
+        whole = large.generate(prompt, max_tokens=3, sampling=GREEDY, raw=True)
+        assert large.passes[0].rows == whole.prompt_tokens
+    assert chunked.prompt_tokens == whole.prompt_tokens
+
+
+def test_progress_is_told_during_prefill(model: headrace.Model) -> None:
+    seen = []
+    model.generate("something new", max_tokens=1, on_progress=seen.append)
+    assert seen[-1].done == seen[-1].visits
+    assert [p.done for p in seen] == list(range(1, seen[-1].visits + 1))
+
+
+def test_what_does_not_fit_is_refused(tiny_llama: Path, model: headrace.Model) -> None:
+    with pytest.raises(ContextError, match="the context holds 256"):
+        model.generate("x" * 1000)
+    with pytest.raises(UsageError, match="empty"):
+        model.generate("", raw=True)
+    with pytest.raises(BudgetError, match="at least"):
+        headrace.load(str(tiny_llama), memory="1MiB")
+
+
+def test_closing_twice_is_fine_and_leaves_no_reader(tiny_llama: Path, measured: Profile) -> None:
+    import threading
+
+    before = threading.active_count()
+    loaded = headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, profile=measured)
+    loaded.generate("hello", max_tokens=2)
+    loaded.close()
+    loaded.close()
+    assert threading.active_count() == before
+
+
+def test_the_public_names_are_these() -> None:
+    assert headrace.__all__ == ["Completion", "HeadraceError", "Model", "Piece", "Plan", "Sampling", "__version__", "load"]
+    for name in headrace.__all__:
+        assert getattr(headrace, name) is not None

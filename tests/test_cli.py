@@ -1,0 +1,193 @@
+"""The command as a user meets it: a second process, a real terminal's exit codes, stdout for data and stderr for words."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from headrace.plan import Profile
+from headrace.plan.profile import save_profile
+from headrace.units import MIB
+
+COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
+ROOMY = "2GiB"
+
+
+@pytest.fixture(autouse=True)
+def probed(own_home: None, profile: Profile) -> None:
+    """A kept profile, so that no test measures the machine; memory as a fresh process really takes it."""
+    save_profile(replace(profile, runtime_bytes=400 * MIB, disk_bytes_per_s={"0": 2e9}))
+
+
+def headrace(*arguments: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=120, env={**os.environ, **more}
+    )
+
+
+def test_run_prints_the_answer_to_stdout_and_the_rest_to_stderr(tiny_llama: Path) -> None:
+    result = headrace("run", str(tiny_llama), "hello", "--memory", ROOMY, "-n", "5", "-t", "0")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("\n")
+    assert "pinned" in result.stderr
+    assert "per token" in result.stderr
+    assert "pinned" not in result.stdout
+
+
+def test_json_is_one_object_with_everything_measured(tiny_llama: Path) -> None:
+    result = headrace("run", str(tiny_llama), "hello", "--memory", ROOMY, "-n", "5", "-t", "0", "--json", "-q")
+    assert result.stderr == ""
+    answer = json.loads(result.stdout)
+    assert answer["usage"]["completion_tokens"] == answer["usage"]["total_tokens"] - answer["usage"]["prompt_tokens"]
+    assert answer["timings"]["passes"] >= answer["usage"]["completion_tokens"]
+    assert answer["memory"]["peak_bytes"] < answer["memory"]["budget_bytes"]
+    assert answer["plan"]["binding"] in ("disk", "compute")
+    assert answer["finish_reason"] in ("stop", "length")
+
+
+def test_the_prompt_may_come_from_stdin_or_a_file(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("hello")
+    options = ("--memory", ROOMY, "-n", "4", "-t", "0", "-q")
+    answers = {
+        headrace("run", str(tiny_llama), "hello", *options).stdout,
+        headrace("run", str(tiny_llama), *options, stdin="hello").stdout,
+        headrace("run", str(tiny_llama), "-", *options, stdin="hello").stdout,
+        headrace("run", str(tiny_llama), "-f", str(tmp_path / "prompt.txt"), *options).stdout,
+    }
+    assert len(answers) == 1
+
+
+def test_streaming_and_a_budget_at_the_floor_give_the_same_text(tiny_llama: Path) -> None:
+    plan = json.loads(headrace("plan", str(tiny_llama), "--memory", ROOMY, "--json").stdout)
+    floor = plan["memory"]["floor_bytes"] + 2 * MIB
+    options = ("-n", "8", "-t", "0", "--json", "-q")
+    roomy = json.loads(headrace("run", str(tiny_llama), "hello", "--memory", ROOMY, *options).stdout)
+    tight = json.loads(headrace("run", str(tiny_llama), "hello", "--memory", str(floor), *options).stdout)
+    assert tight["text"] == roomy["text"]
+    assert tight["memory"]["peak_bytes"] <= floor
+
+
+def test_a_trace_is_written(tiny_llama: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    headrace("run", str(tiny_llama), "hello", "--memory", ROOMY, "-n", "2", "--trace", str(trace))
+    assert {e.get("cat") for e in json.loads(trace.read_text())["traceEvents"]} >= {"read", "compute", "pass"}
+
+
+def test_plan_and_help_import_no_torch(tiny_llama: Path) -> None:
+    code = (
+        "import sys\nfrom headrace.cli import main\n"
+        "try: main({!r})\nexcept SystemExit: pass\n"
+        "heavy = {{'torch', 'transformers'}} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    for arguments in (["plan", str(tiny_llama), "--memory", ROOMY], ["--help"]):
+        result = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+
+def test_plan_names_placement_floor_binding_and_changes(tiny_llama: Path) -> None:
+    text = headrace("plan", str(tiny_llama), "--memory", ROOMY).stdout
+    for word in ("pinned", "streamed", "floor", "KV cache", "-bound", "tok/s"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run", "nowhere.gguf", "hi"], 1, "there is no file"),
+        (["run", "{model}", "hi", "--memory", "50MiB"], 1, "needs at least"),
+        (["run", "{model}", "hi", "--memory", "4"], 2, "unit is missing"),
+        (["run", "{model}", "hi", "--memory", "lots"], 2, "not a size"),
+        (["run", "{model}", "hi", "--ctx-size", "999999", "--memory", ROOMY], 1, "the model was made for"),
+        (["run", "{model}", "", "--memory", ROOMY], 2, "prompt is empty"),
+        (["run", "{model}", "hi", "-f", "x"], 2, "both given"),
+        (["run", "{model}", "hi", "--raw", "--system", "x"], 2, "contradict"),
+        (["run", "{model}", "hi", "--top-p", "0"], 2, "top-p"),
+        (["run", "{text}", "hi"], 1, "not a GGUF file"),
+        (["pln"], 2, "Did you mean"),
+    ],
+)
+def test_bad_input_gets_a_message_and_the_right_exit_code(
+    tiny_llama: Path, tmp_path: Path, arguments: list[str], code: int, words: str
+) -> None:
+    (tmp_path / "text.gguf").write_text("not a model")
+    filled = [a.format(model=tiny_llama, text=tmp_path / "text.gguf") for a in arguments]
+    result = headrace(*filled)
+    assert words in result.stderr
+    assert result.returncode == code
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_control_c_ends_the_answer_with_130(tiny_llama: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(tiny_llama), "hello", "--memory", ROOMY, "-n", "100000", "-c", "2000", "-t", "0", "--raw"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.read(3)  # it has begun to answer
+    process.send_signal(signal.SIGINT)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 130, words
+    assert "tokens" in words
+    assert "Traceback" not in words
+
+
+def test_a_closed_pipe_ends_quietly(tiny_llama: Path) -> None:
+    shell = f"{sys.executable} -c 'from headrace.cli import main; main()' run {tiny_llama} hello --memory {ROOMY} -n 200 -q | head -c 1"
+    result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in result.stderr
+
+
+class Terminal:
+    """The command on a pseudo terminal."""
+
+    def __init__(self, *arguments: str):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execvp(COMMAND[0], [*COMMAND, *arguments])
+        self.text = ""
+
+    def expect(self, words: str, count: int = 1, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while self.text.count(words) < count and time.monotonic() < deadline:
+            try:
+                self.text += os.read(self.fd, 4096).decode(errors="replace")
+            except OSError:
+                break
+        assert self.text.count(words) >= count, self.text
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def end(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_chat_keeps_the_conversation_and_survives_control_c(tiny_llama: Path) -> None:
+    chat = Terminal("run", str(tiny_llama), "--memory", ROOMY, "-n", "6", "-t", "0", "-c", "400")
+    chat.expect(">>> ")
+    chat.type("hello\n")
+    chat.expect(">>> ", 2)
+    chat.type("and again\n")
+    chat.expect(">>> ", 3)
+    chat.type("/stats\n")
+    chat.expect("per token")
+    chat.type("\x03")
+    chat.expect("to leave")
+    chat.type("/exit\n")
+    assert chat.end() == 0
+
+
+def test_the_profile_of_the_tests_is_kept(profile: Profile) -> None:
+    from headrace.plan import load_profile
+
+    kept = load_profile()
+    assert kept is not None
+    assert asdict(kept)["runtime_bytes"] == 400 * MIB
