@@ -72,7 +72,9 @@ def test_long_prompts_are_prefilled_in_several_passes(tiny_llama: Path, measured
         chunked = small.generate(prompt, max_tokens=3, sampling=GREEDY, raw=True)
         assert max(p.rows for p in small.passes) == 16
         assert chunked.timings["passes"] > 3
-    with headrace.load(str(tiny_llama), memory="4GiB", context_tokens=400, prompt_tokens=400, profile=measured) as large:
+    with headrace.load(
+        str(tiny_llama), memory="4GiB", context_tokens=400, prompt_tokens=400, profile=measured
+    ) as large:
         whole = large.generate(prompt, max_tokens=3, sampling=GREEDY, raw=True)
         assert large.passes[0].rows == whole.prompt_tokens
     assert chunked.prompt_tokens == whole.prompt_tokens
@@ -106,6 +108,15 @@ def test_closing_twice_is_fine_and_leaves_no_reader(tiny_llama: Path, measured: 
 
 
 def test_the_public_names_are_these() -> None:
-    assert headrace.__all__ == ["Completion", "HeadraceError", "Model", "Piece", "Plan", "Sampling", "__version__", "load"]
+    assert headrace.__all__ == [
+        "Completion",
+        "HeadraceError",
+        "Model",
+        "Piece",
+        "Plan",
+        "Sampling",
+        "__version__",
+        "load",
+    ]
     for name in headrace.__all__:
         assert getattr(headrace, name) is not None

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -140,9 +141,10 @@ def test_control_c_ends_the_answer_with_130(tiny_llama: Path) -> None:
 
 
 def test_a_closed_pipe_ends_quietly(tiny_llama: Path) -> None:
-    shell = f"{sys.executable} -c 'from headrace.cli import main; main()' run {tiny_llama} hello --memory {ROOMY} -n 200 -q | head -c 1"
-    result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
+    command = shlex.join([*COMMAND, "run", str(tiny_llama), "hello", "--memory", ROOMY, "-n", "200", "-t", "0", "-q"])
+    result = subprocess.run(["bash", "-c", f"{command} | head -c 1"], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in result.stderr
+    assert len(result.stdout) == 1
 
 
 class Terminal:

@@ -55,7 +55,9 @@ def engine_of(name: str, share: float, kernels: Kernels | ReferenceKernels | Non
 
 def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     """KL divergence of each row, from theirs to ours."""
-    return torch.nn.functional.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    return torch.nn.functional.kl_div(
+        ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
 
 
 @pytest.mark.parametrize("name", sorted(PROMPTS))
@@ -98,10 +100,19 @@ def test_with_ggml_the_divergence_is_that_of_8_bit_activations(name: str, limit:
 def test_text_becomes_the_same_tokens_as_in_transformers(name: str) -> None:
     _, _, _, theirs = oracle(name)
     ours = Tokenizer(open_checkpoint(path_of(name)))
-    for text in ("Hello, world!", "  two spaces\n\n\ttab", "日本語 — ünïcödé 🙂👩‍👩‍👧", "x=1\nfor i in range(10):\n    print(i)", "<|im_end|>"):
+    for text in (
+        "Hello, world!",
+        "  two spaces\n\n\ttab",
+        "日本語 — ünïcödé 🙂👩‍👩‍👧",
+        "x=1\nfor i in range(10):\n    print(i)",
+        "<|im_end|>",
+    ):
         expected = theirs(text)["input_ids"]  # type: ignore[operator]
         assert ours.encode(text) == expected
-        assert ours.decode(ours.encode(text, special=False)).strip() == theirs.decode(expected, skip_special_tokens=True).strip()  # type: ignore[attr-defined]
+        assert (
+            ours.decode(ours.encode(text, special=False)).strip()
+            == theirs.decode(expected, skip_special_tokens=True).strip()
+        )  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", sorted(PROMPTS))
@@ -130,6 +141,8 @@ def test_a_real_model_streams_bit_for_bit(name: str) -> None:
     for share in (1.0, 0.4, 0.0):
         with engine_of(name, share) as engine:
             cache = engine.new_cache(64)
-            results.append(torch.cat([engine.step([Rows(cache=cache, tokens=part)]) for part in (prompt[:12], expected[:1])]))
+            results.append(
+                torch.cat([engine.step([Rows(cache=cache, tokens=part)]) for part in (prompt[:12], expected[:1])])
+            )
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

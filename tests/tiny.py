@@ -40,7 +40,10 @@ FAMILIES = {
     "gemma2": Family(
         "gemma2",
         {**COMMON, **HEADS, "head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32},
-        {"attention.key_length": 32, "attention.sliding_window": 8, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        {
+            "attention.key_length": 32, "attention.sliding_window": 8,
+            "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        },
         norm_plus_one=True,
     ),
     "gemma3": Family(
@@ -84,6 +87,7 @@ FAMILIES = {
         norm_plus_one=True,
     ),
 }  # fmt: skip
+
 
 def random_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     """A transformers model with random weights, large enough that every part matters to the logits."""
@@ -163,9 +167,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
     )
 
 
-def _add_tensors(
-    writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: str, family: Family, kind: str
-) -> None:
+def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: str, family: Family, kind: str) -> None:
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
     tied = model.config.tie_word_embeddings or architecture == "falcon"

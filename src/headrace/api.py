@@ -1,9 +1,9 @@
 """The library: `headrace.load` and what it returns. The command line is a loop over it.
 
-    with headrace.load("model.gguf", memory="4GiB") as model:
-        print(model.generate("Say hello.").text)
-        for piece in model.stream("Count to ten.", max_tokens=64):
-            print(piece.text, end="")
+with headrace.load("model.gguf", memory="4GiB") as model:
+    print(model.generate("Say hello.").text)
+    for piece in model.stream("Count to ten.", max_tokens=64):
+        print(piece.text, end="")
 """
 
 import time
@@ -22,7 +22,17 @@ from headrace.engine.stops import StopScanner
 from headrace.errors import ContextError, UsageError
 from headrace.kernels import make_kernels
 from headrace.model import Tokenizer
-from headrace.plan import Budget, Plan, Profile, Request, detect_budget, given_budget, guessed_profile, load_profile, make_plan
+from headrace.plan import (
+    Budget,
+    Plan,
+    Profile,
+    Request,
+    detect_budget,
+    given_budget,
+    guessed_profile,
+    load_profile,
+    make_plan,
+)
 from headrace.process import keep_freed_memory, peak_bytes, release_unused, resident_bytes
 from headrace.stream import WeightFile
 from headrace.stream.weights import File
@@ -239,7 +249,7 @@ class Model:
         start, read = time.perf_counter(), self._engine.stream.counters.read_bytes
         for number, part in enumerate(parts):
             if on_progress is not None:
-                self._engine.on_visit = lambda done, visits, n=number: on_progress(  # type: ignore[misc]
+                self._engine.on_visit = lambda done, visits, n=number: on_progress(
                     Progress(
                         pass_number=n + 1,
                         passes=len(parts),

@@ -1,12 +1,12 @@
 """Every error a user can meet, each with its exit code and a hint.
 
-    HeadraceError (1)
-    ├── CheckpointError       the file is not what it says it is
-    │   └── UnsupportedError  the file is sound, but holds what this version cannot run
-    ├── ReadError             the disk failed, or the file changed, while in use
-    ├── BudgetError           the memory given is below the floor
-    ├── ContextError          more tokens than the context holds
-    └── UsageError (2)        contradictory or unknown options
+HeadraceError (1)
+├── CheckpointError       the file is not what it says it is
+│   └── UnsupportedError  the file is sound, but holds what this version cannot run
+├── ReadError             the disk failed, or the file changed, while in use
+├── BudgetError           the memory given is below the floor
+├── ContextError          more tokens than the context holds
+└── UsageError (2)        contradictory or unknown options
 """
 
 import difflib

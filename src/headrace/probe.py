@@ -167,7 +167,9 @@ def _measure_kernel(kernels: Kernels, kind: str) -> Mapping[str, float]:
 def _measure_unpack(kernels: Kernels, kind: str) -> float:
     rows = 1024
     arena, nbytes = _packed(kind, rows, 4)
-    return rows * COLUMNS / _median_s(lambda i: void(kernels.unpack(kind, arena.address + i % 4 * nbytes, rows, COLUMNS)))
+    return (
+        rows * COLUMNS / _median_s(lambda i: void(kernels.unpack(kind, arena.address + i % 4 * nbytes, rows, COLUMNS)))
+    )
 
 
 def void(_: object) -> None:
@@ -207,7 +209,7 @@ def _measure_layers(threads: int) -> tuple[float, float]:
             for _ in range(2):
                 engine.step([Rows(cache=cache, tokens=[1] * many)])
             last = engine.passes[-1]
-            further = max(0.0, last.seconds - last.kernel_s - one) / (many - 1)
+            further = max(1e-9, last.seconds - last.kernel_s - one) / (many - 1)
     return one / layers, further / layers
 
 

@@ -25,9 +25,12 @@ def parse_bytes(text: str | int) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"`{text}` is not a size", hint="write it like 4GiB, 4000MB or 2147483648")
-    number, prefix, _ = match.groups()
-    size = int(float(number) * _FACTOR[(prefix or "").upper()])
-    if prefix is None and size < MIB:
+    number, prefix, byte = match.groups()
+    try:
+        size = int(float(number) * _FACTOR[(prefix or "").upper()])
+    except OverflowError as error:
+        raise UsageError(f"`{text[:20]}...` is too large for a size", hint="write it like 4GiB") from error
+    if prefix is None and byte is None and size < MIB:
         raise UsageError(f"`{text}` is {size} bytes; a unit is missing", hint=f"did you mean {number}GiB?")
     return size
 
@@ -35,6 +38,11 @@ def parse_bytes(text: str | int) -> int:
 def gib(size: float) -> str:
     """Memory: `3.91 GiB`, or MiB below one tenth of a GiB."""
     return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / MIB:.0f} MiB"
+
+
+def option(size: float) -> str:
+    """A size as one word for a command line, rounded up to whole MiB: `4000MiB`."""
+    return f"{-(-int(size) // MIB)}MiB"
 
 
 def gigabytes(size: float) -> str:
@@ -56,4 +64,4 @@ def seconds(duration: float) -> str:
 
 def rate(tok_per_s: float) -> str:
     """Tokens per second with three significant digits."""
-    return f"{tok_per_s:.3g} tok/s"
+    return f"{tok_per_s:.0f} tok/s" if tok_per_s >= 99.95 else f"{tok_per_s:.3g} tok/s"

@@ -15,7 +15,9 @@ from headrace.stream import WeightFile
 PROMPT = [5, 17, 99, 3, 250, 41, 7, 7, 12, 130, 64, 2, 9]
 
 
-def make_engine(path: Path, share: float = 0.5, unit_bytes: int = 16 << 10, slots: int = 3, readers: int = 2, **more: object) -> Engine:
+def make_engine(
+    path: Path, share: float = 0.5, unit_bytes: int = 16 << 10, slots: int = 3, readers: int = 2, **more: object
+) -> Engine:
     checkpoint = open_checkpoint(path)
     pinned = {tensor.name: int(share * tensor.rows) for tensor in checkpoint.tensors.values()}
     options = StreamOptions(pinned_rows=pinned, unit_bytes=unit_bytes, slots=slots, readers=readers)

@@ -59,7 +59,9 @@ def test_options_out_of_range_are_usage_errors(wrong: dict[str, float]) -> None:
         Sampling(**wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("pieces", [["one END two"], ["one E", "ND two"], ["one ", "E", "N", "D", " two"], ["one EN", "D"]])
+@pytest.mark.parametrize(
+    "pieces", [["one END two"], ["one E", "ND two"], ["one ", "E", "N", "D", " two"], ["one EN", "D"]]
+)
 def test_a_stop_string_is_found_over_the_borders_of_tokens(pieces: list[str]) -> None:
     scanner = StopScanner(["END"])
     shown = ""

@@ -24,7 +24,9 @@ def quantised(kind: str) -> torch.Tensor:
     packed = torch.zeros(ROWS * COLUMNS // block * size, dtype=torch.uint8)
     importance = (ctypes.c_float * COLUMNS)(*[1.0] * COLUMNS)
     source = ctypes.cast(weights.data_ptr(), ctypes.POINTER(ctypes.c_float))
-    ggml.ggml_quantize_chunk(getattr(ggml, f"GGML_TYPE_{kind}"), source, packed.data_ptr(), 0, ROWS, COLUMNS, importance)
+    ggml.ggml_quantize_chunk(
+        getattr(ggml, f"GGML_TYPE_{kind}"), source, packed.data_ptr(), 0, ROWS, COLUMNS, importance
+    )
     return packed
 
 
@@ -98,4 +100,6 @@ def test_without_ggml_the_slow_twin_runs_and_says_so(monkeypatch: pytest.MonkeyP
     assert isinstance(kernels, ReferenceKernels)
     assert "slow" in why
     packed, x = quantised("Q4_0"), torch.randn(2, COLUMNS)
-    assert torch.equal(product(kernels, x, "Q4_0", packed), torch_reference.multiply(x, "Q4_0", packed.data_ptr(), ROWS))
+    assert torch.equal(
+        product(kernels, x, "Q4_0", packed), torch_reference.multiply(x, "Q4_0", packed.data_ptr(), ROWS)
+    )

@@ -30,7 +30,11 @@ def logits_of(path: Path, parts: tuple[int, ...], share: float = 0.5) -> torch.T
 
 def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest KL divergence of a row, from theirs to ours."""
-    return float(torch.nn.functional.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1).max())
+    return float(
+        torch.nn.functional.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none")
+        .sum(-1)
+        .max()
+    )
 
 
 def same_choice(ours: torch.Tensor, theirs: torch.Tensor, tie: float = 0.02) -> bool:

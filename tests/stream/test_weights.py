@@ -31,7 +31,9 @@ def make_file(path: Path, shapes: list[tuple[int, int]]) -> tuple[list[Tensor], 
             file.seek(offset)
             file.write(data)
             name = f"t{i}"
-            tensors.append(Tensor(name=name, shape=(rows, columns), type="F32", path=str(path), offset=offset, nbytes=len(data)))
+            tensors.append(
+                Tensor(name=name, shape=(rows, columns), type="F32", path=str(path), offset=offset, nbytes=len(data))
+            )
             contents[name] = data
             offset += len(data) + 32
     return tensors, contents
@@ -65,7 +67,9 @@ SHAPES = [(7, 33), (64, 256), (1, 5000), (300, 40), (5, 1024)]
     slots=st.integers(1, 9),
     readers=st.integers(0, 4),
 )
-def test_every_pass_delivers_every_byte(tmp_path: Path, share: float, unit_bytes: int, slots: int, readers: int) -> None:
+def test_every_pass_delivers_every_byte(
+    tmp_path: Path, share: float, unit_bytes: int, slots: int, readers: int
+) -> None:
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     with WeightStream(layout_of(tensors, share, unit_bytes), slots=slots, readers=readers) as stream:
         for _ in range(3):
@@ -82,7 +86,9 @@ def test_serial_and_pipelined_streams_read_the_same_bytes(tmp_path: Path, share:
             for _ in range(3):
                 assert read_pass(stream) == contents
             stream._stop()  # the pipelined one is ahead by what the ring holds; count what was consumed
-            read[readers] = layout.pinned_bytes + stream._released * layout.streamed_bytes // max(1, layout.streamed_units)
+            read[readers] = layout.pinned_bytes + stream._released * layout.streamed_bytes // max(
+                1, layout.streamed_units
+            )
             if readers == 0:
                 pinned = sum(u.length for v in layout.visits for units in v.pinned for u in units)
                 assert stream.counters.read_bytes == pinned + 3 * layout.streamed_bytes
@@ -151,7 +157,10 @@ def io_error() -> None:
 def test_a_read_error_reaches_the_consumer_and_leaves_no_thread(tmp_path: Path, readers: int) -> None:
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     threads = threading.active_count()
-    with WeightStream(layout_of(tensors, 0.3, 9000), slots=3, readers=readers, open_file=faulty(io_error)) as stream, pytest.raises(ReadError, match="8192"):
+    with (
+        WeightStream(layout_of(tensors, 0.3, 9000), slots=3, readers=readers, open_file=faulty(io_error)) as stream,
+        pytest.raises(ReadError, match="8192"),
+    ):
         for _ in range(3):
             assert read_pass(stream) == contents
     assert threading.active_count() == threads
@@ -161,7 +170,11 @@ def test_a_silent_disk_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
     tensors, _ = make_file(tmp_path / "w", SHAPES)
     silence = threading.Event()
     with WeightStream(
-        layout_of(tensors, 0.3, 9000), slots=3, readers=2, open_file=faulty(lambda: void(silence.wait(20))), stall_limit_s=0.3
+        layout_of(tensors, 0.3, 9000),
+        slots=3,
+        readers=2,
+        open_file=faulty(lambda: void(silence.wait(20))),
+        stall_limit_s=0.3,
     ) as stream:
         with pytest.raises(ReadError, match="delivered nothing"):
             for _ in range(3):
@@ -176,7 +189,11 @@ def void(_: object) -> None:
 def test_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     with WeightStream(
-        layout_of(tensors, 0.0, 9000), slots=3, readers=2, open_file=faulty(lambda: time.sleep(0.02), 0), stall_limit_s=5
+        layout_of(tensors, 0.0, 9000),
+        slots=3,
+        readers=2,
+        open_file=faulty(lambda: time.sleep(0.02), 0),
+        stall_limit_s=5,
     ) as stream:
         assert read_pass(stream) == contents
         assert stream.counters.stall_s > 0

@@ -8,7 +8,9 @@ the file before anything is allocated for it.
 
 import os
 import re
+import stat
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TypeAlias
@@ -82,7 +84,12 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """The value of `general.architecture`."""
-        return str(self.metadata["general.architecture"])
+        name = self.metadata.get("general.architecture")
+        if name is None:
+            raise CheckpointError(
+                f"{self.path} has no `general.architecture` in its metadata", hint="the file is damaged or no model"
+            )
+        return str(name)
 
     @property
     def nbytes(self) -> int:
@@ -148,11 +155,16 @@ class _opened:
 
     def __enter__(self) -> int:
         try:
-            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
+            # A pipe would be waited for; it is refused below.
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"cannot open {self._path}: {error.strerror}", hint="check the path and its permissions"
+                f"cannot open {self._path}: {getattr(error, 'strerror', error)}",
+                hint="check the path and its permissions",
             ) from error
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.close(self._fd)
+            raise CheckpointError(f"{self._path} is not a file", hint="name a .gguf file")
         return self._fd
 
     def __exit__(self, *_: object) -> None:
@@ -186,7 +198,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     for part in paths:
         part_metadata, part_tensors = _read_file(part)
-        metadata = metadata or part_metadata
+        metadata = part_metadata if part == paths[0] else metadata
         for tensor in part_tensors:
             if tensor.name in tensors:
                 raise CheckpointError(f"{part}: two tensors are named `{tensor.name}`")
@@ -197,8 +209,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _split_parts(path: str) -> tuple[str, ...]:
-    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path)
-    if match is None:
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path, re.DOTALL)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return (path,)
     stem, _, count = match.groups()
     parts = tuple(f"{stem}-{i:05d}-of-{count}.gguf" for i in range(1, int(count) + 1))
@@ -306,7 +318,9 @@ def _read_entry(header: Header) -> tuple[str, tuple[int, ...], int, int]:
     name = _read_string(header, "a tensor's name", MAX_NAME_BYTES)
     dimensions = header.integer("I", f"the shape of `{name}`")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise CheckpointError(f"{header.path}: tensor `{name}` has {dimensions} dimensions, 1 to {MAX_DIMENSIONS} are possible")
+        raise CheckpointError(
+            f"{header.path}: tensor `{name}` has {dimensions} dimensions, 1 to {MAX_DIMENSIONS} are possible"
+        )
     shape = tuple(int(n) for n in reversed(header.unpack(f"{dimensions}Q", f"the shape of `{name}`")))
     kind = header.integer("I", f"the type of `{name}`")
     return name, shape, kind, header.integer("Q", f"the offset of `{name}`")
@@ -327,7 +341,9 @@ def _placed(header: Header, entry: tuple[str, tuple[int, ...], int, int], data_s
     nbytes = prod(shape) // block * size
     offset = data_start + relative
     if relative % alignment or offset + nbytes > header.size:
-        reason = f"is not aligned to {alignment}" if relative % alignment else f"ends after the file ({header.size} bytes)"
+        reason = (
+            f"is not aligned to {alignment}" if relative % alignment else f"ends after the file ({header.size} bytes)"
+        )
         raise CheckpointError(
             f"{header.path}: tensor `{name}` ({nbytes} bytes at {offset}) {reason}",
             hint="the file is truncated or damaged; download or copy it again",
@@ -337,6 +353,6 @@ def _placed(header: Header, entry: tuple[str, tuple[int, ...], int, int], data_s
 
 def _check_overlaps(path: str, tensors: list[Tensor]) -> None:
     ordered = sorted(tensors, key=lambda tensor: tensor.offset)
-    for left, right in zip(ordered, ordered[1:], strict=False):
+    for left, right in pairwise(ordered):
         if left.offset + left.nbytes > right.offset:
             raise CheckpointError(f"{path}: tensors `{left.name}` and `{right.name}` overlap at {right.offset}")

@@ -1,7 +1,7 @@
 """A cursor over the header of an untrusted file: every read is bounded by the file, and memory by what was read.
 
-Bytes come by `pread` in growing steps rather than by mapping, so that a file which shrinks meanwhile is an error
-and not a signal, and a 40 GB file costs the few megabytes of its header.
+Bytes come by `pread` into a window that moves on, rather than by mapping, so that a file which shrinks meanwhile is an
+error and not a signal, and a header of gigabytes costs no more than the largest value in it that somebody asks for.
 """
 
 import os
@@ -23,7 +23,8 @@ class Header:
         self.size = os.fstat(fd).st_size
         self.position = 0
         self._fd = fd
-        self._bytes = b""
+        self._bytes = b""  # of the file, from _start
+        self._start = 0
 
     def require(self, count: int, what: str) -> None:
         """Make the next `count` bytes available."""
@@ -33,27 +34,30 @@ class Header:
                 f"{self.path} is truncated: {what} needs {count} bytes at {self.position}, the file ends at {self.size}",
                 hint="download or copy the file again",
             )
-        if end > len(self._bytes):
-            self._grow(end)
+        if self.position < self._start or end > self._start + len(self._bytes):
+            self._fill(count)
 
-    def _grow(self, end: int) -> None:
-        target = min(self.size, max(end, 2 * len(self._bytes), FIRST_READ_BYTES))
-        pieces = [self._bytes]
-        have = len(self._bytes)
+    def _fill(self, count: int) -> None:
+        """Move the window to the position."""
+        target = min(self.size - self.position, max(count, FIRST_READ_BYTES))
+        pieces, have = [], 0
         while have < target:
-            piece = os.pread(self._fd, target - have, have)
+            try:
+                piece = os.pread(self._fd, target - have, self.position + have)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
             if not piece:
-                raise CheckpointError(f"{self.path} ended at {have} bytes while its header was read")
+                raise CheckpointError(f"{self.path} ended at {self.position + have} bytes while its header was read")
             pieces.append(piece)
             have += len(piece)
-        self._bytes = b"".join(pieces)
+        self._bytes, self._start = b"".join(pieces), self.position
 
     def unpack(self, layout: str, what: str) -> tuple[int | float | bool, ...]:
         """The next values of a `struct` layout (little-endian, unpadded)."""
         layout = "<" + layout
         count = struct.calcsize(layout)
         self.require(count, what)
-        values = struct.unpack_from(layout, self._bytes, self.position)
+        values = struct.unpack_from(layout, self._bytes, self.position - self._start)
         self.position += count
         return values
 
@@ -64,19 +68,15 @@ class Header:
     def raw(self, count: int, what: str) -> bytes:
         """The next `count` bytes."""
         self.require(count, what)
-        start = self.position
+        start = self.position - self._start
         self.position += count
-        return self._bytes[start : self.position]
+        return self._bytes[start : start + count]
 
     def skip_strings(self, count: int, what: str) -> None:
         """Step over `count` length-prefixed strings without making them."""
-        position, buffer = self.position, self._bytes
         unpack = struct.Struct("<Q").unpack_from
         for _ in range(count):
-            if position + 8 > len(buffer):
-                self.position = position
+            if not self._start <= self.position <= self._start + len(self._bytes) - 8:
                 self.require(8, what)
-                buffer = self._bytes
-            position += 8 + unpack(buffer, position)[0]
-        self.position = position
+            self.position += 8 + unpack(self._bytes, self.position - self._start)[0]
         self.require(0, what)

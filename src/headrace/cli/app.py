@@ -20,7 +20,7 @@ from headrace.units import parse_bytes
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A size such as 4GiB."""
 
     name = "size"
@@ -34,19 +34,7 @@ class Size(click.ParamType):
 
 
 class Group(click.Group):
-    """A group that suggests the nearest command, and turns our errors into a message, a hint and an exit code."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        """Name near commands when there is no such one."""
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            import difflib
-
-            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-            if near and "Did you mean" not in error.message:
-                error.message += f" Did you mean `{near[0]}`?"
-            raise
+    """A group that turns our errors into a message, a hint and an exit code. (click itself suggests near commands.)"""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run, and end with the error's own exit code."""
@@ -79,15 +67,17 @@ def shared(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-memory_option = click.option("--memory", type=Size(), help="Ceiling for the whole process, like 4GiB. [default: what is free, less 10%]")
+memory_option = click.option(
+    "--memory", type=Size(), help="Ceiling for the whole process, like 4GiB. [default: what is free, less 10%]"
+)
 context_option = click.option("-c", "--ctx-size", type=click.IntRange(1), help="Tokens of prompt and answer together.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No plan, progress or stats on stderr.")
 sampling_options = shared(
     click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens to generate at most."),
-    click.option("-t", "--temperature", type=click.FloatRange(0, 100), help="0 is greedy. [default: the model's, else 1]"),
+    click.option("-t", "--temperature", type=click.FloatRange(0, 100), help="0 is greedy. [default: the model's]"),
     click.option("--top-k", type=click.IntRange(0), help="Keep the k likeliest tokens; 0 is off."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep the likeliest tokens of this much probability."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep the likeliest of this much probability."),
     click.option("--min-p", type=click.FloatRange(0, 1), help="Keep tokens at least this likely, relative to the likeliest."),
     click.option("--seed", type=int, help="Draw the same tokens every time."),
     click.option("--stop", multiple=True, help="End the answer at this string. May be repeated."),
@@ -100,7 +90,9 @@ def check_file(function: F) -> F:
     @wraps(function)
     def checked(model: str, **options: Any) -> Any:
         if not Path(model).exists():
-            raise HeadraceError(f"there is no file {model}", hint="give the path of a .gguf file; `headrace demo` brings one")
+            raise HeadraceError(
+                f"there is no file {model}", hint="give the path of a .gguf file; `headrace demo` brings one"
+            )
         return function(model=model, **options)
 
     return checked  # type: ignore[return-value]
@@ -109,13 +101,17 @@ def check_file(function: F) -> F:
 @main.command()
 @click.argument("model")
 @click.argument("prompt", required=False)
-@click.option("-f", "--file", "prompt_file", type=click.Path(path_type=Path), help="Read the prompt from a file, - is stdin.")
+@click.option(
+    "-f", "--file", "prompt_file", type=click.Path(path_type=Path), help="Read the prompt from a file, - is stdin."
+)
 @memory_option
 @context_option
 @sampling_options
 @click.option("-s", "--system", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the chat template.")
-@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="Write a Chrome trace of every read and product.")
+@click.option(
+    "--trace", type=click.Path(path_type=Path, dir_okay=False), help="Write a Chrome trace of every read and product."
+)
 @json_option
 @quiet_option
 @check_file
@@ -133,7 +129,9 @@ def run(model: str, **options: Any) -> None:
 @click.argument("model")
 @memory_option
 @context_option
-@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of the prompt to plan for.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of the prompt to plan for."
+)
 @json_option
 @check_file
 def plan(model: str, memory: int | None, ctx_size: int | None, prompt_tokens: int, as_json: bool) -> None:

@@ -95,7 +95,9 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
     return prompt
 
 
-def _request(checkpoint: Checkpoint, text: str | None, system: str | None, max_tokens: int, ctx_size: int | None) -> Request:
+def _request(
+    checkpoint: Checkpoint, text: str | None, system: str | None, max_tokens: int, ctx_size: int | None
+) -> Request:
     """What to plan for, before there is a tokenizer: a generous guess of the prompt's tokens from its bytes."""
     limit = checkpoint.number("context_length", CHAT_CONTEXT)
     if text is None:
@@ -170,7 +172,9 @@ def _once(model: "Model", text: str, settings: Settings) -> int:
     return INTERRUPTED if interrupted else 0
 
 
-CHAT_HELP = "/reset forgets the conversation, /stats shows the last answer's cost, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+CHAT_HELP = (
+    "/reset forgets the conversation, /stats shows the last answer's cost, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+)
 
 
 def _chat(model: "Model", settings: Settings) -> int:
@@ -194,7 +198,9 @@ def _chat(model: "Model", settings: Settings) -> int:
             return 0
         if line in ("/help", "/reset", "/stats"):
             messages = list(system) if line == "/reset" else messages
-            show.note({"/help": CHAT_HELP, "/reset": "the conversation is forgotten", "/stats": last or "no answer yet"}[line])
+            show.note(
+                {"/help": CHAT_HELP, "/reset": "the conversation is forgotten", "/stats": last or "no answer yet"}[line]
+            )
             continue
         if not line:
             continue

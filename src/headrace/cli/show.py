@@ -74,7 +74,9 @@ def stats(completion: "Completion") -> str:
     if t["decode_tok_per_s"]:
         spent = 1 / t["decode_tok_per_s"]
         expected = plan.decode_s_per_token.expected
-        parts.append(f"{seconds(spent)} per token (plan {seconds(expected)}, {expected / spent - 1:+.0%}) = {rate(1 / spent)}")
+        parts.append(
+            f"{seconds(spent)} per token (plan {seconds(expected)}, {expected / spent - 1:+.0%}) = {rate(1 / spent)}"
+        )
     parts.append(f"read {gigabytes(t['read_bytes'] or 0)}, {gigabytes(t['read_bytes_per_pass'] or 0)} per pass")
     busy = (t["stall_s"] or 0) + (t["compute_s"] or 0)
     parts.append(f"waited for disk {(t['stall_s'] or 0) / busy:.0%}" if busy else "no pass")

@@ -172,7 +172,9 @@ class JoinedCache:
     def __init__(self, batch: Sequence[tuple[KVCache, int]]):
         self._batch = batch
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new rows, return all of every sequence: (1, kv_heads, all positions, head_dim)."""
         first = 0
         keys, values = [], []
@@ -194,5 +196,5 @@ class JoinedCache:
         for cache, rows in self._batch:
             own = torch.arange(cache.length, cache.length + rows)[:, None]
             blocks.append(torch.arange(cache.length + rows)[None, :] <= own)
-        allowed = torch.block_diag(*blocks).bool()
+        allowed = torch.block_diag(*blocks).bool()  # type: ignore[no-untyped-call]
         return torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)[None, None]

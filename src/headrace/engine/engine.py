@@ -168,7 +168,8 @@ class Engine:
     def _forward(self, batch: Sequence[Rows]) -> torch.Tensor:
         tokens = torch.tensor([[token for rows in batch for token in rows.tokens]])
         positions = torch.cat([torch.arange(r.cache.length, r.cache.length + len(r.tokens)) for r in batch])[None]
-        wanted, first = [], 0
+        wanted: list[int] = []
+        first = 0
         for rows in batch:
             first += len(rows.tokens)
             wanted += range(first - rows.logits, first)

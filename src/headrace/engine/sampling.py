@@ -27,7 +27,9 @@ class Sampling:
         wrong = [name for name, fine in checks.items() if not fine]
         if wrong:
             name = wrong[0]
-            raise UsageError(f"{name} {getattr(self, name)} is out of range", hint="temperature 0 to 100, top-p and min-p 0 to 1")
+            raise UsageError(
+                f"{name} {getattr(self, name)} is out of range", hint="temperature 0 to 100, top-p and min-p 0 to 1"
+            )
 
 
 class Sampler:

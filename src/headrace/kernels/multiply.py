@@ -29,9 +29,7 @@ class Kernels:
         self._unpacks: dict[tuple[str, int, int], Unpack] = {}
         self._scratch: torch.Tensor | None = None
 
-    def multiply(
-        self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]
-    ) -> None:
+    def multiply(self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
         """For every (i, piece), fill `outputs[i][:, first : first + rows]` with x times the piece.
 
         Args:
@@ -45,9 +43,7 @@ class Kernels:
         for i, piece in pieces:
             self._many_rows(x, piece, outputs[i])
 
-    def _few_rows(
-        self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]
-    ) -> None:
+    def _few_rows(self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
         parts = tuple([(piece.type, piece.rows, 4 * outputs[i].shape[1]) for i, piece in pieces])
         key = (x.shape, parts)
         graph = self._products.get(key)
@@ -67,7 +63,7 @@ class Kernels:
 
     def _torch_product(self, x: torch.Tensor, plain: torch.Tensor, type_name: str, output: torch.Tensor) -> None:
         precision = "bf16" if self.bf16_many_rows and type_name not in PRECISE_TYPES else "ieee"
-        matmul = torch.backends.mkldnn.matmul
+        matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         before = matmul.fp32_precision
         matmul.fp32_precision = precision
         try:

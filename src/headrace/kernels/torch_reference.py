@@ -34,9 +34,7 @@ class ReferenceKernels:
     def __init__(self, threads: int):
         self.threads = threads
 
-    def multiply(
-        self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]
-    ) -> None:
+    def multiply(self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
         """As `Kernels.multiply`, in fp32."""
         for i, piece in pieces:
             outputs[i][:, piece.first : piece.first + piece.rows] = multiply(x, piece.type, piece.address, piece.rows)

@@ -205,7 +205,9 @@ def _fill_buffers(model: PreTrainedModel) -> None:
             model._init_weights(module)
 
 
-def _scale_frequencies(checkpoint: Checkpoint, model: PreTrainedModel, unpack: Callable[[Tensor], torch.Tensor]) -> None:
+def _scale_frequencies(
+    checkpoint: Checkpoint, model: PreTrainedModel, unpack: Callable[[Tensor], torch.Tensor]
+) -> None:
     """Llama 3 stores one factor per rotary frequency, computed by the file's writer."""
     if "rope_freqs.weight" not in checkpoint.tensors:
         return

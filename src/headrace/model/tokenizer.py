@@ -20,7 +20,16 @@ from headrace.checkpoint import Checkpoint
 from headrace.errors import CheckpointError, UsageError
 
 # Tokens that end a turn, by the names that published models give them; metadata often names only one of them.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_TURN_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+)
 _CONTROL = 3
 
 
@@ -84,7 +93,9 @@ class Tokenizer:
             UsageError: the model has no chat template, or it refuses the conversation.
         """
         if not self.has_chat_template:
-            raise UsageError(f"{self._checkpoint.path} has no chat template", hint="use --raw with a prompt to complete")
+            raise UsageError(
+                f"{self._checkpoint.path} has no chat template", hint="use --raw with a prompt to complete"
+            )
         try:
             text = self._template.render(
                 messages=list(messages), add_generation_prompt=True, bos_token=self._bos, eos_token=self._eos
@@ -139,5 +150,9 @@ def _token_id(checkpoint: Checkpoint, name: str, vocab_size: int) -> int | None:
 
 def _end_ids(checkpoint: Checkpoint, tokens: Sequence[str], kinds: Sequence[object]) -> frozenset[int]:
     ends = {_token_id(checkpoint, name, len(tokens)) for name in ("eos_token_id", "eot_token_id", "eom_token_id")}
-    ends |= {i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == _CONTROL and token in _TURN_ENDS}
+    ends |= {
+        i
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if kind == _CONTROL and token in _TURN_ENDS
+    }
     return frozenset(i for i in ends if i is not None)

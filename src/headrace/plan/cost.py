@@ -48,6 +48,4 @@ def pass_cost(
     profile: Profile, disk_bytes_per_s: float, read_bytes: int, weights: Mapping[str, int], layers: int, rows: int
 ) -> PassCost:
     """The cost of one pass that reads `read_bytes`."""
-    return PassCost(
-        disk_s=read_bytes / disk_bytes_per_s, compute_s=compute_seconds(profile, weights, layers, rows)
-    )
+    return PassCost(disk_s=read_bytes / disk_bytes_per_s, compute_s=compute_seconds(profile, weights, layers, rows))

@@ -7,18 +7,19 @@ compared with it. The memory of the whole process adds up to the budget:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.architectures import check_architecture
 from headrace.checkpoint.gguf import bits_per_weight
-from headrace.errors import BudgetError, ContextError
+from headrace.errors import BudgetError, CheckpointError, ContextError
 from headrace.kernels import FEW_ROWS
 from headrace.plan.cost import PassCost, pass_cost
 from headrace.plan.memory import Budget
 from headrace.plan.profile import Profile
-from headrace.units import MIB, gib, gigabytes, rate, seconds
+from headrace.units import MIB, gib, gigabytes, option, rate, seconds
 
 UNIT_BYTES = 2 * MIB
 RING_SLOTS = 16
@@ -118,8 +119,8 @@ class Plan:
         """The prediction as JSON-ready values."""
         return {
             "binding": self.binding,
-            "decode_s_per_token": vars(self.decode_s_per_token),
-            "ttft_s": vars(self.ttft_s),
+            "decode_s_per_token": asdict(self.decode_s_per_token),
+            "ttft_s": asdict(self.ttft_s),
             "reasons": list(self.reasons),
             "memory": {
                 "budget_bytes": self.budget.nbytes,
@@ -159,6 +160,11 @@ class _Model:
         return sum(tensor.nbytes for tensor in self.linears)
 
     @property
+    def page_slack_bytes(self) -> int:
+        """What pinned rows may take beside their own bytes, because reads begin and end at pages."""
+        return 2 * 4096 * len(self.linears)
+
+    @property
     def weights(self) -> dict[str, int]:
         counts: dict[str, int] = {}
         for tensor in self.linears:
@@ -170,7 +176,7 @@ def make_plan(
     checkpoint: Checkpoint,
     profile: Profile,
     budget: Budget,
-    request: Request = Request(),  # noqa: B008  (frozen)
+    request: Request = Request(),
     *,
     runtime_bytes: int | None = None,
 ) -> Plan:
@@ -206,7 +212,8 @@ def _plan(
     slot = UNIT_BYTES + max(tensor.row_bytes for tensor in model.linears)
     margin = MARGIN_BYTES + int(MARGIN_SHARE * budget.nbytes)
     base = runtime + model.small_bytes + kv + margin
-    floor = base + LEAST_SLOTS * slot + _activations(model, FEW_ROWS, request.context_tokens)
+    least = base - margin + MARGIN_BYTES + LEAST_SLOTS * slot
+    floor = ceil((least + _activations(model, FEW_ROWS, request.context_tokens)) / (1 - MARGIN_SHARE))
     if budget.nbytes < floor:
         raise BudgetError(
             f"the model needs at least {gib(floor)}, the budget is {gib(budget.nbytes)} ({budget.reason})",
@@ -215,7 +222,8 @@ def _plan(
     room = budget.nbytes - base
     rows = _prefill_rows(model, request, budget.nbytes, room - LEAST_SLOTS * slot)
     activations = _activations(model, rows, request.context_tokens)
-    slots = max(LEAST_SLOTS, min(RING_SLOTS, (room - activations) // slot))
+    fits = room - activations >= model.weights_bytes + model.page_slack_bytes
+    slots = 0 if fits else max(LEAST_SLOTS, min(RING_SLOTS, (room - activations) // slot))
     pinned_rows = _pin(model, room - activations - slots * slot)
     pinned = sum(pinned_rows[tensor.name] * tensor.row_bytes for tensor in model.linears)
     if pinned == model.weights_bytes:
@@ -274,13 +282,25 @@ def _describe(checkpoint: Checkpoint) -> _Model:
     tensors = checkpoint.tensors
     linears = [t for t in tensors.values() if is_linear(t)]
     if "output.weight" not in tensors:
+        if "token_embd.weight" not in tensors:
+            raise CheckpointError(
+                f"{checkpoint.path} has no tensor `token_embd.weight`", hint="it is no language model"
+            )
         linears.append(tensors["token_embd.weight"])  # tied: gathered by row and multiplied as the head
+    if not linears:
+        raise CheckpointError(f"{checkpoint.path} has no weight matrices", hint="it is no language model")
     names = {tensor.name for tensor in linears} | {"token_embd.weight"}
     heads = checkpoint.number("attention.head_count")
     hidden = checkpoint.number("embedding_length")
     head_dim = checkpoint.number("attention.key_length", hidden // max(1, heads))
     kv_heads = checkpoint.number("attention.head_count_kv", heads)
     layers = checkpoint.number("block_count")
+    if min(heads, hidden, head_dim, kv_heads, layers) < 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: the metadata gives {layers} layers, width {hidden}, {heads} heads, {kv_heads} KV heads,"
+            f" head width {head_dim}",
+            hint="the file is damaged; get it from another source",
+        )
     return _Model(
         checkpoint=checkpoint,
         linears=tuple(linears),
@@ -321,15 +341,16 @@ def _prefill_rows(model: _Model, request: Request, budget_bytes: int, room: int)
         return FEW_ROWS
     while rows > ROW_CHUNK and _activations(model, rows, request.context_tokens) > limit:
         rows -= ROW_CHUNK
+    rows = max(rows, FEW_ROWS)  # the last step down may have gone below
     return rows if _activations(model, rows, request.context_tokens) <= limit else FEW_ROWS
 
 
 def _pin(model: _Model, room: int) -> dict[str, int]:
     """Rows to pin by tensor: the same share of each, except that small rests are pinned too."""
     room = max(0, room)
-    if room >= model.weights_bytes + 4096 * 2 * len(model.linears):
+    if room >= model.weights_bytes + model.page_slack_bytes:
         return {tensor.name: tensor.rows for tensor in model.linears}
-    room = max(0, room - 4096 * 2 * len(model.linears))
+    room = max(0, room - model.page_slack_bytes)
     whole: set[str] = set()
     while True:
         rest = [tensor for tensor in model.linears if tensor.name not in whole]
@@ -345,7 +366,7 @@ def _pin(model: _Model, room: int) -> dict[str, int]:
 
 
 def _floor_hint(floor: int, kv: int) -> str:
-    hint = f"use --memory {-(-floor // MIB)}MiB"
+    hint = f"use --memory {option(floor)}"
     return f"{hint}, or a smaller --ctx-size (the KV cache takes {gib(kv)} of it)" if kv > floor // 4 else hint
 
 
@@ -354,8 +375,10 @@ def _changes(
 ) -> tuple[Change, ...]:
     """The three changes that save most time per token, each by planning again with it."""
     now = plan.decode.seconds
-    fixed = plan.budget.nbytes - plan.pinned_bytes - (plan.ring_bytes if plan.streamed_bytes_per_pass else 0)
-    enough = int((fixed + plan.weights_bytes + 64 * MIB) * 1.02)
+    # With memory for everything no buffer is cut short, so its sum is what is enough.
+    roomy = _plan(checkpoint, profile, Budget(nbytes=1 << 50, reason="what if"), request, runtime_bytes)
+    parts = roomy.runtime_bytes + roomy.kv_bytes + roomy.activation_bytes + roomy.weights_bytes + MARGIN_BYTES
+    enough = ceil((parts + _describe(checkpoint).page_slack_bytes) / (1 - MARGIN_SHARE)) + MIB
 
     def with_memory(nbytes: int) -> float:
         budget = Budget(nbytes=nbytes, reason="what if")
@@ -363,14 +386,14 @@ def _changes(
 
     candidates: list[Change] = []
     if plan.streamed_bytes_per_pass:
-        candidates.append(Change(what=f"--memory {gib(enough)}: everything pinned", s_per_token=with_memory(enough)))
+        candidates.append(Change(what=f"--memory {option(enough)}: everything pinned", s_per_token=with_memory(enough)))
         half = (plan.budget.nbytes + enough) // 2
-        candidates.append(Change(what=f"--memory {gib(half)}", s_per_token=with_memory(half)))
+        candidates.append(Change(what=f"--memory {option(half)}", s_per_token=with_memory(half)))
         faster = max(plan.decode.disk_s / 2, plan.decode.compute_s)
         candidates.append(Change(what="a disk twice as fast (or the file on two)", s_per_token=faster))
     candidates += _smaller_files(plan)
     if plan.kv_bytes > plan.budget.nbytes // 10 and plan.streamed_bytes_per_pass:
-        shorter = replace(request, context_tokens=max(256, request.context_tokens // 2))
+        shorter = replace(request, context_tokens=min(request.context_tokens, max(256, request.context_tokens // 2)))
         s = _plan(checkpoint, profile, plan.budget, shorter, runtime_bytes).decode.seconds
         candidates.append(Change(what=f"--ctx-size {shorter.context_tokens}", s_per_token=s))
     better = sorted((c for c in candidates if c.s_per_token < 0.97 * now), key=lambda c: c.s_per_token)
@@ -387,7 +410,10 @@ def _smaller_files(plan: Plan) -> list[Change]:
         # Kernels of two to four bits are bound by their arithmetic: fewer bytes do not make them faster.
         compute = plan.decode.compute_s * (bits / plan.type_bits if plan.type_bits > 9 else 1.0)
         changes.append(
-            Change(what=f"the same model as {name} ({gigabytes(size)})", s_per_token=max(streamed / plan.disk_bytes_per_s, compute))
+            Change(
+                what=f"the same model as {name} ({gigabytes(size)})",
+                s_per_token=max(streamed / plan.disk_bytes_per_s, compute),
+            )
         )
     return changes
 
@@ -396,17 +422,35 @@ def describe(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     """The plan as rows of (name, value, remark), for a terminal."""
     decode, ttft = plan.decode_s_per_token, plan.ttft_s
     kinds = sorted({t.type for t in checkpoint.tensors.values() if is_linear(t)}, key=bits_per_weight)
-    rows = [
+    buffers = f"ring {gib(plan.ring_bytes)}, activations {gib(plan.activation_bytes)}"
+    measured = plan.profile_source != "guessed"
+    passes = f"{plan.prefill_passes} pass{'es' if plan.prefill_passes > 1 else ''} of {plan.prefill_rows} rows"
+    return [
         ("model", plan.model, f"{checkpoint.architecture}, {plan.type_bits:.2f} bits/weight ({', '.join(kinds)})"),
         ("memory", gib(plan.budget.nbytes), f"{plan.budget.reason}; floor {gib(plan.floor_bytes)}"),
         ("weights", gigabytes(plan.weights_bytes), "read in the first pass"),
-        ("pinned", gigabytes(plan.pinned_bytes), f"{plan.pinned_bytes / plan.weights_bytes:.0%} of every large tensor"),
+        (
+            "pinned",
+            gigabytes(plan.pinned_bytes),
+            f"{plan.pinned_bytes / plan.weights_bytes:.0%}, of every large tensor its share",
+        ),
         ("streamed", gigabytes(plan.streamed_bytes_per_pass), f"per pass, disk {gigabytes(plan.disk_bytes_per_s)}/s"),
         ("KV cache", gib(plan.kv_bytes), f"{plan.context_tokens} tokens"),
-        ("buffers", gib(plan.ring_bytes + plan.activation_bytes), f"ring {gib(plan.ring_bytes)}, activations {gib(plan.activation_bytes)}"),
+        ("buffers", gib(plan.ring_bytes + plan.activation_bytes), buffers),
         ("runtime", gib(plan.runtime_bytes), "interpreter, libraries, tokenizer, small tensors"),
-        ("prefill", seconds(ttft.expected), f"{plan.prefill.binding}-bound, {plan.prefill_passes} pass(es) of {plan.prefill_rows} rows  [{seconds(ttft.low)} .. {seconds(ttft.high)}]"),
-        ("decode", f"{seconds(decode.expected)}/token", f"{plan.binding}-bound = {rate(1 / decode.expected)}  [{seconds(decode.low)} .. {seconds(decode.high)}]"),
-        ("rates", plan.profile_source, "run `headrace probe` to measure this machine" if plan.profile_source == "guessed" else "by `headrace probe`"),
-    ]  # fmt: skip
-    return rows
+        ("prefill", seconds(ttft.expected), f"{plan.prefill.binding}-bound, {passes}  {_interval(ttft)}"),
+        (
+            "decode",
+            f"{seconds(decode.expected)}/token",
+            f"{plan.binding}-bound = {rate(1 / decode.expected)}  {_interval(decode)}",
+        ),
+        (
+            "rates",
+            plan.profile_source,
+            "by `headrace probe`" if measured else "run `headrace probe` to measure this machine",
+        ),
+    ]
+
+
+def _interval(prediction: Range) -> str:
+    return f"[{seconds(prediction.low)} .. {seconds(prediction.high)}]"

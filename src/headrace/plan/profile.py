@@ -4,6 +4,7 @@ Rates are in weights per second rather than bytes, so that a quantisation that w
 """
 
 import json
+import math
 import os
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -32,6 +33,17 @@ class Profile:
     layer_row_s: float  # the same for each further row
     runtime_bytes: int  # interpreter, torch, transformers, the code of one model
     schema: int = field(default=SCHEMA)
+
+    def __post_init__(self) -> None:
+        tables = [*self.kernel_weights_per_s.values(), self.bf16_flop_per_s, self.fp32_flop_per_s]
+        if not all(tables) or not self.kernel_weights_per_s or not self.unpack_weights_per_s:
+            raise ValueError("a profile needs a rate of every kind")
+        rates = [
+            rate for table in (*tables, self.disk_bytes_per_s, self.unpack_weights_per_s) for rate in table.values()
+        ]
+        rates += [self.layer_s, self.layer_row_s, self.runtime_bytes]
+        if not all(0 < rate < math.inf for rate in rates) or not all(int(key) > 0 for table in tables for key in table):
+            raise ValueError("a profile's rates are positive numbers")
 
     def disk(self, path: str) -> float:
         """Bytes per second of the file system that holds a file: its own measurement, else the slowest known."""
@@ -98,7 +110,7 @@ def load_profile(path: Path | None = None) -> Profile | None:
     try:
         values: dict[str, Any] = json.loads((path or profile_path()).read_text())
         profile = Profile(**values)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return profile if profile.schema == SCHEMA and profile.machine == machine_name() else None
 

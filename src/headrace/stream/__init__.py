@@ -1,9 +1,9 @@
 """How weights reach the compute: pinned rows stay, the others pass through a ring of buffers, read ahead of their use.
 
-    layout   which rows are pinned, which are streamed, and in which order a pass visits them
-    memory   aligned memory made once
-    files    weights read from their own file, without the page cache where the file system allows
-    weights  the stream itself: readers, ring, prefetch over the end of a pass
+layout   which rows are pinned, which are streamed, and in which order a pass visits them
+memory   aligned memory made once
+files    weights read from their own file, without the page cache where the file system allows
+weights  the stream itself: readers, ring, prefetch over the end of a pass
 """
 
 from headrace.stream.files import WeightFile

@@ -87,6 +87,8 @@ class WeightStream:
         self._loaded: set[int] = set()  # ids of pinned units in memory
         self._complete: dict[int, list[tuple[int, Piece]]] = {}  # pinned pieces of visits, once all are in memory
         self._error: BaseException | None = None
+        self._next_visit = 0
+        self._released = 0
         self._begin_pass()
 
     def __enter__(self) -> "WeightStream":

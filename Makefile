@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
+
+.PHONY: demo test check format models bench clean
+
+# Everything from a fresh clone: environment, install, run.
+demo: $(VENV)/demo
+	$(BIN)/headrace demo
+
+test: $(VENV)/dev models
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The real models that the tests need, kept in ~/.cache/headrace/models.
+models: $(VENV)/dev
+	$(BIN)/python benchmarks/models.py gemma-3-270m qwen-coder-0.5b >/dev/null
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/run.py
+
+# torch first and by its exact version: an open range could bring gigabytes of GPU libraries along.
+$(VENV)/base:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	touch $@
+
+$(VENV)/demo: $(VENV)/base pyproject.toml
+	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/base pyproject.toml requirements-dev.txt
+	$(PIP) -e '.[demo]' -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
