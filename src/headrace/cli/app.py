@@ -74,7 +74,7 @@ context_option = click.option("-c", "--ctx-size", type=click.IntRange(1), help="
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No plan, progress or stats on stderr.")
 sampling_options = shared(
-    click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens to generate at most."),
+    click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Generate at most so many."),
     click.option("-t", "--temperature", type=click.FloatRange(0, 100), help="0 is greedy. [default: the model's]"),
     click.option("--top-k", type=click.IntRange(0), help="Keep the k likeliest tokens; 0 is off."),
     click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep the likeliest of this much probability."),

@@ -1,0 +1,33 @@
+"""Write docs/reference.md from the commands' own help. A test fails when it is out of date.
+
+python docs/make_reference.py
+"""
+
+from pathlib import Path
+
+import click
+
+from headrace.cli import main
+
+TARGET = Path(__file__).parent / "reference.md"
+
+
+def reference() -> str:
+    """The page: every command's help, as the terminal shows it."""
+    parts = ["# Reference\n\nMade by `python docs/make_reference.py` from `--help`.\n"]
+    context = click.Context(main, info_name="headrace", terminal_width=100, max_content_width=100)
+    parts.append(_block("headrace", main.get_help(context)))
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        assert command is not None
+        child = click.Context(command, info_name=f"headrace {name}", terminal_width=100, max_content_width=100)
+        parts.append(_block(f"headrace {name}", command.get_help(child)))
+    return "\n".join(parts)
+
+
+def _block(title: str, text: str) -> str:
+    return f"## {title}\n\n```\n{text}\n```\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(reference())

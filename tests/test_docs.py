@@ -1,0 +1,23 @@
+"""Documents that are made from the code are up to date, and no page names a file that is not there."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_reference_is_what_the_commands_say() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    from make_reference import TARGET, reference
+
+    assert TARGET.read_text() == reference(), "run `python docs/make_reference.py`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
