@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 from headrace._version import __version__
 from headrace.checkpoint import Checkpoint, open_checkpoint
@@ -22,6 +22,7 @@ from headrace.engine.stops import StopScanner
 from headrace.errors import ContextError, UsageError
 from headrace.kernels import make_kernels
 from headrace.model import Tokenizer
+from headrace.model.tokenizer import Prompt
 from headrace.plan import (
     Budget,
     Plan,
@@ -37,9 +38,6 @@ from headrace.process import keep_freed_memory, peak_bytes, release_unused, resi
 from headrace.stream import WeightFile
 from headrace.stream.weights import File
 from headrace.units import parse_bytes
-
-Message: TypeAlias = dict[str, str]
-Prompt: TypeAlias = str | Sequence[Message]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,14 +146,6 @@ class Model:
         """One record per pass over the weights, since loading."""
         return self._engine.passes
 
-    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
-        """Token ids of a prompt. A string is one user message where the model has a chat template, unless `raw`."""
-        if not isinstance(prompt, str):
-            return self.tokenizer.chat(prompt)
-        if raw or not self.tokenizer.has_chat_template:
-            return self.tokenizer.encode(prompt)
-        return self.tokenizer.chat([{"role": "user", "content": prompt}])
-
     def default_sampling(self) -> Sampling:
         """What the file recommends (`general.sampling.*`), else plain sampling at temperature 1."""
         names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
@@ -186,7 +176,7 @@ class Model:
             ContextError: the prompt does not fit into the context that was planned.
             ReadError: the weights could not be read.
         """
-        tokens = self.encode(prompt, raw=raw)
+        tokens = self.tokenizer.prompt(prompt, raw=raw)
         if not tokens:
             raise UsageError("the prompt is empty", hint="give a prompt of at least one token")
         room = self.plan.context_tokens - len(tokens)
@@ -297,9 +287,10 @@ class Model:
         last = pieces[-1] if pieces else None
         passes = list(self._engine.passes[first_pass:])
         count = sum(piece.token is not None for piece in pieces)
+        steps = last.completion_tokens - 1 if last else 0  # the token that ends a turn costs a pass as well
         ttft = last.ttft_s if last else None
-        decode_s = seconds - ttft if ttft is not None and count > 1 else None
-        decode = passes[-(count - 1) :] if count > 1 else []
+        decode_s = seconds - ttft if ttft is not None and steps > 0 else None
+        decode = passes[-steps:] if steps > 0 else []
         read = sum(p.read_bytes for p in passes)
         return Completion(
             text="".join(piece.text for piece in pieces),
@@ -310,9 +301,9 @@ class Model:
                 "load_s": self.load_s,
                 "ttft_s": ttft,
                 "decode_s": decode_s,
-                "decode_tok_per_s": (count - 1) / decode_s if decode_s else None,
+                "decode_tok_per_s": steps / decode_s if decode_s else None,
                 "passes": len(passes),
-                "tokens_per_pass": (count - 1) / len(decode) if decode else None,
+                "tokens_per_pass": steps / len(decode) if decode else None,
                 "read_bytes": read,
                 "read_bytes_per_pass": sum(p.read_bytes for p in decode) // len(decode) if decode else None,
                 "read_bytes_per_s": read / sum(p.seconds for p in passes) if passes else None,
@@ -332,17 +323,20 @@ class Model:
         )
 
 
-def budget_of(memory: str | int | None) -> Budget:
+def budget_of(memory: str | int | Budget | None) -> Budget:
     """The ceiling for the process: what is given, else what the system leaves."""
+    if isinstance(memory, Budget):
+        return memory
     return detect_budget() if memory is None else given_budget(parse_bytes(memory))
 
 
 def load(
     path: str,
     *,
-    memory: str | int | None = None,
+    memory: str | int | Budget | None = None,
     context_tokens: int | None = None,
     prompt_tokens: int | None = None,
+    size_for: Callable[[Tokenizer], Request] | None = None,
     profile: Profile | None = None,
     trace: bool = False,
     open_file: Callable[[str], File] = WeightFile,
@@ -356,6 +350,7 @@ def load(
         memory: ceiling for the whole process, `"4GiB"` or bytes; None: what cgroup and free memory leave.
         context_tokens: prompt and answer together; None: 4096, or the model's own limit if that is less.
         prompt_tokens: the longest prompt to expect, which decides how many rows a prefill pass may carry.
+        size_for: decides both once the tokenizer is there, for a prompt that is known already.
         profile: rates to plan with; None: those that `headrace probe` kept, else guesses.
         trace: record every span of time.
         open_file: opens the weights' files, for tests.
@@ -373,7 +368,9 @@ def load(
     make_plan(checkpoint, profile, budget, request)  # refuse before anything is built
     keep_freed_memory()
     tokenizer = Tokenizer(checkpoint)
-    release_unused()
+    if size_for is not None:
+        request = size_for(tokenizer)
+        make_plan(checkpoint, profile, budget, request)
     return _load(checkpoint, tokenizer, profile, budget, request, trace, open_file, start)
 
 

@@ -14,18 +14,20 @@ from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.cli import show
 from headrace.cli.plan import profile_for
 from headrace.errors import HeadraceError, UsageError
-from headrace.plan import Plan, Profile, Request, detect_budget, given_budget, make_plan
+from headrace.plan import Request, detect_budget, given_budget, make_plan
 
 if TYPE_CHECKING:
-    from headrace.api import Completion, Message, Model, Piece
+    from headrace.api import Completion, Model, Piece
     from headrace.engine import Sampling
+    from headrace.model import Tokenizer
+    from headrace.model.tokenizer import Message, Prompt
 
 INTERRUPTED = 130
 CHAT_CONTEXT = 4096
 CHAT_PROMPT = 256
-# Tokens of the chat template around a prompt, and characters per token at the least: what a context must allow for.
-TEMPLATE_TOKENS = 96
-BYTES_PER_TOKEN = 2
+# For the plan line, before there is a tokenizer: tokens of a chat template, and bytes of a usual token.
+TEMPLATE_TOKENS = 40
+BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +68,21 @@ def run_command(
         max_tokens=max_tokens, stop=stop, system=system, raw=raw, quiet=quiet, as_json=as_json, sampling=sampling
     )
     checkpoint = open_checkpoint(model)
-    request = _request(checkpoint, text, system, max_tokens, ctx_size)
+    request = _request(checkpoint, text, None, max_tokens, ctx_size)
     profile = profile_for(model, say=not quiet)
     budget = detect_budget() if memory is None else given_budget(memory)
     plan = make_plan(checkpoint, profile, budget, request)
     if not quiet:
         show.note(plan.line())
-    with _load(model, plan, profile, request, trace is not None) as loaded:
+    from headrace.api import load  # torch and transformers: seconds, so only after the plan line
+
+    def exactly(tokenizer: "Tokenizer") -> Request:
+        if text is None:
+            return request
+        prompt_tokens = len(tokenizer.prompt(_prompt_of(text, settings), raw=raw))
+        return _request(checkpoint, text, prompt_tokens, max_tokens, ctx_size)
+
+    with load(model, memory=budget, size_for=exactly, profile=profile, trace=trace is not None) as loaded:
         code = _chat(loaded, settings) if text is None else _once(loaded, text, settings)
         if trace is not None and loaded.trace is not None:
             loaded.trace.write(trace)
@@ -95,32 +105,23 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
     return prompt
 
 
+def _prompt_of(text: str, settings: Settings) -> "Prompt":
+    if not settings.system:
+        return text
+    return [{"role": "system", "content": settings.system}, {"role": "user", "content": text}]
+
+
 def _request(
-    checkpoint: Checkpoint, text: str | None, system: str | None, max_tokens: int, ctx_size: int | None
+    checkpoint: Checkpoint, text: str | None, prompt_tokens: int | None, max_tokens: int, ctx: int | None
 ) -> Request:
-    """What to plan for, before there is a tokenizer: a generous guess of the prompt's tokens from its bytes."""
+    """What to plan for; `prompt_tokens=None` guesses it from the text's bytes."""
     limit = checkpoint.number("context_length", CHAT_CONTEXT)
     if text is None:
-        return Request(context_tokens=ctx_size or min(CHAT_CONTEXT, limit), prompt_tokens=CHAT_PROMPT)
-    size = len(text.encode()) + len((system or "").encode())
-    prompt_tokens = size // BYTES_PER_TOKEN + TEMPLATE_TOKENS
-    return Request(
-        context_tokens=ctx_size or min(prompt_tokens + max_tokens, limit),
-        prompt_tokens=max(1, min(prompt_tokens, ctx_size or limit)),
-    )
-
-
-def _load(path: str, plan: Plan, profile: Profile, request: Request, trace: bool) -> "Model":
-    from headrace.api import load  # torch and transformers: seconds, so only after the plan line
-
-    return load(
-        path,
-        memory=plan.budget.nbytes,
-        context_tokens=request.context_tokens,
-        prompt_tokens=request.prompt_tokens,
-        profile=profile,
-        trace=trace,
-    )
+        return Request(context_tokens=ctx or min(CHAT_CONTEXT, limit), prompt_tokens=CHAT_PROMPT)
+    if prompt_tokens is None:
+        prompt_tokens = len(text.encode()) // BYTES_PER_TOKEN + TEMPLATE_TOKENS
+    context = ctx or min(prompt_tokens + max_tokens, limit)
+    return Request(context_tokens=context, prompt_tokens=max(1, min(prompt_tokens, context)))
 
 
 def _sampling(model: "Model", settings: Settings) -> "Sampling":
@@ -129,7 +130,7 @@ def _sampling(model: "Model", settings: Settings) -> "Sampling":
     return replace(model.default_sampling(), **{k: v for k, v in settings.sampling.items() if v is not None})
 
 
-def _answer(model: "Model", prompt: "str | list[Message]", settings: Settings) -> tuple["Completion", bool]:
+def _answer(model: "Model", prompt: "Prompt", settings: Settings) -> tuple["Completion", bool]:
     """Generate and print as it comes; (completion, whether Ctrl-C ended it)."""
     import time
 
@@ -161,10 +162,7 @@ def _answer(model: "Model", prompt: "str | list[Message]", settings: Settings) -
 
 
 def _once(model: "Model", text: str, settings: Settings) -> int:
-    prompt: str | list[Message] = text
-    if settings.system:
-        prompt = [{"role": "system", "content": settings.system}, {"role": "user", "content": text}]
-    completion, interrupted = _answer(model, prompt, settings)
+    completion, interrupted = _answer(model, _prompt_of(text, settings), settings)
     if settings.as_json:
         click.echo(json.dumps(completion.as_json(), ensure_ascii=False, allow_nan=False))
     if not settings.quiet:

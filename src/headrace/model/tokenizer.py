@@ -4,7 +4,7 @@ import gc
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
@@ -18,6 +18,9 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 
 from headrace.checkpoint import Checkpoint
 from headrace.errors import CheckpointError, UsageError
+
+Message: TypeAlias = dict[str, str]
+Prompt: TypeAlias = str | Sequence[Message]
 
 # Tokens that end a turn, by the names that published models give them; metadata often names only one of them.
 _TURN_ENDS = (
@@ -48,7 +51,7 @@ class Tokenizer:
         kinds = checkpoint.array("tokenizer.ggml.token_type")
         self.end_ids = _end_ids(checkpoint, self._tokens, kinds)
         self.bos_id = _token_id(checkpoint, "bos_token_id", len(self._tokens))
-        self._add_bos = self._wants_bos(description.get("tokenizer_type"))
+        self.adds_bos = self._wants_bos(description.get("tokenizer_type"))
         self._tokens = [self._tokens[i] for i in sorted(self.end_ids)]
         self._bos, self._eos = self._spelled(self.bos_id), self._spelled(self._eos_id)
         del description, kinds
@@ -68,7 +71,7 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text, with the beginning token where the model wants one and the text has none."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        if special and self._add_bos and ids[:1] != [self.bos_id]:
+        if special and self.adds_bos and ids[:1] != [self.bos_id]:
             assert self.bos_id is not None
             return [self.bos_id, *ids]
         return ids
@@ -81,12 +84,20 @@ class Tokenizer:
         """A decoder that is given one token at a time."""
         return TextStream(self._backend)
 
+    def prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt. A text is one user message where the model has a chat template, unless `raw`."""
+        if not isinstance(prompt, str):
+            return self.chat(prompt)
+        if raw or not self.has_chat_template:
+            return self.encode(prompt)
+        return self.chat([{"role": "user", "content": prompt}])
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the file says how a conversation is written."""
         return isinstance(self._checkpoint.get("tokenizer.chat_template"), str)
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next answer begins.
 
         Raises:
