@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from headrace.errors import ReadError
 from headrace.kernels import Piece
@@ -22,6 +22,10 @@ from headrace.stream.layout import Layout, Unit
 from headrace.stream.memory import Arena
 
 STALL_LIMIT_S = 60.0
+# Pinned rows multiplied between two streamed units: at most 2 ms of compute, in which the disk fills an eighth of the ring.
+SLICE_BYTES = 16 << 20
+
+Batch: TypeAlias = list[tuple[int, Piece]]
 
 
 class Spans(Protocol):
@@ -85,7 +89,7 @@ class WeightStream:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._loaded: set[int] = set()  # ids of pinned units in memory
-        self._complete: dict[int, list[tuple[int, Piece]]] = {}  # pinned pieces of visits, once all are in memory
+        self._complete: dict[int, list[Batch]] = {}  # pinned pieces of visits, once all are in memory
         self._error: BaseException | None = None
         self._next_visit = 0
         self._released = 0
@@ -99,11 +103,12 @@ class WeightStream:
 
     # -- the consumer -------------------------------------------------------------------------------------------
 
-    def visit(self, index: int) -> Iterator[list[tuple[int, Piece]]]:
+    def visit(self, index: int) -> Iterator[Batch]:
         """The weights of visit `index` of the pass, in batches of (index of the tensor, piece).
 
-        First all pinned rows in one batch, then each streamed unit, whose slot is released when the next is asked for.
-        Visits must be made in order; after the last one follows the first of the next pass.
+        Pinned rows and streamed units take turns, so that the ring empties while pinned rows are multiplied. The slot of
+        a unit is released when the next batch is asked for. Visits must be made in order; after the last one follows the
+        first of the next pass.
 
         Raises:
             ReadError: a read failed or nothing has come from the disk for `stall_limit_s`.
@@ -111,13 +116,15 @@ class WeightStream:
         assert index == self._next_visit, f"visit {index} asked for, {self._next_visit} is next"
         self._next_visit = (index + 1) % len(self.layout.visits)
         self._start()
-        visit = self.layout.visits[index]
         pinned = self._complete.get(index)
         if pinned is None:
-            pinned = self._complete[index] = self._pinned_pieces(index)
-        if pinned:
-            yield pinned
-        for i, unit in visit.streamed:
+            pinned = self._complete[index] = self._pinned_batches(index)
+        streamed = self.layout.visits[index].streamed
+        done = 0
+        for count, (i, unit) in enumerate(streamed):
+            while done * len(streamed) <= count * len(pinned) and done < len(pinned):
+                yield pinned[done]
+                done += 1
             number = self._released
             self._wait(lambda n=number: n in self._filled, unit.tensor.name)  # type: ignore[misc]
             slot = self._ring.address + number % self._slots * self.layout.slot_bytes
@@ -126,6 +133,7 @@ class WeightStream:
                 self._filled.discard(number)
                 self._released += 1
                 self._changed.notify_all()
+        yield from pinned[done:]
 
     def rewind(self) -> None:
         """Give up the pass in progress: the next visit is the first one again. What is pinned stays."""
@@ -168,18 +176,21 @@ class WeightStream:
         if self.spans is not None:
             self.spans.add("stall", label, start, end)
 
-    def _pinned_pieces(self, index: int) -> list[tuple[int, Piece]]:
-        """Wait until the pinned rows of a visit have come."""
+    def _pinned_batches(self, index: int) -> list[Batch]:
+        """The pinned rows of a visit, once they have come: as one batch, or in slices where others stream beside them."""
         visit = self.layout.visits[index]
         if any(visit.pinned_rows):
             self._wait(lambda: self._pinned_ready(index), f"visit {index}")
-        return [
-            (i, Piece(tensor.type, rows, self._pinned.address + address, 0))
-            for i, (tensor, rows, address) in enumerate(
-                zip(visit.tensors, visit.pinned_rows, visit.pinned_address, strict=True)
-            )
-            if rows
-        ]
+        pieces: Batch = []
+        for i, (tensor, rows) in enumerate(zip(visit.tensors, visit.pinned_rows, strict=True)):
+            base = self._pinned.address + visit.pinned_address[i]
+            step = max(1, SLICE_BYTES // tensor.row_bytes) if visit.streamed else max(1, rows)
+            for first in range(0, rows, step):
+                address = base + first * tensor.row_bytes
+                pieces.append((i, Piece(tensor.type, min(step, rows - first), address, first)))
+        if not visit.streamed:
+            return [pieces] if pieces else []
+        return [[piece] for piece in pieces]
 
     def _pinned_ready(self, index: int) -> bool:
         return all(id(unit) in self._loaded for units in self.layout.visits[index].pinned for unit in units)
