@@ -181,35 +181,54 @@ def _chat(model: "Model", settings: Settings) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
     show.note(CHAT_HELP)
-    system: list[Message] = [{"role": "system", "content": settings.system}] if settings.system else []
-    messages, last = list(system), ""
+    chat = Conversation(model, settings)
     while True:
         try:
-            line = input(">>> ").strip()
+            if not chat.turn(input(">>> ").strip()):
+                return 0
         except EOFError:
             click.echo()
             return 0
         except KeyboardInterrupt:
             click.echo("\nCtrl-D or /exit to leave", err=True)
-            continue
+
+
+class Conversation:
+    """The messages so far. What they share with the last prompt stays in the model's KV cache."""
+
+    def __init__(self, model: "Model", settings: Settings):
+        self._model = model
+        self._settings = settings
+        self._stats = "no answer yet"
+        self._forget()
+
+    def _forget(self) -> None:
+        system = self._settings.system
+        self._messages: list[Message] = [{"role": "system", "content": system}] if system else []
+
+    def turn(self, line: str) -> bool:
+        """Answer a line or obey it; False ends the chat."""
         if line == "/exit":
-            return 0
-        if line in ("/help", "/reset", "/stats"):
-            messages = list(system) if line == "/reset" else messages
-            show.note(
-                {"/help": CHAT_HELP, "/reset": "the conversation is forgotten", "/stats": last or "no answer yet"}[line]
-            )
-            continue
-        if not line:
-            continue
-        messages.append({"role": "user", "content": line})
+            return False
+        if line == "/reset":
+            self._forget()
+            show.note("the conversation is forgotten")
+        elif line == "/stats":
+            show.note(self._stats)
+        elif line == "/help":
+            show.note(CHAT_HELP)
+        elif line:
+            self._answer(line)
+        return True
+
+    def _answer(self, line: str) -> None:
+        messages = [*self._messages, {"role": "user", "content": line}]
         try:
-            completion, _ = _answer(model, messages, settings)
+            completion, _ = _answer(self._model, messages, self._settings)
         except HeadraceError as error:
-            messages.pop()
-            show.error(error)
-            continue
-        messages.append({"role": "assistant", "content": completion.text})
-        last = show.stats(completion)
-        if not settings.quiet:
-            click.echo(last, err=True)
+            show.error(error)  # the conversation goes on without this line
+            return
+        self._messages = [*messages, {"role": "assistant", "content": completion.text}]
+        self._stats = show.stats(completion)
+        if not self._settings.quiet:
+            click.echo(self._stats, err=True)
