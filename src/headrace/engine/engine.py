@@ -23,7 +23,7 @@ from headrace.model import PackedLinear, build_shell
 from headrace.model.shell import EMBEDDING
 from headrace.stream import Arena, WeightFile, WeightStream
 from headrace.stream.layout import make_layout
-from headrace.stream.memory import PAGE_BYTES
+from headrace.stream.memory import PAGE_BYTES, aligned
 from headrace.stream.weights import File
 
 
@@ -233,7 +233,6 @@ class Engine:
     def _read(self, path: str, offset: int, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         if self._scratch.nbytes < nbytes + 2 * PAGE_BYTES:
             self._scratch = Arena(nbytes + 2 * PAGE_BYTES)
-        start = offset - offset % PAGE_BYTES
-        length = -(-(offset + nbytes - start) // PAGE_BYTES) * PAGE_BYTES
+        start, length = aligned(offset, nbytes)
         self._files[path].read(start, self._scratch.view[:length], offset + nbytes - start)
         return np.frombuffer(self._scratch.view[offset - start : offset - start + nbytes], np.uint8).copy()

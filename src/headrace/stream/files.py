@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 
 from headrace.errors import ReadError
-from headrace.stream.memory import PAGE_BYTES, aligned
+from headrace.stream.memory import PAGE_BYTES
 
 # One request to the disk. Larger ones are split by the kernel, smaller ones cost a turn of the interpreter each.
 REQUEST_BYTES = 1 << 20
@@ -59,13 +59,6 @@ class WeightFile:
             raise ReadError(
                 f"reading {self.path} at {offset} failed: {error.strerror}", hint="check the disk (dmesg, smartctl)"
             ) from error
-
-    def read_bytes(self, offset: int, nbytes: int, scratch: memoryview) -> memoryview:
-        """Any range of bytes through page-aligned scratch memory at least two pages larger than the range."""
-        start, length = aligned(offset, nbytes)
-        delta = offset - start
-        self.read(start, scratch[:length], delta + nbytes)
-        return scratch[delta : delta + nbytes]
 
     def close(self) -> None:
         """Close the file."""
