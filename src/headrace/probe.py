@@ -38,6 +38,7 @@ KERNEL_ROWS = (1, 2, 4, 8, FEW_ROWS)
 PRODUCT_ROWS = (32, 128, 512)
 DISK_BYTES = GIB
 ROUNDS = 3
+PROBE_BYTES = 256 * MIB  # of weights in memory at a time: the probe may run where there is little
 
 
 def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
@@ -151,7 +152,8 @@ def _packed(kind: str, rows: int, copies: int) -> tuple[Arena, int]:
 
 
 def _measure_kernel(kernels: Kernels, kind: str) -> Mapping[str, float]:
-    copies = 8
+    block, size = block_of(kind)
+    copies = max(1, PROBE_BYTES // (COLUMNS // block * size * WEIGHT_ROWS))
     arena, nbytes = _packed(kind, WEIGHT_ROWS, copies)
     rates = {}
     for rows in KERNEL_ROWS:

@@ -26,7 +26,7 @@ def demo_command(prompt: str | None, memory: int | None, as_json: bool) -> int:
     checkpoint = open_checkpoint(path)
     if memory is None:
         roomy = make_plan(checkpoint, profile, given_budget(4 * GIB), Request(context_tokens=512, prompt_tokens=16))
-        memory = roomy.floor_bytes + roomy.weights_bytes // 2
+        memory = roomy.floor_bytes + (8 << 20)
     if not as_json:
         show.note(
             f"Gemma 3 270M has {gigabytes(checkpoint.nbytes)} of weights (use is subject to the Gemma terms, in its package)"

@@ -1,6 +1,8 @@
 """`headrace plan` and `headrace probe`, and how `run` gets its profile."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,9 +25,14 @@ def profile_for(model: str, *, say: bool) -> Profile:
         return profile
     if say:
         show.note("measuring this machine once (about 15 s); `headrace probe` does it again")
-    from headrace.probe import probe
-
-    return probe(Path(model))
+    # In a process of its own: what the probe takes must not count against this one's ceiling.
+    command = [sys.executable, "-c", "from headrace.cli import main; main()", "probe", model, "--json"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    profile = load_profile()
+    if profile is None:
+        show.note(f"the machine could not be measured ({result.stderr.strip()[-200:]}); planning with guesses")
+        return guessed_profile()
+    return profile
 
 
 def plan_command(model: str, memory: int | None, ctx_size: int | None, prompt_tokens: int, as_json: bool) -> None:
