@@ -1,6 +1,7 @@
 """`headrace demo`: a real model, small enough to come as a Python package, run with half of its weights streamed."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -27,17 +28,20 @@ def demo_command(prompt: str | None, memory: int | None, as_json: bool) -> int:
     if memory is None:
         roomy = make_plan(checkpoint, profile, given_budget(4 * GIB), Request(context_tokens=512, prompt_tokens=16))
         memory = roomy.floor_bytes + (8 << 20)
+    half = checkpoint.nbytes // 2
+    budget = replace(given_budget(memory), pinned_limit_bytes=half)
     if not as_json:
         show.note(
-            f"Gemma 3 270M has {gigabytes(checkpoint.nbytes)} of weights (use is subject to the Gemma terms, in its package)"
+            f"Gemma 3 270M has {gigabytes(checkpoint.nbytes)} of weights, at most {gigabytes(half)} may stay in memory"
+            " (use is subject to the Gemma terms, in its package)"
         )
-        plan_command(str(path), memory, 512, 16, False)
+        plan_command(str(path), budget, 512, 16, False)
         click.echo()
     return run_command(
         str(path),
         prompt=prompt or PROMPT,
         prompt_file=None,
-        memory=memory,
+        memory=budget,
         ctx_size=None,
         trace=None,
         max_tokens=TOKENS,

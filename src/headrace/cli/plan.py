@@ -12,7 +12,17 @@ from rich.table import Table
 
 from headrace.checkpoint import open_checkpoint
 from headrace.cli import show
-from headrace.plan import Plan, Profile, Request, detect_budget, given_budget, guessed_profile, load_profile, make_plan
+from headrace.plan import (
+    Budget,
+    Plan,
+    Profile,
+    Request,
+    detect_budget,
+    given_budget,
+    guessed_profile,
+    load_profile,
+    make_plan,
+)
 from headrace.plan.plan import describe
 from headrace.plan.profile import profile_path
 from headrace.units import gib, gigabytes, rate, seconds
@@ -35,13 +45,22 @@ def profile_for(model: str, *, say: bool) -> Profile:
     return profile
 
 
-def plan_command(model: str, memory: int | None, ctx_size: int | None, prompt_tokens: int, as_json: bool) -> None:
+def budget_for(memory: int | Budget | None) -> Budget:
+    """The ceiling from `--memory`, or from what the system leaves."""
+    if isinstance(memory, Budget):
+        return memory
+    return detect_budget() if memory is None else given_budget(memory)
+
+
+def plan_command(
+    model: str, memory: int | Budget | None, ctx_size: int | None, prompt_tokens: int, as_json: bool
+) -> None:
     """Print the plan for a model."""
     checkpoint = open_checkpoint(model)
     limit = checkpoint.number("context_length", 4096)
     context = ctx_size or min(prompt_tokens + 512, limit)
     request = Request(context_tokens=context, prompt_tokens=min(prompt_tokens, context))
-    budget = detect_budget() if memory is None else given_budget(memory)
+    budget = budget_for(memory)
     plan = make_plan(checkpoint, load_profile() or guessed_profile(), budget, request)
     if as_json:
         click.echo(json.dumps(plan.as_json(), allow_nan=False))

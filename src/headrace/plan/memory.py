@@ -12,10 +12,11 @@ MARGIN = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A ceiling for the whole process in bytes, and why it is that."""
+    """A ceiling for the whole process in bytes, and why it is that; and one for pinned weights alone, if wanted."""
 
     nbytes: int
     reason: str
+    pinned_limit_bytes: int | None = None
 
 
 def given_budget(nbytes: int) -> Budget:

@@ -226,6 +226,8 @@ def _plan(
     room = budget.nbytes - base
     rows = _prefill_rows(model, request, budget.nbytes, room - LEAST_SLOTS * slot)
     activations = _activations(model, rows, request.context_tokens)
+    if budget.pinned_limit_bytes is not None:
+        room = min(room, activations + RING_SLOTS * slot + budget.pinned_limit_bytes)
     fits = room - activations >= model.weights_bytes + model.page_slack_bytes
     slots = 0 if fits else max(LEAST_SLOTS, min(RING_SLOTS, (room - activations) // slot))
     pinned_rows = _pin(model, room - activations - slots * slot)
