@@ -28,8 +28,7 @@ from headrace.plan import (
     Plan,
     Profile,
     Request,
-    detect_budget,
-    given_budget,
+    budget_of,
     guessed_profile,
     load_profile,
     make_plan,
@@ -37,7 +36,6 @@ from headrace.plan import (
 from headrace.process import keep_freed_memory, peak_bytes, release_unused, resident_bytes
 from headrace.stream import WeightFile
 from headrace.stream.weights import File
-from headrace.units import parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -321,13 +319,6 @@ class Model:
             },
             plan=self.plan,
         )
-
-
-def budget_of(memory: str | int | Budget | None) -> Budget:
-    """The ceiling for the process: what is given, else what the system leaves."""
-    if isinstance(memory, Budget):
-        return memory
-    return detect_budget() if memory is None else given_budget(parse_bytes(memory))
 
 
 def load(

@@ -17,8 +17,7 @@ from headrace.plan import (
     Plan,
     Profile,
     Request,
-    detect_budget,
-    given_budget,
+    budget_of,
     guessed_profile,
     load_profile,
     make_plan,
@@ -45,13 +44,6 @@ def profile_for(model: str, *, say: bool) -> Profile:
     return profile
 
 
-def budget_for(memory: int | Budget | None) -> Budget:
-    """The ceiling from `--memory`, or from what the system leaves."""
-    if isinstance(memory, Budget):
-        return memory
-    return detect_budget() if memory is None else given_budget(memory)
-
-
 def plan_command(
     model: str, memory: int | Budget | None, ctx_size: int | None, prompt_tokens: int, as_json: bool
 ) -> None:
@@ -60,7 +52,7 @@ def plan_command(
     limit = checkpoint.number("context_length", 4096)
     context = ctx_size or min(prompt_tokens + 512, limit)
     request = Request(context_tokens=context, prompt_tokens=min(prompt_tokens, context))
-    budget = budget_for(memory)
+    budget = budget_of(memory)
     plan = make_plan(checkpoint, load_profile() or guessed_profile(), budget, request)
     if as_json:
         click.echo(json.dumps(plan.as_json(), allow_nan=False))

@@ -12,9 +12,9 @@ import click
 
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.cli import show
-from headrace.cli.plan import budget_for, profile_for
+from headrace.cli.plan import profile_for
 from headrace.errors import HeadraceError, UsageError
-from headrace.plan import Budget, Request, make_plan
+from headrace.plan import Budget, Request, budget_of, make_plan
 
 if TYPE_CHECKING:
     from headrace.api import Completion, Model, Piece
@@ -70,7 +70,7 @@ def run_command(
     checkpoint = open_checkpoint(model)
     request = _request(checkpoint, text, None, max_tokens, ctx_size)
     profile = profile_for(model, say=not quiet)
-    budget = budget_for(memory)
+    budget = budget_of(memory)
     plan = make_plan(checkpoint, profile, budget, request)
     if not quiet:
         show.note(plan.line())

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from headrace.units import gib
+from headrace.units import gib, parse_bytes
 
 # Left to the system when nobody says how much to take: page cache, other programs, our own errors.
 MARGIN = 0.1
@@ -22,6 +22,13 @@ class Budget:
 def given_budget(nbytes: int) -> Budget:
     """The ceiling that the user asked for."""
     return Budget(nbytes=nbytes, reason=f"--memory {gib(nbytes)}")
+
+
+def budget_of(memory: str | int | Budget | None) -> Budget:
+    """The ceiling for the process: what is given, as a size or ready made, else what the system leaves."""
+    if isinstance(memory, Budget):
+        return memory
+    return detect_budget() if memory is None else given_budget(parse_bytes(memory))
 
 
 def detect_budget(root: Path = Path("/")) -> Budget:
