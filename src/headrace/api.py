@@ -315,6 +315,7 @@ class Model:
                 "pinned_bytes": self.plan.pinned_bytes,
                 "streamed_bytes_per_pass": self.plan.streamed_bytes_per_pass,
                 "ring_bytes": self.plan.ring_bytes,
+                "interleaved_bytes": self.plan.interleaved_bytes,
                 "kv_bytes": self.plan.kv_bytes,
             },
             plan=self.plan,
@@ -380,7 +381,11 @@ def _load(
     def options(runtime_bytes: int | None) -> tuple[Plan, StreamOptions]:
         plan = make_plan(checkpoint, profile, budget, request, runtime_bytes=runtime_bytes)
         return plan, StreamOptions(
-            pinned_rows=plan.pinned_rows, unit_bytes=plan.unit_bytes, slots=plan.ring_slots, readers=plan.readers
+            pinned_rows=plan.pinned_rows,
+            unit_bytes=plan.unit_bytes,
+            slots=plan.ring_slots,
+            readers=plan.readers,
+            interleaved_types=plan.interleaved_types,
         )
 
     plan: list[Plan] = []
@@ -391,7 +396,7 @@ def _load(
         plan.append(made)
         return chosen
 
-    kernels, why = make_kernels(profile.threads, profile.bf16_pays)
+    kernels, why = make_kernels(profile.threads, profile.bf16_pays, row_invariant=False)
     if why != "ggml":
         warnings.warn(why, stacklevel=3)
     engine = Engine(checkpoint, decide, kernels, trace=Trace() if trace else None, open_file=open_file)

@@ -57,9 +57,12 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     disks = dict(known.disk_bytes_per_s) if known else {}
     disks[str(stat(target).st_dev)] = measure_disk(target)
     say("kernels")
-    kernels = Kernels(threads)
+    kernels = Kernels(threads, row_invariant=False)
     types = dict.fromkeys([*_types_of(target), *USUAL_TYPES])
     packed = {kind: _measure_kernel(kernels, kind) for kind in types}
+    woven = {
+        kind: _measure_kernel(kernels, kind, interleaved=True) for kind in types if kind in kernels.interleaving.types
+    }
     unpacked = {kind: _measure_unpack(kernels, kind) for kind in types if kind != "F32"} | {"F32": 1e12}
     say("matrix products")
     products = {kind: _measure_products(kernels, kind) for kind in ("Q4_K", "F16")}
@@ -72,6 +75,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
         threads=threads,
         disk_bytes_per_s=disks,
         kernel_weights_per_s=packed,
+        interleaved_weights_per_s=woven,
         unpack_weights_per_s=unpacked,
         bf16_flop_per_s=products["Q4_K"],
         fp32_flop_per_s=products["F16"],
@@ -151,16 +155,19 @@ def _packed(kind: str, rows: int, copies: int) -> tuple[Arena, int]:
     return arena, nbytes
 
 
-def _measure_kernel(kernels: Kernels, kind: str) -> Mapping[str, float]:
+def _measure_kernel(kernels: Kernels, kind: str, interleaved: bool = False) -> Mapping[str, float]:
     block, size = block_of(kind)
     copies = max(1, PROBE_BYTES // (COLUMNS // block * size * WEIGHT_ROWS))
     arena, nbytes = _packed(kind, WEIGHT_ROWS, copies)
+    # Random bytes are as good interleaved as not: only the kernel's speed is looked at.
+    addresses = [arena.address + i * nbytes for i in range(copies)]
+    pieces = [Piece(kind, WEIGHT_ROWS, at, 0, interleaved=at if interleaved else None) for at in addresses]
     rates = {}
     for rows in KERNEL_ROWS:
         x, out = torch.randn(rows, COLUMNS), torch.empty(rows, WEIGHT_ROWS)
 
         def work(i: int, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
-            kernels.multiply(x, [(0, Piece(kind, WEIGHT_ROWS, arena.address + i % copies * nbytes, 0))], [out])
+            kernels.multiply(x, [(0, pieces[i % copies])], [out])
 
         rates[str(rows)] = WEIGHT_ROWS * COLUMNS / _median_s(work, 5 if rows == 1 else ROUNDS)
     return rates

@@ -103,3 +103,52 @@ def test_without_ggml_the_slow_twin_runs_and_says_so(monkeypatch: pytest.MonkeyP
     assert torch.equal(
         product(kernels, x, "Q4_0", packed), torch_reference.multiply(x, "Q4_0", packed.data_ptr(), ROWS)
     )
+
+
+def interleaved(kernels: Kernels, kind: str) -> tuple[Piece, torch.Tensor]:
+    packed = quantised(kind)
+    piece = kernels.interleave(Piece(kind, ROWS, packed.data_ptr(), 0), COLUMNS)
+    if piece.interleaved is None:
+        pytest.skip(f"ggml has no interleaved {kind} on this processor")
+    return piece, packed
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, FEW_ROWS, 70])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q2_K"])
+def test_an_interleaved_copy_gives_the_same_products(kind: str, rows: int) -> None:
+    kernels = Kernels(2, row_invariant=False)
+    piece, packed = interleaved(kernels, kind)
+    x = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(rows))
+    out, plain = torch.empty(rows, ROWS), torch.empty(rows, ROWS)
+    kernels.multiply(x, [(0, piece)], [out], exact_rows=rows)
+    kernels.multiply(x, [(0, Piece(kind, ROWS, packed.data_ptr(), 0))], [plain], exact_rows=rows)
+
+    # The activations are rounded to 8 bits in another way: the difference is a rounding of a rounding.
+    assert (out - plain).norm() / plain.norm() < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q2_K"])
+def test_rows_of_an_interleaved_product_do_not_depend_on_each_other(kind: str) -> None:
+    kernels = Kernels(2, row_invariant=True)
+    piece, packed = interleaved(kernels, kind)
+    x = torch.randn(23, COLUMNS)
+    together = torch.empty(23, ROWS)
+    kernels.multiply(x, [(0, piece)], [together], exact_rows=23)
+    for count in (1, 3, 4, 9):
+        out = torch.empty(count, ROWS)
+        kernels.multiply(x[:count].contiguous(), [(0, piece)], [out])
+        assert torch.equal(out, together[:count])
+    assert packed.numel()  # the piece points into it
+
+
+def test_exact_rows_are_computed_as_if_they_were_alone(kernels: Kernels) -> None:
+    packed = quantised("Q4_K")
+    piece = [(0, Piece("Q4_K", ROWS, packed.data_ptr(), 0))]
+    x = torch.randn(90, COLUMNS)
+    mixed, alone, many = torch.empty(90, ROWS), torch.empty(40, ROWS), torch.empty(50, ROWS)
+    kernels.multiply(x, piece, [mixed], exact_rows=40)
+    kernels.multiply(x[:40].contiguous(), piece, [alone], exact_rows=40)
+    kernels.multiply(x[40:].contiguous(), piece, [many])
+
+    assert torch.equal(mixed[:40], alone)
+    assert torch.equal(mixed[40:], many)

@@ -91,6 +91,7 @@ MEASURED = replace(
     guessed_profile(),
     source="measured 2025-01-01",
     disk_bytes_per_s={"1": 1.5e9, "2": 4e9},
+    interleaved_weights_per_s={},
     kernel_weights_per_s={
         "Q4_K": {"1": 30e9, "4": 9e9, "16": 3e9},
         "Q8_0": {"1": 25e9, "4": 9e9, "16": 3e9},

@@ -7,6 +7,7 @@ for a product, the weights of its place in the pass are taken from the stream as
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +19,7 @@ from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import JoinedCache, KVCache, PackedAttention
 from headrace.engine.trace import PassStats, Trace
 from headrace.errors import ContextError
-from headrace.kernels import FEW_ROWS, Kernels, ReferenceKernels
+from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels
 from headrace.model import PackedLinear, build_shell
 from headrace.model.shell import EMBEDDING
 from headrace.stream import Arena, WeightFile, WeightStream
@@ -44,6 +45,7 @@ class StreamOptions:
     unit_bytes: int
     slots: int
     readers: int
+    interleaved_types: frozenset[str] = frozenset()  # copied into ggml's interleaved layout where pinned whole
 
 
 class Engine:
@@ -89,7 +91,12 @@ class Engine:
         order = [[linear.tensor for linear in group] for group in shell.groups]
         self.layout = make_layout(order, options.pinned_rows, options.unit_bytes)
         self.stream = WeightStream(
-            self.layout, slots=options.slots, readers=options.readers, open_file=open_file, spans=trace
+            self.layout,
+            slots=options.slots,
+            readers=options.readers,
+            open_file=open_file,
+            spans=trace,
+            settle=partial(self._interleave, options.interleaved_types) if options.interleaved_types else None,
         )
         self._kernel_s = 0.0
 
@@ -213,6 +220,9 @@ class Engine:
             self._pending[member] = (x, out.view(*shape, -1))
         if self.on_visit is not None:
             self.on_visit(visit + 1, len(self._groups))
+
+    def _interleave(self, types: frozenset[str], piece: Piece, columns: int) -> Piece:
+        return self.kernels.interleave(piece, columns) if piece.type in types else piece
 
     def _unpack(self, tensor: Tensor) -> torch.Tensor:
         """A small tensor read whole: fp32, in its shape."""

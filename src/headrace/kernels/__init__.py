@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 __all__ = ["FEW_ROWS", "Kernels", "Piece", "ReferenceKernels", "make_kernels"]
 
 
-def make_kernels(threads: int, bf16_many_rows: bool = True) -> "tuple[Kernels | ReferenceKernels, str]":
-    """(kernels, why these): ggml's, or the slow twin where ggml is not installed."""
+def make_kernels(
+    threads: int, bf16_many_rows: bool = True, row_invariant: bool = True
+) -> "tuple[Kernels | ReferenceKernels, str]":
+    """(kernels, why these): ggml's, or the slow twin where ggml is not installed. Arguments as for `Kernels`."""
     try:
         from headrace.kernels.multiply import Kernels
     except ImportError as error:
         from headrace.kernels.torch_reference import ReferenceKernels
 
         return ReferenceKernels(threads), f"ggml cannot be loaded ({error}): slow kernels, expect 20 times the time"
-    return Kernels(threads, bf16_many_rows), "ggml"
+    return Kernels(threads, bf16_many_rows, row_invariant), "ggml"
 
 
 def __getattr__(name: str) -> Any:

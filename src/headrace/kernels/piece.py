@@ -11,3 +11,4 @@ class Piece:
     rows: int
     address: int
     first: int
+    interleaved: int | None = None  # address of a copy in ggml's interleaved layout

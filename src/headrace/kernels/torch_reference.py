@@ -34,7 +34,17 @@ class ReferenceKernels:
     def __init__(self, threads: int):
         self.threads = threads
 
-    def multiply(self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
+    def interleave(self, piece: Piece, columns: int) -> Piece:
+        """As `Kernels.interleave`: there is no other layout here."""
+        return piece
+
+    def multiply(
+        self,
+        x: torch.Tensor,
+        pieces: Sequence[tuple[int, Piece]],
+        outputs: Sequence[torch.Tensor],
+        exact_rows: int | None = None,
+    ) -> None:
         """As `Kernels.multiply`, in fp32."""
         for i, piece in pieces:
             outputs[i][:, piece.first : piece.first + piece.rows] = multiply(x, piece.type, piece.address, piece.rows)

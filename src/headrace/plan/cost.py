@@ -32,11 +32,15 @@ class PassCost:
         return "disk" if self.disk_s > self.compute_s else "compute"
 
 
-def compute_seconds(profile: Profile, weights: Mapping[str, int], layers: int, rows: int) -> float:
-    """Seconds of compute of a pass: `weights` counts the multiplied weights by type."""
+def compute_seconds(
+    profile: Profile, weights: Mapping[str, int], layers: int, rows: int, interleaved: frozenset[str] = frozenset()
+) -> float:
+    """Seconds of compute of a pass: `weights` counts the multiplied weights by type, `interleaved` names types."""
     small = layers * (profile.layer_s + (rows - 1) * profile.layer_row_s)
     if rows <= FEW_ROWS:
-        return small + sum(count / profile.kernel(kind, rows) for kind, count in weights.items())
+        return small + sum(
+            count / profile.kernel(kind, rows, interleaved=kind in interleaved) for kind, count in weights.items()
+        )
     return small + sum(
         count / profile.unpack(kind)
         + 2 * count * rows / profile.product(rows, kind in PRECISE_TYPES or not profile.bf16_pays)
@@ -45,7 +49,15 @@ def compute_seconds(profile: Profile, weights: Mapping[str, int], layers: int, r
 
 
 def pass_cost(
-    profile: Profile, disk_bytes_per_s: float, read_bytes: int, weights: Mapping[str, int], layers: int, rows: int
+    profile: Profile,
+    disk_bytes_per_s: float,
+    read_bytes: int,
+    weights: Mapping[str, int],
+    layers: int,
+    rows: int,
+    interleaved: frozenset[str] = frozenset(),
 ) -> PassCost:
     """The cost of one pass that reads `read_bytes`."""
-    return PassCost(disk_s=read_bytes / disk_bytes_per_s, compute_s=compute_seconds(profile, weights, layers, rows))
+    return PassCost(
+        disk_s=read_bytes / disk_bytes_per_s, compute_s=compute_seconds(profile, weights, layers, rows, interleaved)
+    )

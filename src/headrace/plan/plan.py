@@ -83,6 +83,8 @@ class Plan:
     readers: int
     threads: int
     bf16_many_rows: bool
+    interleaved_types: frozenset[str]
+    interleaved_bytes: int
     kv_bytes: int
     context_tokens: int
     prefill_rows: int
@@ -131,6 +133,7 @@ class Plan:
                 "pinned_bytes": self.pinned_bytes,
                 "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
                 "ring_bytes": self.ring_bytes,
+                "interleaved_bytes": self.interleaved_bytes,
                 "kv_bytes": self.kv_bytes,
                 "activation_bytes": self.activation_bytes,
                 "runtime_bytes": self.runtime_bytes,
@@ -235,9 +238,10 @@ def _plan(
     if pinned == model.weights_bytes:
         slots = 0
     streamed = model.weights_bytes - pinned
+    types, copied = _interleave(model, profile, room - activations - pinned - model.page_slack_bytes if fits else 0)
     disk = profile.disk(checkpoint.paths[0])
     passes = -(-request.prompt_tokens // rows)
-    decode = pass_cost(profile, disk, streamed, model.weights, model.layers, 1)
+    decode = pass_cost(profile, disk, streamed, model.weights, model.layers, 1, types)
     first = pass_cost(profile, disk, model.weights_bytes, model.weights, model.layers, min(rows, request.prompt_tokens))
     later = pass_cost(profile, disk, streamed, model.weights, model.layers, rows)
     ttft = first.seconds + (passes - 1) * later.seconds
@@ -246,6 +250,10 @@ def _plan(
         f"{slots} ring slots of {gib(slot)}" if slots else "everything is pinned, no ring",
         f"{passes} weight pass{'es' if passes > 1 else ''} of up to {rows} rows for {request.prompt_tokens} prompt tokens",
     ]
+    if copied:
+        reasons.append(
+            f"a second, interleaved copy of {', '.join(sorted(types))} ({gib(copied)}): there is room for it"
+        )
     return Plan(
         model=checkpoint.name,
         type_bits=8 * model.weights_bytes / sum(model.weights.values()),
@@ -261,6 +269,8 @@ def _plan(
         readers=READERS,
         threads=profile.threads,
         bf16_many_rows=profile.bf16_pays,
+        interleaved_types=types,
+        interleaved_bytes=copied,
         kv_bytes=kv,
         context_tokens=request.context_tokens,
         prefill_rows=rows,
@@ -371,6 +381,19 @@ def _pin(model: _Model, room: int) -> dict[str, int]:
         whole |= more
     rows = {tensor.name: int(share * tensor.rows) for tensor in rest}
     return rows | {tensor.name: tensor.rows for tensor in model.linears if tensor.name in whole}
+
+
+def _interleave(model: _Model, profile: Profile, room: int) -> tuple[frozenset[str], int]:
+    """(formats to copy into the interleaved layout, bytes of the copies), as far as there is room beside everything else."""
+    chosen: set[str] = set()
+    spent = 0
+    for kind in sorted(profile.types_to_interleave):
+        tensors = [tensor for tensor in model.linears if tensor.type == kind]
+        size = sum(tensor.nbytes + 4096 for tensor in tensors)
+        if tensors and spent + size <= room:
+            chosen.add(kind)
+            spent += size
+    return frozenset(chosen), spent
 
 
 def _floor_hint(floor: int, kv: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from headrace.units import GIB, MIB
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,9 @@ class Profile:
     threads: int
     disk_bytes_per_s: Mapping[str, float]  # by device number of the file system
     kernel_weights_per_s: Mapping[str, Mapping[str, float]]  # by type, by rows: products on packed blocks
+    interleaved_weights_per_s: Mapping[
+        str, Mapping[str, float]
+    ]  # the same in ggml's interleaved layout, where it has one
     unpack_weights_per_s: Mapping[str, float]  # by type
     bf16_flop_per_s: Mapping[str, float]  # by rows: torch's products of unpacked weights
     fp32_flop_per_s: Mapping[str, float]
@@ -35,7 +38,8 @@ class Profile:
     schema: int = field(default=SCHEMA)
 
     def __post_init__(self) -> None:
-        tables = [*self.kernel_weights_per_s.values(), self.bf16_flop_per_s, self.fp32_flop_per_s]
+        tables = [*self.kernel_weights_per_s.values(), *self.interleaved_weights_per_s.values()]
+        tables += [self.bf16_flop_per_s, self.fp32_flop_per_s]
         if not all(tables) or not self.kernel_weights_per_s or not self.unpack_weights_per_s:
             raise ValueError("a profile needs a rate of every kind")
         rates = [
@@ -50,10 +54,20 @@ class Profile:
         key = str(os.stat(path).st_dev) if os.path.exists(path) else ""
         return self.disk_bytes_per_s.get(key) or min(self.disk_bytes_per_s.values(), default=1e9)
 
-    def kernel(self, type_name: str, rows: int) -> float:
+    def kernel(self, type_name: str, rows: int, *, interleaved: bool = False) -> float:
         """Weights per second of the packed product with this many rows."""
-        table = self.kernel_weights_per_s.get(type_name) or _slowest(self.kernel_weights_per_s)
+        table = self.interleaved_weights_per_s.get(type_name) if interleaved else None
+        table = table or self.kernel_weights_per_s.get(type_name) or _slowest(self.kernel_weights_per_s)
         return _interpolated(table, rows)
+
+    @property
+    def types_to_interleave(self) -> frozenset[str]:
+        """Formats whose interleaved copy multiplies one row so much faster that it is worth its memory."""
+        return frozenset(
+            kind
+            for kind in self.interleaved_weights_per_s
+            if self.kernel(kind, 1, interleaved=True) > 1.15 * self.kernel(kind, 1)
+        )
 
     def unpack(self, type_name: str) -> float:
         """Weights per second unpacked to fp32."""
@@ -133,6 +147,7 @@ def guessed_profile() -> Profile:
         threads=len(os.sched_getaffinity(0)),
         disk_bytes_per_s={},
         kernel_weights_per_s={"Q4_K": {"1": 20e9, "4": 8e9, "16": 3e9}, "F16": {"1": 8e9, "4": 6e9, "16": 3e9}},
+        interleaved_weights_per_s={},
         unpack_weights_per_s={"Q4_K": 2e9},
         bf16_flop_per_s={"32": 150e9, "512": 200e9},
         fp32_flop_per_s={"32": 150e9, "512": 200e9},

@@ -74,14 +74,20 @@ class WeightStream:
         open_file: Callable[[str], File] = WeightFile,
         spans: Spans | None = None,
         stall_limit_s: float = STALL_LIMIT_S,
+        settle: Callable[[Piece, int], Piece] | None = None,
     ):
-        """`readers=0` is the serial twin. `slots` is the size of the ring in units."""
+        """`readers=0` is the serial twin. `slots` is the size of the ring in units.
+
+        `settle` is called once with each piece (and its columns) of a visit that is pinned whole, when it has come; what
+        it returns is delivered from then on.
+        """
         self.layout = layout
         self.counters = StreamCounters()
         self.spans = spans
         self._slots = slots
         self._readers = readers
         self._stall_limit_s = stall_limit_s
+        self._settle = settle
         self._pinned = Arena(layout.pinned_bytes)
         self._ring = Arena(slots * layout.slot_bytes if layout.streamed_units else 0)
         paths = {tensor.path for visit in layout.visits for tensor in visit.tensors}
@@ -192,6 +198,8 @@ class WeightStream:
                 address = base + first * tensor.row_bytes
                 pieces.append((i, Piece(tensor.type, min(step, rows - first), address, first)))
         if not visit.streamed:
+            if self._settle is not None:
+                pieces = [(i, self._settle(piece, visit.tensors[i].columns)) for i, piece in pieces]
             return [pieces] if pieces else []
         return [[piece] for piece in pieces]
 

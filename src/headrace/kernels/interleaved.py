@@ -1,0 +1,92 @@
+"""ggml's interleaved layout: blocks of eight rows woven together, so that one load of activations serves eight dot products.
+
+On AVX2 and AVX-512 it multiplies Q4_K and Q4_0 1.4 times as fast for one row and 2.3 times for sixteen. It is a copy: for
+weights that stay in memory, where there is room for both. The copy holds the same numbers; sums are added in another
+order, so results differ from the plain layout's in the last bits.
+
+ggml only interleaves tensors in a buffer type of its own. What it looks at is two fields of the tensor, so a tiny tensor
+in such a buffer lends them to tensors over memory of ours.
+"""
+
+import ctypes
+from typing import Any
+
+import ggml
+
+# Rows that are woven together, and rows of activations that one call of the kernel for several takes.
+ROWS = 8
+ACTIVATION_ROWS = 4
+# Formats that ggml interleaves on some processor; which ones here is asked of ggml.
+_CANDIDATES = ("Q4_K", "Q4_0", "IQ4_NL", "Q2_K")
+
+_Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_silent = _Log(lambda level, text, data: None)
+
+
+class Interleaving:
+    """What this processor can interleave. One for each `Kernels`."""
+
+    def __init__(self) -> None:
+        self._lent: dict[str, tuple[int, int]] = {}  # by type: the fields `buffer` and `extra`
+        kind = _buffer_type()
+        self._buffer = None
+        self._context = None
+        if kind is None:
+            return
+        ggml.ggml_log_set(_silent, None)  # it reports every tensor on stderr
+        parameters = ggml.ggml_init_params(mem_size=16 << 10, mem_buffer=None, no_alloc=True)
+        self._context = ggml.ggml_init(parameters)
+        tensors = {
+            name: ggml.ggml_new_tensor_2d(self._context, getattr(ggml, f"GGML_TYPE_{name}"), 256, ROWS)
+            for name in _CANDIDATES
+        }
+        self._buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, kind)
+        for name, tensor in tensors.items():
+            if self._buffer and tensor.contents.extra:
+                self._lent[name] = (tensor.contents.buffer, tensor.contents.extra)
+
+    def takes(self, type_name: str, rows: int) -> bool:
+        """Whether so many rows of this format can be interleaved."""
+        return type_name in self._lent and rows % ROWS == 0
+
+    @property
+    def types(self) -> frozenset[str]:
+        """The formats that can be interleaved here."""
+        return frozenset(self._lent)
+
+    def mark(self, type_name: str, tensor: Any) -> None:
+        """Tell ggml that what this tensor points to is interleaved."""
+        tensor.buffer, tensor.extra = self._lent[type_name]
+
+    def copy(self, type_name: str, rows: int, columns: int, source: int, target: int) -> None:
+        """Write the interleaved form of packed rows at `source` to `target`; both take the same bytes."""
+        parameters = ggml.ggml_init_params(mem_size=4 << 10, mem_buffer=None, no_alloc=True)
+        context = ggml.ggml_init(parameters)
+        tensor = ggml.ggml_new_tensor_2d(context, getattr(ggml, f"GGML_TYPE_{type_name}"), columns, rows)
+        self.mark(type_name, tensor.contents)
+        tensor.contents.data = target
+        ggml.ggml_backend_tensor_set(tensor, source, 0, ggml.ggml_nbytes(tensor))
+        ggml.ggml_free(context)
+
+    def close(self) -> None:
+        """Free what was lent."""
+        if self._buffer:
+            ggml.ggml_backend_buffer_free(self._buffer)
+            ggml.ggml_free(self._context)
+        self._buffer, self._lent = None, {}
+
+
+def _buffer_type() -> int | None:
+    """ggml's buffer type for interleaved weights, or None where this build has none."""
+    registry = ggml.ggml_backend_cpu_reg()
+    address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+    if not address:
+        return None
+    list_types = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
+    types = list_types(ggml.ggml_backend_reg_dev_get(registry, 0))
+    at = 0
+    while types and types[at]:
+        if ggml.ggml_backend_buft_name(types[at]) == b"CPU_REPACK":
+            return int(types[at])
+        at += 1
+    return None
