@@ -8,27 +8,34 @@ with headrace.load("model.gguf", memory="4GiB") as model:
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 from headrace._version import __version__
 from headrace.checkpoint import Checkpoint, open_checkpoint
-from headrace.engine import Engine, KVCache, PassStats, Rows, Sampling, Trace
+from headrace.engine import Engine, PassStats, Rows, Sampling, Trace
+from headrace.engine.depth import Pace, Speculation
+from headrace.engine.draft import ModelDrafter, PromptLookup
 from headrace.engine.engine import StreamOptions
 from headrace.engine.sampling import Sampler
+from headrace.engine.scheduler import Answer, Scheduler, Slot
 from headrace.engine.stops import StopScanner
 from headrace.errors import ContextError, UsageError
 from headrace.kernels import make_kernels
 from headrace.model import Tokenizer
-from headrace.model.tokenizer import Prompt
+from headrace.model.tokenizer import Message, Prompt, TextStream
 from headrace.plan import (
     Budget,
+    Drafting,
     Plan,
     Profile,
     Request,
     budget_of,
+    choose_drafting,
+    drafting_options,
     guessed_profile,
     load_profile,
     make_plan,
@@ -60,7 +67,9 @@ class Piece:
     completion_tokens: int
     ttft_s: float
     pass_stats: PassStats
-    finish_reason: str | None = None  # "stop" or "length", in the last piece
+    passes: int  # over the weights so far, since loading
+    index: int = 0  # of the prompt, where several were given
+    finish_reason: str | None = None  # "stop" or "length", in the last piece of its prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +82,7 @@ class Completion:
     completion_tokens: int
     timings: dict[str, float | int | None]
     memory: dict[str, int]
+    speculation: dict[str, Any]
     plan: Plan
 
     def as_json(self) -> dict[str, Any]:
@@ -89,16 +99,22 @@ class Completion:
             },
             "timings": self.timings,
             "memory": self.memory,
+            "speculation": self.speculation,
             "plan": self.plan.as_json(),
         }
 
 
-@dataclass(kw_only=True)
-class _Kept:
-    """The tokens whose keys and values are in the cache, so that the next prompt may continue from them."""
+@dataclass(eq=False, kw_only=True)
+class _Live:
+    """An answer in the making, with what turns its tokens into pieces."""
 
-    cache: KVCache
-    tokens: list[int] = field(default_factory=list)
+    index: int
+    answer: Answer
+    text: TextStream
+    scanner: StopScanner
+    start: float
+    ttft_s: float = 0.0
+    count: int = 0
 
 
 class Model:
@@ -111,6 +127,7 @@ class Model:
         *,
         load_s: float,
         engine: Engine,
+        draft_engine: Engine | None,
         tokenizer: Tokenizer,
     ):
         """Use `load`."""
@@ -119,7 +136,11 @@ class Model:
         self.tokenizer = tokenizer
         self.load_s = load_s
         self._engine = engine
-        self._kept = _Kept(cache=engine.new_cache(plan.context_tokens))
+        self._draft_engine = draft_engine
+        slots = [Slot(engine.new_cache(plan.context_tokens)) for _ in range(plan.sequences)]
+        self._scheduler = Scheduler(engine, slots, plan.prefill_rows, plan.drafting.most_guesses)
+        if plan.drafting.most_guesses:
+            self._scheduler.speculation = _speculation(plan, draft_engine)
         self._closed = False
 
     def __enter__(self) -> "Model":
@@ -132,6 +153,8 @@ class Model:
         """Stop the readers and give everything back. Safe to call twice."""
         if not self._closed:
             self._closed = True
+            if self._draft_engine is not None:
+                self._draft_engine.close()
             self._engine.close()
 
     @property
@@ -152,7 +175,7 @@ class Model:
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Sequence[Prompt],
         *,
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
@@ -160,141 +183,192 @@ class Model:
         raw: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[Piece]:
-        """Generate, one piece per token, then a last piece with the finish reason.
+        """Generate, one piece per token, then for each prompt a last piece with the finish reason.
 
         Args:
-            prompt: text, or messages of a conversation. What it shares with the last one is not computed again.
-            max_tokens: at most so many; None: until the model ends or the context is full.
+            prompt: text, or messages of a conversation; or several of these, which share the passes over the weights:
+                their pieces come as they are made, `Piece.index` says whose. What a prompt shares with one before is not
+                computed again.
+            max_tokens: at most so many for each prompt; None: until the model ends or the context is full.
             sampling: None: the file's recommendation.
             stop: strings that end the answer and are not part of it.
             raw: complete the text as it is, without the chat template.
-            on_progress: called during prefill.
+            on_progress: called during the passes before the first piece.
 
         Raises:
-            ContextError: the prompt does not fit into the context that was planned.
+            ContextError: a prompt does not fit into the context that was planned.
             ReadError: the weights could not be read.
+        """
+        sampling = sampling or self.default_sampling()
+        jobs = [
+            Job(tokens=self.encode(one, raw=raw), max_tokens=max_tokens, sampling=sampling, stop=stop)
+            for one in _prompts(prompt)
+        ]
+        return self.stream_jobs(iter(jobs), on_progress)
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """The tokens of a prompt.
+
+        Raises:
+            UsageError: there are none.
+            ContextError: they leave no room for an answer in the context that was planned.
         """
         tokens = self.tokenizer.prompt(prompt, raw=raw)
         if not tokens:
             raise UsageError("the prompt is empty", hint="give a prompt of at least one token")
-        room = self.plan.context_tokens - len(tokens)
-        if room < 1:
+        if len(tokens) >= self.plan.context_tokens:
             raise ContextError(
                 f"the prompt has {len(tokens)} tokens, the context holds {self.plan.context_tokens}",
-                hint=f"use --ctx-size {len(tokens) + (max_tokens or 256)}",
+                hint=f"use --ctx-size {len(tokens) + 256}",
             )
-        limit = room if max_tokens is None else min(room, max_tokens)
-        return self._generate(tokens, limit, Sampler(sampling or self.default_sampling()), stop, on_progress)
+        return tokens
 
-    def _generate(
-        self,
-        tokens: list[int],
-        limit: int,
-        sampler: Sampler,
-        stop: Sequence[str],
-        on_progress: Callable[[Progress], None] | None,
+    def stream_jobs(
+        self, jobs: Iterator["Job"], on_progress: Callable[[Progress], None] | None = None
     ) -> Iterator[Piece]:
+        """As `stream`, for jobs that may each have settings of their own. One is taken whenever there is room for it."""
+        scheduler, live = self._scheduler, dict[Answer, _Live]()
+        waiting: Iterator[tuple[int, Job]] = enumerate(jobs)
+        exhausted = False
         start = time.perf_counter()
-        logits = self._prefill(tokens, on_progress)
-        ttft = 0.0
-        text, scanner = self.tokenizer.stream(), StopScanner(stop)
-        for count in range(1, limit + 1):
-            token = sampler.draw(logits[-1])
-            ttft = ttft or time.perf_counter() - start
+        self._watch(on_progress, start)
+        try:
+            while True:
+                while scheduler.has_room and not exhausted:
+                    index, job = next(waiting, (-1, None))
+                    if job is None:
+                        exhausted = True
+                        break
+                    room = self.plan.context_tokens - len(job.tokens)
+                    most = room if job.max_tokens is None else min(room, job.max_tokens)
+                    answer = scheduler.add(job.tokens, most, Sampler(job.sampling))
+                    live[answer] = _Live(
+                        index=index,
+                        answer=answer,
+                        text=self.tokenizer.stream(),
+                        scanner=StopScanner(job.stop),
+                        start=time.perf_counter(),
+                    )
+                if not live:
+                    return
+                news = scheduler.step()
+                if news:
+                    self._engine.on_visit = None
+                for answer, tokens in news:
+                    yield from self._pieces(live, answer, tokens)
+        finally:
+            self._engine.on_visit = None
+            for answer in live:
+                scheduler.remove(answer)
+
+    def _pieces(self, live: dict[Answer, _Live], answer: Answer, tokens: Sequence[int]) -> Iterator[Piece]:
+        """The pieces of an answer's new tokens; an answer that ends with them is taken away."""
+        one = live[answer]
+        one.ttft_s = one.ttft_s or time.perf_counter() - one.start
+        for token in tokens:
+            one.count += 1
             piece = Piece(
                 text="",
                 token=token,
-                prompt_tokens=len(tokens),
-                completion_tokens=count,
-                ttft_s=ttft,
+                prompt_tokens=answer.prompt_tokens,
+                completion_tokens=one.count,
+                ttft_s=one.ttft_s,
                 pass_stats=self._engine.passes[-1],
+                passes=len(self._engine.passes),
+                index=one.index,
             )
             if token in self.tokenizer.end_ids:
-                yield replace(piece, text=scanner.rest(), token=None, completion_tokens=count, finish_reason="stop")
-                return
-            shown, stopped = scanner.push(text.step(token))
-            if stopped or count == limit:
-                shown += "" if stopped else scanner.rest()
+                shown = one.scanner.rest()
+                reason: str | None = "stop"
+            else:
+                shown, stopped = one.scanner.push(one.text.step(token))
+                reason = "stop" if stopped else "length" if one.count == answer.most_tokens else None
+                if reason == "length":
+                    shown += one.scanner.rest()
+            if reason is None:
                 yield replace(piece, text=shown)
-                yield replace(piece, text="", token=None, finish_reason="stop" if stopped else "length")
-                return
-            yield replace(piece, text=shown)
-            logits = self._step([token])
+                continue
+            self._scheduler.remove(answer)
+            del live[answer]
+            if token not in self.tokenizer.end_ids:
+                yield replace(piece, text=shown)
+                shown = ""
+            yield replace(piece, text=shown, token=None, finish_reason=reason)
+            return
 
-    def _prefill(self, tokens: list[int], on_progress: Callable[[Progress], None] | None) -> Any:
-        """Logits after the prompt; computes only what the cache does not hold, at least the last token."""
-        kept = self._kept
-        shared = 0
-        for old, new in zip(kept.tokens, tokens[:-1], strict=False):
-            if old != new:
-                break
-            shared += 1
-        kept.cache.truncate(shared)
-        kept.tokens = tokens[:shared]
-        rows = self.plan.prefill_rows
-        parts = [tokens[i : i + rows] for i in range(shared, len(tokens), rows)]
-        logits = None
-        start, read = time.perf_counter(), self._engine.stream.counters.read_bytes
-        for number, part in enumerate(parts):
-            if on_progress is not None:
-                self._engine.on_visit = lambda done, visits, n=number: on_progress(
-                    Progress(
-                        pass_number=n + 1,
-                        passes=len(parts),
-                        done=done,
-                        visits=visits,
-                        read_bytes=self._engine.stream.counters.read_bytes - read,
-                        seconds=time.perf_counter() - start,
-                    )
+    def _watch(self, on_progress: Callable[[Progress], None] | None, start: float) -> None:
+        """Call `on_progress` after every visit of a pass, until somebody takes the watch away."""
+        if on_progress is None:
+            return
+        first, read = len(self._engine.passes), self._engine.stream.counters.read_bytes
+
+        def tell(done: int, visits: int) -> None:
+            left = sum(len(answer.pending) for answer in self._scheduler.answers)
+            number = len(self._engine.passes) - first + 1
+            on_progress(
+                Progress(
+                    pass_number=number,
+                    passes=number - 1 + max(1, -(-left // self.plan.prefill_rows)),
+                    done=done,
+                    visits=visits,
+                    read_bytes=self._engine.stream.counters.read_bytes - read,
+                    seconds=time.perf_counter() - start,
                 )
-            try:
-                logits = self._step(part)
-            finally:
-                self._engine.on_visit = None
-        return logits
+            )
 
-    def _step(self, tokens: list[int]) -> Any:
-        logits = self._engine.step([Rows(cache=self._kept.cache, tokens=tokens)])
-        self._kept.tokens = self._kept.tokens + tokens
-        return logits
+        self._engine.on_visit = tell
+
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> Completion: ...
+
+    @overload
+    def generate(self, prompt: Sequence[Sequence[Message]], **options: Any) -> list[Completion]: ...
+
+    @overload
+    def generate(self, prompt: list[str], **options: Any) -> list[Completion]: ...
 
     def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-        raw: bool = False,
-        on_piece: Callable[[Piece], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
-    ) -> Completion:
-        """The whole answer at once; arguments as in `stream`. `on_piece` is called with every piece as it comes."""
-        before = len(self._engine.passes)
-        start = time.perf_counter()
-        pieces: list[Piece] = []
-        arguments = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop, "raw": raw}
-        for piece in self.stream(prompt, on_progress=on_progress, **arguments):  # type: ignore[arg-type]
-            pieces.append(piece)
+        self, prompt: Prompt | Sequence[Prompt], *, on_piece: Callable[[Piece], None] | None = None, **options: Any
+    ) -> Completion | list[Completion]:
+        """The whole answer at once; for several prompts a list of answers, which share the passes over the weights.
+
+        Arguments as in `stream`. `on_piece` is called with every piece as it comes.
+        """
+        before, start = len(self._engine.passes), time.perf_counter()
+        pieces: dict[int, list[Piece]] = {}
+        ends: dict[int, float] = {}
+        for piece in self.stream(prompt, **options):
+            pieces.setdefault(piece.index, []).append(piece)
+            ends[piece.index] = time.perf_counter() - start
             if on_piece is not None:
                 on_piece(piece)
-        return self.completion(pieces, before, time.perf_counter() - start)
+        answers = [self.completion(pieces[index], before, ends[index]) for index in sorted(pieces)]
+        return answers if _is_many(prompt) else answers[0]
 
     def completion(self, pieces: Sequence[Piece], first_pass: int, seconds: float) -> Completion:
-        """The measurements of a stream that has ended, or was interrupted after these pieces."""
+        """The measurements of a stream that has ended, or was interrupted after these pieces.
+
+        Args:
+            pieces: of one prompt.
+            first_pass: passes that had been made when it began.
+            seconds: from its beginning to its end.
+        """
         last = pieces[-1] if pieces else None
-        passes = list(self._engine.passes[first_pass:])
-        count = sum(piece.token is not None for piece in pieces)
-        steps = last.completion_tokens - 1 if last else 0  # the token that ends a turn costs a pass as well
+        passes = list(self._engine.passes[first_pass : last.passes if last else None])
+        prefilled = pieces[0].passes if pieces else 0
+        decode = self._engine.passes[prefilled : last.passes] if last else []
+        # The token that ends a turn costs a pass as well.
+        steps = (
+            last.completion_tokens - sum(p.token is not None and p.passes == prefilled for p in pieces) if last else 0
+        )
         ttft = last.ttft_s if last else None
-        decode_s = seconds - ttft if ttft is not None and steps > 0 else None
-        decode = passes[-steps:] if steps > 0 else []
+        decode_s = seconds - ttft if ttft is not None and decode else None
         read = sum(p.read_bytes for p in passes)
         return Completion(
             text="".join(piece.text for piece in pieces),
             finish_reason=(last.finish_reason if last else None) or "interrupted",
             prompt_tokens=last.prompt_tokens if last else 0,
-            completion_tokens=count,
+            completion_tokens=sum(piece.token is not None for piece in pieces),
             timings={
                 "load_s": self.load_s,
                 "ttft_s": ttft,
@@ -307,7 +381,7 @@ class Model:
                 "read_bytes_per_s": read / sum(p.seconds for p in passes) if passes else None,
                 "stall_s": sum(p.stall_s for p in passes),
                 "compute_s": sum(p.seconds - p.stall_s for p in passes),
-                "draft_s": None,
+                "draft_s": sum(p.draft_s for p in passes),
             },
             memory={
                 "budget_bytes": self.plan.budget.nbytes,
@@ -317,9 +391,48 @@ class Model:
                 "ring_bytes": self.plan.ring_bytes,
                 "interleaved_bytes": self.plan.interleaved_bytes,
                 "kv_bytes": self.plan.kv_bytes,
+                "draft_bytes": self.plan.draft_bytes,
             },
+            speculation=self._report(decode),
             plan=self.plan,
         )
+
+    def _report(self, decode: Sequence[PassStats]) -> dict[str, Any]:
+        """What was guessed, and what decoding passes waited for."""
+        speculation = self._scheduler.speculation
+        positions = speculation.acceptance.positions if speculation is not None else []
+        return {
+            "draft": self.plan.drafting.name,
+            "drafted": sum(p.drafted for p in decode),
+            "accepted": sum(p.accepted for p in decode),
+            "accepted_by_position": [{"tested": tested, "right": right} for tested, right in positions],
+            "passes_bound_by": dict(Counter(p.bound_by for p in decode)),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One prompt with its settings, for `Model.stream_jobs`."""
+
+    tokens: list[int]
+    max_tokens: int | None
+    sampling: Sampling
+    stop: Sequence[str] = ()
+
+
+def _is_many(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Whether these are several prompts, rather than a text or the messages of one conversation."""
+    return not isinstance(prompt, str) and (not prompt or not isinstance(prompt[0], Mapping))
+
+
+def _prompts(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    return list(prompt) if _is_many(prompt) else [prompt]  # type: ignore[arg-type, list-item]
+
+
+def _speculation(plan: Plan, draft_engine: Engine | None) -> Speculation:
+    model = None if draft_engine is None else ModelDrafter(draft_engine, plan.context_tokens, plan.drafting.name)
+    guess_s = plan.expectation.draft_s / max(1, plan.expectation.guesses)
+    return Speculation(Pace(plan.cost, guess_s), PromptLookup() if plan.drafting.lookup else None, model)
 
 
 def load(
@@ -328,6 +441,8 @@ def load(
     memory: str | int | Budget | None = None,
     context_tokens: int | None = None,
     prompt_tokens: int | None = None,
+    sequences: int = 1,
+    draft: str = "auto",
     size_for: Callable[[Tokenizer], Request] | None = None,
     profile: Profile | None = None,
     trace: bool = False,
@@ -335,52 +450,58 @@ def load(
 ) -> Model:
     """Open a model under a memory ceiling.
 
-    Nothing large is read here: the weights come with the first pass.
+    The model's weights come with the first pass; a draft model is read here.
 
     Args:
         path: a GGUF file, or the first part of a split.
         memory: ceiling for the whole process, `"4GiB"` or bytes; None: what cgroup and free memory leave.
         context_tokens: prompt and answer together; None: 4096, or the model's own limit if that is less.
         prompt_tokens: the longest prompt to expect, which decides how many rows a prefill pass may carry.
-        size_for: decides both once the tokenizer is there, for a prompt that is known already.
+        sequences: prompts that are computed together; each has a KV cache of its own.
+        draft: how to guess tokens that a pass then verifies: `none`, `prompt` (what followed the last time), `self` (a
+            low-bit copy made in memory), the path of a draft model, or `auto`: what the plan finds best.
+        size_for: decides the request once the tokenizer is there, for prompts that are known already.
         profile: rates to plan with; None: those that `headrace probe` kept, else guesses.
         trace: record every span of time.
         open_file: opens the weights' files, for tests.
 
     Raises:
-        CheckpointError: the file is damaged or cannot run.
+        CheckpointError: a file is damaged or cannot run.
         BudgetError: the ceiling is below the model's floor.
+        UsageError: the draft model does not exist or does not fit the model.
     """
     start = time.perf_counter()
     checkpoint = open_checkpoint(path)
     budget = budget_of(memory)
     profile = profile or load_profile() or guessed_profile()
     context = context_tokens or min(4096, checkpoint.number("context_length", 4096))
-    request = Request(context_tokens=context, prompt_tokens=min(prompt_tokens or 512, context))
-    make_plan(checkpoint, profile, budget, request)  # refuse before anything is built
+    request = Request(
+        context_tokens=context, prompt_tokens=min(prompt_tokens or 512, context), sequences=max(1, sequences)
+    )
+    options = drafting_options(checkpoint, draft)
+    drafting, why = choose_drafting(checkpoint, profile, budget, request, options)  # refuse before anything is built
     keep_freed_memory()
     tokenizer = Tokenizer(checkpoint)
     if size_for is not None:
         request = size_for(tokenizer)
-        make_plan(checkpoint, profile, budget, request)
-    return _load(checkpoint, tokenizer, profile, budget, request, trace, open_file, start)
+        drafting, why = choose_drafting(checkpoint, profile, budget, request, options)
+    request = replace(request, drafting=drafting)
+    kernels, reason = make_kernels(
+        profile.threads, profile.bf16_pays, row_invariant=request.sequences > 1 or drafting.most_guesses > 0
+    )
+    if reason != "ggml":
+        warnings.warn(reason, stacklevel=2)
+    spans = Trace() if trace else None
+    draft_engine = _load_draft(checkpoint, drafting, profile)
+    plans: list[Plan] = []
 
-
-def _load(
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    profile: Profile,
-    budget: Budget,
-    request: Request,
-    trace: bool,
-    open_file: Callable[[str], File],
-    start: float,
-) -> Model:
-    """Build the model first and plan with what the process has really taken by then; only then lay out the memory."""
-
-    def options(runtime_bytes: int | None) -> tuple[Plan, StreamOptions]:
-        plan = make_plan(checkpoint, profile, budget, request, runtime_bytes=runtime_bytes)
-        return plan, StreamOptions(
+    def decide() -> StreamOptions:
+        """Plan with what the process has really taken by now: everything is built, and no weights are in memory yet."""
+        release_unused()
+        taken = resident_bytes() + RUNTIME_GROWTH_BYTES
+        plan = make_plan(checkpoint, profile, budget, request, runtime_bytes=taken)
+        plans.append(replace(plan, reasons=(*plan.reasons, why)))
+        return StreamOptions(
             pinned_rows=plan.pinned_rows,
             unit_bytes=plan.unit_bytes,
             slots=plan.ring_slots,
@@ -388,19 +509,42 @@ def _load(
             interleaved_types=plan.interleaved_types,
         )
 
-    plan: list[Plan] = []
+    engine = Engine(checkpoint, decide, kernels, trace=spans, open_file=open_file)
+    if draft_engine is not None:
+        draft_engine.step([Rows(cache=draft_engine.new_cache(1), tokens=[0], exact=True)])  # reads its weights
+    return Model(
+        checkpoint,
+        plans[0],
+        load_s=time.perf_counter() - start,
+        engine=engine,
+        draft_engine=draft_engine,
+        tokenizer=tokenizer,
+    )
 
-    def decide() -> StreamOptions:
-        release_unused()
-        made, chosen = options(resident_bytes() + RUNTIME_GROWTH_BYTES)
-        plan.append(made)
-        return chosen
 
-    kernels, why = make_kernels(profile.threads, profile.bf16_pays, row_invariant=False)
-    if why != "ggml":
-        warnings.warn(why, stacklevel=3)
-    engine = Engine(checkpoint, decide, kernels, trace=Trace() if trace else None, open_file=open_file)
-    return Model(checkpoint, plan[0], load_s=time.perf_counter() - start, engine=engine, tokenizer=tokenizer)
+def _load_draft(original: Checkpoint, drafting: Drafting, profile: Profile) -> Engine | None:
+    """An engine with everything pinned. The tensors of a low-bit copy are quantised as they are read."""
+    draft = drafting.checkpoint
+    if draft is None:
+        return None
+    from headrace.stream.quantising import QuantisingFile  # needs ggml
+
+    def open_file(path: str) -> File:
+        made = drafting.name == "self" and path not in original.paths
+        return QuantisingFile(original, draft, path) if made else WeightFile(path)
+
+    pinned = {tensor.name: tensor.rows for tensor in draft.tensors.values()}
+    options = StreamOptions(
+        pinned_rows=pinned,
+        unit_bytes=1 << 20,
+        slots=1,
+        readers=profile.threads,
+        interleaved_types=profile.types_to_interleave,
+        interleaved_in_place=True,
+        pinned_read_bytes=1 << 20,
+    )
+    kernels, _ = make_kernels(profile.threads, profile.bf16_pays, row_invariant=False)
+    return Engine(draft, options, kernels, open_file=open_file)
 
 
 # What the first passes add to the process beside the plan's own items: graphs, threads' stacks, allocator's slack.

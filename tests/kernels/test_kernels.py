@@ -152,3 +152,16 @@ def test_exact_rows_are_computed_as_if_they_were_alone(kernels: Kernels) -> None
 
     assert torch.equal(mixed[:40], alone)
     assert torch.equal(mixed[40:], many)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q2_K"])
+def test_interleaving_in_place_gives_the_products_of_a_copy(kind: str) -> None:
+    kernels = Kernels(2)
+    piece, packed = interleaved(kernels, kind)
+    x = torch.randn(9, COLUMNS)
+    copied, overwritten = torch.empty(9, ROWS), torch.empty(9, ROWS)
+    kernels.multiply(x, [(0, piece)], [copied])
+    kernels.multiply(
+        x, [(0, kernels.interleave(Piece(kind, ROWS, packed.data_ptr(), 0), COLUMNS, in_place=True))], [overwritten]
+    )
+    assert torch.equal(copied, overwritten)

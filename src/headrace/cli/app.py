@@ -71,6 +71,13 @@ memory_option = click.option(
     "--memory", type=Size(), help="Ceiling for the whole process, like 4GiB. [default: what is free, less 10%]"
 )
 context_option = click.option("-c", "--ctx-size", type=click.IntRange(1), help="Tokens of prompt and answer together.")
+draft_option = click.option(
+    "--draft",
+    default="auto",
+    show_default=True,
+    metavar="none|prompt|self|auto|FILE",
+    help="Guess tokens that a pass then verifies: from the prompt, by a low-bit copy of the model, or by a smaller model.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No plan, progress or stats on stderr.")
 sampling_options = shared(
@@ -106,6 +113,7 @@ def check_file(function: F) -> F:
 )
 @memory_option
 @context_option
+@draft_option
 @sampling_options
 @click.option("-s", "--system", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the chat template.")
@@ -129,16 +137,43 @@ def run(model: str, **options: Any) -> None:
 @click.argument("model")
 @memory_option
 @context_option
+@draft_option
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts that are computed together."
+)
 @click.option(
     "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of the prompt to plan for."
 )
 @json_option
 @check_file
-def plan(model: str, memory: int | None, ctx_size: int | None, prompt_tokens: int, as_json: bool) -> None:
+def plan(model: str, **options: Any) -> None:
     """Say what running MODEL will cost, and what would make it faster. Reads headers only."""
     from headrace.cli.plan import plan_command
 
-    plan_command(model, memory, ctx_size, prompt_tokens, as_json)
+    plan_command(model, **options)
+
+
+@main.command()
+@click.argument("source", metavar="IN.jsonl", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT.jsonl", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("-m", "--model", required=True, help="A .gguf file.")
+@memory_option
+@context_option
+@draft_option
+@click.option("--parallel", type=click.IntRange(1, 256), help="Requests at a time. [default: what the plan finds best]")
+@click.option(
+    "-n", "--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Where a request names none."
+)
+@quiet_option
+@check_file
+def batch(model: str, **options: Any) -> None:
+    """Answer the requests of IN.jsonl, in the format of the OpenAI Batch API, into OUT.jsonl.
+
+    All requests in flight share each pass over the weights. A run that was stopped, or killed, goes on where it was.
+    """
+    from headrace.cli.batch import batch_command
+
+    sys.exit(batch_command(model=model, **options))
 
 
 @main.command()

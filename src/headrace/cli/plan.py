@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -18,6 +18,8 @@ from headrace.plan import (
     Profile,
     Request,
     budget_of,
+    choose_drafting,
+    drafting_options,
     guessed_profile,
     load_profile,
     make_plan,
@@ -45,15 +47,24 @@ def profile_for(model: str, *, say: bool) -> Profile:
 
 
 def plan_command(
-    model: str, memory: int | Budget | None, ctx_size: int | None, prompt_tokens: int, as_json: bool
+    model: str,
+    memory: int | Budget | None,
+    ctx_size: int | None,
+    draft: str,
+    batch: int,
+    prompt_tokens: int,
+    as_json: bool,
 ) -> None:
     """Print the plan for a model."""
     checkpoint = open_checkpoint(model)
     limit = checkpoint.number("context_length", 4096)
     context = ctx_size or min(prompt_tokens + 512, limit)
-    request = Request(context_tokens=context, prompt_tokens=min(prompt_tokens, context))
+    request = Request(context_tokens=context, prompt_tokens=min(prompt_tokens, context), sequences=batch)
     budget = budget_of(memory)
-    plan = make_plan(checkpoint, load_profile() or guessed_profile(), budget, request)
+    profile = load_profile() or guessed_profile()
+    drafting, why = choose_drafting(checkpoint, profile, budget, request, drafting_options(checkpoint, draft))
+    plan = make_plan(checkpoint, profile, budget, replace(request, drafting=drafting))
+    plan = replace(plan, reasons=(*plan.reasons, why))
     if as_json:
         click.echo(json.dumps(plan.as_json(), allow_nan=False))
         return

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.cli import show
 from headrace.cli.plan import profile_for
 from headrace.errors import HeadraceError, UsageError
-from headrace.plan import Budget, Request, budget_of, make_plan
+from headrace.plan import Budget, Request, budget_of, choose_drafting, drafting_options, make_plan
 
 if TYPE_CHECKING:
     from headrace.api import Completion, Model, Piece
@@ -49,6 +49,7 @@ def run_command(
     prompt_file: Path | None,
     memory: int | Budget | None,
     ctx_size: int | None,
+    draft: str,
     trace: Path | None,
     max_tokens: int,
     stop: Sequence[str],
@@ -71,7 +72,8 @@ def run_command(
     request = _request(checkpoint, text, None, max_tokens, ctx_size)
     profile = profile_for(model, say=not quiet)
     budget = budget_of(memory)
-    plan = make_plan(checkpoint, profile, budget, request)
+    drafting, _ = choose_drafting(checkpoint, profile, budget, request, drafting_options(checkpoint, draft))
+    plan = make_plan(checkpoint, profile, budget, replace(request, drafting=drafting))
     if not quiet:
         show.note(plan.line())
     from headrace.api import load  # torch and transformers: seconds, so only after the plan line
@@ -82,7 +84,7 @@ def run_command(
         prompt_tokens = len(tokenizer.prompt(_prompt_of(text, settings), raw=raw))
         return _request(checkpoint, text, prompt_tokens, max_tokens, ctx_size)
 
-    with load(model, memory=budget, size_for=exactly, profile=profile, trace=trace is not None) as loaded:
+    with load(model, memory=budget, draft=draft, size_for=exactly, profile=profile, trace=trace is not None) as loaded:
         code = _chat(loaded, settings) if text is None else _once(loaded, text, settings)
         if trace is not None and loaded.trace is not None:
             loaded.trace.write(trace)
@@ -125,8 +127,6 @@ def _request(
 
 
 def _sampling(model: "Model", settings: Settings) -> "Sampling":
-    from dataclasses import replace
-
     return replace(model.default_sampling(), **{k: v for k, v in settings.sampling.items() if v is not None})
 
 

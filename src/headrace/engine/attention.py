@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from headrace.kernels import FEW_ROWS
-
 KV_DTYPE = torch.float16
 
 
@@ -44,6 +42,15 @@ class KVCache:
         assert values is not None
         return keys[:, first:last], values[:, first:last]
 
+    def copy_from(self, other: "KVCache", count: int) -> None:
+        """Take the first `count` positions of another cache of the same model, and forget all others."""
+        assert count <= min(other.length, self.capacity)
+        self.length = 0
+        for layer, keys in enumerate(other._keys):
+            if keys is not None:
+                self.put(layer, *other.get(layer, 0, count))
+        self.length = count
+
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
         assert 0 <= length <= self.length
@@ -54,12 +61,12 @@ class PackedAttention:
     """The attention function of one engine. `begin` says whose rows the next forward carries."""
 
     def __init__(self) -> None:
-        self._batch: Sequence[tuple[KVCache, int]] = ()
+        self._batch: Sequence[tuple[KVCache, int, bool]] = ()
         self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
         self.used = False
 
-    def begin(self, batch: Sequence[tuple[KVCache, int]]) -> None:
-        """The sequences of the next forward, in order, each with its number of new rows."""
+    def begin(self, batch: Sequence[tuple[KVCache, int, bool]]) -> None:
+        """The sequences of the next forward, in order: cache, number of new rows, and whether each row is to be exact."""
         self._batch = batch
         self._masks = {}
 
@@ -83,10 +90,10 @@ class PackedAttention:
         out = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
         layer: int = module.layer_idx  # type: ignore[assignment]
         first = 0
-        for cache, rows in self._batch:
+        for cache, rows, exact in self._batch:
             part = slice(first, first + rows)
             cache.put(layer, key[0, :, part], value[0, :, part])
-            attend = self._row_by_row if rows <= FEW_ROWS else self._all_rows
+            attend = self._row_by_row if exact else self._all_rows
             attend(query[0, :, part], cache, layer, out[0, part], scaling, sliding_window, softcap)
             first += rows
         return out, None

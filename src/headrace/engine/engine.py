@@ -30,11 +30,21 @@ from headrace.stream.weights import File
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """New tokens of one sequence, and how many of their last rows need logits."""
+    """New tokens of one sequence, and how many of their last rows need logits.
+
+    Exact rows are computed one by one: their results do not depend on the rows beside them. The others may share faster
+    products. None: exact if they are few, as decoded and drafted tokens are, and prompts are not.
+    """
 
     cache: KVCache
     tokens: Sequence[int]
     logits: int = 1
+    exact: bool | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether these rows are computed one by one."""
+        return len(self.tokens) <= FEW_ROWS if self.exact is None else self.exact
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +55,9 @@ class StreamOptions:
     unit_bytes: int
     slots: int
     readers: int
-    interleaved_types: frozenset[str] = frozenset()  # copied into ggml's interleaved layout where pinned whole
+    interleaved_types: frozenset[str] = frozenset()  # brought into ggml's interleaved layout where pinned whole
+    interleaved_in_place: bool = False  # rather than copied: then every step must ask for exact rows
+    pinned_read_bytes: int = 4 << 20
 
 
 class Engine:
@@ -89,16 +101,17 @@ class Engine:
         if callable(options):
             options = options()
         order = [[linear.tensor for linear in group] for group in shell.groups]
-        self.layout = make_layout(order, options.pinned_rows, options.unit_bytes)
+        self.layout = make_layout(order, options.pinned_rows, options.unit_bytes, options.pinned_read_bytes)
         self.stream = WeightStream(
             self.layout,
             slots=options.slots,
             readers=options.readers,
             open_file=open_file,
             spans=trace,
-            settle=partial(self._interleave, options.interleaved_types) if options.interleaved_types else None,
+            settle=partial(self._interleave, options) if options.interleaved_types else None,
         )
         self._kernel_s = 0.0
+        self._rows = self._exact_rows = 0  # of the step in progress
 
     def __enter__(self) -> "Engine":
         return self
@@ -140,10 +153,12 @@ class Engine:
                     f"{rows.cache.length + len(rows.tokens)} tokens do not fit into a context of {rows.cache.capacity}",
                     hint=f"use --ctx-size {rows.cache.length + len(rows.tokens)} or more",
                 )
-        self._share_cores(sum(len(rows.tokens) for rows in batch))
+        self._rows = sum(len(rows.tokens) for rows in batch)
+        self._exact_rows = sum(len(rows.tokens) for rows in batch if rows.is_exact)
+        self._share_cores(self._rows - self._exact_rows)
         before, kernel_before, start = replace(self.stream.counters), self._kernel_s, time.perf_counter()
         try:
-            logits = self._forward(batch)
+            logits = self._forward_in_order(batch)
         except BaseException:
             self._pending.clear()
             self.stream.rewind()
@@ -165,11 +180,20 @@ class Engine:
         )
         return logits
 
-    def _share_cores(self, rows: int) -> None:
+    def _share_cores(self, shared_rows: int) -> None:
         """torch's small operations stay on one core while ggml works, whose threads wait by spinning on all of them."""
-        threads = self.kernels.threads if rows > FEW_ROWS else 1
+        threads = self.kernels.threads if shared_rows > FEW_ROWS else 1
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+    def _forward_in_order(self, batch: Sequence[Rows]) -> torch.Tensor:
+        """Exact rows first, as the kernels want them; the logits in the order of the batch."""
+        order = sorted(range(len(batch)), key=lambda i: not batch[i].is_exact)
+        logits = self._forward([batch[i] for i in order])
+        if order == list(range(len(batch))):
+            return logits
+        parts = dict(zip(order, torch.split(logits, [batch[i].logits for i in order]), strict=True))
+        return torch.cat([parts[i] for i in range(len(batch))])
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Rows]) -> torch.Tensor:
@@ -180,12 +204,11 @@ class Engine:
         for rows in batch:
             first += len(rows.tokens)
             wanted += range(first - rows.logits, first)
-        counted = [(rows.cache, len(rows.tokens)) for rows in batch]
         arguments: dict[str, Any] = {}
         if self._own_attention:
-            self._attention.begin(counted)
+            self._attention.begin([(rows.cache, len(rows.tokens), rows.is_exact) for rows in batch])
         else:
-            joined = JoinedCache(counted)
+            joined = JoinedCache([(rows.cache, len(rows.tokens)) for rows in batch])
             arguments = {"past_key_values": joined, "attention_mask": joined.mask(), "use_cache": True}
         keep: Any = torch.tensor(wanted)
         result = self.model(input_ids=tokens, position_ids=positions, logits_to_keep=keep, **arguments)
@@ -207,10 +230,12 @@ class Engine:
         assert place == 0, "linears were called in another order than they were traced"
         group = self._groups[visit]
         rows = x.reshape(-1, x.shape[-1]).contiguous()
+        # The head is given only the rows that need logits: few, so all of them are exact.
+        exact = self._exact_rows if rows.shape[0] == self._rows else rows.shape[0]
         outputs = [rows.new_empty((rows.shape[0], member.tensor.rows)) for member in group]
         for pieces in self.stream.visit(visit):
             start = time.perf_counter()
-            self.kernels.multiply(rows, pieces, outputs)
+            self.kernels.multiply(rows, pieces, outputs, exact)
             end = time.perf_counter()
             self._kernel_s += end - start
             if self.trace is not None:
@@ -221,8 +246,10 @@ class Engine:
         if self.on_visit is not None:
             self.on_visit(visit + 1, len(self._groups))
 
-    def _interleave(self, types: frozenset[str], piece: Piece, columns: int) -> Piece:
-        return self.kernels.interleave(piece, columns) if piece.type in types else piece
+    def _interleave(self, options: StreamOptions, piece: Piece, columns: int) -> Piece:
+        if piece.type not in options.interleaved_types:
+            return piece
+        return self.kernels.interleave(piece, columns, options.interleaved_in_place)
 
     def _unpack(self, tensor: Tensor) -> torch.Tensor:
         """A small tensor read whole: fp32, in its shape."""

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassStats:
-    """One pass over the weights."""
+    """One pass over the weights, and the drafting before it."""
 
     rows: int
     start_s: float  # by time.perf_counter
@@ -18,6 +18,18 @@ class PassStats:
     read_bytes: int  # that arrived during the pass, for this pass or the next
     stall_s: float  # compute waited for the disk
     kernel_s: float  # products with packed weights
+    draft_s: float = 0.0  # before the pass
+    drafted: int = 0  # guesses among its rows
+    accepted: int = 0  # of those
+
+    @property
+    def bound_by(self) -> str:
+        """What the pass waited for most: disk, compute or drafting."""
+        waited = {"disk": self.stall_s, "drafting": self.draft_s, "compute": 0.0}
+        # A pass that hardly waited for the disk was as long as its compute.
+        if self.stall_s < 0.1 * self.seconds:
+            waited = {"compute": self.seconds, "drafting": self.draft_s}
+        return max(waited, key=lambda kind: waited[kind])
 
 
 class Trace:

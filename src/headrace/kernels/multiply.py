@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from headrace.checkpoint.gguf import block_of
+from headrace.kernels import interleaved
 from headrace.kernels.ggml_graph import Part, Products, Unpack, Workspace
 from headrace.kernels.interleaved import ACTIVATION_ROWS, Interleaving
 from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES
@@ -43,16 +44,33 @@ class Kernels:
         self._scratch: torch.Tensor | None = None
         self._copies: list[torch.Tensor] = []
 
-    def interleave(self, piece: Piece, columns: int) -> Piece:
-        """The same piece with an interleaved copy, where ggml has that layout for it. The copy lives as long as this."""
+    def interleave(self, piece: Piece, columns: int, in_place: bool = False) -> Piece:
+        """The same piece with an interleaved copy, where ggml has that layout for it. The copy lives as long as this.
+
+        `in_place` overwrites the piece: then all products with it must ask for exact rows.
+        """
         if not self.interleaving.takes(piece.type, piece.rows):
             return piece
+        if in_place:
+            self._overwrite(piece, columns)
+            return replace(piece, interleaved=piece.address)
         block, size = block_of(piece.type)
         copy = torch.empty(piece.rows * columns // block * size + _ALIGNMENT, dtype=torch.uint8)
         target = -(-copy.data_ptr() // _ALIGNMENT) * _ALIGNMENT
         self.interleaving.copy(piece.type, piece.rows, columns, piece.address, target)
         self._copies.append(copy)
         return replace(piece, interleaved=target)
+
+    def _overwrite(self, piece: Piece, columns: int) -> None:
+        block, size = block_of(piece.type)
+        row_bytes = columns // block * size
+        step = max(interleaved.ROWS, _SLAB_BYTES // row_bytes // interleaved.ROWS * interleaved.ROWS)
+        slab = (ctypes.c_uint8 * (step * row_bytes))()
+        for first in range(0, piece.rows, step):
+            rows = min(step, piece.rows - first)
+            at = piece.address + first * row_bytes
+            ctypes.memmove(slab, at, rows * row_bytes)
+            self.interleaving.copy(piece.type, rows, columns, ctypes.addressof(slab), at)
 
     def multiply(
         self,
@@ -153,6 +171,7 @@ class Kernels:
 
 
 _ALIGNMENT = 64
+_SLAB_BYTES = 1 << 20
 
 
 def _view(address: int, nbytes: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ class ReferenceKernels:
     def __init__(self, threads: int):
         self.threads = threads
 
-    def interleave(self, piece: Piece, columns: int) -> Piece:
+    def interleave(self, piece: Piece, columns: int, in_place: bool = False) -> Piece:
         """As `Kernels.interleave`: there is no other layout here."""
         return piece
 

@@ -33,11 +33,25 @@ class PassCost:
 
 
 def compute_seconds(
-    profile: Profile, weights: Mapping[str, int], layers: int, rows: int, interleaved: frozenset[str] = frozenset()
+    profile: Profile,
+    weights: Mapping[str, int],
+    layers: int,
+    rows: int,
+    interleaved: frozenset[str] = frozenset(),
+    exact: bool | None = None,
 ) -> float:
-    """Seconds of compute of a pass: `weights` counts the multiplied weights by type, `interleaved` names types."""
+    """Seconds of compute of a pass.
+
+    Args:
+        profile: measured rates.
+        weights: multiplied weights by type.
+        layers: decoder layers.
+        rows: of the pass.
+        interleaved: types that have an interleaved copy.
+        exact: whether rows are computed one by one, by the packed kernels; None: if they are few.
+    """
     small = layers * (profile.layer_s + (rows - 1) * profile.layer_row_s)
-    if rows <= FEW_ROWS:
+    if rows <= FEW_ROWS if exact is None else exact:
         return small + sum(
             count / profile.kernel(kind, rows, interleaved=kind in interleaved) for kind, count in weights.items()
         )
@@ -56,8 +70,10 @@ def pass_cost(
     layers: int,
     rows: int,
     interleaved: frozenset[str] = frozenset(),
+    exact: bool | None = None,
 ) -> PassCost:
-    """The cost of one pass that reads `read_bytes`."""
+    """The cost of one pass that reads `read_bytes`; the other arguments as for `compute_seconds`."""
     return PassCost(
-        disk_s=read_bytes / disk_bytes_per_s, compute_s=compute_seconds(profile, weights, layers, rows, interleaved)
+        disk_s=read_bytes / disk_bytes_per_s,
+        compute_s=compute_seconds(profile, weights, layers, rows, interleaved, exact),
     )

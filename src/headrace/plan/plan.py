@@ -6,7 +6,7 @@ compared with it. The memory of the whole process adds up to the budget:
     budget = runtime + tokenizer + small tensors + ring + KV cache + activations + margin + pinned weights
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
@@ -16,7 +16,8 @@ from headrace.checkpoint.architectures import check_architecture
 from headrace.checkpoint.gguf import bits_per_weight
 from headrace.errors import BudgetError, CheckpointError, ContextError
 from headrace.kernels import FEW_ROWS
-from headrace.plan.cost import PassCost, pass_cost
+from headrace.plan.cost import PassCost, compute_seconds, pass_cost
+from headrace.plan.draft import NO_DRAFT, Drafting, Expectation, expect
 from headrace.plan.memory import Budget
 from headrace.plan.profile import Profile
 from headrace.units import MIB, gib, gigabytes, option, rate, seconds
@@ -30,11 +31,14 @@ SMALLEST_READ_BYTES = 512 << 10
 TOKENIZER_BYTES_PER_TOKEN = 450
 # While the tokenizer is built from the metadata, before any weights: 1400 bytes were measured for Gemma's 262,144 tokens.
 TOKENIZER_BUILD_BYTES_PER_TOKEN = 1500
+DRAFT_PROMPT_ROWS = 128  # of a prompt in one pass of a draft model
+DRAFT_RUNTIME_BYTES = 24 * MIB  # modules of a draft model and its first passes
 MANY_ROWS_BYTES = 128 * MIB  # unpacked weights, oneDNN's copies and code, what the allocator keeps
 MARGIN_BYTES = 24 * MIB
 MARGIN_SHARE = 0.01
 KV_BYTES = 2  # fp16
 ROW_CHUNK = 64
+SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # that may run together in a batch
 
 # Bits per weight of whole files as llama.cpp's quantiser makes them.
 USUAL_FILES = (("Q8_0", 8.5), ("Q6_K", 6.56), ("Q4_K_M", 4.85), ("Q3_K_M", 3.9), ("Q2_K", 3.16))
@@ -42,10 +46,17 @@ USUAL_FILES = (("Q8_0", 8.5), ("Q6_K", 6.56), ("Q4_K_M", 4.85), ("Q3_K_M", 3.9),
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked of the model: how many tokens go in, and how many the context must hold in all."""
+    """What is asked of the model: how many tokens go in, how many the context must hold in all, and how to go about it."""
 
     prompt_tokens: int = 512
     context_tokens: int = 1024
+    sequences: int = 1  # computed together in every pass
+    drafting: Drafting = NO_DRAFT
+
+    @property
+    def verify_rows(self) -> int:
+        """The most exact rows of a pass: of every sequence its token and all guesses."""
+        return max(FEW_ROWS, self.sequences * (1 + self.drafting.most_guesses))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,23 +98,33 @@ class Plan:
     interleaved_bytes: int
     kv_bytes: int
     context_tokens: int
+    sequences: int
     prefill_rows: int
     prefill_passes: int
+    drafting: Drafting
+    draft_bytes: int  # the draft model, its caches and activations
+    expectation: Expectation
     activation_bytes: int
     runtime_bytes: int
     disk_bytes_per_s: float
-    decode: PassCost
     prefill: PassCost
     decode_s_per_token: Range
     ttft_s: Range
-    profile_source: str
+    profile: Profile
+    weights: Mapping[str, int]  # multiplied weights by type
+    layers: int
     reasons: tuple[str, ...]
     changes: tuple[Change, ...] = ()
 
     @property
+    def decode(self) -> PassCost:
+        """A pass that decodes, with the guesses it verifies."""
+        return self.expectation.cost
+
+    @property
     def binding(self) -> str:
-        """What a decoded token waits for: disk or compute."""
-        return self.decode.binding
+        """What a decoded token waits for: disk, compute or drafting."""
+        return self.expectation.binding
 
     def line(self) -> str:
         """The plan in one line."""
@@ -112,12 +133,32 @@ class Plan:
             if self.streamed_bytes_per_pass
             else "nothing streamed"
         )
+        draft = "" if self.drafting.name == "none" else f", {self.draft_line()}"
         return (
             f"{gib(self.budget.nbytes)} ({self.budget.reason}): pinned {gigabytes(self.pinned_bytes)}"
-            f" of {gigabytes(self.weights_bytes)}, {streamed}; {self.binding}-bound,"
+            f" of {gigabytes(self.weights_bytes)}, {streamed}{draft}; {self.binding}-bound,"
             f" {seconds(self.decode_s_per_token.expected)} per token,"
-            f" first token in {seconds(self.ttft_s.expected)} (rates {self.profile_source})"
+            f" first token in {seconds(self.ttft_s.expected)} (rates {self.profile.source})"
         )
+
+    def cost(self, rows: int) -> PassCost:
+        """A pass of so many exact rows."""
+        return pass_cost(
+            self.profile,
+            self.disk_bytes_per_s,
+            self.streamed_bytes_per_pass,
+            self.weights,
+            self.layers,
+            rows,
+            self.interleaved_types,
+            exact=True,
+        )
+
+    def draft_line(self) -> str:
+        """How tokens are guessed, and what is expected of it."""
+        tokens = self.expectation.tokens_per_pass / self.sequences
+        memory = f" ({gib(self.draft_bytes)})" if self.draft_bytes else ""
+        return f"draft {self.drafting.name}{memory}: about {tokens:.1f} tokens per pass"
 
     def as_json(self) -> dict[str, Any]:
         """The prediction as JSON-ready values."""
@@ -135,13 +176,21 @@ class Plan:
                 "ring_bytes": self.ring_bytes,
                 "interleaved_bytes": self.interleaved_bytes,
                 "kv_bytes": self.kv_bytes,
+                "draft_bytes": self.draft_bytes,
                 "activation_bytes": self.activation_bytes,
                 "runtime_bytes": self.runtime_bytes,
             },
             "context_tokens": self.context_tokens,
+            "sequences": self.sequences,
+            "draft": {
+                "name": self.drafting.name,
+                "guesses": self.expectation.guesses,
+                "tokens_per_pass": self.expectation.tokens_per_pass,
+                "draft_s_per_pass": self.expectation.draft_s,
+            },
             "prefill": {"rows_per_pass": self.prefill_rows, "passes": self.prefill_passes},
             "disk_bytes_per_s": self.disk_bytes_per_s,
-            "profile": self.profile_source,
+            "profile": self.profile.source,
             "changes": [{"what": change.what, "s_per_token": change.s_per_token} for change in self.changes],
         }
 
@@ -203,6 +252,57 @@ def make_plan(
     return replace(plan, changes=_changes(plan, checkpoint, profile, request, runtime_bytes))
 
 
+def choose_drafting(
+    checkpoint: Checkpoint, profile: Profile, budget: Budget, request: Request, options: Sequence[Drafting]
+) -> tuple[Drafting, str]:
+    """(the best way to draft, the comparison in words). The first option must fit; a later one must gain a twentieth."""
+    best, least = options[0], float("inf")
+    words = []
+    for drafting in options:
+        try:
+            found = _plan(
+                checkpoint, profile, budget, replace(request, drafting=drafting), None
+            ).expectation.s_per_token
+        except BudgetError:
+            if drafting is options[0]:
+                raise
+            words.append(f"{drafting.name} does not fit")
+            continue
+        words.append(f"{drafting.name} {seconds(found)}")
+        if found < 0.95 * least:
+            best, least = drafting, found
+    return best, f"draft {best.name}, from predicted time per token: {', '.join(words)}"
+
+
+def choose_sequences(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    budget: Budget,
+    request: Request,
+    options: Sequence[Drafting],
+    most: int,
+) -> Request:
+    """The request with as many sequences and the way to draft that bring the most tokens per second.
+
+    More sequences share a pass; their caches take memory from pinned weights, and their rows take compute.
+    """
+    best, least = None, float("inf")
+    for count in sorted({min(most, count) for count in SEQUENCES}):
+        wanted = replace(request, sequences=count)
+        try:
+            drafting, _ = choose_drafting(checkpoint, profile, budget, wanted, options)
+        except BudgetError:
+            if best is None:
+                raise
+            break
+        wanted = replace(wanted, drafting=drafting)
+        found = _plan(checkpoint, profile, budget, wanted, None).expectation.s_per_token
+        if found < 0.98 * least:
+            best, least = wanted, found
+    assert best is not None
+    return best
+
+
 def _plan(
     checkpoint: Checkpoint, profile: Profile, budget: Budget, request: Request, runtime_bytes: int | None
 ) -> Plan:
@@ -213,12 +313,15 @@ def _plan(
             hint=f"use --ctx-size {model.context_limit} or less",
         )
     runtime = runtime_bytes or profile.runtime_bytes + checkpoint.vocab_size * TOKENIZER_BYTES_PER_TOKEN
-    kv = model.kv_bytes_per_token * request.context_tokens
+    kv = model.kv_bytes_per_token * request.context_tokens * request.sequences
+    draft = _describe(request.drafting.checkpoint) if request.drafting.checkpoint is not None else None
+    draft_bytes = _draft_bytes(draft, request, known_runtime=runtime_bytes is not None) if draft is not None else 0
     slot = UNIT_BYTES + max(tensor.row_bytes for tensor in model.linears)
     margin = MARGIN_BYTES + int(MARGIN_SHARE * budget.nbytes)
-    base = runtime + model.small_bytes + kv + margin
+    base = runtime + model.small_bytes + kv + draft_bytes + margin
     least = base - margin + MARGIN_BYTES + LEAST_SLOTS * slot
-    floor = ceil((least + _activations(model, FEW_ROWS, request.context_tokens)) / (1 - MARGIN_SHARE))
+    exact = _activations(model, request.verify_rows, request.context_tokens, exact=True)
+    floor = ceil((least + exact) / (1 - MARGIN_SHARE))
     if runtime_bytes is None:
         floor = max(floor, profile.runtime_bytes + checkpoint.vocab_size * TOKENIZER_BUILD_BYTES_PER_TOKEN)
     if budget.nbytes < floor:
@@ -228,7 +331,7 @@ def _plan(
         )
     room = budget.nbytes - base
     rows = _prefill_rows(model, request, budget.nbytes, room - LEAST_SLOTS * slot)
-    activations = _activations(model, rows, request.context_tokens)
+    activations = max(exact, _activations(model, rows, request.context_tokens))
     if budget.pinned_limit_bytes is not None:
         room = min(room, activations + RING_SLOTS * slot + budget.pinned_limit_bytes)
     fits = room - activations >= model.weights_bytes + model.page_slack_bytes
@@ -241,7 +344,16 @@ def _plan(
     types, copied = _interleave(model, profile, room - activations - pinned - model.page_slack_bytes if fits else 0)
     disk = profile.disk(checkpoint.paths[0])
     passes = -(-request.prompt_tokens // rows)
-    decode = pass_cost(profile, disk, streamed, model.weights, model.layers, 1, types)
+    guess_s = 0.0
+    if draft is not None:
+        woven = profile.types_to_interleave
+        guess_s = compute_seconds(profile, draft.weights, draft.layers, request.sequences, woven, exact=True)
+
+    def cost(rows: int) -> PassCost:
+        return pass_cost(profile, disk, streamed, model.weights, model.layers, rows, types, exact=True)
+
+    drafting = request.drafting
+    expectation = expect(drafting.chance, drafting.most_guesses, request.sequences, guess_s, cost)
     first = pass_cost(profile, disk, model.weights_bytes, model.weights, model.layers, min(rows, request.prompt_tokens))
     later = pass_cost(profile, disk, streamed, model.weights, model.layers, rows)
     ttft = first.seconds + (passes - 1) * later.seconds
@@ -273,16 +385,21 @@ def _plan(
         interleaved_bytes=copied,
         kv_bytes=kv,
         context_tokens=request.context_tokens,
+        sequences=request.sequences,
         prefill_rows=rows,
         prefill_passes=passes,
+        drafting=drafting,
+        draft_bytes=draft_bytes,
+        expectation=expectation,
         activation_bytes=activations,
         runtime_bytes=runtime + model.small_bytes,
         disk_bytes_per_s=disk,
-        decode=decode,
         prefill=first,
-        decode_s_per_token=_spread(decode.seconds, profile),
+        decode_s_per_token=_spread(expectation.s_per_token, profile),
         ttft_s=_spread(ttft, profile),
-        profile_source=profile.source,
+        profile=profile,
+        weights=model.weights,
+        layers=model.layers,
         reasons=tuple(reasons),
     )
 
@@ -336,15 +453,26 @@ def is_linear(tensor: Tensor) -> bool:
     return len(tensor.shape) == 2 and tensor.name not in tables
 
 
-def _activations(model: _Model, rows: int, context_tokens: int) -> int:
-    """The most that a pass of this many rows holds at once, in fp32: the wider of MLP and attention, and one row of logits."""
+def _draft_bytes(draft: _Model, request: Request, known_runtime: bool) -> int:
+    """What a draft model takes: its weights, all of them, its caches and activations; its modules, if not yet built."""
+    kv = draft.kv_bytes_per_token * request.context_tokens * request.sequences
+    activations = _activations(draft, DRAFT_PROMPT_ROWS, request.context_tokens) - MANY_ROWS_BYTES
+    built = 0 if known_runtime else draft.small_bytes + DRAFT_RUNTIME_BYTES
+    return draft.weights_bytes + draft.page_slack_bytes + kv + activations + built
+
+
+def _activations(model: _Model, rows: int, context_tokens: int, exact: bool = False) -> int:
+    """The most that a pass of this many rows holds at once, in fp32: the wider of MLP and attention, and logits.
+
+    Exact rows may all need logits; of a prompt only the last row does.
+    """
     # Twice what the tensors alive at once would take: the allocator keeps holes, oneDNN copies its operands. 386 MiB were
     # measured for 512 rows of an 8B model.
     narrow = 10 * model.hidden
     mlp = 8 * model.feed_forward
     attention = 10 * model.attention_width
-    logits = 4 * model.checkpoint.vocab_size * 4
-    if rows <= FEW_ROWS:
+    logits = (4 + (rows if exact else 0)) * model.checkpoint.vocab_size * 4
+    if rows <= FEW_ROWS or exact:
         return rows * 4 * (narrow + max(mlp, attention)) + logits
     # Many rows: weights unpacked beside them, and the cache repeated for grouped heads, in fp16.
     repeated = 2 * context_tokens * model.attention_width * KV_BYTES + rows * context_tokens
@@ -405,7 +533,7 @@ def _changes(
     plan: Plan, checkpoint: Checkpoint, profile: Profile, request: Request, runtime_bytes: int | None
 ) -> tuple[Change, ...]:
     """The three changes that save most time per token, each by planning again with it."""
-    now = plan.decode.seconds
+    now = plan.expectation.s_per_token
     # With memory for everything no buffer is cut short, so its sum is what is enough.
     roomy = _plan(checkpoint, profile, Budget(nbytes=1 << 50, reason="what if"), request, runtime_bytes)
     parts = roomy.runtime_bytes + roomy.kv_bytes + roomy.activation_bytes + roomy.weights_bytes + MARGIN_BYTES
@@ -413,19 +541,19 @@ def _changes(
 
     def with_memory(nbytes: int) -> float:
         budget = Budget(nbytes=nbytes, reason="what if")
-        return _plan(checkpoint, profile, budget, request, runtime_bytes).decode.seconds
+        return _plan(checkpoint, profile, budget, request, runtime_bytes).expectation.s_per_token
 
     candidates: list[Change] = []
     if plan.streamed_bytes_per_pass:
         candidates.append(Change(what=f"--memory {option(enough)}: everything pinned", s_per_token=with_memory(enough)))
         half = (plan.budget.nbytes + enough) // 2
         candidates.append(Change(what=f"--memory {option(half)}", s_per_token=with_memory(half)))
-        faster = max(plan.decode.disk_s / 2, plan.decode.compute_s)
+        faster = max(plan.decode.disk_s / 2, plan.decode.compute_s) / plan.expectation.tokens_per_pass
         candidates.append(Change(what="a disk twice as fast (or the file on two)", s_per_token=faster))
     candidates += _smaller_files(plan)
     if plan.kv_bytes > plan.budget.nbytes // 10 and plan.streamed_bytes_per_pass:
         shorter = replace(request, context_tokens=min(request.context_tokens, max(256, request.context_tokens // 2)))
-        s = _plan(checkpoint, profile, plan.budget, shorter, runtime_bytes).decode.seconds
+        s = _plan(checkpoint, profile, plan.budget, shorter, runtime_bytes).expectation.s_per_token
         candidates.append(Change(what=f"--ctx-size {shorter.context_tokens}", s_per_token=s))
     better = sorted((c for c in candidates if c.s_per_token < 0.97 * now), key=lambda c: c.s_per_token)
     return tuple(better[:3])
@@ -443,7 +571,7 @@ def _smaller_files(plan: Plan) -> list[Change]:
         changes.append(
             Change(
                 what=f"the same model as {name} ({gigabytes(size)})",
-                s_per_token=max(streamed / plan.disk_bytes_per_s, compute),
+                s_per_token=max(streamed / plan.disk_bytes_per_s, compute) / plan.expectation.tokens_per_pass,
             )
         )
     return changes
@@ -454,7 +582,7 @@ def describe(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     decode, ttft = plan.decode_s_per_token, plan.ttft_s
     kinds = sorted({t.type for t in checkpoint.tensors.values() if is_linear(t)}, key=bits_per_weight)
     buffers = f"ring {gib(plan.ring_bytes)}, activations {gib(plan.activation_bytes)}"
-    measured = plan.profile_source != "guessed"
+    measured = plan.profile.source != "guessed"
     passes = f"{plan.prefill_passes} pass{'es' if plan.prefill_passes > 1 else ''} of {plan.prefill_rows} rows"
     return [
         ("model", plan.model, f"{checkpoint.architecture}, {plan.type_bits:.2f} bits/weight ({', '.join(kinds)})"),
@@ -466,7 +594,8 @@ def describe(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
             f"{plan.pinned_bytes / plan.weights_bytes:.0%}, of every large tensor its share",
         ),
         ("streamed", gigabytes(plan.streamed_bytes_per_pass), f"per pass, disk {gigabytes(plan.disk_bytes_per_s)}/s"),
-        ("KV cache", gib(plan.kv_bytes), f"{plan.context_tokens} tokens"),
+        ("KV cache", gib(plan.kv_bytes), f"{plan.sequences} x {plan.context_tokens} tokens"),
+        ("draft", plan.drafting.name, plan.reasons[-1]),
         ("buffers", gib(plan.ring_bytes + plan.activation_bytes), buffers),
         ("runtime", gib(plan.runtime_bytes), "interpreter, libraries, tokenizer, small tensors"),
         ("prefill", seconds(ttft.expected), f"{plan.prefill.binding}-bound, {passes}  {_interval(ttft)}"),
@@ -477,7 +606,7 @@ def describe(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
         ),
         (
             "rates",
-            plan.profile_source,
+            plan.profile.source,
             "by `headrace probe`" if measured else "run `headrace probe` to measure this machine",
         ),
     ]

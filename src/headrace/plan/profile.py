@@ -58,7 +58,8 @@ class Profile:
         """Weights per second of the packed product with this many rows."""
         table = self.interleaved_weights_per_s.get(type_name) if interleaved else None
         table = table or self.kernel_weights_per_s.get(type_name) or _slowest(self.kernel_weights_per_s)
-        return _interpolated(table, rows)
+        most = max(map(int, table))  # beyond, every row takes the same time
+        return _interpolated(table, rows) * min(1.0, most / rows)
 
     @property
     def types_to_interleave(self) -> frozenset[str]:

@@ -1,0 +1,214 @@
+"""`headrace batch`: many requests, one pass over the weights for all in flight, results appended as they come."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from headrace.batch import BadLine, BatchRequest, Results, answer_record, error_record, pending
+from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.cli import show
+from headrace.cli.plan import profile_for
+from headrace.errors import ContextError, UsageError
+from headrace.plan import Profile, Request, budget_of, choose_sequences, drafting_options
+from headrace.units import gib, gigabytes, rate, seconds
+
+if TYPE_CHECKING:
+    from headrace.api import Job, Model, Piece
+    from headrace.model import Tokenizer
+
+INTERRUPTED = 130
+
+
+def batch_command(
+    source: Path,
+    target: Path,
+    model: str,
+    memory: int | None,
+    ctx_size: int | None,
+    draft: str,
+    parallel: int | None,
+    max_tokens: int,
+    quiet: bool,
+) -> int:
+    """Answer what has no result yet; returns the exit code."""
+    if target.exists() and source.exists() and source.samefile(target):
+        raise UsageError("input and output are the same file", hint="give another output file")
+    checkpoint = open_checkpoint(model)
+    with Results(target) as results:
+        work = pending(source, results)
+        if not quiet:
+            show.note(f"{results.done} results in {target}, {len(work)} to do")
+        for bad in work:
+            if isinstance(bad, BadLine):
+                results.add(error_record(bad.line, bad.custom_id, bad.code, bad.message))
+        requests = [request for request in work if isinstance(request, BatchRequest)]
+        if not requests:
+            return 0
+        return _run(checkpoint, requests, results, memory, ctx_size, draft, parallel, max_tokens, quiet)
+
+
+def _run(
+    checkpoint: Checkpoint,
+    requests: Sequence[BatchRequest],
+    results: Results,
+    memory: int | None,
+    ctx_size: int | None,
+    draft: str,
+    parallel: int | None,
+    max_tokens: int,
+    quiet: bool,
+) -> int:
+    profile = profile_for(checkpoint.path, say=not quiet)
+    budget = budget_of(memory)
+    from headrace.api import load  # torch and transformers: seconds
+
+    def size_for(tokenizer: "Tokenizer") -> Request:
+        return _size(checkpoint, requests, tokenizer, profile, budget, ctx_size, draft, parallel, max_tokens)
+
+    small = min(ctx_size or 256, checkpoint.number("context_length", 256))
+    with load(
+        checkpoint.path, memory=budget, context_tokens=small, prompt_tokens=small, draft=draft, size_for=size_for,
+        profile=profile,
+    ) as loaded:  # fmt: skip
+        if not quiet:
+            show.note(f"{loaded.plan.sequences} at a time; {loaded.plan.line()}")
+        return Batch(loaded, requests, results, max_tokens).run(Board(loaded, len(requests), quiet))
+
+
+def _size(
+    checkpoint: Checkpoint,
+    requests: Sequence[BatchRequest],
+    tokenizer: "Tokenizer",
+    profile: Profile,
+    budget: Any,
+    ctx_size: int | None,
+    draft: str,
+    parallel: int | None,
+    max_tokens: int,
+) -> Request:
+    """Room for the longest request, for as many as run best together."""
+    limit = checkpoint.number("context_length", 1 << 20)
+    lengths = [(len(tokenizer.prompt(r.prompt, raw=not r.chat)), r.max_tokens or max_tokens) for r in requests]
+    longest = max(length for length, _ in lengths)
+    context = ctx_size or min(limit, max(length + most for length, most in lengths))
+    request = Request(context_tokens=context, prompt_tokens=min(longest, context))
+    if parallel:
+        return replace(request, sequences=parallel)
+    options = drafting_options(checkpoint, draft)
+    return choose_sequences(checkpoint, profile, budget, request, options, len(requests))
+
+
+class Batch:
+    """The requests of a run, and what has come of them so far."""
+
+    def __init__(self, model: "Model", requests: Sequence[BatchRequest], results: Results, max_tokens: int):
+        self._model = model
+        self._requests = requests
+        self._results = results
+        self._max_tokens = max_tokens
+        self._running: list[BatchRequest] = []  # by the index of their job
+        self._texts: dict[int, list[str]] = {}
+
+    def run(self, board: "Board") -> int:
+        """Answer all; returns the exit code."""
+        with board:
+            try:
+                for piece in self._model.stream_jobs(self._jobs(board)):
+                    self._take(piece, board)
+            except KeyboardInterrupt:
+                show.note("stopped; the same command goes on from here")
+                return INTERRUPTED
+        return 0
+
+    def _jobs(self, board: "Board") -> Iterator["Job"]:
+        from headrace.api import Job
+
+        for request in self._requests:
+            try:
+                tokens = self._model.encode(request.prompt, raw=not request.chat)
+                sampling = replace(self._model.default_sampling(), **request.sampling)  # type: ignore[arg-type]
+            except (ContextError, UsageError) as error:
+                code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_request"
+                self._results.add(error_record(request.line, request.custom_id, code, str(error)))
+                board.finished()
+                continue
+            self._running.append(request)
+            yield Job(
+                tokens=tokens,
+                max_tokens=request.max_tokens or self._max_tokens,
+                sampling=sampling,
+                stop=request.stop,
+            )
+
+    def _take(self, piece: "Piece", board: "Board") -> None:
+        texts = self._texts.setdefault(piece.index, [])
+        texts.append(piece.text)
+        board.token(piece)
+        if piece.finish_reason is None:
+            return
+        self._results.add(
+            answer_record(
+                self._running[piece.index],
+                text="".join(texts),
+                finish_reason=piece.finish_reason,
+                prompt_tokens=piece.prompt_tokens,
+                completion_tokens=piece.completion_tokens,
+                model=self._model.plan.model,
+            )
+        )
+        del self._texts[piece.index]
+        board.finished()
+
+
+class Board:
+    """Done of total, tokens per second, bytes per second, time left: a bar on a terminal, a last line everywhere."""
+
+    def __init__(self, model: "Model", total: int, quiet: bool):
+        self._model = model
+        self._total = total
+        self._quiet = quiet
+        self._done = self._tokens = 0
+        self._start = time.perf_counter()
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[rates]}"),
+            console=console, disable=quiet or not console.is_terminal, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=total, rates="")
+
+    def __enter__(self) -> "Board":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        if not self._quiet:
+            show.note(f"{self._done} of {self._total} done, {self._tokens} tokens in {self._rates()}")
+
+    def token(self, piece: "Piece") -> None:
+        """A token has come."""
+        self._tokens += piece.token is not None
+        self._bar.update(self._task, rates=self._rates())
+
+    def finished(self) -> None:
+        """A request is done."""
+        self._done += 1
+        self._bar.update(self._task, completed=self._done, rates=self._rates())
+
+    def _rates(self) -> str:
+        spent = time.perf_counter() - self._start
+        read = sum(p.read_bytes for p in self._model.passes)
+        left = (
+            f", {seconds(spent / self._done * (self._total - self._done))} left"
+            if self._done < self._total and self._done
+            else ""
+        )
+        return (
+            f"{seconds(spent)}, {rate(self._tokens / spent)}, {gigabytes(read / spent)}/s{left},"
+            f" {gib(self._model.plan.budget.nbytes)}"
+        )
