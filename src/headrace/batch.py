@@ -271,7 +271,7 @@ class Results:
 
 
 def _key(record: Mapping[str, Any]) -> str:
-    if not record["id"].startswith("batch_req_"):
+    if not str(record["id"]).startswith("batch_req_"):
         raise ValueError(record["id"])
     custom_id = record["custom_id"]
     return str(record["id"] if custom_id is None else custom_id)

@@ -64,6 +64,8 @@ class PromptLookup:
 
     def _continuation(self, tokens: list[int]) -> tuple[int, int] | None:
         """(the next token, length of the match), or None. Of equally long matches the latest."""
+        if len(tokens) <= self.SHORTEST:
+            return None
         packed = array("I", tokens)
         text, size = packed.tobytes(), packed.itemsize
         suffix = text[-self.SHORTEST * size :]

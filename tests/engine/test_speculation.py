@@ -1,0 +1,340 @@
+"""Guessing must change nothing but the time: the same tokens greedily, the same distribution when sampling."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import VOCAB, random_model, write_gguf
+
+from headrace.checkpoint import open_checkpoint
+from headrace.engine import Engine, Sampling
+from headrace.engine.depth import Acceptance, Pace, Speculation
+from headrace.engine.draft import SURE, Draft, Grade, Guess, ModelDrafter, PromptLookup
+from headrace.engine.engine import StreamOptions
+from headrace.engine.sampling import Sampler, distribution, uniform
+from headrace.engine.scheduler import Scheduler, Slot
+from headrace.engine.trace import PassStats
+from headrace.kernels import Kernels
+from headrace.plan.cost import PassCost
+
+PROMPT = [5, 17, 99, 3, 250, 41, 7, 5, 17, 99]
+CONTEXT = 96
+
+
+def engine_of(path: Path, share: float = 0.5) -> Engine:
+    checkpoint = open_checkpoint(path)
+    pinned = {tensor.name: int(share * tensor.rows) for tensor in checkpoint.tensors.values()}
+    options = StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2)
+    return Engine(checkpoint, options, Kernels(2))
+
+
+def free_rows(rows: int) -> PassCost:
+    """A disk-bound machine: a pass takes a second whatever its rows."""
+    return PassCost(disk_s=1.0, compute_s=0.001 * rows)
+
+
+class Oracle(ModelDrafter):
+    """Guesses what it is told, wrong at some positions: so every kind of partial acceptance happens."""
+
+    def __init__(self, answer: list[int], wrong_every: int):
+        self.source = "oracle"
+        self._answer = answer
+        self._wrong_every = wrong_every
+
+    def guess(self, drafts):  # type: ignore[no-untyped-def]
+        for draft in drafts:
+            at = len(draft.tokens) + len(draft.guesses)
+            if at < len(self._answer):
+                token = self._answer[at]
+                wrong = at % self._wrong_every == 0
+                draft.guesses.append(Guess((token + 1) % VOCAB if wrong else token, Grade(self.source, SURE)))
+        return 9 * len(drafts)  # rows: so many that its time is not taken for that of a guess
+
+    def forget(self, tokens) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+
+def decode(
+    engine: Engine, sampling: Sampling, count: int, speculation: Speculation | None, prompt: list[int] = PROMPT
+) -> list[int]:
+    scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], prefill_rows=16, most_guesses=12)
+    scheduler.speculation = speculation
+    answer = scheduler.add(prompt, count, Sampler(sampling))
+    while answer.generated < count:
+        scheduler.step()
+    assert answer.generated == count, "guesses never run over the limit"
+    assert answer.slot.tokens == answer.tokens[:-1]
+    assert answer.slot.cache.length == len(answer.tokens) - 1
+    return answer.tokens
+
+
+@pytest.fixture(scope="module")
+def tiny_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(99)  # other weights than the model that verifies
+    return write_gguf(random_model("llama"), "llama", tmp_path_factory.mktemp("draft") / "draft.gguf", "Q8_0")
+
+
+@pytest.fixture(scope="module")
+def target(tiny_llama: Path) -> Iterator[Engine]:
+    with engine_of(tiny_llama) as engine:
+        yield engine
+
+
+SAMPLINGS = [Sampling(temperature=0), Sampling(temperature=1.3, top_k=40, top_p=0.9, min_p=0.01, seed=11)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+@pytest.mark.parametrize("wrong_every", [2, 3, 7, 1000])
+def test_whatever_is_guessed_the_tokens_are_those_of_plain_decoding(
+    target: Engine, sampling: Sampling, wrong_every: int
+) -> None:
+    plain = decode(target, sampling, 40, None)
+    before = len(target.passes)
+    guessed = decode(target, sampling, 40, Speculation(Pace(free_rows), None, Oracle(plain, wrong_every)))
+    assert guessed == plain
+    assert len(target.passes) - before < 40  # and it was worth it
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+def test_a_draft_model_and_prompt_lookup_change_nothing(
+    target: Engine, tiny_draft: Path, tiny_llama: Path, sampling: Sampling
+) -> None:
+    plain = decode(target, sampling, 40, None)
+    for path in (tiny_draft, tiny_llama):  # one that is always wrong, one that is always right
+        with engine_of(path, share=1.0) as draft:
+            model = ModelDrafter(draft, CONTEXT)
+            assert decode(target, sampling, 40, Speculation(Pace(free_rows), PromptLookup(), model)) == plain
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen3", "phi3"])
+def test_caches_roll_back_exactly_with_windows_of_attention_too(family: str, tmp_path: Path) -> None:
+    with engine_of(write_gguf(random_model(family), family, tmp_path / "tiny.gguf", "Q8_0")) as engine:
+        plain = decode(engine, SAMPLINGS[0], 30, None)  # longer than the windows of 8
+        assert decode(engine, SAMPLINGS[0], 30, Speculation(Pace(free_rows), None, Oracle(plain, 3))) == plain
+
+
+def test_the_model_itself_as_its_draft_is_always_right(target: Engine, tiny_llama: Path) -> None:
+    sampling = SAMPLINGS[1]
+    with engine_of(tiny_llama, share=1.0) as draft:
+        speculation = Speculation(Pace(free_rows), None, ModelDrafter(draft, CONTEXT))
+        before = len(target.passes)
+        decode(target, sampling, 40, speculation)
+    drafted = sum(p.drafted for p in target.passes[before:])
+    assert drafted == sum(p.accepted for p in target.passes[before:])
+    assert len(target.passes) - before <= 6
+
+
+def test_sequences_together_equal_sequences_alone_with_guesses_for_all(target: Engine) -> None:
+    prompts = [PROMPT, [*PROMPT[:5], 8, 8, 9], [200, 3, 3, 200, 3, 3, 200], list(range(40))]
+    alone = [decode(target, SAMPLINGS[1], 20, None, prompt) for prompt in prompts]
+    scheduler = Scheduler(target, [Slot(target.new_cache(CONTEXT)) for _ in range(3)], prefill_rows=16, most_guesses=4)
+    scheduler.speculation = Speculation(Pace(free_rows), PromptLookup())
+    done, waiting, running = {}, list(enumerate(prompts)), {}
+    while waiting or running:
+        while waiting and scheduler.has_room:
+            index, prompt = waiting.pop(0)
+            running[scheduler.add(prompt, 20, Sampler(SAMPLINGS[1]))] = index
+        for answer, _ in scheduler.step():
+            if answer.generated == 20:
+                done[running.pop(answer)] = answer.tokens
+                scheduler.remove(answer)
+    assert [done[i] for i in range(4)] == alone
+
+
+def test_a_common_beginning_is_computed_once(target: Engine) -> None:
+    beginning = [(7 * i) % 300 for i in range(48)]
+    prompts = [[*beginning, 1, 2], [*beginning, 3], [*beginning, 4, 5, 6]]
+    alone = [decode(target, SAMPLINGS[0], 6, None, prompt) for prompt in prompts]
+    scheduler = Scheduler(target, [Slot(target.new_cache(CONTEXT)) for _ in prompts], prefill_rows=16)
+    before = len(target.passes)
+    answers = [scheduler.add(prompt, 6, Sampler(SAMPLINGS[0])) for prompt in prompts]
+    while any(answer.generated < 6 for answer in answers):
+        for answer, _ in scheduler.step():
+            if answer.generated == 6:
+                scheduler.remove(answer)
+    assert [answer.tokens for answer in answers] == alone
+    assert sum(p.rows for p in target.passes[before:]) < 2 * len(beginning) + 3 * 6
+
+
+def test_an_answer_does_not_wait_for_one_that_has_gone(target: Engine) -> None:
+    beginning = [(5 * i) % 300 for i in range(40)]
+    scheduler = Scheduler(target, [Slot(target.new_cache(CONTEXT)) for _ in range(2)], prefill_rows=16)
+    first = scheduler.add([*beginning, 1], 4, Sampler(SAMPLINGS[0]))
+    second = scheduler.add([*beginning, 2], 4, Sampler(SAMPLINGS[0]))
+    scheduler.step()
+    scheduler.remove(first)
+    while second.generated < 4:
+        scheduler.step()
+    assert second.tokens == decode(target, SAMPLINGS[0], 4, None, [*beginning, 2])
+
+
+# -- the distribution ---------------------------------------------------------------------------------------------
+
+TARGET = torch.tensor([1.2, 0.3, -0.5, 0.9, -1.0, 0.1])
+DRAFT = torch.tensor([0.2, 1.3, -0.5, -0.9, 1.0, 0.4])
+FILTERS = Sampling(temperature=0.8, top_k=5, top_p=0.95, min_p=0.02)
+DRAWS = 4000
+
+
+def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """Pearson's statistic over the tokens that can occur; infinite if another one did."""
+    possible = expected > 0
+    if counts[~possible].sum() > 0:
+        return float("inf")
+    difference = counts[possible] - DRAWS * expected[possible]
+    return float((difference**2 / (DRAWS * expected[possible])).sum())
+
+
+def exact() -> torch.Tensor:
+    expected = torch.zeros(6)
+    probabilities, tokens = distribution(TARGET, FILTERS)
+    expected[tokens] = probabilities
+    return expected
+
+
+# 99.9 % of samples of the right distribution with up to five tokens (four degrees of freedom) are below this.
+LIMIT = 18.5
+
+
+def second_tokens(verify: str) -> torch.Tensor:
+    """Counts of the token after a guess was verified, by a rule that is right or wrong in a known way."""
+    counts = torch.zeros(6)
+    for seed in range(DRAWS):
+        sampler = Sampler(Sampling(**{**FILTERS.__dict__, "seed": seed}))
+        guess = sampler.draw(DRAFT, 10)
+        if verify == "ours":
+            token = sampler.draw(TARGET, 10)
+        elif verify == "accepts every guess":
+            token = guess
+        elif verify == "accepts likely guesses, else draws again":
+            token = guess if TARGET.softmax(0)[guess] > 0.1 else sampler.draw(TARGET, 11)
+        else:  # the filters are forgotten when verifying
+            token = Sampler(Sampling(temperature=0.8, seed=seed)).draw(TARGET, 10)
+        counts[token] += 1
+    return counts
+
+
+def test_verified_tokens_have_the_distribution_of_plain_sampling() -> None:
+    assert chi_square(second_tokens("ours"), exact()) < LIMIT
+
+
+@pytest.mark.parametrize(
+    "wrong", ["accepts every guess", "accepts likely guesses, else draws again", "forgets the filters"]
+)
+def test_the_statistic_finds_acceptance_that_is_wrong(wrong: str) -> None:
+    assert chi_square(second_tokens(wrong), exact()) > 2 * LIMIT
+
+
+def test_draws_of_neighbouring_positions_are_independent() -> None:
+    pairs = torch.zeros(6, 6)
+    for seed in range(DRAWS):
+        sampler = Sampler(Sampling(**{**FILTERS.__dict__, "seed": seed}))
+        pairs[sampler.draw(TARGET, 4), sampler.draw(TARGET, 5)] += 1
+    expected = torch.outer(exact(), exact()).flatten()
+    # 24 degrees of freedom: 99.9 % are below 51.2.
+    assert chi_square(pairs.flatten(), expected) < 51.2
+
+
+def test_a_draft_drawn_with_the_same_numbers_mostly_hits_the_same_token() -> None:
+    near = TARGET + 0.1 * DRAFT
+    hits = 0
+    for seed in range(500):
+        sampler = Sampler(Sampling(temperature=1.0, seed=seed))
+        hits += sampler.draw(near, 3) == sampler.draw(TARGET, 3)
+    distance = 0.5 * float((near.softmax(0) - TARGET.softmax(0)).abs().sum())
+    # Gumbel-max coupling agrees with probability (1 - d) / (1 + d) at least, d the total variation distance.
+    assert hits / 500 > (1 - distance) / (1 + distance) - 0.05
+
+
+def test_random_numbers_are_uniform_and_depend_on_seed_position_and_token_alone() -> None:
+    tokens = torch.arange(50_000)
+    numbers = uniform(3, 8, tokens)
+    assert torch.equal(numbers[[7, 100]], uniform(3, 8, torch.tensor([7, 100])))
+    assert numbers.min() > 0
+    assert numbers.max() < 1
+    counts = torch.histc(numbers.float(), 20, 0, 1)
+    assert float(((counts - 2500) ** 2 / 2500).sum()) < 43.8  # 99.9 % of 19 degrees of freedom
+    for other in (uniform(4, 8, tokens), uniform(3, 9, tokens)):
+        assert abs(float(torch.corrcoef(torch.stack([numbers, other]))[0, 1])) < 0.02
+
+
+# -- how many to guess ----------------------------------------------------------------------------------------------
+
+
+def drafted(speculation: Speculation, most: int = 16) -> int:
+    draft = Draft(PROMPT, Sampler(SAMPLINGS[0]))
+    speculation.propose([(draft, most)], 1)
+    return len(draft.guesses)
+
+
+def costly(rows: int) -> PassCost:
+    """A compute-bound machine: rows cost as much as passes."""
+    return PassCost(disk_s=0.0, compute_s=1.0 * rows)
+
+
+def test_free_rows_are_filled_and_costly_ones_are_not() -> None:
+    sure = Oracle([1] * 60, 1000)
+    assert drafted(Speculation(Pace(free_rows), None, sure)) >= 8
+    assert drafted(Speculation(Pace(costly), None, sure)) == 0
+
+
+def test_a_slow_draft_model_is_asked_less() -> None:
+    lengths = [
+        drafted(Speculation(Pace(free_rows, guess_s), None, Oracle([1] * 60, 1000))) for guess_s in (0.01, 0.5, 2)
+    ]
+    assert lengths[0] > lengths[1] > lengths[2] == 0
+
+
+def test_a_drafter_that_is_always_wrong_is_soon_left_alone() -> None:
+    speculation = Speculation(Pace(free_rows, 0.3), None, Oracle([1] * 60, 1000))
+    assert drafted(speculation) > 1
+    for _ in range(40):
+        draft = Draft(PROMPT, Sampler(SAMPLINGS[0]))
+        speculation.propose([(draft, 16)], 1)
+        speculation.verified(draft, 0)
+        speculation.pace.note_step(1, 1.0)
+    assert drafted(speculation) == 0
+
+
+def test_acceptance_is_counted_by_position() -> None:
+    acceptance = Acceptance()
+    for position, right in [(0, True), (1, True), (2, False), (0, True), (1, False)]:
+        acceptance.note(position, Grade("model", 5), right)
+    assert acceptance.positions == [(2, 2), (2, 1), (1, 0)]
+
+
+def test_the_pace_follows_what_passes_take() -> None:
+    pace = Pace(free_rows)
+    for _ in range(30):
+        pace.note_pass(PassStats(rows=1, start_s=0, seconds=3.0, read_bytes=0, stall_s=2.0, kernel_s=0.9))
+    assert pace.pass_s(1) == pytest.approx(3.0, rel=0.01)
+    assert pace.pass_s(16) > 10  # a row was found to take a second rather than a millisecond
+
+
+# -- prompt lookup --------------------------------------------------------------------------------------------------
+
+
+def looked_up(tokens: list[int], count: int = 4) -> list[int]:
+    draft = Draft(tokens, Sampler(SAMPLINGS[0]))
+    lookup = PromptLookup()
+    while len(draft.guesses) < count and lookup.guess(draft):
+        pass
+    return [guess.token for guess in draft.guesses]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6, 1, 2, 3], [4, 5, 6, 1]),
+        ([1, 2, 3, 4], []),
+        ([1, 2, 8, 9, 1, 2, 7, 7, 1, 2], [7, 7, 1, 2]),  # the latest of equally long matches
+        ([5, 1, 2, 8, 9, 6, 1, 2, 7, 7, 5, 1, 2], [8, 9, 6, 1]),  # the longest match
+        ([4, 4, 4], [4, 4, 4, 4]),
+        ([256, 1, 65536, 256, 1], [65536, 256, 1, 65536]),  # bytes of neighbouring tokens are no match
+        ([7], []),
+        ([], []),
+    ],
+)
+def test_lookup_goes_on_as_the_text_did_the_last_time(tokens: list[int], expected: list[int]) -> None:
+    assert looked_up(tokens) == expected
