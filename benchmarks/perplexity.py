@@ -21,7 +21,7 @@ from headrace.kernels import FEW_ROWS
 WINDOW = 512
 
 
-def perplexity(model: headrace.Model, tokens: list[int], rows_per_step: int) -> float:
+def perplexity(model: headrace.Model, tokens: list[int], rows_per_step: int, kv_bits: int = 16) -> float:
     """exp of the mean negative log-likelihood of the scored tokens."""
     engine, bos = model._engine, model.tokenizer.bos_id
     total, count = 0.0, 0
@@ -29,7 +29,7 @@ def perplexity(model: headrace.Model, tokens: list[int], rows_per_step: int) -> 
         window = tokens[start : start + WINDOW]
         if bos is not None and model.tokenizer.adds_bos:
             window = [bos, *window[1:]]
-        cache = engine.new_cache(WINDOW)
+        cache = engine.new_cache(WINDOW, kv_bits)
         logits = torch.cat(
             [
                 engine.step([Rows(cache=cache, tokens=part, logits=len(part))])
@@ -57,6 +57,7 @@ def main() -> None:
         print(f"{arguments.model.name}, {len(tokens) // WINDOW} windows of {WINDOW} tokens")
         ours = perplexity(model, tokens, WINDOW)
         few = perplexity(model, tokens, FEW_ROWS)
+        small = perplexity(model, tokens, WINDOW, kv_bits=8)
     command = [
         arguments.llama / "llama-perplexity",
         "-m",
@@ -74,6 +75,7 @@ def main() -> None:
     print(
         f"one pass per window {ours:.4f} ({ours / theirs - 1:+.2%}), steps of {FEW_ROWS} rows {few:.4f} ({few / theirs - 1:+.2%})"
     )
+    print(f"one pass per window, KV cache in 8 bits {small:.4f} ({small / ours - 1:+.2%} of that in 16)")
     print(f"llama.cpp {theirs:.4f}")
 
 

@@ -151,7 +151,7 @@ def _summary(row: Row, kept: list[dict[str, Any]], profile: Profile, path: Path)
 def compute_limit(path: Path, profile: Profile) -> float:
     """Seconds of the kernels alone for one row, by the probe's rates."""
     from headrace.checkpoint import open_checkpoint
-    from headrace.plan.plan import is_linear
+    from headrace.plan.shape import is_linear
 
     checkpoint = open_checkpoint(path)
     linears = [t for t in checkpoint.tensors.values() if is_linear(t)]

@@ -187,7 +187,7 @@ def main() -> None:
         "edits-prompt": base | {"prompts": "edits.jsonl", "draft": "prompt"},
         "batch-1": base | few | {"count": 1},
         "batch-16": base | {"sequences": 16},
-        "large-16": base | {"model": a.large, "sequences": 16, "mib": 4000, "tokens": 8, "prompt_tokens": 32},
+        "large-16": base | {"model": a.large, "sequences": 16, "mib": 4000, "tokens": 10, "prompt_tokens": 512},
     }
     results = json.loads(a.out.read_text()) if a.out.exists() else {}
     for name in a.rows.split(","):

@@ -137,7 +137,7 @@ class Model:
         self.load_s = load_s
         self._engine = engine
         self._draft_engine = draft_engine
-        slots = [Slot(engine.new_cache(plan.context_tokens)) for _ in range(plan.sequences)]
+        slots = [Slot(engine.new_cache(plan.context_tokens, plan.kv_bits)) for _ in range(plan.sequences)]
         self._scheduler = Scheduler(engine, slots, plan.prefill_rows, plan.drafting.most_guesses)
         if plan.drafting.most_guesses:
             self._scheduler.speculation = _speculation(plan, draft_engine)
@@ -442,6 +442,7 @@ def load(
     context_tokens: int | None = None,
     prompt_tokens: int | None = None,
     sequences: int = 1,
+    kv_bits: int = 16,
     draft: str = "auto",
     size_for: Callable[[Tokenizer], Request] | None = None,
     profile: Profile | None = None,
@@ -458,6 +459,7 @@ def load(
         context_tokens: prompt and answer together; None: 4096, or the model's own limit if that is less.
         prompt_tokens: the longest prompt to expect, which decides how many rows a prefill pass may carry.
         sequences: prompts that are computed together; each has a KV cache of its own.
+        kv_bits: 16 or 8 bits for each number in the KV cache.
         draft: how to guess tokens that a pass then verifies: `none`, `prompt` (what followed the last time), `self` (a
             low-bit copy made in memory), the path of a draft model, or `auto`: what the plan finds best.
         size_for: decides the request once the tokenizer is there, for prompts that are known already.
@@ -471,19 +473,24 @@ def load(
         UsageError: the draft model does not exist or does not fit the model.
     """
     start = time.perf_counter()
+    if kv_bits not in (8, 16) or sequences < 1:
+        raise UsageError(f"kv_bits {kv_bits}, sequences {sequences}", hint="8 or 16 bits, one sequence or more")
     checkpoint = open_checkpoint(path)
     budget = budget_of(memory)
     profile = profile or load_profile() or guessed_profile()
     context = context_tokens or min(4096, checkpoint.number("context_length", 4096))
     request = Request(
-        context_tokens=context, prompt_tokens=min(prompt_tokens or 512, context), sequences=max(1, sequences)
+        context_tokens=context,
+        prompt_tokens=min(prompt_tokens or 512, context),
+        sequences=sequences,
+        kv_bits=kv_bits,
     )
     options = drafting_options(checkpoint, draft)
     drafting, why = choose_drafting(checkpoint, profile, budget, request, options)  # refuse before anything is built
     keep_freed_memory()
     tokenizer = Tokenizer(checkpoint)
     if size_for is not None:
-        request = size_for(tokenizer)
+        request = replace(size_for(tokenizer), kv_bits=kv_bits)
         drafting, why = choose_drafting(checkpoint, profile, budget, request, options)
     request = replace(request, drafting=drafting)
     kernels, reason = make_kernels(
@@ -507,6 +514,7 @@ def load(
             slots=plan.ring_slots,
             readers=plan.readers,
             interleaved_types=plan.interleaved_types,
+            interleaved_in_place=plan.interleaved_in_place,
         )
 
     engine = Engine(checkpoint, decide, kernels, trace=spans, open_file=open_file)

@@ -25,8 +25,9 @@ from headrace.engine import Engine, Rows
 from headrace.engine.engine import StreamOptions
 from headrace.errors import HeadraceError
 from headrace.kernels import FEW_ROWS, Kernels, Piece
-from headrace.plan.plan import READERS, RING_SLOTS, UNIT_BYTES, is_linear
 from headrace.plan.profile import Profile, load_profile, machine_name, profile_path, save_profile
+from headrace.plan.rooms import READERS, RING_SLOTS, UNIT_BYTES
+from headrace.plan.shape import is_linear
 from headrace.process import release_unused, resident_bytes
 from headrace.stream import Arena, WeightStream
 from headrace.stream.layout import make_layout

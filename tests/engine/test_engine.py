@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows, Trace
@@ -131,3 +132,48 @@ def test_every_pass_reads_the_streamed_bytes_and_no_more(tiny_llama: Path) -> No
     with make_engine(tiny_llama, 0.3, readers=0) as engine:
         decode(engine, 3)
         assert [p.read_bytes for p in engine.passes[1:]] == [engine.layout.streamed_bytes] * 3
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_interleaved_weights_give_the_same_model_and_exact_rows_stay_exact(
+    tmp_path: Path, share: float, in_place: bool
+) -> None:
+    path = write_gguf(random_model("llama"), "llama", tmp_path / "tiny.gguf", "Q4_0")
+    with make_engine(path, share) as engine:
+        plain = decode(engine)
+    checkpoint = open_checkpoint(path)
+    options = StreamOptions(
+        pinned_rows={tensor.name: int(share * tensor.rows) // 8 * 8 for tensor in checkpoint.tensors.values()},
+        unit_bytes=16 << 10,
+        slots=3,
+        readers=2,
+        interleaved_types=frozenset({"Q4_0"}),
+        interleaved_in_place=in_place,
+    )
+    with Engine(checkpoint, options, Kernels(2)) as engine:
+        assert (decode(engine) - plain).norm() / plain.norm() < 0.05  # activations are rounded in another way
+        together = engine.step([Rows(cache=engine.new_cache(40), tokens=[*PROMPT, *PROMPT], logits=26, exact=True)])
+        cache = engine.new_cache(40)
+        alone = torch.cat([engine.step([Rows(cache=cache, tokens=[token])]) for token in [*PROMPT, *PROMPT]])
+        assert torch.equal(together, alone)
+        many = engine.step([Rows(cache=engine.new_cache(64), tokens=PROMPT * 4, logits=52, exact=False)])
+        assert (many[:26] - together).norm() / together.norm() < 0.08
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_cache_of_8_bits_is_nearly_one_of_16(tiny_llama: Path, rows: int) -> None:
+    tokens = PROMPT[:10]
+    with make_engine(tiny_llama) as engine:
+        logits = []
+        for bits in (16, 8):
+            cache = engine.new_cache(32, bits)
+            parts = [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
+            logits.append(torch.cat([engine.step([Rows(cache=cache, tokens=p, logits=len(p))]) for p in parts]))
+            cache.truncate(4)
+            again = engine.step([Rows(cache=cache, tokens=tokens[4:], logits=6)])
+            assert torch.equal(again, logits[-1][4:])
+            other = engine.new_cache(32, bits)
+            other.copy_from(cache, 7)
+            assert torch.equal(engine.step([Rows(cache=other, tokens=tokens[7:], logits=3)]), logits[-1][7:])
+    assert 0 < (logits[0] - logits[1]).norm() / logits[0].norm() < 0.05

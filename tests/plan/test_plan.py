@@ -25,8 +25,9 @@ from headrace.plan import (
     make_plan,
 )
 from headrace.plan.cost import FEW_ROWS
-from headrace.plan.plan import UNIT_BYTES, Change
+from headrace.plan.plan import Change
 from headrace.plan.profile import machine_name, profile_path, save_profile
+from headrace.plan.rooms import ROW_MULTIPLE, UNIT_BYTES
 from headrace.units import GB, GIB, MIB, gib, parse_bytes
 
 PROPERTY = settings(max_examples=120, deadline=None)
@@ -172,10 +173,10 @@ def taken(plan: Plan) -> int:
 def whole_things(checkpoint: Checkpoint) -> int:
     """Bytes that a plan may leave unused or spend otherwise, since slots and rows are whole.
 
-    The ring grows by a slot and takes it from the pins; every tensor is pinned by rows.
+    The ring grows by a slot and takes it from the pins; every tensor is pinned by eights of rows.
     """
     matrices = linears(checkpoint).values()
-    return UNIT_BYTES + max(one.row_bytes for one in matrices) + sum(one.row_bytes for one in matrices)
+    return UNIT_BYTES + max(one.row_bytes for one in matrices) + ROW_MULTIPLE * sum(one.row_bytes for one in matrices)
 
 
 def floor_named(error: BudgetError) -> int:

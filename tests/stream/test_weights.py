@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from headrace.checkpoint import Tensor
 from headrace.errors import ReadError
+from headrace.kernels import Piece
 from headrace.stream import Layout, WeightFile, WeightStream
 from headrace.stream.layout import make_layout
 from headrace.stream.weights import File
@@ -246,3 +247,28 @@ def test_many_readers_and_rewinds_never_mix_up_slots(tmp_path: Path) -> None:
                 stream.rewind()
             for _ in range(4):
                 assert read_pass(stream) == contents
+
+
+def test_settled_pieces_are_delivered_and_read_again_after_an_interrupt(tmp_path: Path) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    calls = 0
+
+    def settle(piece: Piece, columns: int) -> Piece:
+        nonlocal calls
+        calls += 1
+        nbytes = piece.rows * columns * 4
+        flipped = bytes(255 - byte for byte in ctypes.string_at(piece.address, nbytes))
+        ctypes.memmove(piece.address, flipped[: nbytes // 2], nbytes // 2)
+        if calls == 3:
+            raise KeyboardInterrupt  # in the middle of a piece
+        ctypes.memmove(piece.address, flipped, nbytes)
+        return piece
+
+    with WeightStream(layout_of(tensors, 1.0, 8192), slots=2, readers=2, settle=settle) as stream:
+        with pytest.raises(KeyboardInterrupt):
+            read_pass(stream)
+        stream.rewind()
+        expected = {name: bytes(255 - byte for byte in data) for name, data in contents.items()}
+        assert read_pass(stream) == expected
+        assert read_pass(stream) == expected
+        assert calls == 3 + len(SHAPES) - 2  # once each, and again the visit that was interrupted

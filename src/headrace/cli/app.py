@@ -78,6 +78,9 @@ draft_option = click.option(
     metavar="none|prompt|self|auto|FILE",
     help="Guess tokens that a pass then verifies: from the prompt, by a low-bit copy of the model, or by a smaller model.",
 )
+kv_option = click.option(
+    "--kv-bits", type=click.Choice([8, 16]), default=16, show_default=True, help="Bits of each number in the KV cache."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No plan, progress or stats on stderr.")
 sampling_options = shared(
@@ -113,6 +116,7 @@ def check_file(function: F) -> F:
 )
 @memory_option
 @context_option
+@kv_option
 @draft_option
 @sampling_options
 @click.option("-s", "--system", help="A system message before the prompt.")
@@ -137,6 +141,7 @@ def run(model: str, **options: Any) -> None:
 @click.argument("model")
 @memory_option
 @context_option
+@kv_option
 @draft_option
 @click.option(
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts that are computed together."
@@ -159,6 +164,7 @@ def plan(model: str, **options: Any) -> None:
 @click.option("-m", "--model", required=True, help="A .gguf file.")
 @memory_option
 @context_option
+@kv_option
 @draft_option
 @click.option("--parallel", type=click.IntRange(1, 256), help="Requests at a time. [default: what the plan finds best]")
 @click.option(

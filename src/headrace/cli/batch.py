@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.cli import show
 from headrace.cli.plan import profile_for
 from headrace.errors import ContextError, UsageError
-from headrace.plan import Profile, Request, budget_of, choose_sequences, drafting_options
-from headrace.units import gib, gigabytes, rate, seconds
+from headrace.plan import Budget, Profile, Request, budget_of, choose_sequences, drafting_options
+from headrace.units import gigabytes, rate, seconds
 
 if TYPE_CHECKING:
     from headrace.api import Job, Model, Piece
@@ -24,24 +24,28 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 
-def batch_command(
-    source: Path,
-    target: Path,
-    model: str,
-    memory: int | None,
-    ctx_size: int | None,
-    draft: str,
-    parallel: int | None,
-    max_tokens: int,
-    quiet: bool,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of a run. None: what the plan finds best, or needs."""
+
+    memory: int | None
+    ctx_size: int | None
+    kv_bits: int
+    draft: str
+    parallel: int | None
+    max_tokens: int
+    quiet: bool
+
+
+def batch_command(source: Path, target: Path, model: str, **options: Any) -> int:
     """Answer what has no result yet; returns the exit code."""
+    settings = Settings(**options)
     if target.exists() and source.exists() and source.samefile(target):
         raise UsageError("input and output are the same file", hint="give another output file")
     checkpoint = open_checkpoint(model)
     with Results(target) as results:
         work = pending(source, results)
-        if not quiet:
+        if not settings.quiet:
             show.note(f"{results.done} results in {target}, {len(work)} to do")
         for bad in work:
             if isinstance(bad, BadLine):
@@ -49,35 +53,28 @@ def batch_command(
         requests = [request for request in work if isinstance(request, BatchRequest)]
         if not requests:
             return 0
-        return _run(checkpoint, requests, results, memory, ctx_size, draft, parallel, max_tokens, quiet)
+        return _run(checkpoint, requests, results, settings)
 
 
-def _run(
-    checkpoint: Checkpoint,
-    requests: Sequence[BatchRequest],
-    results: Results,
-    memory: int | None,
-    ctx_size: int | None,
-    draft: str,
-    parallel: int | None,
-    max_tokens: int,
-    quiet: bool,
-) -> int:
-    profile = profile_for(checkpoint.path, say=not quiet)
-    budget = budget_of(memory)
+def _run(checkpoint: Checkpoint, requests: Sequence[BatchRequest], results: Results, settings: Settings) -> int:
+    profile = profile_for(checkpoint.path, say=not settings.quiet)
+    budget = budget_of(settings.memory)
     from headrace.api import load  # torch and transformers: seconds
 
-    def size_for(tokenizer: "Tokenizer") -> Request:
-        return _size(checkpoint, requests, tokenizer, profile, budget, ctx_size, draft, parallel, max_tokens)
-
-    small = min(ctx_size or 256, checkpoint.number("context_length", 256))
+    small = min(settings.ctx_size or 256, checkpoint.number("context_length", 256))
     with load(
-        checkpoint.path, memory=budget, context_tokens=small, prompt_tokens=small, draft=draft, size_for=size_for,
+        checkpoint.path,
+        memory=budget,
+        context_tokens=small,
+        prompt_tokens=small,
+        kv_bits=settings.kv_bits,
+        draft=settings.draft,
+        size_for=lambda tokenizer: _size(checkpoint, requests, tokenizer, profile, budget, settings),
         profile=profile,
-    ) as loaded:  # fmt: skip
-        if not quiet:
+    ) as loaded:
+        if not settings.quiet:
             show.note(f"{loaded.plan.sequences} at a time; {loaded.plan.line()}")
-        return Batch(loaded, requests, results, max_tokens).run(Board(loaded, len(requests), quiet))
+        return Batch(loaded, requests, results, settings.max_tokens).run(Board(loaded, len(requests), settings.quiet))
 
 
 def _size(
@@ -85,21 +82,21 @@ def _size(
     requests: Sequence[BatchRequest],
     tokenizer: "Tokenizer",
     profile: Profile,
-    budget: Any,
-    ctx_size: int | None,
-    draft: str,
-    parallel: int | None,
-    max_tokens: int,
+    budget: Budget,
+    settings: Settings,
 ) -> Request:
     """Room for the longest request, for as many as run best together."""
     limit = checkpoint.number("context_length", 1 << 20)
-    lengths = [(len(tokenizer.prompt(r.prompt, raw=not r.chat)), r.max_tokens or max_tokens) for r in requests]
+    lengths = [
+        (len(tokenizer.prompt(request.prompt, raw=not request.chat)), request.max_tokens or settings.max_tokens)
+        for request in requests
+    ]
     longest = max(length for length, _ in lengths)
-    context = ctx_size or min(limit, max(length + most for length, most in lengths))
-    request = Request(context_tokens=context, prompt_tokens=min(longest, context))
-    if parallel:
-        return replace(request, sequences=parallel)
-    options = drafting_options(checkpoint, draft)
+    context = settings.ctx_size or min(limit, max(length + most for length, most in lengths))
+    request = Request(context_tokens=context, prompt_tokens=min(longest, context), kv_bits=settings.kv_bits)
+    if settings.parallel:
+        return replace(request, sequences=settings.parallel)
+    options = drafting_options(checkpoint, settings.draft)
     return choose_sequences(checkpoint, profile, budget, request, options, len(requests))
 
 
@@ -203,12 +200,7 @@ class Board:
     def _rates(self) -> str:
         spent = time.perf_counter() - self._start
         read = sum(p.read_bytes for p in self._model.passes)
-        left = (
-            f", {seconds(spent / self._done * (self._total - self._done))} left"
-            if self._done < self._total and self._done
-            else ""
-        )
-        return (
-            f"{seconds(spent)}, {rate(self._tokens / spent)}, {gigabytes(read / spent)}/s{left},"
-            f" {gib(self._model.plan.budget.nbytes)}"
-        )
+        left = ""
+        if 0 < self._done < self._total:
+            left = f", {seconds(spent / self._done * (self._total - self._done))} left"
+        return f"{seconds(spent)}, {rate(self._tokens / spent)}, {gigabytes(read / spent)}/s{left}"

@@ -35,7 +35,9 @@ def demo_command(prompt: str | None, memory: int | None, as_json: bool) -> int:
             f"Gemma 3 270M has {gigabytes(checkpoint.nbytes)} of weights, at most {gigabytes(half)} may stay in memory"
             " (use is subject to the Gemma terms, in its package)"
         )
-        plan_command(str(path), memory=budget, ctx_size=512, draft="auto", batch=1, prompt_tokens=16, as_json=False)
+        plan_command(
+            str(path), memory=budget, ctx_size=512, kv_bits=16, draft="auto", batch=1, prompt_tokens=16, as_json=False
+        )
         click.echo()
     return run_command(
         str(path),
@@ -43,6 +45,7 @@ def demo_command(prompt: str | None, memory: int | None, as_json: bool) -> int:
         prompt_file=None,
         memory=budget,
         ctx_size=None,
+        kv_bits=16,
         draft="auto",
         trace=None,
         max_tokens=TOKENS,

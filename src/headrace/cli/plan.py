@@ -10,12 +10,14 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from headrace.checkpoint import open_checkpoint
+from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.checkpoint.gguf import bits_per_weight
 from headrace.cli import show
 from headrace.plan import (
     Budget,
     Plan,
     Profile,
+    Range,
     Request,
     budget_of,
     choose_drafting,
@@ -24,8 +26,8 @@ from headrace.plan import (
     load_profile,
     make_plan,
 )
-from headrace.plan.plan import describe
 from headrace.plan.profile import profile_path
+from headrace.plan.shape import is_linear
 from headrace.units import gib, gigabytes, rate, seconds
 
 
@@ -50,6 +52,7 @@ def plan_command(
     model: str,
     memory: int | Budget | None,
     ctx_size: int | None,
+    kv_bits: int,
     draft: str,
     batch: int,
     prompt_tokens: int,
@@ -59,7 +62,9 @@ def plan_command(
     checkpoint = open_checkpoint(model)
     limit = checkpoint.number("context_length", 4096)
     context = ctx_size or min(prompt_tokens + 512, limit)
-    request = Request(context_tokens=context, prompt_tokens=min(prompt_tokens, context), sequences=batch)
+    request = Request(
+        context_tokens=context, prompt_tokens=min(prompt_tokens, context), sequences=batch, kv_bits=kv_bits
+    )
     budget = budget_of(memory)
     profile = load_profile() or guessed_profile()
     drafting, why = choose_drafting(checkpoint, profile, budget, request, drafting_options(checkpoint, draft))
@@ -68,7 +73,7 @@ def plan_command(
     if as_json:
         click.echo(json.dumps(plan.as_json(), allow_nan=False))
         return
-    _print(plan, describe(plan, checkpoint))
+    _print(plan, _rows(plan, checkpoint))
 
 
 def _print(plan: Plan, rows: list[tuple[str, str, str]]) -> None:
@@ -85,6 +90,45 @@ def _print(plan: Plan, rows: list[tuple[str, str, str]]) -> None:
         for change in plan.changes:
             gain = plan.decode_s_per_token.expected / change.s_per_token
             console.print(f"  {change.what}: {seconds(change.s_per_token)} per token ({gain:.1f}x)")
+
+
+def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
+    """The plan as rows of (name, value, remark), for a terminal."""
+    decode, ttft = plan.decode_s_per_token, plan.ttft_s
+    kinds = sorted({t.type for t in checkpoint.tensors.values() if is_linear(t)}, key=bits_per_weight)
+    buffers = f"ring {gib(plan.ring_bytes)}, activations {gib(plan.activation_bytes)}"
+    measured = plan.profile.source != "guessed"
+    passes = f"{plan.prefill_passes} pass{'es' if plan.prefill_passes > 1 else ''} of {plan.prefill_rows} rows"
+    return [
+        ("model", plan.model, f"{checkpoint.architecture}, {plan.type_bits:.2f} bits/weight ({', '.join(kinds)})"),
+        ("memory", gib(plan.budget.nbytes), f"{plan.budget.reason}; floor {gib(plan.floor_bytes)}"),
+        ("weights", gigabytes(plan.weights_bytes), "read in the first pass"),
+        (
+            "pinned",
+            gigabytes(plan.pinned_bytes),
+            f"{plan.pinned_bytes / plan.weights_bytes:.0%}, of every large tensor its share",
+        ),
+        ("streamed", gigabytes(plan.streamed_bytes_per_pass), f"per pass, disk {gigabytes(plan.disk_bytes_per_s)}/s"),
+        ("KV cache", gib(plan.kv_bytes), f"{plan.sequences} x {plan.context_tokens} tokens in {plan.kv_bits} bits"),
+        ("draft", plan.drafting.name, plan.reasons[-1]),
+        ("buffers", gib(plan.ring_bytes + plan.activation_bytes), buffers),
+        ("runtime", gib(plan.runtime_bytes), "interpreter, libraries, tokenizer, small tensors"),
+        ("prefill", seconds(ttft.expected), f"{plan.prefill.binding}-bound, {passes}  {_interval(ttft)}"),
+        (
+            "decode",
+            f"{seconds(decode.expected)}/token",
+            f"{plan.binding}-bound = {rate(1 / decode.expected)}  {_interval(decode)}",
+        ),
+        (
+            "rates",
+            plan.profile.source,
+            "by `headrace probe`" if measured else "run `headrace probe` to measure this machine",
+        ),
+    ]
+
+
+def _interval(prediction: Range) -> str:
+    return f"[{seconds(prediction.low)} .. {seconds(prediction.high)}]"
 
 
 def probe_command(target: Path, as_json: bool) -> None:

@@ -49,6 +49,7 @@ def run_command(
     prompt_file: Path | None,
     memory: int | Budget | None,
     ctx_size: int | None,
+    kv_bits: int,
     draft: str,
     trace: Path | None,
     max_tokens: int,
@@ -69,7 +70,7 @@ def run_command(
         max_tokens=max_tokens, stop=stop, system=system, raw=raw, quiet=quiet, as_json=as_json, sampling=sampling
     )
     checkpoint = open_checkpoint(model)
-    request = _request(checkpoint, text, None, max_tokens, ctx_size)
+    request = replace(_request(checkpoint, text, None, max_tokens, ctx_size), kv_bits=kv_bits)
     profile = profile_for(model, say=not quiet)
     budget = budget_of(memory)
     drafting, _ = choose_drafting(checkpoint, profile, budget, request, drafting_options(checkpoint, draft))

@@ -15,46 +15,79 @@ KV_DTYPE = torch.float16
 
 
 class KVCache:
-    """Keys and values of one sequence for all layers, allocated once: 2 * layers * kv_heads * head_dim * 2 bytes a token."""
+    """Keys and values of one sequence for all layers, allocated once.
 
-    def __init__(self, layers: int, capacity: int):
+    In 16 bits they take 2 * layers * kv_heads * head_dim * 2 bytes a token. In 8 bits half of that and a scale of two bytes
+    for each head and position: whole numbers from -127 to 127 times the scale.
+    """
+
+    def __init__(self, layers: int, capacity: int, bits: int = 16):
         """`capacity` is in tokens. Memory is taken from the system as it is written."""
+        assert bits in (8, 16)
         self.capacity = capacity
         self.length = 0
-        self._keys: list[torch.Tensor | None] = [None] * layers  # each (kv_heads, capacity, head_dim)
-        self._values: list[torch.Tensor | None] = [None] * layers
+        self._bits = bits
+        self._held: list[tuple[_Rows, _Rows] | None] = [None] * layers  # keys and values
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the rows after `length`: keys and values of shape (kv_heads, rows, head_dim)."""
-        heads, rows, width = keys.shape
-        held = self._keys[layer]
+        held = self._held[layer]
         if held is None:
-            held = self._keys[layer] = torch.empty((heads, self.capacity, width), dtype=KV_DTYPE)
-            self._values[layer] = torch.empty((heads, self.capacity, values.shape[2]), dtype=KV_DTYPE)
-        assert self.length + rows <= self.capacity, "the engine checks the context before a pass"
-        held[:, self.length : self.length + rows] = keys
-        self._values[layer][:, self.length : self.length + rows] = values  # type: ignore[index]
+            made = _Rows if self._bits == 16 else _SmallRows
+            held = self._held[layer] = (made(keys, self.capacity), made(values, self.capacity))
+        assert self.length + keys.shape[1] <= self.capacity, "the engine checks the context before a pass"
+        for rows, new in zip(held, (keys, values), strict=True):
+            rows.put(self.length, new)
 
-    def get(self, layer: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of positions [first, last): each (kv_heads, last - first, head_dim)."""
-        keys, values = self._keys[layer], self._values[layer]
-        assert keys is not None
-        assert values is not None
-        return keys[:, first:last], values[:, first:last]
+    def get(self, layer: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of positions [0, last) in fp16: each (kv_heads, last, head_dim)."""
+        held = self._held[layer]
+        assert held is not None
+        return held[0].get(last), held[1].get(last)
 
     def copy_from(self, other: "KVCache", count: int) -> None:
         """Take the first `count` positions of another cache of the same model, and forget all others."""
         assert count <= min(other.length, self.capacity)
         self.length = 0
-        for layer, keys in enumerate(other._keys):
-            if keys is not None:
-                self.put(layer, *other.get(layer, 0, count))
+        for layer in range(len(other._held)):
+            if other._held[layer] is not None:
+                self.put(layer, *other.get(layer, count))
         self.length = count
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
         assert 0 <= length <= self.length
         self.length = length
+
+
+class _Rows:
+    """Keys or values of one layer: (heads, capacity, width) in fp16."""
+
+    def __init__(self, like: torch.Tensor, capacity: int):
+        self._data = torch.empty((like.shape[0], capacity, like.shape[2]), dtype=KV_DTYPE)
+
+    def put(self, first: int, rows: torch.Tensor) -> None:
+        self._data[:, first : first + rows.shape[1]] = rows
+
+    def get(self, last: int) -> torch.Tensor:
+        return self._data[:, :last]
+
+
+class _SmallRows(_Rows):
+    """The same in 8 bits, with a scale for each head and position."""
+
+    def __init__(self, like: torch.Tensor, capacity: int):
+        self._data = torch.empty((like.shape[0], capacity, like.shape[2]), dtype=torch.int8)
+        self._scales = torch.empty((like.shape[0], capacity, 1), dtype=KV_DTYPE)
+
+    def put(self, first: int, rows: torch.Tensor) -> None:
+        part = slice(first, first + rows.shape[1])
+        scales = (rows.abs().amax(2, keepdim=True) / 127).to(KV_DTYPE)
+        self._scales[:, part] = scales
+        self._data[:, part] = (rows / scales.float().clamp_min(1e-7)).round().clamp(-127, 127).to(torch.int8)
+
+    def get(self, last: int) -> torch.Tensor:
+        return self._data[:, :last].to(KV_DTYPE) * self._scales[:, :last]
 
 
 class PackedAttention:
@@ -111,9 +144,11 @@ class PackedAttention:
         """Each row alone, so that its result does not depend on the rows beside it. The heads of a group are the rows."""
         heads, rows, width = query.shape
         query = query.to(KV_DTYPE)
+        all_keys, all_values = cache.get(layer, cache.length + rows)
         for row in range(rows):
             last = cache.length + row + 1
-            keys, values = cache.get(layer, max(0, last - window) if window else 0, last)
+            part = slice(max(0, last - window) if window else 0, last)
+            keys, values = all_keys[:, part], all_values[:, part]
             grouped = query[:, row].reshape(1, keys.shape[0], -1, width)
             out[row] = _attend(grouped, keys, values, None, scaling, softcap).view(heads, -1)
 
@@ -129,7 +164,7 @@ class PackedAttention:
     ) -> None:
         rows = query.shape[1]
         start = cache.length
-        keys, values = cache.get(layer, 0, start + rows)
+        keys, values = cache.get(layer, start + rows)
         repeat = query.shape[0] // keys.shape[0]
         mask = self._mask(start, rows, window or 0)
         if repeat > 1:
@@ -187,7 +222,7 @@ class JoinedCache:
         keys, values = [], []
         for cache, rows in self._batch:
             cache.put(layer_idx, key[0, :, first : first + rows], value[0, :, first : first + rows])
-            held = cache.get(layer_idx, 0, cache.length + rows)
+            held = cache.get(layer_idx, cache.length + rows)
             keys.append(held[0].to(key.dtype))
             values.append(held[1].to(value.dtype))
             first += rows

@@ -15,7 +15,7 @@ import torch
 from headrace.engine.attention import KVCache
 from headrace.engine.engine import Engine, Rows
 from headrace.engine.sampling import Sampler
-from headrace.plan.plan import DRAFT_PROMPT_ROWS
+from headrace.plan.rooms import DRAFT_PROMPT_ROWS
 
 
 class Grade(NamedTuple):

@@ -55,8 +55,8 @@ class StreamOptions:
     unit_bytes: int
     slots: int
     readers: int
-    interleaved_types: frozenset[str] = frozenset()  # brought into ggml's interleaved layout where pinned whole
-    interleaved_in_place: bool = False  # rather than copied: then every step must ask for exact rows
+    interleaved_types: frozenset[str] = frozenset()  # brought into ggml's interleaved layout where pinned
+    interleaved_in_place: bool = False  # rather than copied: no memory, but prompts take longer
     pinned_read_bytes: int = 4 << 20
 
 
@@ -133,9 +133,9 @@ class Engine:
         """Decoder layers, each with keys and values of its own."""
         return int(self.model.config.num_hidden_layers)
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache for one sequence of at most `capacity` tokens."""
-        return KVCache(self.layers, capacity)
+    def new_cache(self, capacity: int, bits: int = 16) -> KVCache:
+        """An empty cache for one sequence of at most `capacity` tokens, with keys and values in 16 or 8 bits."""
+        return KVCache(self.layers, capacity, bits)
 
     def step(self, batch: Sequence[Rows]) -> torch.Tensor:
         """One pass over the weights for the new rows of all sequences.

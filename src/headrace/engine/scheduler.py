@@ -128,8 +128,9 @@ class Scheduler:
         if self.speculation is not None and all(rows.is_exact for rows in batch):
             self.speculation.pace.note_pass(stats)
             self.speculation.pace.note_step(sum(len(new) for _, new in news), time.perf_counter() - start)
-        if self.engine.trace is not None and draft_s > 1e-4:
+        if self.engine.trace is not None:
             self.engine.trace.add("draft", f"{stats.drafted} guesses", start, start + draft_s)
+            self.engine.trace.add("step", f"bound by {stats.bound_by}", start, time.perf_counter())
         return news
 
     def _chunks(self) -> list[tuple[Answer, list[int]]]:

@@ -47,7 +47,7 @@ class Kernels:
     def interleave(self, piece: Piece, columns: int, in_place: bool = False) -> Piece:
         """The same piece with an interleaved copy, where ggml has that layout for it. The copy lives as long as this.
 
-        `in_place` overwrites the piece: then all products with it must ask for exact rows.
+        `in_place` overwrites the piece: then all products with it are exact, those of prompts too.
         """
         if not self.interleaving.takes(piece.type, piece.rows):
             return piece
@@ -90,11 +90,15 @@ class Kernels:
         """
         if exact_rows is None or x.shape[0] - exact_rows <= FEW_ROWS:
             exact_rows = x.shape[0] if exact_rows is not None or x.shape[0] <= FEW_ROWS else 0
-        if exact_rows:
-            self._few_rows(x[:exact_rows], pieces, [output[:exact_rows] for output in outputs])
         if exact_rows < x.shape[0]:
+            woven = [(i, piece) for i, piece in pieces if piece.only_interleaved]
+            if woven:
+                self._few_rows(x, woven, outputs)
+            pieces = [(i, piece) for i, piece in pieces if not piece.only_interleaved]
             for i, piece in pieces:
                 self._many_rows(x[exact_rows:], piece, outputs[i][exact_rows:])
+        if exact_rows and pieces:
+            self._few_rows(x[:exact_rows], pieces, [output[:exact_rows] for output in outputs])
 
     def _few_rows(self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
         missing = -x.shape[0] % ACTIVATION_ROWS

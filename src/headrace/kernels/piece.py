@@ -11,4 +11,9 @@ class Piece:
     rows: int
     address: int
     first: int
-    interleaved: int | None = None  # address of a copy in ggml's interleaved layout
+    interleaved: int | None = None  # address in ggml's interleaved layout: a copy's, or its own
+
+    @property
+    def only_interleaved(self) -> bool:
+        """Whether the file's own layout is gone."""
+        return self.interleaved == self.address

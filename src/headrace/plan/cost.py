@@ -8,7 +8,7 @@ the probe; that both overlap fully is what the stream is for, and what the bench
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES
 from headrace.plan.profile import Profile
@@ -32,48 +32,57 @@ class PassCost:
         return "disk" if self.disk_s > self.compute_s else "compute"
 
 
-def compute_seconds(
-    profile: Profile,
-    weights: Mapping[str, int],
-    layers: int,
-    rows: int,
-    interleaved: frozenset[str] = frozenset(),
-    exact: bool | None = None,
-) -> float:
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weights that a pass multiplies, counted by type: in the file's own layout, and interleaved (`kernels`).
+
+    Interleaved ones keep their own layout beside it, for prompts, unless they were interleaved in place.
+    """
+
+    plain: Mapping[str, int]
+    interleaved: Mapping[str, int] = field(default_factory=dict)
+    in_place: bool = False
+
+
+def compute_seconds(profile: Profile, weights: Weights, layers: int, rows: int, exact: bool | None = None) -> float:
     """Seconds of compute of a pass.
 
     Args:
         profile: measured rates.
-        weights: multiplied weights by type.
+        weights: what is multiplied.
         layers: decoder layers.
         rows: of the pass.
-        interleaved: types that have an interleaved copy.
         exact: whether rows are computed one by one, by the packed kernels; None: if they are few.
     """
-    small = layers * (profile.layer_s + (rows - 1) * profile.layer_row_s)
-    if rows <= FEW_ROWS if exact is None else exact:
-        return small + sum(
-            count / profile.kernel(kind, rows, interleaved=kind in interleaved) for kind, count in weights.items()
-        )
-    return small + sum(
-        count / profile.unpack(kind)
-        + 2 * count * rows / profile.product(rows, kind in PRECISE_TYPES or not profile.bf16_pays)
-        for kind, count in weights.items()
-    )
+    exact = rows <= FEW_ROWS if exact is None else exact
+    seconds = layers * (profile.layer_s + (rows - 1) * profile.layer_row_s)
+    for kind, count in weights.interleaved.items():
+        if exact or weights.in_place:
+            seconds += count / profile.kernel(kind, rows, interleaved=True)
+        else:
+            seconds += _unpacked(profile, kind, count, rows)
+    for kind, count in weights.plain.items():
+        seconds += count / profile.kernel(kind, rows) if exact else _unpacked(profile, kind, count, rows)
+    return seconds
+
+
+def _unpacked(profile: Profile, kind: str, count: int, rows: int) -> float:
+    """Unpacking, and torch's product."""
+    precise = kind in PRECISE_TYPES or not profile.bf16_pays
+    return count / profile.unpack(kind) + 2 * count * rows / profile.product(rows, precise)
 
 
 def pass_cost(
     profile: Profile,
     disk_bytes_per_s: float,
     read_bytes: int,
-    weights: Mapping[str, int],
+    weights: Weights,
     layers: int,
     rows: int,
-    interleaved: frozenset[str] = frozenset(),
     exact: bool | None = None,
 ) -> PassCost:
     """The cost of one pass that reads `read_bytes`; the other arguments as for `compute_seconds`."""
     return PassCost(
         disk_s=read_bytes / disk_bytes_per_s,
-        compute_s=compute_seconds(profile, weights, layers, rows, interleaved, exact),
+        compute_s=compute_seconds(profile, weights, layers, rows, exact),
     )

@@ -78,8 +78,8 @@ class WeightStream:
     ):
         """`readers=0` is the serial twin. `slots` is the size of the ring in units.
 
-        `settle` is called once with each piece (and its columns) of a visit that is pinned whole, when it has come; what
-        it returns is delivered from then on.
+        `settle` is called once with each pinned piece (and its columns) when it has come; what it returns is delivered
+        from then on.
         """
         self.layout = layout
         self.counters = StreamCounters()
@@ -128,7 +128,11 @@ class WeightStream:
         self._start()
         pinned = self._complete.get(index)
         if pinned is None:
-            pinned = self._complete[index] = self._pinned_batches(index)
+            try:
+                pinned = self._complete[index] = self._pinned_batches(index)
+            except BaseException:
+                self._forget(index)  # an interrupt may have left pieces half settled: they are read again
+                raise
         streamed = self.layout.visits[index].streamed
         done = 0
         for count, (i, unit) in enumerate(streamed):
@@ -193,15 +197,19 @@ class WeightStream:
         pieces: Batch = []
         for i, (tensor, rows) in enumerate(zip(visit.tensors, visit.pinned_rows, strict=True)):
             base = self._pinned.address + visit.pinned_address[i]
-            step = max(1, SLICE_BYTES // tensor.row_bytes) if visit.streamed else max(1, rows)
+            step = SLICE_BYTES // tensor.row_bytes // 8 * 8 or 8 if visit.streamed else max(1, rows)
             for first in range(0, rows, step):
                 address = base + first * tensor.row_bytes
                 pieces.append((i, Piece(tensor.type, min(step, rows - first), address, first)))
+        if self._settle is not None:
+            pieces = [(i, self._settle(piece, visit.tensors[i].columns)) for i, piece in pieces]
         if not visit.streamed:
-            if self._settle is not None:
-                pieces = [(i, self._settle(piece, visit.tensors[i].columns)) for i, piece in pieces]
             return [pieces] if pieces else []
         return [[piece] for piece in pieces]
+
+    def _forget(self, index: int) -> None:
+        with self._arrived:
+            self._loaded.difference_update(id(unit) for units in self.layout.visits[index].pinned for unit in units)
 
     def _pinned_ready(self, index: int) -> bool:
         return all(id(unit) in self._loaded for units in self.layout.visits[index].pinned for unit in units)

@@ -1,0 +1,22 @@
+"""What is asked of a model."""
+
+from dataclasses import dataclass
+
+from headrace.kernels import FEW_ROWS
+from headrace.plan.draft import NO_DRAFT, Drafting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of the model: how many tokens go in, how many the context must hold in all, and how to go about it."""
+
+    prompt_tokens: int = 512
+    context_tokens: int = 1024
+    sequences: int = 1  # computed together in every pass
+    kv_bits: int = 16
+    drafting: Drafting = NO_DRAFT
+
+    @property
+    def verify_rows(self) -> int:
+        """The most exact rows of a pass: of every sequence its token and all guesses."""
+        return max(FEW_ROWS, self.sequences * (1 + self.drafting.most_guesses))

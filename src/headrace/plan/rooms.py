@@ -1,0 +1,173 @@
+"""How the memory of the process is divided, so that it adds up to the budget:
+
+budget = runtime + small tensors + KV caches + draft model + activations + ring + margin + pinned weights
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from headrace.errors import BudgetError
+from headrace.kernels import FEW_ROWS
+from headrace.plan.memory import Budget
+from headrace.plan.profile import Profile
+from headrace.plan.request import Request
+from headrace.plan.shape import Shape
+from headrace.units import MIB, gib, option
+
+UNIT_BYTES = 2 * MIB
+RING_SLOTS = 16
+LEAST_SLOTS = 3
+READERS = 3
+# A tensor whose streamed rest would be smaller than this is pinned whole: a read has a price beside its bytes.
+SMALLEST_READ_BYTES = 512 << 10
+TOKENIZER_BYTES_PER_TOKEN = 450
+# While the tokenizer is built from the metadata, before any weights: 1400 bytes were measured for Gemma's 262,144 tokens.
+TOKENIZER_BUILD_BYTES_PER_TOKEN = 1500
+DRAFT_PROMPT_ROWS = 128  # of a prompt in one pass of a draft model
+DRAFT_RUNTIME_BYTES = 24 * MIB  # modules of a draft model and its first passes
+MANY_ROWS_BYTES = 128 * MIB  # unpacked weights, oneDNN's copies and code, what the allocator keeps
+MARGIN_BYTES = 24 * MIB
+MARGIN_SHARE = 0.01
+KV_BYTES = 2  # fp16
+ROW_CHUNK = 64
+ROW_MULTIPLE = 8  # of pinned rows: what an interleaved layout takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """Bytes by purpose, and what they decide: rows of a prompt in a pass, slots of the ring, pinned rows of every tensor."""
+
+    floor: int
+    runtime: int  # small tensors of the model included
+    kv: int
+    draft: int
+    activations: int
+    prefill_rows: int
+    slots: int
+    slot: int
+    pinned_rows: Mapping[str, int]
+    pinned: int
+    streamed: int  # per pass
+    spare: int  # left over when everything is pinned
+
+
+def divide(
+    shape: Shape,
+    draft: Shape | None,
+    profile: Profile,
+    budget: Budget,
+    request: Request,
+    runtime_bytes: int | None,
+) -> Division:
+    """Divide a budget; weights get what nothing else needs.
+
+    Raises:
+        BudgetError: the budget is below the floor, which the message names.
+    """
+    runtime = runtime_bytes or profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BYTES_PER_TOKEN
+    kv = shape.kv_bytes_per_token(request.kv_bits) * request.context_tokens * request.sequences
+    draft_bytes = _draft_bytes(draft, request, known_runtime=runtime_bytes is not None) if draft is not None else 0
+    slot = UNIT_BYTES + max(tensor.row_bytes for tensor in shape.linears)
+    margin = MARGIN_BYTES + int(MARGIN_SHARE * budget.nbytes)
+    base = runtime + shape.small_bytes + kv + draft_bytes + margin
+    least = base - margin + MARGIN_BYTES + LEAST_SLOTS * slot
+    exact = _activations(shape, request.verify_rows, request.context_tokens, exact=True)
+    if request.kv_bits < 16:  # unpacked for one layer at a time
+        exact += 2 * request.context_tokens * shape.kv_heads * shape.head_dim * KV_BYTES
+    floor = ceil((least + exact) / (1 - MARGIN_SHARE))
+    if runtime_bytes is None:
+        floor = max(floor, profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BUILD_BYTES_PER_TOKEN)
+    if budget.nbytes < floor:
+        raise BudgetError(
+            f"the model needs at least {gib(floor)}, the budget is {gib(budget.nbytes)} ({budget.reason})",
+            hint=_floor_hint(floor, kv),
+        )
+    room = budget.nbytes - base
+    rows = _prefill_rows(shape, request, budget.nbytes, room - LEAST_SLOTS * slot)
+    activations = max(exact, _activations(shape, rows, request.context_tokens))
+    if budget.pinned_limit_bytes is not None:
+        room = min(room, activations + RING_SLOTS * slot + budget.pinned_limit_bytes)
+    fits = room - activations >= shape.weights_bytes + shape.page_slack_bytes
+    slots = 0 if fits else max(LEAST_SLOTS, min(RING_SLOTS, (room - activations) // slot))
+    pinned_rows = _pin(shape, room - activations - slots * slot)
+    pinned = sum(pinned_rows[tensor.name] * tensor.row_bytes for tensor in shape.linears)
+    if pinned == shape.weights_bytes:
+        slots = 0
+    return Division(
+        floor=floor,
+        runtime=runtime + shape.small_bytes,
+        kv=kv,
+        draft=draft_bytes,
+        activations=activations,
+        prefill_rows=rows,
+        slots=slots,
+        slot=slot,
+        pinned_rows=pinned_rows,
+        pinned=pinned,
+        streamed=shape.weights_bytes - pinned,
+        spare=room - activations - pinned - shape.page_slack_bytes if fits else 0,
+    )
+
+
+def _draft_bytes(draft: Shape, request: Request, known_runtime: bool) -> int:
+    """What a draft model takes: its weights, all of them, its caches and activations; its modules, if not yet built."""
+    kv = draft.kv_bytes_per_token(16) * request.context_tokens * request.sequences
+    activations = _activations(draft, DRAFT_PROMPT_ROWS, request.context_tokens) - MANY_ROWS_BYTES
+    built = 0 if known_runtime else draft.small_bytes + DRAFT_RUNTIME_BYTES
+    return draft.weights_bytes + draft.page_slack_bytes + kv + activations + built
+
+
+def _activations(shape: Shape, rows: int, context_tokens: int, exact: bool = False) -> int:
+    """The most that a pass of this many rows holds at once, in fp32: the wider of MLP and attention, and logits.
+
+    Exact rows may all need logits; of a prompt only the last row does.
+    """
+    # Twice what the tensors alive at once would take: the allocator keeps holes, oneDNN copies its operands. 386 MiB were
+    # measured for 512 rows of an 8B shape.
+    narrow = 10 * shape.hidden
+    mlp = 8 * shape.feed_forward
+    attention = 10 * shape.attention_width
+    logits = (4 + (rows if exact else 0)) * shape.checkpoint.vocab_size * 4
+    if rows <= FEW_ROWS or exact:
+        return rows * 4 * (narrow + max(mlp, attention)) + logits
+    # Many rows: weights unpacked beside them, and the cache repeated for grouped heads, in fp16.
+    repeated = 2 * context_tokens * shape.attention_width * KV_BYTES + rows * context_tokens
+    return rows * 4 * (narrow + max(mlp, attention)) + logits + repeated + MANY_ROWS_BYTES
+
+
+def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) -> int:
+    """As many prompt rows per pass as fit into an eighth of the budget: passes cost more than pins until then."""
+    limit = min(room, max(budget_bytes // 8, 192 * MIB))
+    rows = max(1, request.prompt_tokens)
+    if rows <= FEW_ROWS:
+        return FEW_ROWS
+    while rows > ROW_CHUNK and _activations(shape, rows, request.context_tokens) > limit:
+        rows -= ROW_CHUNK
+    rows = max(rows, FEW_ROWS)  # the last step down may have gone below
+    return rows if _activations(shape, rows, request.context_tokens) <= limit else FEW_ROWS
+
+
+def _pin(shape: Shape, room: int) -> dict[str, int]:
+    """Rows to pin by tensor: the same share of each, except that small rests are pinned too."""
+    room = max(0, room)
+    if room >= shape.weights_bytes + shape.page_slack_bytes:
+        return {tensor.name: tensor.rows for tensor in shape.linears}
+    room = max(0, room - shape.page_slack_bytes)
+    whole: set[str] = set()
+    while True:
+        rest = [tensor for tensor in shape.linears if tensor.name not in whole]
+        spent = shape.weights_bytes - sum(tensor.nbytes for tensor in rest)
+        share = max(0.0, (room - spent) / max(1, sum(tensor.nbytes for tensor in rest)))
+        more = {t.name for t in rest if (1 - share) * t.nbytes < SMALLEST_READ_BYTES}
+        cost = sum(t.nbytes for t in rest if t.name in more)
+        if not more or spent + cost > room:
+            break
+        whole |= more
+    rows = {tensor.name: int(share * tensor.rows) // ROW_MULTIPLE * ROW_MULTIPLE for tensor in rest}
+    return rows | {tensor.name: tensor.rows for tensor in shape.linears if tensor.name in whole}
+
+
+def _floor_hint(floor: int, kv: int) -> str:
+    hint = f"use --memory {option(floor)}"
+    return f"{hint}, or a smaller --ctx-size (the KV cache takes {gib(kv)} of it)" if kv > floor // 4 else hint

@@ -1,0 +1,149 @@
+"""What drafting is worth, before it is done."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_plan import MEASURED, SLOW_DISK, budget_of, model
+from tiny import random_model, write_gguf
+
+from headrace.checkpoint import open_checkpoint
+from headrace.errors import BudgetError, UsageError
+from headrace.plan import Request, choose_drafting, choose_sequences, drafting_options, make_plan
+from headrace.plan.cost import PassCost
+from headrace.plan.draft import LOOKUP, NO_DRAFT, expect
+from headrace.units import GIB, MIB
+
+REQUEST = Request(prompt_tokens=100, context_tokens=400)
+
+
+def disk_bound(rows: int) -> PassCost:
+    return PassCost(disk_s=1.0, compute_s=0.001 * rows)
+
+
+def compute_bound(rows: int) -> PassCost:
+    return PassCost(disk_s=0.0, compute_s=0.5 * rows)
+
+
+def test_published_tokens_per_pass_are_met_by_the_formula() -> None:
+    # A model of a third of the size: 3.4 / 4.5 / 5.9 tokens at 4 / 8 / 16 guesses; Q4_0 of the same model 4.4 / 6.8 / 10.8.
+    for chance, published in ((0.80, (3.4, 4.5, 5.9)), (0.94, (4.4, 6.8, 10.8))):
+        for guesses, tokens in zip((4, 8, 16), published, strict=True):
+            formula = sum(chance**i for i in range(guesses + 1))
+            assert formula == pytest.approx(tokens, rel=0.2)
+
+
+@given(chance=st.floats(0, 0.99), most=st.integers(0, 30), sequences=st.integers(1, 32), guess_s=st.floats(0, 1))
+def test_the_best_number_of_guesses_is_never_worse_than_none(
+    chance: float, most: int, sequences: int, guess_s: float
+) -> None:
+    for cost in (disk_bound, compute_bound):
+        none = expect(chance, 0, sequences, guess_s, cost)
+        best = expect(chance, most, sequences, guess_s, cost)
+        assert best.s_per_token <= none.s_per_token
+        assert best.tokens_per_pass <= sequences * (1 + most)
+        assert 0 <= best.guesses <= most
+
+
+def test_free_guesses_are_made_and_dear_ones_are_not() -> None:
+    assert expect(0.9, 20, 1, 0.01, disk_bound).guesses > 8
+    assert expect(0.9, 20, 1, 3.0, disk_bound).guesses == 0
+    assert expect(0.9, 20, 1, 0.0, compute_bound).guesses == 0
+    assert expect(0.9, 20, 1, 0.2, disk_bound).binding in ("disk", "drafting")
+
+
+def test_a_draft_takes_its_memory_from_pinned_weights() -> None:
+    target, draft = model(layers=16, kind="F16"), model(layers=2, kind="Q4_K")
+    plain = make_plan(target, MEASURED, budget_of(2 * GIB), REQUEST)
+    drafting = replace(LOOKUP, name="small.gguf", chance=0.8, checkpoint=draft)
+    with_draft = make_plan(target, MEASURED, budget_of(2 * GIB), replace(REQUEST, drafting=drafting))
+    assert with_draft.draft_bytes > sum(
+        t.nbytes for t in draft.tensors.values() if len(t.shape) == 2 and "blk" in t.name
+    )
+    assert plain.pinned_bytes - with_draft.pinned_bytes >= with_draft.draft_bytes * 0.9
+    assert with_draft.floor_bytes > plain.floor_bytes + with_draft.draft_bytes * 0.9
+
+
+def test_auto_drafts_where_the_disk_binds_and_not_where_everything_fits() -> None:
+    # Rows of a matrix in F16, so that a copy in four bits would pay.
+    target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)
+    options = drafting_options(target, "auto")
+    assert [option.name for option in options] == ["none", "prompt", "self"]
+    scarce, why = choose_drafting(target, SLOW_DISK, budget_of(1400 * MIB), REQUEST, options)
+    assert scarce.name == "self"
+    assert "none" in why
+    small = model(layers=16, heads=16)
+    ample, _ = choose_drafting(small, MEASURED, budget_of(20 * GIB), REQUEST, drafting_options(small, "auto"))
+    assert ample.name == "none"
+
+
+def test_what_does_not_fit_is_said_and_left_out() -> None:
+    target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)
+    floor = make_plan(target, MEASURED, budget_of(20 * GIB), REQUEST).floor_bytes
+    chosen, why = choose_drafting(
+        target, SLOW_DISK, budget_of(floor + 60 * MIB), REQUEST, drafting_options(target, "auto")
+    )
+    assert chosen.name in ("none", "prompt")
+    assert "self does not fit" in why
+    with pytest.raises(BudgetError):
+        choose_drafting(target, SLOW_DISK, budget_of(floor + 60 * MIB), REQUEST, drafting_options(target, "self"))
+
+
+def test_a_copy_of_a_model_in_four_bits_is_refused() -> None:
+    with pytest.raises(UsageError, match="saves little"):
+        drafting_options(model(kind="Q4_K"), "self")
+    assert [option.name for option in drafting_options(model(kind="Q4_K"), "auto")] == ["none", "prompt"]
+
+
+def test_a_draft_with_another_vocabulary_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    target = open_checkpoint(tiny_llama)
+    other = open_checkpoint(write_gguf(random_model("gpt2"), "gpt2", tmp_path / "other.gguf", "F16"))
+    metadata = dict(other.metadata)
+    metadata.pop("tokenizer.ggml.tokens", None)
+    assert drafting_options(target, str(tiny_llama))[0].lookup
+    if target.array("tokenizer.ggml.tokens") != other.array("tokenizer.ggml.tokens"):
+        with pytest.raises(UsageError, match="another vocabulary"):
+            drafting_options(target, other.path)
+    with pytest.raises(UsageError, match="no draft model"):
+        drafting_options(target, str(tmp_path / "absent.gguf"))
+
+
+def test_more_sequences_until_compute_binds() -> None:
+    target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)
+    options = [NO_DRAFT]
+    slow = choose_sequences(target, SLOW_DISK, budget_of(2 * GIB), REQUEST, options, 64)
+    fast = choose_sequences(
+        target, replace(MEASURED, disk_bytes_per_s={"1": 20e9}), budget_of(2 * GIB), REQUEST, options, 64
+    )
+    assert slow.sequences > fast.sequences >= 1
+    assert choose_sequences(target, SLOW_DISK, budget_of(2 * GIB), REQUEST, options, 5).sequences <= 5
+
+
+def test_caches_in_8_bits_take_half_and_a_little() -> None:
+    target = model(layers=4)
+    whole, half = (
+        make_plan(target, MEASURED, budget_of(2 * GIB), replace(REQUEST, kv_bits=bits)).kv_bytes for bits in (16, 8)
+    )
+    assert 0.5 < half / whole < 0.55
+    four = make_plan(target, MEASURED, budget_of(2 * GIB), replace(REQUEST, sequences=4))
+    assert four.kv_bytes == 4 * whole
+
+
+def test_interleaving_a_copy_needs_room_and_in_place_needs_many_rows() -> None:
+    woven = replace(
+        MEASURED, interleaved_weights_per_s={"Q4_K": {"1": 40e9, "4": 20e9, "16": 8e9}}, disk_bytes_per_s={"1": 4e9}
+    )
+    target = model(layers=16, heads=16, head_dim=128, feed_forward=8192)
+    roomy = make_plan(target, woven, budget_of(8 * GIB), REQUEST)
+    assert roomy.interleaved_types == {"Q4_K"}
+    assert roomy.interleaved_bytes > 0
+    assert not roomy.interleaved_in_place
+    single = make_plan(target, woven, budget_of(900 * MIB), REQUEST)
+    assert single.streamed_bytes_per_pass > 0
+    assert not single.interleaved_types  # the disk binds: nothing to gain
+    many = make_plan(target, woven, budget_of(900 * MIB), Request(prompt_tokens=16, context_tokens=216, sequences=16))
+    assert many.interleaved_in_place
+    assert many.interleaved_bytes == 0
+    assert many.cost(16).compute_s < 0.9 * replace(many, weights=single.weights).cost(16).compute_s
