@@ -174,6 +174,49 @@ def test_a_cache_of_8_bits_is_nearly_one_of_16(tiny_llama: Path, rows: int) -> N
             again = engine.step([Rows(cache=cache, tokens=tokens[4:], logits=6)])
             assert torch.equal(again, logits[-1][4:])
             other = engine.new_cache(32, bits)
-            other.copy_from(cache, 7)
+            other.share(cache, 7)
             assert torch.equal(engine.step([Rows(cache=other, tokens=tokens[7:], logits=3)]), logits[-1][7:])
     assert 0 < (logits[0] - logits[1]).norm() / logits[0].norm() < 0.05
+
+
+def test_a_beginning_is_shared_within_the_pass_that_computes_it(tiny_llama: Path) -> None:
+    whole = [(11 * i) % 300 for i in range(40)]
+    with make_engine(tiny_llama) as engine:
+        alone = engine.step([Rows(cache=engine.new_cache(64), tokens=whole)])
+        first, second, third = (engine.new_cache(64) for _ in range(3))
+        second.share(first, 30)
+        third.share(second, 38)  # and its donor shares in the same pass
+        batch = [
+            Rows(cache=first, tokens=whole[:35]),  # many rows: sorted behind the exact ones
+            Rows(cache=second, tokens=whole[30:39]),
+            Rows(cache=third, tokens=whole[38:]),
+        ]
+        logits = engine.step(batch)
+        assert (first.length, second.length, third.length) == (35, 39, 40)
+        assert (logits[2] - alone[0]).norm() / alone[0].norm() < 0.05  # the beginning went through other kernels
+        assert engine.passes[-1].rows == 35 + 9 + 2
+
+
+def test_a_pass_that_fails_takes_back_what_was_shared(tiny_llama: Path) -> None:
+    class Failing(WeightFile):
+        armed = False
+
+        def read(self, offset: int, target: memoryview, needed: int) -> int:
+            if Failing.armed and needed < len(target):
+                raise ReadError("gone")
+            return super().read(offset, target, needed)
+
+    with make_engine(tiny_llama, open_file=Failing) as engine:
+        donor = engine.new_cache(32)
+        engine.step([Rows(cache=donor, tokens=PROMPT)])
+        cache = engine.new_cache(32)
+        engine.step([Rows(cache=cache, tokens=PROMPT[:3])])
+        cache.share(donor, 8)
+        Failing.armed = True
+        with pytest.raises(ReadError):
+            engine.step([Rows(cache=cache, tokens=[1])])
+        Failing.armed = False
+        assert cache.length == 3
+        expected = engine.new_cache(32)
+        rows = [engine.step([Rows(cache=one, tokens=PROMPT[3:6])]) for one in (cache,)]
+        assert torch.equal(rows[0], engine.step([Rows(cache=expected, tokens=PROMPT[:6])]))

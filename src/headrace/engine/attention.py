@@ -6,7 +6,7 @@ verification and batches differ in nothing but their numbers of rows, and rollin
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -28,6 +28,9 @@ class KVCache:
         self.length = 0
         self._bits = bits
         self._held: list[tuple[_Rows, _Rows] | None] = [None] * layers  # keys and values
+        self._donor: KVCache | None = None
+        self._untaken: set[int] = set()  # layers whose shared positions have not been copied from the donor yet
+        self._before = 0  # the length before sharing
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the rows after `length`: keys and values of shape (kv_heads, rows, head_dim)."""
@@ -36,23 +39,41 @@ class KVCache:
             made = _Rows if self._bits == 16 else _SmallRows
             held = self._held[layer] = (made(keys, self.capacity), made(values, self.capacity))
         assert self.length + keys.shape[1] <= self.capacity, "the engine checks the context before a pass"
+        if layer in self._untaken:
+            assert self._donor is not None
+            source = self._donor._held[layer]
+            assert source is not None
+            for mine, theirs in zip(held, source, strict=True):
+                mine.copy(theirs, self.length)
+            self._untaken.discard(layer)
         for rows, new in zip(held, (keys, values), strict=True):
             rows.put(self.length, new)
+
+    def share(self, donor: "KVCache", count: int) -> None:
+        """Begin with the first `count` positions of another cache of the same model.
+
+        They are copied layer by layer, each when the first rows after them are put. By then the donor must have put its
+        own, which may be in the same pass: so prompts that begin alike are computed together, and their beginning once.
+        """
+        assert count <= min(donor.capacity, self.capacity)
+        self._donor, self._untaken = donor, set(range(len(self._held)))
+        self._before, self.length = self.length, count
+
+    def settle(self) -> None:
+        """A pass with rows of this cache has ended well."""
+        assert not self._untaken, "a pass puts rows in every layer"
+        self._donor = None
+
+    def abandon(self) -> None:
+        """A pass with rows of this cache has failed: what was to be shared is not."""
+        if self._donor is not None:
+            self._donor, self._untaken, self.length = None, set(), self._before
 
     def get(self, layer: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions [0, last) in fp16: each (kv_heads, last, head_dim)."""
         held = self._held[layer]
         assert held is not None
         return held[0].get(last), held[1].get(last)
-
-    def copy_from(self, other: "KVCache", count: int) -> None:
-        """Take the first `count` positions of another cache of the same model, and forget all others."""
-        assert count <= min(other.length, self.capacity)
-        self.length = 0
-        for layer in range(len(other._held)):
-            if other._held[layer] is not None:
-                self.put(layer, *other.get(layer, count))
-        self.length = count
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
@@ -72,6 +93,9 @@ class _Rows:
     def get(self, last: int) -> torch.Tensor:
         return self._data[:, :last]
 
+    def copy(self, other: "_Rows", count: int) -> None:
+        self._data[:, :count] = other._data[:, :count]
+
 
 class _SmallRows(_Rows):
     """The same in 8 bits, with a scale for each head and position."""
@@ -89,17 +113,35 @@ class _SmallRows(_Rows):
     def get(self, last: int) -> torch.Tensor:
         return self._data[:, :last].to(KV_DTYPE) * self._scales[:, :last]
 
+    def copy(self, other: _Rows, count: int) -> None:
+        assert isinstance(other, _SmallRows)
+        super().copy(other, count)
+        self._scales[:, :count] = other._scales[:, :count]
+
+
+class Entry(NamedTuple):
+    """The new rows of one sequence in a pass: its cache, its part of the rows, and whether each row is to be exact."""
+
+    cache: KVCache
+    part: slice
+    exact: bool
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return int(self.part.stop - self.part.start)
+
 
 class PackedAttention:
     """The attention function of one engine. `begin` says whose rows the next forward carries."""
 
     def __init__(self) -> None:
-        self._batch: Sequence[tuple[KVCache, int, bool]] = ()
+        self._batch: Sequence[Entry] = ()
         self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
         self.used = False
 
-    def begin(self, batch: Sequence[tuple[KVCache, int, bool]]) -> None:
-        """The sequences of the next forward, in order: cache, number of new rows, and whether each row is to be exact."""
+    def begin(self, batch: Sequence[Entry]) -> None:
+        """The sequences of the next forward; one that shares the beginning of another comes after it."""
         self._batch = batch
         self._masks = {}
 
@@ -122,13 +164,10 @@ class PackedAttention:
             return query.transpose(1, 2), None
         out = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
         layer: int = module.layer_idx  # type: ignore[assignment]
-        first = 0
-        for cache, rows, exact in self._batch:
-            part = slice(first, first + rows)
+        for cache, part, exact in self._batch:
             cache.put(layer, key[0, :, part], value[0, :, part])
             attend = self._row_by_row if exact else self._all_rows
             attend(query[0, :, part], cache, layer, out[0, part], scaling, sliding_window, softcap)
-            first += rows
         return out, None
 
     @staticmethod
@@ -211,32 +250,32 @@ class JoinedCache:
 
     is_compileable = False
 
-    def __init__(self, batch: Sequence[tuple[KVCache, int]]):
+    def __init__(self, batch: Sequence[Entry]):
+        """One that shares the beginning of another comes after it."""
         self._batch = batch
+        self._by_row = sorted(batch, key=lambda entry: entry.part.start)
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new rows, return all of every sequence: (1, kv_heads, all positions, head_dim)."""
-        first = 0
-        keys, values = [], []
-        for cache, rows in self._batch:
-            cache.put(layer_idx, key[0, :, first : first + rows], value[0, :, first : first + rows])
-            held = cache.get(layer_idx, cache.length + rows)
-            keys.append(held[0].to(key.dtype))
-            values.append(held[1].to(value.dtype))
-            first += rows
-        return torch.cat(keys, 1)[None], torch.cat(values, 1)[None]
+        for cache, part, _exact in self._batch:
+            cache.put(layer_idx, key[0, :, part], value[0, :, part])
+        held = [entry.cache.get(layer_idx, entry.cache.length + entry.rows) for entry in self._by_row]
+        keys = torch.cat([keys for keys, _ in held], 1)
+        values = torch.cat([values for _, values in held], 1)
+        return keys[None].to(key.dtype), values[None].to(value.dtype)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before the new rows; the position ids say the rest."""
-        return sum(cache.length for cache, _ in self._batch)
+        return sum(entry.cache.length for entry in self._batch)
 
     def mask(self) -> torch.Tensor:
         """(1, 1, new rows, all positions), zero where a row may look: its own sequence, not ahead."""
         blocks = []
-        for cache, rows in self._batch:
-            own = torch.arange(cache.length, cache.length + rows)[:, None]
-            blocks.append(torch.arange(cache.length + rows)[None, :] <= own)
+        for entry in self._by_row:
+            length = entry.cache.length
+            own = torch.arange(length, length + entry.rows)[:, None]
+            blocks.append(torch.arange(length + entry.rows)[None, :] <= own)
         allowed = torch.block_diag(*blocks).bool()  # type: ignore[no-untyped-call]
         return torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)[None, None]

@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from headrace.checkpoint import Checkpoint, Tensor
-from headrace.engine.attention import JoinedCache, KVCache, PackedAttention
+from headrace.engine.attention import Entry, JoinedCache, KVCache, PackedAttention
 from headrace.engine.trace import PassStats, Trace
 from headrace.errors import ContextError
 from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels
@@ -162,8 +162,11 @@ class Engine:
         except BaseException:
             self._pending.clear()
             self.stream.rewind()
+            for rows in batch:
+                rows.cache.abandon()
             raise
         for rows in batch:
+            rows.cache.settle()
             rows.cache.length += len(rows.tokens)
         end, after = time.perf_counter(), self.stream.counters
         if self.trace is not None:
@@ -189,14 +192,21 @@ class Engine:
     def _forward_in_order(self, batch: Sequence[Rows]) -> torch.Tensor:
         """Exact rows first, as the kernels want them; the logits in the order of the batch."""
         order = sorted(range(len(batch)), key=lambda i: not batch[i].is_exact)
-        logits = self._forward([batch[i] for i in order])
+        entries: dict[int, Entry] = {}
+        first = 0
+        for i in order:
+            last = first + len(batch[i].tokens)
+            entries[i] = Entry(batch[i].cache, slice(first, last), batch[i].is_exact)
+            first = last
+        logits = self._forward([batch[i] for i in order], [entries[i] for i in range(len(batch))])
         if order == list(range(len(batch))):
             return logits
         parts = dict(zip(order, torch.split(logits, [batch[i].logits for i in order]), strict=True))
         return torch.cat([parts[i] for i in range(len(batch))])
 
     @torch.inference_mode()
-    def _forward(self, batch: Sequence[Rows]) -> torch.Tensor:
+    def _forward(self, batch: Sequence[Rows], entries: Sequence[Entry]) -> torch.Tensor:
+        """`batch` in the order of the rows, `entries` in the order of the step."""
         tokens = torch.tensor([[token for rows in batch for token in rows.tokens]])
         positions = torch.cat([torch.arange(r.cache.length, r.cache.length + len(r.tokens)) for r in batch])[None]
         wanted: list[int] = []
@@ -206,9 +216,9 @@ class Engine:
             wanted += range(first - rows.logits, first)
         arguments: dict[str, Any] = {}
         if self._own_attention:
-            self._attention.begin([(rows.cache, len(rows.tokens), rows.is_exact) for rows in batch])
+            self._attention.begin(entries)
         else:
-            joined = JoinedCache([(rows.cache, len(rows.tokens)) for rows in batch])
+            joined = JoinedCache(entries)
             arguments = {"past_key_values": joined, "attention_mask": joined.mask(), "use_cache": True}
         keep: Any = torch.tensor(wanted)
         result = self.model(input_ids=tokens, position_ids=positions, logits_to_keep=keep, **arguments)

@@ -30,6 +30,10 @@ class Slot:
     cache: KVCache
     tokens: list[int] = field(default_factory=list)
 
+    def holds(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt, all but its last at most, need not be computed again."""
+        return min(common_length(self.tokens, prompt[:-1]), self.cache.length)
+
     def keep(self, count: int) -> None:
         """Forget all but the first `count` tokens."""
         self.cache.truncate(count)
@@ -45,7 +49,7 @@ class Answer:
     most_tokens: int  # to generate
     sampler: Sampler
     slot: Slot
-    waits_for: "Answer | None" = None  # computes a beginning that both share
+    donor: "Answer | None" = None  # computes a beginning that both share
     shared: int = 0
 
     @property
@@ -79,15 +83,15 @@ class Scheduler:
 
     def add(self, prompt: list[int], most_tokens: int, sampler: Sampler) -> Answer:
         """Begin an answer. What its prompt shares with what a cache holds is not computed again."""
-        slot = max(self._free, key=lambda slot: common_length(slot.tokens, prompt[:-1]))
-        own = common_length(slot.tokens, prompt[:-1])
+        slot = max(self._free, key=lambda slot: slot.holds(prompt))
+        own = slot.holds(prompt)
         answer = Answer(
             tokens=list(prompt), prompt_tokens=len(prompt), most_tokens=most_tokens, sampler=sampler, slot=slot
         )
         donor = max(self.answers, key=lambda other: common_length(other.tokens, prompt[:-1]), default=None)
         shared = 0 if donor is None else common_length(donor.tokens, prompt[:-1])
         if shared >= own + WORTH_SHARING:
-            answer.waits_for, answer.shared = donor, shared
+            answer.donor, answer.shared = donor, shared
         slot.keep(own)
         self._free.remove(slot)
         self.answers.append(answer)
@@ -97,8 +101,8 @@ class Scheduler:
         """End an answer, finished or not. Its cache is kept for what comes next."""
         self.answers.remove(answer)
         for other in self.answers:
-            if other.waits_for is answer:
-                self._take_over(other)
+            if other.donor is answer:
+                other.donor = None  # it computes the beginning itself
         answer.slot.keep(min(answer.slot.cache.length, len(answer.tokens)))
         self._free.append(answer.slot)
         if self.speculation is not None:
@@ -136,26 +140,20 @@ class Scheduler:
     def _chunks(self) -> list[tuple[Answer, list[int]]]:
         """What of each answer is computed in this pass: a row at least, and the room for prompts in order of arrival."""
         room = self._prefill_rows - 1
-        chunks = []
+        chunks: list[tuple[Answer, list[int]]] = []
+        computed: dict[Answer, int] = {}  # positions after this pass
         for answer in self.answers:
-            if answer.waits_for is not None:
-                if answer.waits_for.slot.cache.length < answer.shared:
-                    continue
-                self._take_over(answer)
+            if answer.donor is not None:
+                if computed.get(answer.donor, 0) < answer.shared:
+                    continue  # the donor's prompt takes several passes
+                answer.slot.cache.share(answer.donor.slot.cache, answer.shared)
+                answer.slot.tokens = answer.tokens[: answer.shared]
+                answer.donor = None
             chunk = answer.pending[: 1 + room]
             room -= len(chunk) - 1
             chunks.append((answer, chunk))
+            computed[answer] = answer.slot.cache.length + len(chunk)
         return chunks
-
-    def _take_over(self, answer: Answer) -> None:
-        """Copy the shared beginning from the answer that has computed it, as far as it has."""
-        donor = answer.waits_for
-        assert donor is not None
-        count = min(answer.shared, donor.slot.cache.length)
-        if count > answer.slot.cache.length:
-            answer.slot.cache.copy_from(donor.slot.cache, count)
-            answer.slot.tokens = answer.tokens[:count]
-        answer.waits_for = None
 
     def _propose(
         self, speculation: Speculation, chunks: Sequence[tuple[Answer, list[int]]], drafts: Sequence[Draft]

@@ -174,7 +174,7 @@ def plan_for(
     room = divide(shape, draft, profile, budget, request, runtime_bytes)
     disk = profile.disk(checkpoint.paths[0])
     rows = room.prefill_rows
-    passes = -(-request.prompt_tokens // rows)
+    passes = -(-request.prompt_rows // rows)
     guess_s = 0.0
     if draft is not None:
         woven = _interleaved(draft, {tensor.name: tensor.rows for tensor in draft.linears}, profile, in_place=True)
@@ -186,17 +186,16 @@ def plan_for(
             return pass_cost(profile, disk, room.streamed, weights, shape.layers, rows, exact=True)
 
         expectation = expect(drafting.chance, drafting.most_guesses, request.sequences, guess_s, cost)
-        prompt_rows = min(rows, request.prompt_tokens)
-        first = pass_cost(profile, disk, shape.weights_bytes, weights, shape.layers, prompt_rows)
+        first = pass_cost(profile, disk, shape.weights_bytes, weights, shape.layers, min(rows, request.prompt_rows))
         later = pass_cost(profile, disk, room.streamed, weights, shape.layers, rows)
         ttft = first.seconds + (passes - 1) * later.seconds
         answers = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
-        prompts = request.sequences * ttft
-        return _Outlook(weights, expectation, first, ttft, prompts + answers * expectation.s_per_token)
+        return _Outlook(weights, expectation, first, ttft, ttft + answers * expectation.s_per_token)
 
     best = outlook(Weights(plain=shape.weights))
     copied = 0
-    for in_place in (False, True):
+    # In place only for batches: what one sequence computes should not depend on the budget in the last bits.
+    for in_place in (False, True) if request.sequences > 1 else (False,):
         woven = _interleaved(shape, room.pinned_rows, profile, in_place)
         size = 0 if in_place else sum(ceil(n * bits_per_weight(kind) / 8) for kind, n in woven.interleaved.items())
         if not woven.interleaved or (size + len(shape.linears) * 4096 > room.spare and not in_place):
@@ -209,7 +208,7 @@ def plan_for(
     reasons = [
         budget.reason,
         f"{room.slots} ring slots of {gib(room.slot)}" if room.slots else "everything is pinned, no ring",
-        f"{passes} weight pass{'es' if passes > 1 else ''} of up to {rows} rows for {request.prompt_tokens} prompt tokens",
+        f"{passes} weight pass{'es' if passes > 1 else ''} of up to {rows} rows for {request.prompt_rows} prompt tokens",
     ]
     if types:
         how = f"a second, interleaved copy of {', '.join(sorted(types))} ({gib(copied)}): there is room for it"

@@ -17,6 +17,11 @@ class Request:
     drafting: Drafting = NO_DRAFT
 
     @property
+    def prompt_rows(self) -> int:
+        """Rows of the prompts of all sequences, which may share a pass."""
+        return self.prompt_tokens * self.sequences
+
+    @property
     def verify_rows(self) -> int:
         """The most exact rows of a pass: of every sequence its token and all guesses."""
         return max(FEW_ROWS, self.sequences * (1 + self.drafting.most_guesses))

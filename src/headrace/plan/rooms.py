@@ -139,7 +139,7 @@ def _activations(shape: Shape, rows: int, context_tokens: int, exact: bool = Fal
 def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) -> int:
     """As many prompt rows per pass as fit into an eighth of the budget: passes cost more than pins until then."""
     limit = min(room, max(budget_bytes // 8, 192 * MIB))
-    rows = max(1, request.prompt_tokens)
+    rows = request.prompt_rows
     if rows <= FEW_ROWS:
         return FEW_ROWS
     while rows > ROW_CHUNK and _activations(shape, rows, request.context_tokens) > limit:
