@@ -4,6 +4,7 @@ python docs/make_reference.py
 """
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,12 +16,14 @@ TARGET = Path(__file__).parent / "reference.md"
 def reference() -> str:
     """The page: every command's help, as the terminal shows it."""
     parts = ["# Reference\n\nMade by `python docs/make_reference.py` from `--help`.\n"]
-    context = click.Context(main, info_name="headrace", terminal_width=100, max_content_width=100)
+    # As in a real invocation: click keeps the help option it makes first.
+    settings: Any = {"terminal_width": 100, "max_content_width": 100, "help_option_names": ["-h", "--help"]}
+    context = click.Context(main, info_name="headrace", **settings)
     parts.append(_block("headrace", main.get_help(context)))
     for name in main.list_commands(context):
         command = main.get_command(context, name)
         assert command is not None
-        child = click.Context(command, info_name=f"headrace {name}", terminal_width=100, max_content_width=100)
+        child = click.Context(command, info_name=f"headrace {name}", **settings)
         parts.append(_block(f"headrace {name}", command.get_help(child)))
     return "\n".join(parts)
 
