@@ -205,3 +205,50 @@ def test_the_profile_of_the_tests_is_kept(profile: Profile) -> None:
     kept = load_profile()
     assert kept is not None
     assert asdict(kept)["runtime_bytes"] == 400 * MIB
+
+
+def test_a_draft_changes_nothing_but_the_passes(tiny_llama: Path) -> None:
+    options = ("hello hello hello", "--raw", "--memory", ROOMY, "-n", "24", "-t", "0.9", "--seed", "5", "--json")
+    answers = {
+        draft: headrace("run", str(tiny_llama), *options, "--draft", draft)
+        for draft in ("none", "prompt", str(tiny_llama))
+    }
+    assert [result.returncode for result in answers.values()] == [0, 0, 0]
+    found = {draft: json.loads(result.stdout) for draft, result in answers.items()}
+    assert len({answer["text"] for answer in found.values()}) == 1
+    drafted = found[str(tiny_llama)]
+    assert drafted["speculation"]["accepted"] == drafted["speculation"]["drafted"] > 0
+    assert drafted["timings"]["tokens_per_pass"] > found["none"]["timings"]["tokens_per_pass"] == 1
+    assert drafted["memory"]["draft_bytes"] > 0
+    assert sum(drafted["speculation"]["passes_bound_by"].values()) == drafted["timings"]["passes"] - 1
+    assert "tokens per pass" in answers[str(tiny_llama)].stderr
+
+
+def test_the_plan_compares_ways_to_draft(tiny_llama: Path) -> None:
+    result = headrace("plan", str(tiny_llama), "--memory", ROOMY, "--draft", "prompt", "--batch", "4", "--json")
+    plan = json.loads(result.stdout)
+    assert plan["sequences"] == 4
+    assert plan["draft"]["name"] == "prompt"
+    assert any(reason.startswith("draft prompt") for reason in plan["reasons"])
+
+
+@pytest.mark.parametrize("draft", ["nowhere.gguf", "self"])
+def test_a_draft_that_cannot_be_is_a_usage_error(tiny_llama: Path, draft: str) -> None:
+    result = headrace("plan", str(tiny_llama.parent / "tiny.gguf"), "--memory", ROOMY, "--draft", draft)
+    if draft == "self":
+        assert result.returncode == 0  # Q8_0: a copy in half of the bits is possible
+    else:
+        assert result.returncode == 2
+        assert "no draft model" in result.stderr
+
+
+def test_batch_says_how_far_it_is(tiny_llama: Path, tmp_path: Path) -> None:
+    body = {"prompt": "hello", "max_tokens": 3}
+    lines = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(3)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = headrace(
+        "batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "-m", str(tiny_llama), "--memory", ROOMY
+    )
+    assert result.returncode == 0, result.stderr
+    assert "3 of 3 done" in result.stderr
+    assert "tok/s" in result.stderr

@@ -431,8 +431,8 @@ def _prompts(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _speculation(plan: Plan, draft_engine: Engine | None) -> Speculation:
     model = None if draft_engine is None else ModelDrafter(draft_engine, plan.context_tokens, plan.drafting.name)
-    guess_s = plan.expectation.draft_s / max(1, plan.expectation.guesses)
-    return Speculation(Pace(plan.cost, guess_s), PromptLookup() if plan.drafting.lookup else None, model)
+    pace = Pace(plan.cost, plan.expectation.guess_s)
+    return Speculation(pace, PromptLookup() if plan.drafting.lookup else None, model)
 
 
 def load(

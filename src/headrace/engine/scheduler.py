@@ -111,6 +111,7 @@ class Scheduler:
     def step(self) -> list[tuple[Answer, list[int]]]:
         """One pass over the weights for all answers that can go on; the new tokens of those whose prompt is computed."""
         start = time.perf_counter()
+        loads = not self.engine.passes  # the first pass reads what will be pinned
         chunks = self._chunks()
         drafts = [Draft(answer.tokens, answer.sampler) for answer, _ in chunks]
         if self.speculation is not None:
@@ -119,8 +120,8 @@ class Scheduler:
         batch = [_rows(answer, chunk, draft) for (answer, chunk), draft in zip(chunks, drafts, strict=True)]
         logits = torch.split(self.engine.step(batch), [rows.logits for rows in batch])
         news = []
-        for (answer, chunk), draft, part in zip(chunks, drafts, logits, strict=True):
-            answer.slot.tokens += chunk
+        for (answer, _), draft, part in zip(chunks, drafts, logits, strict=True):
+            answer.slot.tokens = answer.tokens[: answer.slot.cache.length]
             if len(answer.slot.tokens) == len(answer.tokens):
                 news.append((answer, self._verify(answer, draft, part)))
         self.engine.passes[-1] = stats = replace(
@@ -129,7 +130,7 @@ class Scheduler:
             drafted=sum(len(draft.guesses) for draft in drafts),
             accepted=sum(len(new) - 1 for _, new in news),
         )
-        if self.speculation is not None and all(rows.is_exact for rows in batch):
+        if self.speculation is not None and not loads and all(rows.is_exact for rows in batch):
             self.speculation.pace.note_pass(stats)
             self.speculation.pace.note_step(sum(len(new) for _, new in news), time.perf_counter() - start)
         if self.engine.trace is not None:
@@ -147,7 +148,6 @@ class Scheduler:
                 if computed.get(answer.donor, 0) < answer.shared:
                     continue  # the donor's prompt takes several passes
                 answer.slot.cache.share(answer.donor.slot.cache, answer.shared)
-                answer.slot.tokens = answer.tokens[: answer.shared]
                 answer.donor = None
             chunk = answer.pending[: 1 + room]
             room -= len(chunk) - 1

@@ -27,7 +27,7 @@ COPY_CHANCES = ((3.0, 0.70), (3.6, 0.80), (4.4, 0.92), (32.0, 0.94))
 LEAST_BITS = 8.0
 COPIED_WEIGHTS_PER_S = 150e6  # measured with two readers
 # Of free text; where text is edited it is far more.
-LOOKUP_CHANCE = 0.25
+LOOKUP_CHANCE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,12 @@ class Expectation:
     guesses: int
     tokens_per_pass: float  # of all sequences together
     cost: PassCost
-    draft_s: float  # per pass
+    guess_s: float  # of one guess for each sequence
+
+    @property
+    def draft_s(self) -> float:
+        """Drafting before a pass."""
+        return self.guesses * self.guess_s
 
     @property
     def seconds(self) -> float:
@@ -155,7 +160,7 @@ def expect(
                 guesses=guesses,
                 tokens_per_pass=sequences * tokens,
                 cost=cost(sequences * (1 + guesses)),
-                draft_s=guesses * guess_s,
+                guess_s=guess_s,
             )
         )
         share *= chance
