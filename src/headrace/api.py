@@ -138,8 +138,8 @@ class Model:
         self._engine = engine
         self._draft_engine = draft_engine
         slots = [Slot(engine.new_cache(plan.context_tokens, plan.kv_bits)) for _ in range(plan.sequences)]
-        self._scheduler = Scheduler(engine, slots, plan.prefill_rows, plan.drafting.most_guesses)
-        if plan.drafting.most_guesses:
+        self._scheduler = Scheduler(engine, slots, plan.prefill_rows, plan.most_guesses)
+        if plan.most_guesses:
             self._scheduler.speculation = _speculation(plan, draft_engine)
         self._closed = False
 
@@ -494,7 +494,7 @@ def load(
         drafting, why = choose_drafting(checkpoint, profile, budget, request, options)
     request = replace(request, drafting=drafting)
     kernels, reason = make_kernels(
-        profile.threads, profile.bf16_pays, row_invariant=request.sequences > 1 or drafting.most_guesses > 0
+        profile.threads, profile.bf16_pays, row_invariant=request.sequences > 1 or request.most_guesses > 0
     )
     if reason != "ggml":
         warnings.warn(reason, stacklevel=2)

@@ -147,3 +147,11 @@ def test_interleaving_a_copy_needs_room_and_in_place_needs_many_rows() -> None:
     assert many.interleaved_in_place
     assert many.interleaved_bytes == 0
     assert many.cost(16).compute_s < 0.9 * replace(many, weights=single.weights).cost(16).compute_s
+
+
+def test_many_sequences_get_fewer_guesses_each() -> None:
+    counts = [replace(REQUEST, sequences=n, drafting=LOOKUP).most_guesses for n in (1, 4, 16, 64, 100)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == LOOKUP.most_guesses
+    assert counts[-2:] == [0, 0]
+    assert all(replace(REQUEST, sequences=n, drafting=LOOKUP).verify_rows <= 64 for n in range(1, 65))

@@ -67,6 +67,7 @@ class Plan:
     prefill_rows: int
     prefill_passes: int
     drafting: Drafting
+    most_guesses: int  # for each sequence in a pass
     draft_bytes: int  # the draft model, its caches and activations
     expectation: Expectation
     activation_bytes: int
@@ -185,7 +186,7 @@ def plan_for(
         def cost(rows: int) -> PassCost:
             return pass_cost(profile, disk, room.streamed, weights, shape.layers, rows, exact=True)
 
-        expectation = expect(drafting.chance, drafting.most_guesses, request.sequences, guess_s, cost)
+        expectation = expect(drafting.chance, request.most_guesses, request.sequences, guess_s, cost)
         first = pass_cost(profile, disk, shape.weights_bytes, weights, shape.layers, min(rows, request.prompt_rows))
         later = pass_cost(profile, disk, room.streamed, weights, shape.layers, rows)
         ttft = first.seconds + (passes - 1) * later.seconds
@@ -240,6 +241,7 @@ def plan_for(
         prefill_rows=rows,
         prefill_passes=passes,
         drafting=drafting,
+        most_guesses=request.most_guesses,
         draft_bytes=room.draft,
         expectation=expectation,
         activation_bytes=room.activations,

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from headrace.kernels import FEW_ROWS
 from headrace.plan.draft import NO_DRAFT, Drafting
 
+MOST_VERIFY_ROWS = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -22,6 +24,11 @@ class Request:
         return self.prompt_tokens * self.sequences
 
     @property
+    def most_guesses(self) -> int:
+        """For each sequence in a pass: fewer where many share it, since the logits of every row take memory."""
+        return min(self.drafting.most_guesses, max(0, MOST_VERIFY_ROWS // self.sequences - 1))
+
+    @property
     def verify_rows(self) -> int:
         """The most exact rows of a pass: of every sequence its token and all guesses."""
-        return max(FEW_ROWS, self.sequences * (1 + self.drafting.most_guesses))
+        return max(FEW_ROWS, self.sequences * (1 + self.most_guesses))
