@@ -34,6 +34,11 @@ def headrace(*arguments: str, stdin: str = "", **more: str) -> subprocess.Comple
     )
 
 
+def heed_interrupts() -> None:
+    """A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that: undo it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_run_prints_the_answer_to_stdout_and_the_rest_to_stderr(tiny_llama: Path) -> None:
     result = headrace("run", str(tiny_llama), "hello", "--memory", ROOMY, "-n", "5", "-t", "0")
     assert result.returncode == 0, result.stderr
@@ -130,7 +135,7 @@ def test_bad_input_gets_a_message_and_the_right_exit_code(
 def test_control_c_ends_the_answer_with_130(tiny_llama: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "run", str(tiny_llama), "hello", "--memory", ROOMY, "-n", "100000", "-c", "2000", "-t", "0", "--raw"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.read(3)  # it has begun to answer
@@ -154,6 +159,7 @@ class Terminal:
     def __init__(self, *arguments: str):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            heed_interrupts()
             os.execvp(COMMAND[0], [*COMMAND, *arguments])
         self.text = ""
 
