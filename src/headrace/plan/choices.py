@@ -118,7 +118,8 @@ def _changes(
         candidates.append(Change(what=f"--memory {option(enough)}: everything pinned", s_per_token=with_memory(enough)))
         half = (plan.budget.nbytes + enough) // 2
         candidates.append(Change(what=f"--memory {option(half)}", s_per_token=with_memory(half)))
-        faster = max(plan.decode.disk_s / 2, plan.decode.compute_s) / plan.expectation.tokens_per_pass
+        expected = plan.expectation
+        faster = (max(plan.decode.disk_s / 2, plan.decode.compute_s) + expected.draft_s) / expected.tokens_per_pass
         candidates.append(Change(what="a disk twice as fast (or the file on two)", s_per_token=faster))
     candidates += _smaller_files(plan)
     if plan.kv_bytes > plan.budget.nbytes // 10 and plan.streamed_bytes_per_pass:
@@ -130,18 +131,21 @@ def _changes(
 
 
 def _smaller_files(plan: Plan) -> list[Change]:
-    """The next smaller quantisations: the same budget holds a larger share of fewer bytes."""
+    """The next smaller quantisations: the same budget holds a larger share of fewer bytes. They need no low-bit copy."""
     smaller = [(name, bits) for name, bits in USUAL_FILES if bits < 0.92 * plan.type_bits][:2]
+    expected = plan.expectation
+    cost, tokens, draft_s, room = plan.decode, expected.tokens_per_pass, expected.draft_s, plan.pinned_bytes
+    if plan.drafting.name == "self":
+        cost, tokens, draft_s = plan.cost(plan.sequences), float(plan.sequences), 0.0
+        room += plan.draft_bytes
     changes = []
     for name, bits in smaller:
         size = plan.weights_bytes * bits / plan.type_bits
-        streamed = max(0.0, size - plan.pinned_bytes)
+        streamed = max(0.0, size - room)
         # Kernels of two to four bits are bound by their arithmetic: fewer bytes do not make them faster.
-        compute = plan.decode.compute_s * (bits / plan.type_bits if plan.type_bits > 9 else 1.0)
+        compute = cost.compute_s * (bits / plan.type_bits if plan.type_bits > 9 else 1.0)
+        seconds_per_pass = max(streamed / plan.disk_bytes_per_s, compute) + draft_s
         changes.append(
-            Change(
-                what=f"the same model as {name} ({gigabytes(size)})",
-                s_per_token=max(streamed / plan.disk_bytes_per_s, compute) / plan.expectation.tokens_per_pass,
-            )
+            Change(what=f"the same model as {name} ({gigabytes(size)})", s_per_token=seconds_per_pass / tokens)
         )
     return changes

@@ -4,7 +4,7 @@ Made from a checkpoint's header, a profile and a budget, before torch is importe
 compared with it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from headrace.plan.draft import Drafting, Expectation, expect
 from headrace.plan.memory import Budget
 from headrace.plan.profile import Profile
 from headrace.plan.request import Request
-from headrace.plan.rooms import READERS, UNIT_BYTES, divide
+from headrace.plan.rooms import READERS, UNIT_BYTES, Division, divide
 from headrace.plan.shape import Shape, shape_of
 from headrace.units import gib, gigabytes, seconds
 
@@ -193,17 +193,7 @@ def plan_for(
         answers = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
         return _Outlook(weights, expectation, first, ttft, ttft + answers * expectation.s_per_token)
 
-    best = outlook(Weights(plain=shape.weights))
-    copied = 0
-    # In place only for batches: what one sequence computes should not depend on the budget in the last bits.
-    for in_place in (False, True) if request.sequences > 1 else (False,):
-        woven = _interleaved(shape, room.pinned_rows, profile, in_place)
-        size = 0 if in_place else sum(ceil(n * bits_per_weight(kind) / 8) for kind, n in woven.interleaved.items())
-        if not woven.interleaved or (size + len(shape.linears) * 4096 > room.spare and not in_place):
-            continue
-        found = outlook(woven)
-        if found.total_s < 0.97 * best.total_s:
-            best, copied = found, size
+    best, copied = _best_layout(shape, room, profile, request, outlook)
     types = frozenset(best.weights.interleaved)
     expectation, first, ttft = best.expectation, best.first, best.ttft_s
     reasons = [
@@ -271,6 +261,23 @@ class _Outlook(NamedTuple):
     first: PassCost
     ttft_s: float
     total_s: float  # of all prompts and answers
+
+
+def _best_layout(
+    shape: Shape, room: Division, profile: Profile, request: Request, outlook: Callable[[Weights], _Outlook]
+) -> tuple[_Outlook, int]:
+    """(the outlook of the layout that is done first, bytes of interleaved copies)."""
+    best, copied = outlook(Weights(plain=shape.weights)), 0
+    # In place only for batches: what one sequence computes should not depend on the budget in the last bits.
+    for in_place in (False, True) if request.sequences > 1 else (False,):
+        woven = _interleaved(shape, room.pinned_rows, profile, in_place)
+        size = 0 if in_place else sum(ceil(n * bits_per_weight(kind) / 8) for kind, n in woven.interleaved.items())
+        if not woven.interleaved or (size + len(shape.linears) * 4096 > room.spare and not in_place):
+            continue
+        found = outlook(woven)
+        if found.total_s < 0.97 * best.total_s:
+            best, copied = found, size
+    return best, copied
 
 
 def _interleaved(shape: Shape, pinned_rows: Mapping[str, int], profile: Profile, in_place: bool) -> Weights:
