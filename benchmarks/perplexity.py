@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--memory", default="8GiB")
     arguments = parser.parse_args()
     with headrace.load(
-        str(arguments.model), memory=arguments.memory, context_tokens=WINDOW, prompt_tokens=WINDOW
+        str(arguments.model), memory=arguments.memory, context_tokens=WINDOW, prompt_tokens=WINDOW, draft="none"
     ) as model:
         tokens = model.tokenizer.encode(arguments.text.read_text())
         print(f"{arguments.model.name}, {len(tokens) // WINDOW} windows of {WINDOW} tokens")

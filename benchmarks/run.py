@@ -52,7 +52,7 @@ def headrace(row: Row, path: Path) -> dict[str, Any]:
     """One run of ours; its `--json`, the cgroup's peak, and the exit code."""
     prompt = PROMPT if not row.prompt_tokens else "water " * (row.prompt_tokens - 1)
     command = [sys.executable, "-c", "from headrace.cli import main; main()", "run", str(path), prompt, "--raw"]
-    command += ["-n", str(row.tokens), "-t", "0", "--json", "-q"]
+    command += ["-n", str(row.tokens), "-t", "0", "--json", "-q", "--draft", "none"]
     if row.ceiling_mib:
         command += ["--memory", f"{row.ceiling_mib}MiB"]
     result = run_under(row.ceiling_mib * MIB if row.ceiling_mib else None, command)
