@@ -56,14 +56,14 @@ def choose_drafting(
     words = []
     for drafting in options:
         try:
-            found = plan_for(
-                checkpoint, profile, budget, replace(request, drafting=drafting), None
-            ).expectation.s_per_token
+            plan = plan_for(checkpoint, profile, budget, replace(request, drafting=drafting))
         except BudgetError:
             if drafting is options[0]:
                 raise
             words.append(f"{drafting.name} does not fit")
             continue
+        answers = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
+        found = plan.expectation.s_per_token + drafting.prepare_s / answers
         words.append(f"{drafting.name} {seconds(found)}")
         if found < 0.95 * least:
             best, least = drafting, found
@@ -106,7 +106,8 @@ def _changes(
     now = plan.expectation.s_per_token
     # With memory for everything no buffer is cut short, so its sum is what is enough.
     roomy = plan_for(checkpoint, profile, Budget(nbytes=1 << 50, reason="what if"), request, runtime_bytes)
-    parts = roomy.runtime_bytes + roomy.kv_bytes + roomy.activation_bytes + roomy.weights_bytes + MARGIN_BYTES
+    parts = roomy.runtime_bytes + roomy.kv_bytes + roomy.draft_bytes + roomy.activation_bytes
+    parts += roomy.weights_bytes + MARGIN_BYTES
     enough = ceil((parts + shape_of(checkpoint).page_slack_bytes) / (1 - MARGIN_SHARE)) + MIB
 
     def with_memory(nbytes: int) -> float:

@@ -22,7 +22,7 @@ MOST_GUESSES = 24
 # E at 4 / 8 / 16 guesses: a model of a third of the size 3.4 / 4.5 / 5.9, Q4_0 of the same model 4.4 / 6.8 / 10.8.
 SMALLER_MODEL_CHANCE = 0.80
 # Of a copy by its bits per weight, up to so many: Q2_K, Q3_K_M, Q4_0.
-COPY_CHANCES = ((3.0, 0.70), (3.6, 0.80), (4.4, 0.92), (32.0, 0.94))
+COPY_CHANCES = ((3.6, 0.80), (4.4, 0.92), (32.0, 0.94))
 # A copy of a model with fewer bits than this saves too little.
 LEAST_BITS = 8.0
 COPIED_WEIGHTS_PER_S = 150e6  # measured with two readers
