@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from headrace.checkpoint import Checkpoint, Tensor, open_checkpoint
-from headrace.checkpoint.gguf import block_of
+from headrace.checkpoint.tensor import block_of
 from headrace.engine import Engine, Rows
 from headrace.engine.engine import StreamOptions
 from headrace.errors import HeadraceError

@@ -8,7 +8,7 @@ import gguf
 import pytest
 import torch
 
-from headrace.checkpoint.gguf import COMPUTABLE, block_of
+from headrace.checkpoint.tensor import COMPUTABLE, block_of
 from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels, make_kernels, torch_reference
 from headrace.kernels.limits import PRECISE_TYPES
 

@@ -8,16 +8,15 @@ the file before anything is allocated for it.
 
 import os
 import re
-import stat
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TypeAlias
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
 from headrace.checkpoint.header import Header
+from headrace.checkpoint.source import LocalSource
+from headrace.checkpoint.tensor import COMPUTABLE, TYPE_NAMES, Tensor, block_of
 from headrace.errors import CheckpointError, UnsupportedError, did_you_mean
 
 Scalar: TypeAlias = int | float | bool | str
@@ -29,38 +28,6 @@ DEFAULT_ALIGNMENT = 32
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
-
-_TYPE_NAMES = {int(kind): kind.name for kind in GGMLQuantizationType}
-# What ggml multiplies: everything but the integer types and its internal formats for activations.
-COMPUTABLE = frozenset(_TYPE_NAMES.values()) - {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tensor:
-    """Where one tensor lies and how it is stored. `shape` is in torch's order: rows first."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    path: str
-    offset: int  # bytes from the start of the file
-    nbytes: int
-
-    @property
-    def columns(self) -> int:
-        """Weights in a row: the contiguous dimension, which blocks never cross."""
-        return self.shape[-1]
-
-    @property
-    def rows(self) -> int:
-        """How many rows lie one after another."""
-        return prod(self.shape[:-1])
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row of packed weights."""
-        block, size = block_of(self.type)
-        return self.columns // block * size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,8 +98,8 @@ class Checkpoint:
         value = self.metadata.get(key, self.metadata.get(f"{self.architecture}.{key}"))
         if not isinstance(value, ArrayRef):
             return []
-        with _opened(self.paths[0]) as fd:
-            header = Header(fd, self.paths[0])
+        with LocalSource(self.paths[0]) as source:
+            header = Header(source)
             header.position = value.position
             return _read_array(header, value.element, value.count, key)
 
@@ -145,42 +112,6 @@ class Checkpoint:
                 f"{self.path} has no tensor `token_embd.weight`", hint="is this a complete language model?"
             )
         return embedding.rows
-
-
-class _opened:
-    """An open file descriptor, with the operating system's error made a `CheckpointError`."""
-
-    def __init__(self, path: str):
-        self._path = path
-
-    def __enter__(self) -> int:
-        try:
-            # A pipe would be waited for; it is refused below.
-            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"cannot open {self._path}: {getattr(error, 'strerror', error)}",
-                hint="check the path and its permissions",
-            ) from error
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-            os.close(self._fd)
-            raise CheckpointError(f"{self._path} is not a file", hint="name a .gguf file")
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-
-def block_of(type_name: str) -> tuple[int, int]:
-    """(weights, bytes) of one block of a quantisation, from the `gguf` package's table."""
-    weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    return int(weights), int(size)
-
-
-def bits_per_weight(type_name: str) -> float:
-    """Bits that one weight takes, scales included."""
-    weights, size = block_of(type_name)
-    return 8 * size / weights
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -233,8 +164,8 @@ def _check_split_count(checkpoint: Checkpoint) -> None:
 
 
 def _read_file(path: str) -> tuple[dict[str, Scalar | ArrayRef], list[Tensor]]:
-    with _opened(path) as fd:
-        header = Header(fd, path)
+    with LocalSource(path, hint="name a .gguf file") as source:
+        header = Header(source)
         if header.size < 4 or header.raw(4, "the magic") != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file", hint="headrace reads .gguf files")
         version = header.integer("I", "the version")
@@ -328,7 +259,7 @@ def _read_entry(header: Header) -> tuple[str, tuple[int, ...], int, int]:
 
 def _placed(header: Header, entry: tuple[str, tuple[int, ...], int, int], data_start: int, alignment: int) -> Tensor:
     name, shape, kind, relative = entry
-    type_name = _TYPE_NAMES.get(kind)
+    type_name = TYPE_NAMES.get(kind)
     if type_name is None or type_name not in COMPUTABLE:
         label = type_name or f"number {kind}"
         raise UnsupportedError(

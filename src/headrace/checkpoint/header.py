@@ -4,9 +4,9 @@ Bytes come by `pread` into a window that moves on, rather than by mapping, so th
 error and not a signal, and a header of gigabytes costs no more than the largest value in it that somebody asks for.
 """
 
-import os
 import struct
 
+from headrace.checkpoint.source import Source
 from headrace.errors import CheckpointError
 
 FIRST_READ_BYTES = 1 << 20
@@ -18,11 +18,11 @@ class Header:
     Raises `CheckpointError` where a value would lie beyond the end of the file.
     """
 
-    def __init__(self, fd: int, path: str):
-        self.path = path
-        self.size = os.fstat(fd).st_size
+    def __init__(self, source: Source):
+        self.path = source.path
+        self.size = source.size
         self.position = 0
-        self._fd = fd
+        self._source = source
         self._bytes = b""  # of the file, from _start
         self._start = 0
 
@@ -43,7 +43,7 @@ class Header:
         pieces, have = [], 0
         while have < target:
             try:
-                piece = os.pread(self._fd, target - have, self.position + have)
+                piece = self._source.pread(target - have, self.position + have)
             except OSError as error:
                 raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
             if not piece:

@@ -6,7 +6,8 @@ Only the table of tensors is made here. Whoever reads from the copy's path must 
 
 from dataclasses import replace
 
-from headrace.checkpoint.gguf import Checkpoint, Tensor, bits_per_weight, block_of
+from headrace.checkpoint.gguf import Checkpoint
+from headrace.checkpoint.tensor import Tensor, bits_per_weight, block_of
 
 # Formats of a copy, the first that a row's length permits: quickly made, and accepted nearly always.
 COPY_TYPES = ("Q4_K", "Q4_0")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.checkpoint import Checkpoint, open_checkpoint
-from headrace.checkpoint.gguf import bits_per_weight
+from headrace.checkpoint.tensor import bits_per_weight
 from headrace.cli import show
 from headrace.cli.fit import fit_command
 from headrace.cli.forecast import Wishes, forecast_command

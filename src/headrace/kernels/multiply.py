@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from headrace.checkpoint.gguf import block_of
+from headrace.checkpoint.tensor import block_of
 from headrace.kernels import interleaved
 from headrace.kernels.ggml_graph import Part, Products, Unpack, Workspace
 from headrace.kernels.interleaved import ACTIVATION_ROWS, Interleaving

@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any, NamedTuple
 
 from headrace.checkpoint import Checkpoint
-from headrace.checkpoint.gguf import bits_per_weight
+from headrace.checkpoint.tensor import bits_per_weight
 from headrace.errors import ContextError
 from headrace.plan.cost import PassCost, Weights, compute_seconds, pass_cost
 from headrace.plan.draft import Drafting, Expectation, expect

@@ -1,0 +1,60 @@
+"""A tensor of a checkpoint: where its bytes lie, and what they are. Common to all formats.
+
+Types have ggml's names (`Q4_K`, `BF16`); what safetensors files hold besides has the name it has there (`F8_E4M3`, `I32`).
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+TYPE_NAMES = {int(kind): kind.name for kind in GGMLQuantizationType}
+# What ggml multiplies: everything but the integer types and its internal formats for activations.
+COMPUTABLE = frozenset(TYPE_NAMES.values()) - {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
+# Bytes of an element of the types that only safetensors files hold.
+_PLAIN_BYTES = {
+    "BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensor:
+    """Where one tensor lies and how it is stored. `shape` is in torch's order: rows first."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    path: str
+    offset: int  # bytes from the start of the file
+    nbytes: int
+    slabs: int = 0  # if not 0, the contraction is cut into so many slabs: shape (..., slabs, outputs, columns of a slab)
+
+    @property
+    def columns(self) -> int:
+        """Weights in a row: the contiguous dimension, which blocks never cross."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def rows(self) -> int:
+        """How many rows lie one after another."""
+        return prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of packed weights."""
+        block, size = block_of(self.type)
+        return self.columns // block * size
+
+
+def block_of(type_name: str) -> tuple[int, int]:
+    """(weights, bytes) of one block of a type, from the `gguf` package's table. Raises `KeyError` for an unknown one."""
+    if type_name in _PLAIN_BYTES:
+        return 1, _PLAIN_BYTES[type_name]
+    weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    return int(weights), int(size)
+
+
+def bits_per_weight(type_name: str) -> float:
+    """Bits that one weight takes, scales included."""
+    weights, size = block_of(type_name)
+    return 8 * size / weights
