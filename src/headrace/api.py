@@ -25,7 +25,7 @@ from headrace.engine.scheduler import Answer, Scheduler, Slot
 from headrace.engine.stops import StopScanner
 from headrace.errors import ContextError, UsageError
 from headrace.kernels import make_kernels
-from headrace.model import Tokenizer
+from headrace.model import Shell, Tokenizer
 from headrace.model.tokenizer import Message, Prompt, TextStream
 from headrace.plan import (
     Budget,
@@ -43,7 +43,7 @@ from headrace.plan import (
 from headrace.plan.record import RunRecord, make_record
 from headrace.process import keep_freed_memory, peak_bytes, release_unused, resident_bytes
 from headrace.stream import WeightFile
-from headrace.stream.weights import File
+from headrace.stream.files import File
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -519,7 +519,7 @@ def load(
     draft_engine = _load_draft(checkpoint, drafting, profile)
     plans: list[Plan] = []
 
-    def decide() -> StreamOptions:
+    def decide(shell: Shell) -> StreamOptions:
         """Plan with what the process has really taken by now: everything is built, and no weights are in memory yet."""
         release_unused()
         taken = resident_bytes() + RUNTIME_GROWTH_BYTES
@@ -552,12 +552,10 @@ def _load_draft(original: Checkpoint, drafting: Drafting, profile: Profile) -> E
     draft = drafting.checkpoint
     if draft is None:
         return None
-    from headrace.stream.quantising import QuantisingFile  # needs ggml
+    if drafting.name == "self":
+        from headrace.stream.quantising import with_encodings  # needs ggml
 
-    def open_file(path: str) -> File:
-        made = drafting.name == "self" and path not in original.paths
-        return QuantisingFile(original, draft, path) if made else WeightFile(path)
-
+        draft = with_encodings(draft, original)
     pinned = {tensor.name: tensor.rows for tensor in draft.tensors.values()}
     options = StreamOptions(
         pinned_rows=pinned,
@@ -569,7 +567,7 @@ def _load_draft(original: Checkpoint, drafting: Drafting, profile: Profile) -> E
         pinned_read_bytes=1 << 20,
     )
     kernels, _ = make_kernels(profile.threads, profile.bf16_pays, row_invariant=False)
-    return Engine(draft, options, kernels, open_file=open_file)
+    return Engine(draft, options, kernels)
 
 
 # What the first passes add to the process beside the plan's own items: graphs, threads' stacks, allocator's slack.

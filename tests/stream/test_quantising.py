@@ -12,7 +12,9 @@ from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.low_bit import low_bit_copy
 from headrace.kernels.convert import convert, q4_k_blocks
 from headrace.stream.memory import Arena
-from headrace.stream.quantising import QuantisingFile
+from headrace.stream.decoded import FileSet
+from headrace.stream.files import WeightFile
+from headrace.stream.quantising import with_encodings
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +36,11 @@ def test_matrices_shrink_and_everything_else_stays(original: Checkpoint) -> None
 
 
 def test_reads_of_any_range_give_the_same_bytes(original: Checkpoint) -> None:
-    copy = low_bit_copy(original)
-    path = copy.paths[-1]
-    file = QuantisingFile(original, copy, path)
-    tensor = max((t for t in copy.tensors.values() if t.path == path), key=lambda t: t.rows)
+    copy = with_encodings(low_bit_copy(original), original)
+    files = FileSet(copy.paths, copy.made, WeightFile)
+    ((path, made),) = copy.made.items()
+    file = files[path]
+    tensor = max((tensor for tensor, _ in made), key=lambda t: t.rows)
     source = original.tensors[tensor.name]
     raw = Path(source.path).read_bytes()[source.offset : source.offset + source.nbytes]
     plain = np.frombuffer(raw, np.float16).astype(np.float32).reshape(tensor.rows, tensor.columns)
@@ -53,7 +56,7 @@ def test_reads_of_any_range_give_the_same_bytes(original: Checkpoint) -> None:
         if start + length <= tensor.nbytes:
             file.read(tensor.offset + start, part.view[:length], length)
             assert bytes(part.view[:length]) == expected[start : start + length]
-    file.close()
+    files.close()
 
 
 def test_our_blocks_of_q4_k_are_nearly_as_good_as_those_that_are_searched_for() -> None:

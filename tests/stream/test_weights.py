@@ -159,7 +159,7 @@ def test_a_read_error_reaches_the_consumer_and_leaves_no_thread(tmp_path: Path, 
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     threads = threading.active_count()
     with (
-        WeightStream(layout_of(tensors, 0.3, 9000), slots=3, readers=readers, open_file=faulty(io_error)) as stream,
+        WeightStream(layout_of(tensors, 0.3, 9000), slots=3, readers=readers, file_of=faulty(io_error)) as stream,
         pytest.raises(ReadError, match="8192"),
     ):
         for _ in range(3):
@@ -174,7 +174,7 @@ def test_a_silent_disk_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
         layout_of(tensors, 0.3, 9000),
         slots=3,
         readers=2,
-        open_file=faulty(lambda: void(silence.wait(20))),
+        file_of=faulty(lambda: void(silence.wait(20))),
         stall_limit_s=0.3,
     ) as stream:
         with pytest.raises(ReadError, match="delivered nothing"):
@@ -193,7 +193,7 @@ def test_a_slow_disk_is_waited_for(tmp_path: Path) -> None:
         layout_of(tensors, 0.0, 9000),
         slots=3,
         readers=2,
-        open_file=faulty(lambda: time.sleep(0.02), 0),
+        file_of=faulty(lambda: time.sleep(0.02), 0),
         stall_limit_s=5,
     ) as stream:
         assert read_pass(stream) == contents

@@ -8,12 +8,14 @@ the file before anything is allocated for it.
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from headrace.checkpoint.encodings import Encoding
 from headrace.checkpoint.header import Header
 from headrace.checkpoint.source import LocalSource
 from headrace.checkpoint.tensor import COMPUTABLE, TYPE_NAMES, Tensor, block_of
@@ -47,6 +49,8 @@ class Checkpoint:
     paths: tuple[str, ...]
     metadata: dict[str, Scalar | ArrayRef]
     tensors: dict[str, Tensor]
+    config: Mapping[str, Any] | None = None  # config.json, of a Hugging Face folder
+    made: Mapping[str, Sequence[tuple[Tensor, Encoding]]] = field(default_factory=dict)  # tensors made on reading, by path
 
     @property
     def architecture(self) -> str:

@@ -1,7 +1,7 @@
 """A checkpoint that does not exist: the same model with its matrices in fewer bits, made when they are read.
 
 Only the table of tensors is made here. Whoever reads from the copy's path must quantise rows of the original on the way
-(`stream.QuantisingFile`); everything else then goes as with any other file, and nothing is written to disk.
+(`stream.quantising`); everything else then goes as with any other file, and nothing is written to disk.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ def low_bit_copy(checkpoint: Checkpoint) -> Checkpoint:
         nbytes = tensor.rows * (tensor.columns // block * size)
         tensors[name] = replace(tensor, type=type_name, path=path, offset=offset, nbytes=nbytes)
         offset += -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
-    return replace(checkpoint, tensors=tensors, paths=(*checkpoint.paths, path))
+    return replace(checkpoint, tensors=tensors)
 
 
 def _shrinks(tensor: Tensor, type_name: str) -> bool:
@@ -36,6 +36,7 @@ def _shrinks(tensor: Tensor, type_name: str) -> bool:
     block, _ = block_of(type_name)
     return (
         len(tensor.shape) == 2
+        and not tensor.slabs
         and tensor.columns % block == 0
         and bits_per_weight(tensor.type) > bits_per_weight(type_name)
     )

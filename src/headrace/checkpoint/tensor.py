@@ -40,10 +40,39 @@ class Tensor:
         return prod(self.shape[:-1])
 
     @property
+    def row_multiple(self) -> int:
+        """Rows are read in multiples of this: of a tensor in slabs, whole slabs."""
+        return self.shape[-2] if self.slabs else 1
+
+    @property
+    def outputs(self) -> int:
+        """Numbers in the product of this matrix with one vector."""
+        return self.shape[-2] if self.slabs else self.rows
+
+    @property
+    def inputs(self) -> int:
+        """Numbers in the vector that this matrix multiplies."""
+        return self.columns * max(1, self.slabs)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row of packed weights."""
         block, size = block_of(self.type)
         return self.columns // block * size
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Some rows of a tensor: those of its product, from `first` on."""
+
+    tensor: Tensor
+    first: int
+    rows: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all rows."""
+        return self.rows == self.tensor.outputs
 
 
 def block_of(type_name: str) -> tuple[int, int]:

@@ -9,23 +9,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import AttentionInterface
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import Entry, JoinedCache, KVCache, PackedAttention
+from headrace.engine.experts import ExpertProducts
+from headrace.engine.numbers import floats_of
 from headrace.engine.trace import PassStats, Trace
-from headrace.errors import ContextError
+from headrace.errors import ContextError, UnsupportedError
 from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels
-from headrace.model import PackedLinear, build_shell
-from headrace.model.shell import EMBEDDING
+from headrace.model import PackedLinear, Shell, build_shell
+from headrace.model.matrix import Matrix
+from headrace.model.order import ExpertStep, LinearStep, Recorder
+from headrace.model.packed import PackedExperts
+from headrace.model.shell import Hooks
 from headrace.stream import Arena, WeightFile, WeightStream
+from headrace.stream.decoded import FileSet
+from headrace.stream.experts import ExpertCounters, ExpertStream
+from headrace.stream.files import File
 from headrace.stream.layout import make_layout
 from headrace.stream.memory import PAGE_BYTES, aligned
-from headrace.stream.weights import File
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +66,8 @@ class StreamOptions:
     interleaved_types: frozenset[str] = frozenset()  # brought into ggml's interleaved layout where pinned
     interleaved_in_place: bool = False  # rather than copied: no memory, but prompts take longer
     pinned_read_bytes: int = 4 << 20
+    expert_slots: int = 0  # experts that fit into memory, where the model has any
+    expert_readers: int = 8
 
 
 class Engine:
@@ -66,7 +76,7 @@ class Engine:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        options: "StreamOptions | Callable[[], StreamOptions]",
+        options: "StreamOptions | Callable[[Shell], StreamOptions]",
         kernels: Kernels | ReferenceKernels,
         *,
         trace: Trace | None = None,
@@ -82,36 +92,66 @@ class Engine:
         self.passes: list[PassStats] = []
         self.on_visit: Callable[[int, int], None] | None = None  # called with (visits done, visits of the pass)
         self._attention = PackedAttention()
-        self._attention_name = f"headrace_{id(self):x}"
-        AttentionInterface.register(self._attention_name, self._attention)
-        self._files = {path: open_file(path) for path in checkpoint.paths}
+        self._recorder: Recorder | None = None
+        self._name = f"headrace_{id(self):x}"
+        AttentionInterface.register(self._name, self._attention)
+        ALL_EXPERTS_FUNCTIONS.register(self._name, self._experts)
+        self._files = FileSet(checkpoint.paths, checkpoint.made, open_file)
         self._scratch = Arena(1 << 20)
         shell = build_shell(
             checkpoint,
-            attention=self._attention_name,
-            product=self._product,
-            unpack=self._unpack,
-            gather=self._gather,
+            Hooks(
+                implementation=self._name,
+                product=self._product,
+                read=self._unpack,
+                gather=self._gather,
+                record=self._record,
+                arguments=self._recording_arguments,
+            ),
         )
+        self._files.add(shell.made_path, shell.made)
         self.model = shell.model
+        self.steps = shell.steps
         self._own_attention = self._attention.used
-        self._place = {linear: (v, i) for v, group in enumerate(shell.groups) for i, linear in enumerate(group)}
         self._pending: dict[PackedLinear, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._groups = shell.groups
         if callable(options):
-            options = options()
-        order = [[linear.tensor for linear in group] for group in shell.groups]
-        self.layout = make_layout(order, options.pinned_rows, options.unit_bytes, options.pinned_read_bytes)
+            options = options(shell)
+        self._visits = [step for step in shell.steps if isinstance(step, LinearStep)]
+        self.layout = make_layout(
+            [step.tensors for step in self._visits],
+            options.pinned_rows,
+            options.unit_bytes,
+            options.pinned_read_bytes,
+        )
         self.stream = WeightStream(
             self.layout,
             slots=options.slots,
             readers=options.readers,
-            open_file=open_file,
+            file_of=self._files.__getitem__,
             spans=trace,
             settle=partial(self._interleave, options) if options.interleaved_types else None,
         )
+        self.experts = self._make_experts(shell, options)
         self._kernel_s = 0.0
-        self._rows = self._exact_rows = 0  # of the step in progress
+        self._step = self._visit = 0  # of the pass in progress
+        self._rows = self._exact_rows = 0
+
+    def _make_experts(self, shell: Shell, options: StreamOptions) -> ExpertProducts | None:
+        if not shell.experts:
+            return None
+        layers = [
+            [up.slices + down.slices for up, down in zip(packed.up, packed.down, strict=True)]
+            for packed in shell.experts
+        ]
+        slots = options.expert_slots or sum(map(len, layers))
+        stream = ExpertStream(
+            layers,
+            slots=slots,
+            readers=options.expert_readers if options.readers else 0,
+            file_of=self._files.__getitem__,
+            spans=self.trace,
+        )
+        return ExpertProducts(stream, self.kernels, self.trace)
 
     def __enter__(self) -> "Engine":
         return self
@@ -122,16 +162,17 @@ class Engine:
     def close(self) -> None:
         """Stop the readers, close the files, free the kernels. Safe to call twice."""
         self.stream.close()
-        for file in self._files.values():
-            file.close()
-        self._files = {}
+        if self.experts is not None:
+            self.experts.stream.close()
+        self._files.close()
         self.kernels.close()
-        AttentionInterface._global_mapping.pop(self._attention_name, None)
+        AttentionInterface._global_mapping.pop(self._name, None)
+        ALL_EXPERTS_FUNCTIONS._global_mapping.pop(self._name, None)
 
     @property
     def layers(self) -> int:
         """Decoder layers, each with keys and values of its own."""
-        return int(self.model.config.num_hidden_layers)
+        return int(self.model.config.get_text_config().num_hidden_layers)
 
     def new_cache(self, capacity: int, bits: int = 16) -> KVCache:
         """An empty cache for one sequence of at most `capacity` tokens, with keys and values in 16 or 8 bits."""
@@ -156,7 +197,8 @@ class Engine:
         self._rows = sum(len(rows.tokens) for rows in batch)
         self._exact_rows = sum(len(rows.tokens) for rows in batch if rows.is_exact)
         self._share_cores(self._rows - self._exact_rows)
-        before, kernel_before, start = replace(self.stream.counters), self._kernel_s, time.perf_counter()
+        before, start = self._counted(), time.perf_counter()
+        self._step = self._visit = 0
         try:
             logits = self._forward_in_order(batch)
         except BaseException:
@@ -168,7 +210,7 @@ class Engine:
         for rows in batch:
             rows.cache.settle()
             rows.cache.length += len(rows.tokens)
-        end, after = time.perf_counter(), self.stream.counters
+        end, after = time.perf_counter(), self._counted()
         if self.trace is not None:
             self.trace.add("pass", f"{sum(len(r.tokens) for r in batch)} rows", start, end)
         self.passes.append(
@@ -178,10 +220,23 @@ class Engine:
                 seconds=end - start,
                 read_bytes=after.read_bytes - before.read_bytes,
                 stall_s=after.stall_s - before.stall_s,
-                kernel_s=self._kernel_s - kernel_before,
+                kernel_s=after.kernel_s - before.kernel_s,
+                expert_read_bytes=after.experts.read_bytes - before.experts.read_bytes,
+                expert_hits=after.experts.hits - before.experts.hits,
+                expert_misses=after.experts.misses - before.experts.misses,
             )
         )
         return logits
+
+    def _counted(self) -> "_Counted":
+        experts = ExpertCounters() if self.experts is None else replace(self.experts.stream.counters)
+        own = self.stream.counters
+        return _Counted(
+            own.read_bytes + experts.read_bytes,
+            own.stall_s + experts.stall_s,
+            self._kernel_s + (self.experts.kernel_s if self.experts is not None else 0.0),
+            experts,
+        )
 
     def _share_cores(self, shared_rows: int) -> None:
         """torch's small operations stay on one core while ggml works, whose threads wait by spinning on all of them."""
@@ -225,36 +280,71 @@ class Engine:
         logits: torch.Tensor = result.logits[0]
         return logits
 
+    # -- what the model's modules call ----------------------------------------------------------------------------
+
     def _product(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
-        """The product of a linear; with the first of a group come those of the others, on the same activations."""
+        """The product of a linear; with the first of a step come those of the others, on the same activations."""
         ready = self._pending.pop(linear, None)
         if ready is None:
-            self._compute_group(linear, x)
+            self._compute(linear, x)
             ready = self._pending.pop(linear)
         source, out = ready
-        assert source is x, "linears of a group were called with different activations"
+        assert source is x, "linears of a step were called with different activations"
         return out
 
-    def _compute_group(self, linear: PackedLinear, x: torch.Tensor) -> None:
-        visit, place = self._place[linear]
-        assert place == 0, "linears were called in another order than they were traced"
-        group = self._groups[visit]
+    def _compute(self, linear: PackedLinear, x: torch.Tensor) -> None:
+        step = self._next_step()
+        assert isinstance(step, LinearStep), "linears were called in another order than they were traced"
+        assert step.linears[0] is linear, "linears were called in another order than they were traced"
+        tensors = step.tensors
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         # The head is given only the rows that need logits: few, so all of them are exact.
         exact = self._exact_rows if rows.shape[0] == self._rows else rows.shape[0]
-        outputs = [rows.new_empty((rows.shape[0], member.tensor.rows)) for member in group]
-        for pieces in self.stream.visit(visit):
+        outputs = [rows.new_empty((rows.shape[0], tensor.outputs)) for tensor in tensors]
+        for pieces in self.stream.visit(self._visit):
             start = time.perf_counter()
             self.kernels.multiply(rows, pieces, outputs, exact)
             end = time.perf_counter()
             self._kernel_s += end - start
             if self.trace is not None:
-                self.trace.add("compute", linear.tensor.name, start, end)
-        shape = x.shape[:-1]
-        for member, out in zip(group, outputs, strict=True):
-            self._pending[member] = (x, out.view(*shape, -1))
+                self.trace.add("compute", tensors[0].name, start, end)
+        self._visit += 1
+        found = dict(zip((tensor.name for tensor in tensors), outputs, strict=True))
+        for member in step.linears:
+            self._pending[member] = (x, _assembled(member.matrix, found).reshape(*x.shape[:-1], -1))
+
+    def _experts(
+        self, module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        """Called by transformers where a layer's experts are."""
+        packed: PackedExperts = module.packed
+        if self._recorder is not None:
+            return self._recorder.experts(packed, hidden)
+        self._next_step()
+        assert self.experts is not None
+        shape = hidden.shape
+        out = self.experts(
+            packed, hidden.reshape(-1, shape[-1]), ids.reshape(-1, ids.shape[-1]),
+            weights.reshape(-1, weights.shape[-1]), exact=self._exact_rows > 0,
+        )  # fmt: skip
+        return out.view(shape)
+
+    def _next_step(self) -> LinearStep | ExpertStep:
+        step = self.steps[self._step]
+        self._step += 1
         if self.on_visit is not None:
-            self.on_visit(visit + 1, len(self._groups))
+            self.on_visit(self._step, len(self.steps))
+        return step
+
+    def _record(self, recorder: Recorder | None) -> None:
+        self._recorder = recorder
+
+    def _recording_arguments(self) -> dict[str, Any]:
+        """Arguments of the forward on meta in which the order is recorded, for two rows."""
+        return {
+            "position_ids": torch.zeros((1, 2), dtype=torch.long),
+            "attention_mask": torch.zeros((1, 1, 2, 2)),
+        }
 
     def _interleave(self, options: StreamOptions, piece: Piece, columns: int) -> Piece:
         if piece.type not in options.interleaved_types:
@@ -264,16 +354,26 @@ class Engine:
     def _unpack(self, tensor: Tensor) -> torch.Tensor:
         """A small tensor read whole: fp32, in its shape."""
         data = self._read(tensor.path, tensor.offset, tensor.nbytes)
+        if tensor.slabs:
+            plain = self._to_floats(tensor, data).view(tensor.slabs, tensor.outputs, tensor.columns)
+            return plain.transpose(0, 1).reshape(tensor.outputs, tensor.inputs)
         return self._to_floats(tensor, data).view(tensor.shape)
 
-    def _gather(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Rows of the token embedding, (tokens, hidden): one short read each."""
-        tensor = self.checkpoint.tensors[EMBEDDING]
+    def _gather(self, tensor: Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows of a table, (tokens, columns): one short read each."""
+        if int(tokens.max()) >= tensor.rows or int(tokens.min()) < 0:
+            raise UnsupportedError(
+                f"token {int(tokens.max())} is beyond the {tensor.rows} rows of `{tensor.name}`",
+                hint="the tokenizer is of another model",
+            )
         size = tensor.row_bytes
         packed = np.concatenate([self._read(tensor.path, tensor.offset + t * size, size) for t in tokens.tolist()])
         return self._to_floats(tensor, packed).view(-1, tensor.columns)
 
     def _to_floats(self, tensor: Tensor, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
+        plain = floats_of(tensor.type, data)
+        if plain is not None:
+            return plain
         rows = len(data) // tensor.row_bytes
         return self.kernels.unpack(tensor.type, data.ctypes.data, rows, tensor.columns).clone()
 
@@ -283,3 +383,24 @@ class Engine:
         start, length = aligned(offset, nbytes)
         self._files[path].read(start, self._scratch.view[:length], offset + nbytes - start)
         return np.frombuffer(self._scratch.view[offset - start : offset - start + nbytes], np.uint8).copy()
+
+
+class _Counted(NamedTuple):
+    """Counters of both streams at one moment."""
+
+    read_bytes: int
+    stall_s: float
+    kernel_s: float
+    experts: ExpertCounters
+
+
+def _assembled(matrix: Matrix, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The product with a matrix from those with its tensors: (rows, outputs)."""
+    parts = [
+        found[part.tensor.name]
+        if part.whole
+        else found[part.tensor.name][:, part.first : part.first + part.rows]
+        for part in matrix.slices
+    ]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return out if matrix.order is None else out.index_select(1, matrix.order)

@@ -21,6 +21,9 @@ class PassStats:
     draft_s: float = 0.0  # before the pass
     drafted: int = 0  # guesses among its rows
     accepted: int = 0  # of those
+    expert_read_bytes: int = 0  # of `read_bytes`
+    expert_hits: int = 0  # experts that a layer needed and found in memory
+    expert_misses: int = 0
 
     @property
     def bound_by(self) -> str:

@@ -12,8 +12,9 @@ import ggml
 
 from headrace.kernels.interleaved import Interleaving
 
-_GRAPH_NODES = 8
-_CONTEXT_BYTES = 24 << 10
+# Of ggml's bookkeeping: for a graph, and for each product in it (three tensors, one node, two leaves).
+_GRAPH_BYTES = 16 << 10
+_PRODUCT_BYTES = 2 << 10
 
 
 def ggml_type(name: str) -> int:
@@ -41,10 +42,11 @@ class Workspace:
 class Graph:
     """One small ggml graph over memory that the caller owns. Freed with `close`."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        parameters = ggml.ggml_init_params(mem_size=_CONTEXT_BYTES, mem_buffer=None, no_alloc=True)
+    def __init__(self, workspace: Workspace, nodes: int = 1) -> None:
+        size = _GRAPH_BYTES + nodes * _PRODUCT_BYTES
+        parameters = ggml.ggml_init_params(mem_size=size, mem_buffer=None, no_alloc=True)
         self._context = ggml.ggml_init(parameters)
-        self._graph = ggml.ggml_new_graph_custom(self._context, 4 * _GRAPH_NODES, False)
+        self._graph = ggml.ggml_new_graph_custom(self._context, 16 + 3 * nodes, False)
         self._workspace = workspace
 
     def leaf(self, type_name: str, columns: int, rows: int) -> Any:
@@ -72,58 +74,58 @@ class Graph:
 
 
 class Part(NamedTuple):
-    """One weight of a product: its format, its rows, the bytes between rows of its result, and whether it is interleaved."""
+    """One product: the weight's format, rows and columns, the bytes between rows of x and of the result, the layout."""
 
     type: str
     rows: int
+    columns: int
+    x_stride: int
     stride: int
     interleaved: bool
 
 
+class Operands(NamedTuple):
+    """Where the operands of one product lie now, and how many rows x has."""
+
+    weight: int
+    x: int
+    result: int
+    rows: int
+
+
 class Products(Graph):
-    """x @ w.T for several packed `w` that share the same x: results of shape (rows, rows of w) in fp32."""
+    """x @ w.T for several packed `w`, each with an x of its own: results of shape (rows of x, rows of w) in fp32."""
 
     def __init__(
-        self,
-        parts: Sequence[Part],
-        columns: int,
-        most_rows: int,
-        threads: int,
-        workspace: Workspace,
-        interleaving: Interleaving,
+        self, parts: Sequence[Part], most_rows: int, threads: int, workspace: Workspace, interleaving: Interleaving
     ):
-        super().__init__(workspace)
-        x = self.leaf("F32", columns, most_rows)
+        super().__init__(workspace, len(parts))
+        self._parts: list[tuple[Any, Any, Any]] = []
         outputs = []
-        self._parts: list[tuple[Any, Any]] = []
         for part in parts:
-            weight = self.leaf(part.type, columns, part.rows)
+            x = self.leaf("F32", part.columns, most_rows)
+            weight = self.leaf(part.type, part.columns, part.rows)
             if part.interleaved:
                 interleaving.mark(part.type, weight.contents)
             result = ggml.ggml_mul_mat(self._context, weight, x)
-            result.contents.nb[1] = part.stride
-            result.contents.nb[2] = result.contents.nb[3] = part.stride * most_rows
             outputs.append(result)
-            self._parts.append((weight.contents, result.contents))
-        self._x = x.contents
-        self._rows = most_rows
+            for tensor, stride in ((x.contents, part.x_stride), (result.contents, part.stride)):
+                tensor.nb[1] = stride
+                tensor.nb[2] = tensor.nb[3] = stride * most_rows
+            self._parts.append((weight.contents, x.contents, result.contents))
+        self._rows = [most_rows] * len(parts)
         self.plan(outputs, threads)
 
-    def __call__(self, x: int, rows: int, addresses: Sequence[tuple[int, int]]) -> None:
-        """Multiply what lies at these addresses: `rows` activations, and for each part its (weights, result)."""
-        if rows != self._rows:
-            self._set_rows(rows)
-        self._x.data = x
-        for (weight, result), (source, target) in zip(self._parts, addresses, strict=True):
-            weight.data = source
-            result.data = target
+    def __call__(self, operands: Sequence[Operands]) -> None:
+        """Multiply what lies at these addresses."""
+        for i, ((weight, x, result), at) in enumerate(zip(self._parts, operands, strict=True)):
+            weight.data, x.data, result.data = at.weight, at.x, at.result
+            if self._rows[i] != at.rows:
+                self._rows[i] = at.rows
+                for tensor in (x, result):
+                    tensor.ne[1] = at.rows
+                    tensor.nb[2] = tensor.nb[3] = tensor.nb[1] * at.rows
         self.compute()
-
-    def _set_rows(self, rows: int) -> None:
-        for tensor in (self._x, *(result for _, result in self._parts)):
-            tensor.ne[1] = rows
-            tensor.nb[2] = tensor.nb[3] = tensor.nb[1] * rows
-        self._rows = rows
 
 
 class Unpack(Graph):

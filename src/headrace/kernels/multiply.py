@@ -8,12 +8,13 @@ by its dot products from two rows on (3.5 at 16 rows, 8 interleaved); unpacking 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 
 from headrace.checkpoint.tensor import block_of
 from headrace.kernels import interleaved
-from headrace.kernels.ggml_graph import Part, Products, Unpack, Workspace
+from headrace.kernels.ggml_graph import Operands, Part, Products, Unpack, Workspace
 from headrace.kernels.interleaved import ACTIVATION_ROWS, Interleaving
 from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES
 from headrace.kernels.piece import Piece
@@ -49,7 +50,7 @@ class Kernels:
 
         `in_place` overwrites the piece: then all products with it are exact, those of prompts too.
         """
-        if not self.interleaving.takes(piece.type, piece.rows):
+        if piece.slab_rows or not self.interleaving.takes(piece.type, piece.rows):
             return piece
         if in_place:
             self._overwrite(piece, columns)
@@ -81,6 +82,8 @@ class Kernels:
     ) -> None:
         """For every (i, piece), fill `outputs[i][:, first : first + rows]` with x times the piece.
 
+        Of a tensor in slabs, pieces are whole slabs and come in order; each is added to what those before have given.
+
         Args:
             x: fp32 activations, contiguous, (rows, columns).
             pieces: packed weights with that many columns, each with the index of its output.
@@ -100,22 +103,64 @@ class Kernels:
         if exact_rows and pieces:
             self._few_rows(x[:exact_rows], pieces, [output[:exact_rows] for output in outputs])
 
+    def multiply_each(self, jobs: Sequence[tuple[torch.Tensor, Piece, torch.Tensor]], exact: bool) -> None:
+        """As `multiply`, for pieces that each have activations and an output of their own: those of experts.
+
+        Args:
+            jobs: (x (rows, columns), piece, output (rows, rows of the piece)), fp32, their rows contiguous.
+            exact: every row independently of the others; else those of many rows go through torch's products.
+        """
+        few: list[_Job] = []
+        for x, piece, output in jobs:
+            if piece.slab_rows:
+                self.multiply(x, [(0, piece)], [output], None if not exact else x.shape[0])
+            elif exact or x.shape[0] <= FEW_ROWS:
+                few.append((x, x.shape[1], 0, piece, output, 0))
+            else:
+                self._many_rows(x, piece, output)
+        for start in range(0, len(few), _MOST_PARTS):
+            self._run(few[start : start + _MOST_PARTS])
+
     def _few_rows(self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
+        for i, piece in pieces:
+            if piece.slab_rows:
+                self._slabs(x, piece, outputs[i])
+        whole = [(i, piece) for i, piece in pieces if not piece.slab_rows]
         missing = -x.shape[0] % ACTIVATION_ROWS
-        if missing and (self.row_invariant or x.shape[0] > 1) and any(p.interleaved for _, p in pieces):
-            self._padded(x, missing, pieces, outputs)
-            return
-        rows, columns = x.shape
-        parts = tuple([Part(p.type, p.rows, 4 * outputs[i].shape[1], p.interleaved is not None) for i, p in pieces])
-        most_rows = 1 << (rows - 1).bit_length()
-        key = (columns, most_rows, parts)
+        if missing and (self.row_invariant or x.shape[0] > 1) and any(p.interleaved for _, p in whole):
+            self._padded(x, missing, whole, outputs)
+        elif whole:
+            self._run([(x, x.shape[1], 0, p, outputs[i], 4 * p.first) for i, p in whole])
+
+    def _run(self, jobs: Sequence["_Job"]) -> None:
+        """Compute products in one graph, kept by their shapes."""
+        parts = tuple(
+            [
+                Part(p.type, p.slab_rows or p.rows, columns, 4 * x.stride(0), 4 * out.stride(0), p.interleaved is not None)
+                for x, columns, _, p, out, _ in jobs
+            ]
+        )
+        most_rows = 1 << (max([x.shape[0] for x, *_ in jobs]) - 1).bit_length()
+        key = (most_rows, parts)
         graph = self._products.get(key)
         if graph is None:
-            graph = self._products[key] = Products(
-                parts, columns, most_rows, self.threads, self._workspace, self.interleaving
-            )
-        addresses = [(p.interleaved or p.address, outputs[i].data_ptr() + 4 * p.first) for i, p in pieces]
-        graph(x.data_ptr(), rows, addresses)
+            graph = self._products[key] = Products(parts, most_rows, self.threads, self._workspace, self.interleaving)
+        graph(
+            [
+                Operands(p.interleaved or p.address, x.data_ptr() + at, out.data_ptr() + to, x.shape[0])
+                for x, _, at, p, out, to in jobs
+            ]
+        )
+
+    def _slabs(self, x: torch.Tensor, piece: Piece, output: torch.Tensor) -> None:
+        """Products with the slabs of a piece, added up one after another: the sum does not depend on the cuts."""
+        width = piece.slab_columns
+        for index, slab in enumerate(piece.slabs()):
+            number = piece.first // piece.slab_rows + index
+            part = output if number == 0 else torch.empty_like(output)
+            self._run([(x, width, 4 * number * width, slab, part, 0)])
+            if number:
+                output += part
 
     def _padded(
         self, x: torch.Tensor, missing: int, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]
@@ -129,6 +174,16 @@ class Kernels:
             outputs[i][:, part] = padded[i][:rows, part]
 
     def _many_rows(self, x: torch.Tensor, piece: Piece, output: torch.Tensor) -> None:
+        if piece.slab_rows:
+            width = piece.slab_columns
+            for index, slab in enumerate(piece.slabs()):
+                number = piece.first // piece.slab_rows + index
+                self._unpacked(x[:, number * width : (number + 1) * width], slab, output, add=number > 0)
+        else:
+            self._unpacked(x, piece, output)
+
+    def _unpacked(self, x: torch.Tensor, piece: Piece, output: torch.Tensor, add: bool = False) -> None:
+        """Unpack some rows at a time and let torch multiply them."""
         columns = x.shape[1]
         block, size = block_of(piece.type)
         row_bytes = columns // block * size
@@ -136,15 +191,17 @@ class Kernels:
         for start in range(0, piece.rows, step):
             rows = min(step, piece.rows - start)
             plain = self.unpack(piece.type, piece.address + start * row_bytes, rows, columns)
-            self._torch_product(x, plain, piece.type, output[:, piece.first + start : piece.first + start + rows])
+            target = output[:, piece.first + start : piece.first + start + rows]
+            product = self._torch_product(x, plain, piece.type)
+            target.add_(product) if add else target.copy_(product)
 
-    def _torch_product(self, x: torch.Tensor, plain: torch.Tensor, type_name: str, output: torch.Tensor) -> None:
+    def _torch_product(self, x: torch.Tensor, plain: torch.Tensor, type_name: str) -> torch.Tensor:
         precision = "bf16" if self.bf16_many_rows and type_name not in PRECISE_TYPES else "ieee"
         matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         before = matmul.fp32_precision
         matmul.fp32_precision = precision
         try:
-            output.copy_(torch.mm(x, plain.T))
+            return torch.mm(x, plain.T)
         finally:
             matmul.fp32_precision = before
 
@@ -174,6 +231,10 @@ class Kernels:
         self.interleaving.close()
 
 
+# x, its columns, bytes from its start; the piece; the output and bytes from its start.
+_Job: TypeAlias = tuple[torch.Tensor, int, int, Piece, torch.Tensor, int]
+
+_MOST_PARTS = 32  # products in one graph
 _ALIGNMENT = 64
 _SLAB_BYTES = 1 << 20
 

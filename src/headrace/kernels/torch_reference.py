@@ -47,7 +47,18 @@ class ReferenceKernels:
     ) -> None:
         """As `Kernels.multiply`, in fp32."""
         for i, piece in pieces:
-            outputs[i][:, piece.first : piece.first + piece.rows] = multiply(x, piece.type, piece.address, piece.rows)
+            if not piece.slab_rows:
+                outputs[i][:, piece.first : piece.first + piece.rows] = multiply(x, piece.type, piece.address, piece.rows)
+                continue
+            for index, slab in enumerate(piece.slabs()):
+                number, width = piece.first // piece.slab_rows + index, piece.slab_columns
+                part = multiply(x[:, number * width : (number + 1) * width], slab.type, slab.address, slab.rows)
+                outputs[i][:] = part if number == 0 else outputs[i] + part
+
+    def multiply_each(self, jobs: Sequence[tuple[torch.Tensor, Piece, torch.Tensor]], exact: bool) -> None:
+        """As `Kernels.multiply_each`, in fp32."""
+        for x, piece, output in jobs:
+            self.multiply(x, [(0, piece)], [output])
 
     def unpack(self, type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
         """As `Kernels.unpack`."""

@@ -1,46 +1,75 @@
 """Modules whose weights never become tensors of the model: they are multiplied where they lie."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from headrace.checkpoint import Tensor
+from headrace.model.matrix import Matrix
 
-# Multiplies activations (..., columns) with the packed rows of a linear: (..., rows), fp32.
+# Multiplies activations (..., inputs) with the packed matrix of a linear: (..., outputs), fp32.
 Product: TypeAlias = Callable[["PackedLinear", torch.Tensor], torch.Tensor]
+
+
+class WeightAskedError(Exception):
+    """A module looked at the weight of a linear instead of calling it, so it must have one."""
+
+    def __init__(self, linear: "PackedLinear"):
+        super().__init__("the weight of a packed linear was asked for")
+        self.linear = linear
 
 
 class PackedLinear(nn.Module):
     """A linear layer whose weight stays in the checkpoint. `product` is set by whoever delivers the weights."""
 
-    def __init__(self, tensor: Tensor, product: Product, bias: nn.Parameter | None):
+    def __init__(self, matrix: Matrix, product: Product, bias: nn.Parameter | None):
         super().__init__()
-        self.tensor = tensor
+        self.matrix = matrix
         self.product = product
         self.bias = bias
-        # Undoes a permutation of the output rows that the file's writer made.
-        self.row_order: torch.Tensor | None = None
+        self.in_features, self.out_features = matrix.inputs, matrix.outputs
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., columns) to (..., rows). Called two hundred times a token, so past nn.Module's own call with its hooks."""
+        """(..., inputs) to (..., outputs). Called two hundred times a token, so past nn.Module's own call with its hooks."""
         out = self.product(self, x)
-        if self.row_order is not None:
-            out = out.index_select(-1, self.row_order)
-        if self.bias is not None:
-            out = out + self.bias
-        return out
+        return out if self.bias is None else out + self.bias
 
     forward = __call__
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """There is none: raises `WeightAskedError`."""
+        raise WeightAskedError(self)
+
     def extra_repr(self) -> str:
         """Shape and quantisation, for printing the model."""
-        return f"{self.tensor.columns}, {self.tensor.rows}, type={self.tensor.type}"
+        types = ", ".join(sorted({tensor.type for tensor in self.matrix.tensors}))
+        return f"{self.matrix.inputs}, {self.matrix.outputs}, type={types}"
+
+
+class PackedExperts:
+    """The routed experts of one layer: for each the matrices that lead up to the gate, and down from it."""
+
+    def __init__(self, index: int, module: Any, up: tuple[Matrix, ...], down: tuple[Matrix, ...]):
+        """`index` counts layers with experts; `module` is transformers' own, which has the gate and the biases."""
+        self.index = index
+        self.module = module
+        self.up = up
+        self.down = down
+
+    @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return len(self.up)
+
+    def matrices(self, expert: int) -> tuple[Matrix, Matrix]:
+        """Up and down of one expert."""
+        return self.up[expert], self.down[expert]
 
 
 class GatheredEmbedding:
-    """A forward hook for the token embedding: fetches just the rows of the tokens at hand.
+    """A forward hook for a table of embeddings: fetches just the rows of the tokens at hand.
 
     The module's own forward still runs (some scale their rows), on a table of the fetched rows and the token ids
     numbered anew.

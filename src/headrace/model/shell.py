@@ -5,29 +5,26 @@ no checkpoint; llama's writers permute the rows of q and k; gemma's store their 
 of its own; a tensor of the file that finds no place in the model means that the model is a different one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
 from transformers.pytorch_utils import Conv1D
 
 from headrace.checkpoint import Checkpoint, Tensor
+from headrace.checkpoint.encodings import Encoding
 from headrace.errors import CheckpointError, UnsupportedError
 from headrace.model.config import make_config
-from headrace.model.packed import GatheredEmbedding, PackedLinear, Product, RmsNorm
+from headrace.model.matrix import Matrix
+from headrace.model.names import Names, names_of, tied_to
+from headrace.model.order import ExpertStep, LinearStep, Recorder, Step, record_steps
+from headrace.model.packed import GatheredEmbedding, PackedExperts, PackedLinear, Product, RmsNorm, WeightAskedError
 
-# Read for the config, or derived from it; not weights of a module.
-_NOT_WEIGHTS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
-EMBEDDING = "token_embd.weight"
+# Tables of embeddings smaller than this are kept; of larger ones the rows at hand are read.
+_SMALL_TABLE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,54 +32,72 @@ class Shell:
     """A model without its large weights, and the order in which a pass asks for them."""
 
     model: PreTrainedModel
-    groups: tuple[tuple[PackedLinear, ...], ...]  # linears that share their activations, in execution order
+    steps: tuple[Step, ...]
+    made_path: str
+    made: Sequence[tuple[Tensor, Encoding]]  # tensors on that path, besides the checkpoint's own
+
+    @property
+    def experts(self) -> tuple[PackedExperts, ...]:
+        """The layers with routed experts, in order."""
+        return tuple(step.experts for step in self.steps if isinstance(step, ExpertStep))
+
+    @property
+    def linears(self) -> tuple[Tensor, ...]:
+        """What every pass multiplies, each tensor once."""
+        found = {t.name: t for step in self.steps if isinstance(step, LinearStep) for t in step.tensors}
+        return tuple(found.values())
 
 
-def build_shell(
-    checkpoint: Checkpoint,
-    *,
-    attention: str,
-    product: Product,
-    unpack: Callable[[Tensor], torch.Tensor],
-    gather: Callable[[torch.Tensor], torch.Tensor],
-) -> Shell:
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """How the shell reaches the engine around it."""
+
+    implementation: str  # of attention and experts, as registered with transformers
+    product: Product  # multiplies a packed linear
+    read: Callable[[Tensor], torch.Tensor]  # a small tensor whole, fp32, in its shape
+    gather: Callable[[Tensor, torch.Tensor], torch.Tensor]  # rows of a table
+    record: Callable[[Recorder | None], None]  # while the order is recorded, experts go to this recorder
+    arguments: Callable[[], dict[str, Any]]  # of a forward: positions, masks, caches
+
+
+def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
     """Build the model of a checkpoint.
-
-    Args:
-        checkpoint: the header, of a supported architecture.
-        attention: the name of an attention function registered with transformers.
-        product: multiplies a packed linear.
-        unpack: reads a small tensor whole, fp32, in its shape.
-        gather: reads rows of the token embedding.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the model.
-        UnsupportedError: the file holds tensors that the model has no place for.
+        UnsupportedError: transformers has no such language model, or the file holds tensors that it has no place for.
     """
-    config = make_config(checkpoint, lambda name: [float(x) for x in unpack(_find(checkpoint, name)).flatten()])
+    config = make_config(checkpoint, lambda name: [float(x) for x in hooks.read(_find(checkpoint, name)).flatten()])
     config.use_cache = False
-    model = _on_meta(config, attention).eval().requires_grad_(False)
-    processor = TENSOR_PROCESSORS.get(checkpoint.architecture, TensorProcessor)(config=config.to_dict())
-    names = _names(checkpoint, model, processor)
-    _pack_linears(checkpoint, model, names, product)
-    groups = _trace(model)
-    _order_rows(model, processor)
+    model = _on_meta(checkpoint, config, hooks.implementation).eval().requires_grad_(False)
+    names = names_of(checkpoint, model)
+    tied = tied_to(model)
+    before = _pack_linears(model, names, tied, hooks.product)
+    _pack_experts(model, names)
+    steps = _record(model, before, hooks)
     _fill_buffers(model)
-    _scale_frequencies(checkpoint, model, unpack)
-    _fill_parameters(checkpoint, model, names, processor, unpack)
+    _scale_frequencies(checkpoint, model, hooks.read)
+    _gather_tables(model, names, hooks)
+    _fill(model, names, tied, hooks)
+    _refuse_homeless(checkpoint, names)
     _fuse_norms(model)
-    embedding = model.get_input_embeddings()
-    embedding.padding_idx = None  # only training uses it, and it indexes the whole table
-    embedding.register_forward_pre_hook(GatheredEmbedding(gather))
-    return Shell(model=model, groups=groups)
+    return Shell(model=model, steps=steps, made_path=names.made_path, made=names.made)
 
 
-def _on_meta(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": implementation}
     with torch.device("meta"):
-        try:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-        except KeyError:  # Falcon looks its attention up in a table of its own
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        for attention in (implementation, "sdpa", "eager"):  # some models look their attention up in a table of their own
+            try:
+                return AutoModelForCausalLM.from_config(
+                    config, attn_implementation=attention, trust_remote_code=False, **options
+                )
+            except (KeyError, ValueError) as error:
+                refused = error
+    raise UnsupportedError(
+        f"{checkpoint.path}: transformers cannot build its {config.model_type} model: {refused}",
+        hint="is it a language model that generates text?",
+    )
 
 
 def _find(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -94,93 +109,63 @@ def _find(checkpoint: Checkpoint, name: str) -> Tensor:
     return tensor
 
 
-def _names(checkpoint: Checkpoint, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, Tensor]:
-    """The tensor of every parameter, by the parameter's name."""
-    names = {}
-    mapped = get_gguf_hf_weights_map(model, processor)
-    for gguf_name, parameter in mapped.items():
-        if gguf_name in checkpoint.tensors:
-            names[parameter] = checkpoint.tensors[gguf_name]
-    homeless = checkpoint.tensors.keys() - mapped.keys() - _NOT_WEIGHTS
-    if homeless:
-        some = ", ".join(f"`{name}`" for name in sorted(homeless)[:3])
-        raise UnsupportedError(
-            f"{checkpoint.path}: {len(homeless)} tensors have no place in a {checkpoint.architecture} model: {some}",
-            hint="the file needs a newer version, or is not what `general.architecture` says",
-        )
-    embedding = _find(checkpoint, EMBEDDING)
-    return {"lm_head.weight": embedding} | names
-
-
 def _pack_linears(
-    checkpoint: Checkpoint,
-    model: PreTrainedModel,
-    names: dict[str, Tensor],
-    product: Product,
-) -> None:
+    model: PreTrainedModel, names: Names, tied: Mapping[str, str], product: Product
+) -> dict[PackedLinear, tuple[str, nn.Module]]:
+    """Replace every linear; what was there before is returned by what took its place."""
+    before: dict[PackedLinear, tuple[str, nn.Module]] = {}
     for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear | Conv1D):
+        if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
             continue
-        tensor = names.get(f"{name}.weight")
-        if tensor is None:
-            raise CheckpointError(f"{checkpoint.path} has no weights for `{name}`", hint="the file is incomplete")
-        shape = tuple(module.weight.shape)
-        expected = shape[::-1] if isinstance(module, Conv1D) else shape
-        _check_shape(checkpoint, tensor, expected)
-        bias = module.bias if f"{name}.bias" in names else None
-        model.set_submodule(name, PackedLinear(tensor, product, bias))
-
-
-def _check_shape(checkpoint: Checkpoint, tensor: Tensor, expected: Sequence[int]) -> None:
-    if tuple(tensor.shape) != tuple(expected):
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor `{tensor.name}` has the shape {tensor.shape}, the metadata asks for {tuple(expected)}",
-            hint="metadata and tensors are of different models",
+        matrix = names.matrix(
+            _owner(f"{name}.weight", names, tied), tuple(module.weight.shape), isinstance(module, Conv1D)
         )
+        bias = module.bias if f"{name}.bias" in names else None
+        packed = PackedLinear(matrix, product, bias)
+        model.set_submodule(name, packed)
+        before[packed] = name, module
+    return before
 
 
-def _order_rows(model: PreTrainedModel, processor: TensorProcessor) -> None:
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.row_order = _row_order(module.tensor, processor)
+def _owner(parameter: str, names: Names, tied: Mapping[str, str]) -> str:
+    """The parameter whose tensor this one uses: its own, or the one it is tied to."""
+    return parameter if parameter in names or parameter not in tied else tied[parameter]
 
 
-def _row_order(tensor: Tensor, processor: TensorProcessor) -> torch.Tensor | None:
-    """Where each output row lies in the file: what transformers does to the weight, done to the row numbers."""
-    numbers = np.arange(tensor.rows)[:, None]
-    placed = processor.process(numbers, tensor.name, parsed_parameters={"tensors": {}}).weights
-    if placed.shape != numbers.shape or np.array_equal(placed, numbers):
-        return None  # untouched, or only transposed for a module that multiplies from the other side
-    return torch.from_numpy(np.ascontiguousarray(placed[:, 0]))
+def _pack_experts(model: PreTrainedModel, names: Names) -> None:
+    """Tell every module of routed experts where its matrices lie. Its parameters stay on meta, untouched."""
+    count = 0
+    for name, module in model.named_modules():
+        if not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
+            continue
+        last, turns = bool(module.is_transposed), not module.is_concatenated
+        stacks = {
+            key: names.stack(f"{name}.{key}", tuple(parameter.shape), last, turns and key == "gate_up_proj")
+            for key, parameter in module._parameters.items()
+            if parameter is not None and parameter.dim() == 3
+        }
+        up = stacks.get("gate_up_proj") or stacks.get("up_proj")
+        if up is None or "down_proj" not in stacks or len(stacks) != 2:
+            raise UnsupportedError(
+                f"`{name}` holds its experts as {', '.join(stacks) or 'nothing'}, which is not supported",
+                hint="use a GGUF file of the model with llama.cpp",
+            )
+        module.packed = PackedExperts(count, module, up, stacks["down_proj"])  # type: ignore[assignment]
+        count += 1
 
 
-def _trace(model: PreTrainedModel) -> tuple[tuple[PackedLinear, ...], ...]:
-    """One forward on meta that records which linears are called, in which order, on which activations."""
-    calls: list[tuple[PackedLinear, torch.Tensor]] = []
-
-    def record(linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
-        calls.append((linear, x))
-        return x.new_empty((*x.shape[:-1], linear.tensor.rows))
-
-    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    products = [linear.product for linear in linears]
-    for linear in linears:
-        linear.product = record
-    with torch.inference_mode(), torch.device("meta"):
-        ids = torch.empty((1, 2), dtype=torch.long)
-        model(input_ids=ids, position_ids=ids, attention_mask=torch.empty((1, 1, 2, 2)), use_cache=False)
-    for linear, product in zip(linears, products, strict=True):
-        linear.product = product
-    groups: list[list[PackedLinear]] = []
-    last: Any = None
-    for linear, x in calls:
-        if x is last:
-            groups[-1].append(linear)
-        else:
-            groups.append([linear])
-        last = x
-    assert len(calls) == len(linears), "every linear is called exactly once in a pass"
-    return tuple(tuple(group) for group in groups)
+def _record(model: PreTrainedModel, before: Mapping[PackedLinear, tuple[str, nn.Module]], hooks: Hooks) -> tuple[Step, ...]:
+    """The steps of a pass. A linear whose weight is looked at becomes an ordinary one again, kept in memory."""
+    while True:
+        recorder = Recorder()
+        hooks.record(recorder)
+        try:
+            return record_steps(model, recorder, hooks.arguments)
+        except WeightAskedError as asked:
+            name, module = before[asked.linear]
+            model.set_submodule(name, module)
+        finally:
+            hooks.record(None)
 
 
 @torch.inference_mode()
@@ -206,12 +191,12 @@ def _fill_buffers(model: PreTrainedModel) -> None:
 
 
 def _scale_frequencies(
-    checkpoint: Checkpoint, model: PreTrainedModel, unpack: Callable[[Tensor], torch.Tensor]
+    checkpoint: Checkpoint, model: PreTrainedModel, read: Callable[[Tensor], torch.Tensor]
 ) -> None:
-    """Llama 3 stores one factor per rotary frequency, computed by the file's writer."""
+    """Llama 3 stores one factor per rotary frequency in GGUF files, computed by the file's writer."""
     if "rope_freqs.weight" not in checkpoint.tensors:
         return
-    factors = unpack(checkpoint.tensors["rope_freqs.weight"]).flatten()
+    factors = read(checkpoint.tensors["rope_freqs.weight"]).flatten()
     for module in model.modules():
         for key in ("inv_freq", "original_inv_freq"):
             buffer = module._buffers.get(key)
@@ -221,23 +206,47 @@ def _scale_frequencies(
                 buffer /= factors
 
 
-def _fill_parameters(
-    checkpoint: Checkpoint,
-    model: PreTrainedModel,
-    names: dict[str, Tensor],
-    processor: TensorProcessor,
-    unpack: Callable[[Tensor], torch.Tensor],
-) -> None:
-    embedding = model.get_input_embeddings()
-    _check_shape(checkpoint, _find(checkpoint, EMBEDDING), embedding.weight.shape)
+def _gather_tables(model: PreTrainedModel, names: Names, hooks: Hooks) -> None:
+    """Of the token embedding and other large tables, rows are read as they are needed."""
+    main = model.get_input_embeddings()
     for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding):
+            continue
+        if module is not main and module.weight.numel() * 4 < _SMALL_TABLE_BYTES:
+            continue
+        matrix = names.matrix(f"{name}.weight", tuple(module.weight.shape), False)
+        module.padding_idx = None  # only training uses it, and it indexes the whole table
+        module.register_forward_pre_hook(GatheredEmbedding(_rows_of(matrix, hooks)))
+
+
+def _rows_of(matrix: Matrix, hooks: Hooks) -> Callable[[torch.Tensor], torch.Tensor]:
+    tensor, first = matrix.slices[0].tensor, matrix.slices[0].first
+    assert len(matrix.slices) == 1 and matrix.order is None and not tensor.slabs, "a table is one tensor"
+    return lambda rows: hooks.gather(tensor, rows + first)
+
+
+def _fill(model: PreTrainedModel, names: Names, tied: Mapping[str, str], hooks: Hooks) -> None:
+    """Read every small tensor: parameters that are left on meta, and buffers that checkpoints hold."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module._forward_pre_hooks:
+            continue
+        packed = getattr(module, "packed", None)
         for key, parameter in list(module._parameters.items()):
-            if parameter is None or not parameter.is_meta or module is embedding:
+            if parameter is None or not parameter.is_meta or (packed is not None and parameter.dim() == 3):
                 continue
-            full = f"{name}.{key}"
-            tensor = names.get(full)
-            if tensor is None:
-                raise CheckpointError(f"{checkpoint.path} has no tensor for `{full}`", hint="the file is incomplete")
-            value = processor.process(unpack(tensor).numpy(), tensor.name, parsed_parameters={"tensors": {}}).weights
-            _check_shape(checkpoint, tensor, parameter.shape)
-            module._parameters[key] = nn.Parameter(torch.from_numpy(np.array(value, np.float32)), requires_grad=False)
+            full = _owner(f"{name}.{key}" if name else key, names, tied)
+            module._parameters[key] = nn.Parameter(names.value(full, parameter.shape, hooks.read), requires_grad=False)
+        for key, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                value = names.value(f"{name}.{key}" if name else key, buffer.shape, hooks.read)
+                module._buffers[key] = value.to(buffer.dtype)
+
+
+def _refuse_homeless(checkpoint: Checkpoint, names: Names) -> None:
+    homeless = names.homeless()
+    if homeless:
+        some = ", ".join(f"`{name}`" for name in sorted(homeless)[:3])
+        raise UnsupportedError(
+            f"{checkpoint.path}: {len(homeless)} tensors have no place in a {checkpoint.architecture} model: {some}",
+            hint="the file needs a newer version, or is not the model that it says it is",
+        )

@@ -5,12 +5,23 @@ A read either delivers every byte asked for or raises `ReadError` with the file 
 
 import os
 from contextlib import suppress
+from typing import Protocol
 
 from headrace.errors import ReadError
 from headrace.stream.memory import PAGE_BYTES
 
 # One request to the disk. Larger ones are split by the kernel, smaller ones cost a turn of the interpreter each.
 REQUEST_BYTES = 1 << 20
+
+
+class File(Protocol):
+    """What the stream asks of a file, so that tests can make one fail and others need not exist."""
+
+    def read(self, offset: int, target: memoryview, needed: int) -> int:
+        """Fill `target` from `offset`; see `WeightFile.read`."""
+
+    def close(self) -> None:
+        """Close the file."""
 
 
 class WeightFile:

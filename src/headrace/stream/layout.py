@@ -40,6 +40,11 @@ class Visit:
     pinned_address: tuple[int, ...]  # per tensor: offset of row 0 in the pinned arena
     streamed: tuple[tuple[int, Unit], ...]  # (index of the tensor, unit), in order
 
+    @property
+    def in_order(self) -> bool:
+        """Whether pieces must be multiplied in the order of the file: sums over slabs depend on it."""
+        return any(tensor.slabs for tensor in self.tensors)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -96,7 +101,8 @@ def make_layout(
 
 
 def _units(tensor: Tensor, first: int, last: int, unit_bytes: int, pinned_base: int | None) -> Iterator[Unit]:
-    step = max(1, (unit_bytes - 2 * PAGE_BYTES) // tensor.row_bytes)
+    multiple = tensor.row_multiple
+    step = max(1, (unit_bytes - 2 * PAGE_BYTES) // (multiple * tensor.row_bytes)) * multiple
     base, _ = aligned(tensor.offset, 0)
     for row in range(first, last, step):
         rows = min(step, last - row)

@@ -11,13 +11,14 @@ most); a reader's error is lost (it is raised in the consumer); a consumer waits
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from headrace.checkpoint import Tensor
 from headrace.errors import ReadError
 from headrace.kernels import Piece
-from headrace.stream.files import WeightFile
+from headrace.stream.files import File, WeightFile
 from headrace.stream.layout import Layout, Unit
 from headrace.stream.memory import Arena
 
@@ -35,16 +36,6 @@ class Spans(Protocol):
         """Record one span."""
 
 
-class File(Protocol):
-    """What the stream asks of a file, so that tests can make one fail."""
-
-    def read(self, offset: int, target: memoryview, needed: int) -> int:
-        """Fill `target` from `offset`; see `WeightFile.read`."""
-
-    def close(self) -> None:
-        """Close the file."""
-
-
 @dataclass(slots=True)
 class StreamCounters:
     """What the stream did so far. Differences of two copies describe a pass."""
@@ -53,6 +44,13 @@ class StreamCounters:
     reads: int = 0
     read_s: float = 0.0  # summed over readers, so it can exceed the time that passed
     stall_s: float = 0.0  # the consumer waited for a read
+
+
+def piece_of(tensor: Tensor, first: int, rows: int, address: int) -> Piece:
+    """Rows of a tensor that lie at an address."""
+    if not tensor.slabs:
+        return Piece(tensor.type, rows, address, first)
+    return Piece(tensor.type, rows, address, first, slab_rows=tensor.outputs, slab_columns=tensor.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +69,12 @@ class WeightStream:
         *,
         slots: int,
         readers: int,
-        open_file: Callable[[str], File] = WeightFile,
+        file_of: Callable[[str], File] = WeightFile,
         spans: Spans | None = None,
         stall_limit_s: float = STALL_LIMIT_S,
         settle: Callable[[Piece, int], Piece] | None = None,
     ):
-        """`readers=0` is the serial twin. `slots` is the size of the ring in units.
+        """`readers=0` is the serial twin. `slots` is the size of the ring in units. `file_of` gives the open file of a path.
 
         `settle` is called once with each pinned piece (and its columns) when it has come; what it returns is delivered
         from then on.
@@ -91,7 +89,7 @@ class WeightStream:
         self._pinned = Arena(layout.pinned_bytes)
         self._ring = Arena(slots * layout.slot_bytes if layout.streamed_units else 0)
         paths = {tensor.path for visit in layout.visits for tensor in visit.tensors}
-        self._files: Mapping[str, File] = {path: open_file(path) for path in sorted(paths)}
+        self._files = {path: file_of(path) for path in sorted(paths)}
         # One lock, two reasons to wait. A release wakes one reader and an arrival the consumer: waking everybody each time
         # cost 50 ms of a pass of 500 units, in turns of the interpreter.
         lock = threading.Lock()
@@ -135,6 +133,9 @@ class WeightStream:
                 raise
         streamed = self.layout.visits[index].streamed
         done = 0
+        if self.layout.visits[index].in_order:  # pinned rows are the first ones
+            yield from pinned
+            done = len(pinned)
         for count, (i, unit) in enumerate(streamed):
             while done * len(streamed) <= count * len(pinned) and done < len(pinned):
                 yield pinned[done]
@@ -142,7 +143,7 @@ class WeightStream:
             number = self._released
             self._wait(lambda n=number: n in self._filled, unit.tensor.name)  # type: ignore[misc]
             slot = self._ring.address + number % self._slots * self.layout.slot_bytes
-            yield [(i, Piece(unit.tensor.type, unit.rows, slot + unit.delta, unit.first))]
+            yield [(i, piece_of(unit.tensor, unit.first, unit.rows, slot + unit.delta))]
             with self._room:
                 self._filled.discard(number)
                 self._released += 1
@@ -156,11 +157,8 @@ class WeightStream:
         self._begin_pass()
 
     def close(self) -> None:
-        """Stop the readers and close the files. Safe to call twice."""
+        """Stop the readers. The files belong to whoever opened them. Safe to call twice."""
         self._stop()
-        for file in self._files.values():
-            file.close()
-        self._files = {}
 
     def _wait(self, ready: Callable[[], bool], label: str) -> None:
         if ready() and self._error is None:
@@ -197,10 +195,11 @@ class WeightStream:
         pieces: Batch = []
         for i, (tensor, rows) in enumerate(zip(visit.tensors, visit.pinned_rows, strict=True)):
             base = self._pinned.address + visit.pinned_address[i]
-            step = SLICE_BYTES // tensor.row_bytes // 8 * 8 or 8 if visit.streamed else max(1, rows)
+            multiple = max(8, tensor.row_multiple)
+            step = SLICE_BYTES // tensor.row_bytes // multiple * multiple or multiple if visit.streamed else max(1, rows)
             for first in range(0, rows, step):
                 address = base + first * tensor.row_bytes
-                pieces.append((i, Piece(tensor.type, min(step, rows - first), address, first)))
+                pieces.append((i, piece_of(tensor, first, min(step, rows - first), address)))
         if self._settle is not None:
             pieces = [(i, self._settle(piece, visit.tensors[i].columns)) for i, piece in pieces]
         if not visit.streamed:

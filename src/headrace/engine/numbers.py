@@ -1,0 +1,20 @@
+"""Small tensors of types that no kernel multiplies, as fp32: counts, masks, and numbers of double precision."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+_NUMPY = {
+    "F64": np.float64, "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+def floats_of(type_name: str, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor | None:
+    """The numbers in these bytes, in one dimension; None for the types that kernels unpack."""
+    if type_name in _NUMPY:
+        return torch.from_numpy(data.view(_NUMPY[type_name]).astype(np.float32))
+    if type_name in ("F8_E4M3", "F8_E5M2"):
+        return torch.from_numpy(data).view(torch.float8_e4m3fn if type_name == "F8_E4M3" else torch.float8_e5m2).float()
+    return None

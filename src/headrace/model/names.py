@@ -1,0 +1,390 @@
+"""Which tensors of a checkpoint make up each parameter of the model: one way for GGUF files, one for Hugging Face folders.
+
+Both let transformers' own conversion say it, by feeding it row numbers in place of weights (`matrix`), or small tensors
+themselves (`value`). No list of families stands here.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+from headrace.checkpoint import Checkpoint, Tensor
+from headrace.checkpoint.encodings import Encoding, transposed
+from headrace.checkpoint.tensor import Slice, block_of
+from headrace.errors import CheckpointError, UnsupportedError
+from headrace.model.matrix import Matrix, matrix_of, part_of
+
+Read = Callable[[Tensor], torch.Tensor]  # a small tensor whole, fp32, in its shape
+
+
+class Names(Protocol):
+    """Finds the stored form of a model's parameters, by the parameters' names."""
+
+    made_path: str
+    made: list[tuple[Tensor, Encoding]]  # tensors on that path, made from stored ones when they are read
+
+    def __contains__(self, parameter: str) -> bool:
+        """Whether the checkpoint has it."""
+
+    def matrix(self, parameter: str, shape: Sequence[int], outputs_last: bool) -> Matrix:
+        """The matrix of a linear. `shape` is the parameter's, `outputs_last` says that it is (inputs, outputs)."""
+
+    def stack(
+        self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool
+    ) -> tuple[Matrix, ...]:
+        """The matrices of all experts. `interleaved`: gates and ups take turns in the model, where the file has two tensors."""
+
+    def value(self, parameter: str, shape: Sequence[int], read: Read) -> torch.Tensor:
+        """A small parameter itself, fp32."""
+
+    def homeless(self) -> list[str]:
+        """Tensors that have no place in the model."""
+
+
+def names_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Names:
+    """The names of a checkpoint in a model that is still as transformers built it."""
+    return FolderNames(checkpoint, model) if checkpoint.config is not None else GgufNames(checkpoint, model)
+
+
+class _Made:
+    """Tensors stored with their inputs as rows, made into slabs when they are read."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self.made_path = f"{checkpoint.path}[transposed]"
+        self.made: list[tuple[Tensor, Encoding]] = []
+        self._made: dict[tuple[str, int], Tensor] = {}
+        self._offset = 0
+
+    def _transposed(self, tensor: Tensor) -> Matrix:
+        key = (tensor.path, tensor.offset)
+        if key not in self._made:
+            made, encoding = transposed(tensor, self.made_path, self._offset)
+            self.made.append((made, encoding))
+            self._offset += -(-made.nbytes // 4096) * 4096
+            self._made[key] = made
+        made = self._made[key]
+        return Matrix((Slice(made, 0, made.outputs),))
+
+    def _contradiction(self, parameter: str, stored: Sequence[int], expected: Sequence[int]) -> CheckpointError:
+        return CheckpointError(
+            f"{self._checkpoint.path}: the tensor of `{parameter}` has the shape {tuple(stored)},"
+            f" the config asks for {tuple(expected)}",
+            hint="config and tensors are of different models",
+        )
+
+    def _missing(self, parameter: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._checkpoint.path} has no tensor for `{parameter}`",
+            hint="the checkpoint is incomplete; get it from another source",
+        )
+
+
+@dataclass(eq=False)
+class _Group:
+    """Tensors that one conversion takes together."""
+
+    converter: WeightConverter | None
+    target: str  # the parameter, or the first of several
+    members: list[tuple[str, str]] = field(default_factory=list)  # (pattern of the converter, name in the checkpoint)
+
+
+class FolderNames(_Made):
+    """Names of a Hugging Face folder, by transformers' conversion mapping."""
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel):
+        super().__init__(checkpoint)
+        self._model = model
+        self._tensors = checkpoint.tensors
+        self._of: dict[str, _Group] = {}
+        self._converted: tuple[_Group | None, dict[str, npt.NDArray[np.int64]]] = (None, {})
+        self._homeless: list[str] = []
+        self._known = model.state_dict()
+        self._assign(get_model_conversion_mapping(model))
+        self._find_targets()
+
+    def __contains__(self, parameter: str) -> bool:
+        return parameter in self._of
+
+    def _assign(self, mapping: Sequence[Any]) -> None:
+        """Put every tensor into the group of its parameter, as transformers' loader does."""
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = self._model.base_model_prefix
+        for name in sorted(self._tensors, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, self._known)
+            if target not in self._known and name in self._known:
+                target, pattern = name, None
+            if target not in self._known:
+                self._homeless.append(name)
+                continue
+            converter = by_pattern[pattern] if pattern is not None else None
+            group = self._of.setdefault(target, _Group(converter, target))
+            if converter is None and group.members:
+                first = group.members[0][1]
+                raise CheckpointError(
+                    f"{self._checkpoint.path}: tensors `{first}` and `{name}` are both `{target}` of the model",
+                    hint="remove one of the two files that hold it",
+                )
+            group.members.append((pattern or name, name))
+
+    def _find_targets(self) -> None:
+        """Parameters that a conversion makes besides the one that its tensors are collected under."""
+        for group in list(self._of.values()):
+            if group.converter is not None and len(group.converter.target_patterns) > 1:
+                for target in self._numbers(group):
+                    self._of[target] = group
+
+    def _convert(self, group: _Group, value: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        if group.converter is None:
+            return {group.target: value(group.members[0][1])}
+        converter = deepcopy(group.converter)
+        for pattern, name in group.members:
+            converter.add_tensor(group.target, name, pattern, partial(value, name))  # type: ignore[arg-type]
+        try:
+            found = converter.convert(group.target, model=self._model, config=self._model.config)
+        except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+            some = group.members[0][1]
+            raise CheckpointError(
+                f"{self._checkpoint.path}: tensors like `{some}` cannot be made into `{group.target}`: {error}",
+                hint="the checkpoint is incomplete, or config and tensors are of different models",
+            ) from error
+        return {name: one[0] if isinstance(one, list) else one for name, one in found.items()}
+
+    def _numbers(self, group: _Group) -> dict[str, npt.NDArray[np.int64]]:
+        """Row numbers of the group's tensors, counted through, as the conversion arranges them."""
+        if self._converted[0] is not group:
+            bases = dict(zip((name for _, name in group.members), self._bases(group), strict=True))
+            found = self._convert(group, lambda name: _row_numbers(self._tensors[name], bases[name]))
+            self._converted = group, {name: rows.numpy() for name, rows in found.items()}
+        return self._converted[1]
+
+    def _bases(self, group: _Group) -> list[int]:
+        sizes = [_height(self._tensors[name]) for _, name in group.members]
+        return [0, *np.cumsum(sizes)[:-1].tolist()]
+
+    def matrix(self, parameter: str, shape: Sequence[int], outputs_last: bool) -> Matrix:
+        """See `Names.matrix`."""
+        return self._matrices(parameter, 1, shape, outputs_last)[0]
+
+    def stack(
+        self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool
+    ) -> tuple[Matrix, ...]:
+        """See `Names.stack`. Folders store gates and ups as the model has them, or transformers' conversion makes them so."""
+        return self._matrices(parameter, shape[0], shape[1:], outputs_last)
+
+    def _matrices(self, parameter: str, count: int, shape: Sequence[int], outputs_last: bool) -> tuple[Matrix, ...]:
+        """The matrices of a parameter of `count` times this shape."""
+        group = self._of.get(parameter)
+        if group is None:
+            raise self._missing(parameter)
+        tensors = [self._tensors[name] for _, name in group.members]
+        outputs, inputs = reversed(shape) if outputs_last else shape
+        numbers, columns = self._numbers(group)[parameter], {tensor.inputs for tensor in tensors}
+        if numbers.size == count * outputs and columns == {inputs} and self._outputs_are_rows(
+            tensors, numbers, shape, outputs_last
+        ):
+            bases = self._bases(group)
+            return tuple(matrix_of(one, tensors, bases) for one in numbers.reshape(count, outputs))
+        if numbers.size == count * inputs and columns == {outputs}:
+            if len(tensors) == count and all(len(tensor.shape) == 2 for tensor in tensors):
+                return tuple(self._transposed(tensor) for tensor in tensors)
+            if len(tensors) == 1:
+                return tuple(self._transposed(part_of(tensors[0], i, count)) for i in range(count))
+            raise UnsupportedError(
+                f"{self._checkpoint.path}: `{parameter}` is put together from {len(tensors)} tensors by columns,"
+                " which is not supported",
+                hint="use a GGUF file of the model",
+            )
+        raise self._contradiction(parameter, tensors[0].shape, self._known[parameter].shape)
+
+    @staticmethod
+    def _outputs_are_rows(
+        tensors: Sequence[Tensor], numbers: npt.NDArray[np.int64], shape: Sequence[int], outputs_last: bool
+    ) -> bool:
+        """Which way a square matrix lies: blocks run along the inputs; else the model's own dimensions tell."""
+        if shape[0] != shape[1] or any(tensor.slabs or block_of(tensor.type)[0] > 1 for tensor in tensors):
+            return True
+        turned = numbers.ndim > 1 and numbers.shape[-1] != 1  # the conversion transposes
+        return turned == outputs_last
+
+    def value(self, parameter: str, shape: Sequence[int], read: Read) -> torch.Tensor:
+        """See `Names.value`."""
+        group = self._of.get(parameter)
+        if group is None:
+            raise self._missing(parameter)
+        found = self._convert(group, lambda name: read(self._tensors[name]))[parameter]
+        if tuple(found.shape) != tuple(shape) and found.numel() == prod(shape) == 1:
+            found = found.reshape(tuple(shape))
+        if tuple(found.shape) != tuple(shape):
+            raise self._contradiction(parameter, found.shape, shape)
+        return found.contiguous()
+
+    def homeless(self) -> list[str]:
+        """See `Names.homeless`; what transformers itself drops is not counted."""
+        patterns = [*(self._model._keys_to_ignore_on_load_unexpected or ()), *_DROPPED]
+        layers = getattr(self._model.config.get_text_config(), "num_hidden_layers", 0) or 0
+
+        def dropped(name: str) -> bool:
+            number = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+            if number is not None and int(number[1]) >= layers:
+                return True  # heads that guess further tokens are stored as further layers
+            return any(re.search(pattern, name) for pattern in patterns)
+
+        return [name for name in self._homeless if not dropped(name)]
+
+
+# Buffers of older versions of transformers, computed anew today, and scales for activations.
+_DROPPED = (
+    r"rotary_emb\.inv_freq",
+    r"(^|\.)position_ids$",
+    r"\.attn\.(masked_)?bias$",
+    r"\.attention\.(masked_)?bias$",
+    r"(^|\.)mtp\.",
+    r"\.(input|activation|k|v)_scale$",
+)
+
+
+def _row_numbers(tensor: Tensor, base: int) -> torch.Tensor:
+    """The numbers of a tensor's rows in its shape, with one column; of a vector: of its elements."""
+    if len(tensor.shape) < 2:
+        return torch.arange(base, base + prod(tensor.shape)).view(tensor.shape)
+    shape = (tensor.outputs,) if tensor.slabs else tensor.shape[:-1]
+    return torch.arange(base, base + _height(tensor)).view(*shape, 1)
+
+
+def _height(tensor: Tensor) -> int:
+    """Rows of the matrices in a tensor; of a vector: its elements."""
+    return prod(tensor.shape) if len(tensor.shape) < 2 else tensor.outputs
+
+
+class GgufNames(_Made):
+    """Names of a GGUF file, by transformers' GGUF mapping and its processors of tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel):
+        super().__init__(checkpoint)
+        self._processor = TENSOR_PROCESSORS.get(checkpoint.architecture, TensorProcessor)(
+            config=model.config.to_dict()
+        )
+        self._mapped = get_gguf_hf_weights_map(model, self._processor)
+        self._of: dict[str, Tensor] = {}
+        for name, parameter in self._mapped.items():
+            tensor = checkpoint.tensors.get(name) or checkpoint.tensors.get(f"{name}.weight")
+            if tensor is not None:
+                self._of[parameter] = tensor
+        embedding = checkpoint.tensors.get(EMBEDDING)
+        if embedding is None:
+            raise CheckpointError(
+                f"{checkpoint.path} has no tensor `{EMBEDDING}`", hint="the file is incomplete; get it from another source"
+            )
+        self._of.setdefault("lm_head.weight", embedding)
+        self._used: set[str] = set()
+
+    def __contains__(self, parameter: str) -> bool:
+        return parameter in self._of or bool(self._expert_tensors(parameter))
+
+    def _find(self, parameter: str) -> Tensor:
+        tensor = self._of.get(parameter)
+        if tensor is None:
+            raise self._missing(parameter)
+        self._used.add(tensor.name)
+        return tensor
+
+    def matrix(self, parameter: str, shape: Sequence[int], outputs_last: bool) -> Matrix:
+        """See `Names.matrix`. Converters to GGUF store every matrix with its outputs as rows."""
+        tensor = self._find(parameter)
+        expected = (shape[1], shape[0]) if outputs_last else tuple(shape)
+        if (tensor.rows, tensor.columns) != expected:
+            raise self._contradiction(parameter, tensor.shape, expected)
+        return Matrix((Slice(tensor, 0, tensor.rows),), self._row_order(tensor))
+
+    def _row_order(self, tensor: Tensor) -> torch.Tensor | None:
+        """Where each output row lies in the file: what transformers does to the weight, done to the row numbers."""
+        numbers = np.arange(tensor.rows)[:, None]
+        placed = self._processor.process(numbers, tensor.name, parsed_parameters={"tensors": {}}).weights
+        if placed is None or placed.shape != numbers.shape or np.array_equal(placed, numbers):
+            return None  # untouched, or only transposed for a module that multiplies from the other side
+        return torch.from_numpy(np.ascontiguousarray(placed[:, 0]))
+
+    def _expert_tensors(self, parameter: str) -> list[Tensor]:
+        """`blk.N.ffn_{gate,up,down}_exps`, whatever the model calls them: of gate_up first the gates."""
+        match = re.search(r"\.layers\.(\d+)\..*\b(gate_up|up|down)_proj(_bias)?$", parameter)
+        if match is None:
+            return []
+        kinds = {"gate_up": ("gate", "up")}.get(match[2], (match[2],))
+        suffix = "bias" if match[3] else "weight"
+        names = [f"blk.{match[1]}.ffn_{kind}_exps.{suffix}" for kind in kinds]
+        found = [self._checkpoint.tensors[name] for name in names if name in self._checkpoint.tensors]
+        return found if len(found) == len(kinds) else []
+
+    def stack(
+        self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool
+    ) -> tuple[Matrix, ...]:
+        """See `Names.stack`."""
+        tensors = self._expert_tensors(parameter)
+        if not tensors:
+            raise self._missing(parameter)
+        self._used.update(tensor.name for tensor in tensors)
+        count, outputs, inputs = (shape[0], shape[2], shape[1]) if outputs_last else shape
+        for tensor in tensors:
+            expected = (count, outputs // len(tensors), inputs)
+            if tuple(tensor.shape) != expected:
+                raise self._contradiction(parameter, tensor.shape, expected)
+        order = _turns(outputs) if interleaved and len(tensors) == 2 else None
+        return tuple(
+            Matrix(tuple(Slice(one, 0, one.rows) for one in (part_of(t, i, count) for t in tensors)), order)
+            for i in range(count)
+        )
+
+    def value(self, parameter: str, shape: Sequence[int], read: Read) -> torch.Tensor:
+        """See `Names.value`."""
+        experts = self._expert_tensors(parameter) if parameter not in self._of else []
+        if experts:
+            self._used.update(tensor.name for tensor in experts)
+            found = torch.cat([read(tensor) for tensor in experts], -1)
+            return found[:, _turns(shape[-1])] if len(experts) == 2 else found
+        tensor = self._find(parameter)
+        value = self._processor.process(read(tensor).numpy(), tensor.name, parsed_parameters={"tensors": {}}).weights
+        if value.size == prod(shape):
+            value = value.reshape(tuple(shape))
+        if tuple(value.shape) != tuple(shape):
+            raise self._contradiction(parameter, value.shape, shape)
+        return torch.from_numpy(np.array(value, np.float32))
+
+    def homeless(self) -> list[str]:
+        """See `Names.homeless`."""
+        mapped = self._mapped.keys() | {f"{name}.weight" for name in self._mapped}
+        return sorted(self._checkpoint.tensors.keys() - mapped - self._used - _NOT_WEIGHTS)
+
+
+EMBEDDING = "token_embd.weight"
+# Read for the config, or derived from it; not weights of a module.
+_NOT_WEIGHTS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+
+
+def _turns(outputs: int) -> torch.Tensor:
+    """The order in which the first and the second half take turns."""
+    return torch.arange(outputs).view(2, -1).T.reshape(-1)
+
+
+def tied_to(model: PreTrainedModel) -> Mapping[str, str]:
+    """Parameters that have no tensor of their own, and whose tensor they share."""
+    return dict(model.all_tied_weights_keys)

@@ -1,0 +1,110 @@
+"""In which order a pass asks for weights: recorded in one forward on meta, where nothing is computed.
+
+Linears that are called one after another with the same activations are one step. The order is not known from any list of
+families, and the engine asserts at run time that it holds.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from headrace.checkpoint import Tensor
+from headrace.model.packed import PackedExperts, PackedLinear
+
+
+@dataclass(frozen=True, eq=False)
+class LinearStep:
+    """Linears that share their activations."""
+
+    linears: tuple[PackedLinear, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is multiplied, each tensor once though several linears may be cut from it."""
+        found = {tensor.name: tensor for linear in self.linears for tensor in linear.matrix.tensors}
+        return tuple(found.values())
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertStep:
+    """A layer's routed experts."""
+
+    experts: PackedExperts
+
+
+Step: TypeAlias = LinearStep | ExpertStep
+
+
+class Recorder:
+    """Takes the place of products and experts while the order is recorded."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[PackedLinear | PackedExperts, torch.Tensor | None]] = []
+
+    def product(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+        """Record a call; the result has the right shape and no content."""
+        self.calls.append((linear, x))
+        return x.new_empty((*x.shape[:-1], linear.matrix.outputs))
+
+    def experts(self, packed: PackedExperts, hidden: torch.Tensor) -> torch.Tensor:
+        """Record that a layer's experts were asked for."""
+        self.calls.append((packed, None))
+        return torch.empty_like(hidden)
+
+    def steps(self) -> tuple[Step, ...]:
+        """The calls, those on the same activations together."""
+        steps: list[list[PackedLinear] | PackedExperts] = []
+        last: Any = None
+        for called, x in self.calls:
+            if isinstance(called, PackedExperts):
+                steps.append(called)
+            elif x is last and isinstance(steps[-1], list) and called not in steps[-1]:
+                steps[-1].append(called)
+            else:
+                steps.append([called])
+            last = x
+        return tuple(LinearStep(tuple(s)) if isinstance(s, list) else ExpertStep(s) for s in steps)
+
+
+def record_steps(model: PreTrainedModel, recorder: Recorder, arguments: Callable[[], dict[str, Any]]) -> tuple[Step, ...]:
+    """The steps of a pass. Raises `WeightAskedError` where a module wants the weight of a packed linear itself."""
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    with _products(linears, recorder.product), _meta_buffers(model), torch.inference_mode(), torch.device("meta"):
+        ids = torch.zeros((1, 2), dtype=torch.long)
+        model(input_ids=ids, use_cache=False, **arguments())
+    return recorder.steps()
+
+
+@contextmanager
+def _products(linears: list[PackedLinear], product: Callable[[PackedLinear, torch.Tensor], torch.Tensor]) -> Any:
+    before = [linear.product for linear in linears]
+    for linear in linears:
+        linear.product = product
+    try:
+        yield
+    finally:
+        for linear, own in zip(linears, before, strict=True):
+            linear.product = own
+
+
+@contextmanager
+def _meta_buffers(model: nn.Module) -> Any:
+    """Some models make buffers of numbers while they are built; on meta like the rest, they do not mix devices."""
+    held = [
+        (module, key, buffer)
+        for module in model.modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_meta
+    ]
+    for module, key, buffer in held:
+        module._buffers[key] = buffer.to("meta")
+    try:
+        yield
+    finally:
+        for module, key, buffer in held:
+            module._buffers[key] = buffer

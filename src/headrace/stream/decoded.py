@@ -1,0 +1,91 @@
+"""A file that is not there: its tensors are made from stored ones while they are read, in the reader's thread.
+
+Quantised layouts without a kernel, matrices stored with their inputs as rows, low-bit copies that guess: all are tensors on
+a path of which only the name exists. Nothing is written, and never more than what is asked for is made.
+"""
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from headrace.checkpoint import Tensor
+from headrace.checkpoint.encodings import Encoding
+from headrace.stream.files import File
+from headrace.stream.memory import PAGE_BYTES, Arena, aligned
+
+
+class DecodedFile:
+    """Answers reads of tensors that are made on the way. For several readers at once; each has buffers of its own."""
+
+    def __init__(self, made: Sequence[tuple[Tensor, Encoding]], file_of: Callable[[str], File]):
+        """`made`: the tensors of this path; `file_of` gives the open file of a path that their sources name."""
+        ordered = sorted(made, key=lambda one: one[0].offset)
+        self._made = ordered
+        self._starts = [tensor.offset for tensor, _ in ordered]
+        self._file_of = file_of
+        self._local = threading.local()
+
+    def read(self, offset: int, target: memoryview, needed: int) -> int:
+        """Fill the first `needed` bytes of `target`. See `WeightFile.read`."""
+        tensor, encoding = self._made[bisect_right(self._starts, offset) - 1]
+        begin = offset - tensor.offset
+        step = encoding.row_multiple
+        first = begin // tensor.row_bytes // step * step
+        last = min(tensor.rows, -(-(begin + needed) // (tensor.row_bytes * step)) * step)
+        rows = self._buffer("rows", (last - first) * tensor.row_bytes)
+        self._decode(encoding, first, last, rows)
+        skipped = begin - first * tensor.row_bytes
+        count = min(needed, len(rows) - skipped)
+        np.frombuffer(target, np.uint8)[:count] = rows[skipped : skipped + count]
+        return len(target)
+
+    def _decode(self, encoding: Encoding, first: int, last: int, out: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> None:
+        raw = []
+        for number, (source, begin, count) in enumerate(encoding.reads(first, last)):
+            start, length = aligned(source.offset + begin, count)
+            buffer = self._buffer(f"raw{number}", length)
+            delta = source.offset + begin - start
+            self._file_of(source.path).read(start, memoryview(buffer), delta + count)
+            raw.append(buffer[delta : delta + count])
+        encoding.decode(raw, first, last, out)
+
+    def close(self) -> None:
+        """The sources' files are closed by whoever opened them."""
+
+    def _buffer(self, name: str, nbytes: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+        """Aligned memory of this thread under a name, made once and larger when need be."""
+        held: Arena | None = getattr(self._local, name, None)
+        if held is None or held.nbytes < nbytes:
+            held = Arena(-(-nbytes // PAGE_BYTES) * PAGE_BYTES)
+            setattr(self._local, name, held)
+        return np.frombuffer(held.view, np.uint8)[:nbytes]
+
+
+class FileSet:
+    """The open files of a checkpoint by path: those that exist, and those that are made from them."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        made: Mapping[str, Sequence[tuple[Tensor, Encoding]]],
+        open_file: Callable[[str], File],
+    ):
+        """`made`: by path the tensors that are made when they are read."""
+        self._files: dict[str, File] = {path: open_file(path) for path in paths}
+        for path, tensors in made.items():
+            self.add(path, tensors)
+
+    def add(self, path: str, made: Sequence[tuple[Tensor, Encoding]]) -> None:
+        """A further path of tensors that are made when they are read."""
+        self._files[path] = DecodedFile(made, self._files.__getitem__)
+
+    def __getitem__(self, path: str) -> File:
+        return self._files[path]
+
+    def close(self) -> None:
+        """Close all of them. Safe to call twice."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}

@@ -1,0 +1,320 @@
+"""Experts on demand: read when the router asks for them, kept as long as they are worth it.
+
+All experts that a layer needs are asked for at once. Those in memory are multiplied first, while reader threads fetch the
+others with the queue deep; each is handed over as it arrives. An expert is read once per layer and pass, however many
+rows chose it, and its slot in memory may go to another as soon as its product is done.
+
+What must never happen: a slot is overwritten while it is read into or multiplied (it is held); a reader's error is lost
+(it is raised in the consumer); a consumer waits for ever (a silent disk is an error).
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from headrace.checkpoint.tensor import Slice
+from headrace.errors import ReadError
+from headrace.kernels import Piece
+from headrace.stream.files import File
+from headrace.stream.memory import Arena, aligned
+from headrace.stream.policy import ExpertCache
+from headrace.stream.weights import STALL_LIMIT_S, Spans, piece_of
+
+# Pieces of one expert in the order of its slices.
+Ready: TypeAlias = list[tuple[int, tuple[Piece, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One range of a file, page-aligned, and where it goes in the slot."""
+
+    part: Slice
+    start: int
+    length: int
+    needed: int
+    place: int  # of `start` in the slot
+    delta: int  # bytes before the first row
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """All that is read for one expert."""
+
+    reads: tuple[Read, ...]
+    nbytes: int  # in its slot
+
+
+def bundle_of(slices: Sequence[Slice]) -> Bundle:
+    """Lay out an expert's slices one after another."""
+    reads, place = [], 0
+    for part in slices:
+        offset = part.tensor.offset + part.first * part.tensor.row_bytes
+        size = part.tensor.nbytes if part.tensor.slabs else part.rows * part.tensor.row_bytes
+        start, length = aligned(offset, size)
+        reads.append(Read(part, start, length, offset - start + size, place, offset - start))
+        place += length
+    return Bundle(tuple(reads), place)
+
+
+@dataclass(slots=True)
+class ExpertCounters:
+    """What the experts have cost so far. Differences of two copies describe a pass."""
+
+    hits: int = 0
+    misses: int = 0
+    read_bytes: int = 0
+    reads: int = 0
+    read_s: float = 0.0
+    stall_s: float = 0.0
+
+
+@dataclass(eq=False, slots=True)
+class _Load:
+    layer: int
+    expert: int
+    slot: int
+    left: int  # reads that have not come yet
+    queue: deque[Read] = field(default_factory=deque)
+
+
+class ExpertStream:
+    """The experts of all layers, some of them in memory. Owns the memory and the readers; a context manager."""
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Sequence[Slice]]],
+        *,
+        slots: int,
+        readers: int,
+        file_of: Callable[[str], File],
+        spans: Spans | None = None,
+        cache: ExpertCache | None = None,
+        stall_limit_s: float = STALL_LIMIT_S,
+    ):
+        """What is fixed.
+
+        Args:
+            layers: of every expert of every layer, the slices it consists of.
+            slots: experts that fit into memory.
+            readers: threads, and so reads under way at a time. 0: the consumer reads for itself.
+            file_of: the open file of a path.
+            spans: where reads and stalls are recorded.
+            cache: which experts stay; None: a new one, without memories.
+            stall_limit_s: silence of the disk that is an error.
+        """
+        self.counters = ExpertCounters()
+        self.cache = cache or ExpertCache(layers=len(layers), experts=max(map(len, layers)), slots=slots)
+        self._bundles = [[bundle_of(slices) for slices in experts] for experts in layers]
+        self._slot_bytes = max(bundle.nbytes for experts in self._bundles for bundle in experts)
+        self._arena = Arena(slots * self._slot_bytes)
+        paths = {part.tensor.path for experts in layers for slices in experts for part in slices}
+        self._files = {path: file_of(path) for path in sorted(paths)}
+        self._spans = spans
+        self._stall_limit_s = stall_limit_s
+        lock = threading.Lock()
+        self._work = threading.Condition(lock)
+        self._arrived = threading.Condition(lock)
+        self._queue: deque[tuple[_Load, Read]] = deque()
+        self._loading: dict[tuple[int, int], _Load] = {}
+        self._error: BaseException | None = None
+        self._stopping = False
+        self._readers = readers
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> "ExpertStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the consumer -------------------------------------------------------------------------------------------
+
+    def fetch(self, layer: int, counts: Mapping[int, int]) -> Iterator[Ready]:
+        """The experts of a layer that so many rows have chosen, in groups: those in memory first, then as they come.
+
+        The memory of a group may be used until the next one is asked for.
+
+        Raises:
+            ReadError: a read failed or nothing has come from the disk for `stall_limit_s`.
+        """
+        self._start()
+        held: list[int] = []
+        try:
+            with self._work:
+                self.cache.note(layer, counts)
+                ready, missing = self._look_up(layer, counts, held)
+                self._issue(layer, missing, held)
+            if ready:
+                yield self._pieces(layer, ready)
+                self._release([slot for _, slot in ready], held)
+            while missing or self._loading:
+                ready = self._wait()
+                yield self._pieces(layer, ready)
+                with self._work:
+                    self._let_go([slot for _, slot in ready], held)
+                    self._issue(layer, missing, held)
+        finally:
+            self._abandon(held)
+
+    def _look_up(self, layer: int, counts: Mapping[int, int], held: list[int]) -> tuple[list[tuple[int, int]], deque[int]]:
+        ready: list[tuple[int, int]] = []
+        missing: deque[int] = deque()
+        for expert in counts:
+            slot = self.cache.find(layer, expert)
+            if slot is None:
+                missing.append(expert)
+                continue
+            self.cache.hold(slot)
+            held.append(slot)
+            ready.append((expert, slot))
+        self.counters.hits += len(ready)
+        self.counters.misses += len(missing)
+        return ready, missing
+
+    def _issue(self, layer: int, missing: deque[int], held: list[int]) -> None:
+        """Order as many missing experts as there are slots for."""
+        while missing:
+            slot = self.cache.place(layer, missing[0])
+            if slot is None:
+                return
+            self.cache.hold(slot)
+            held.append(slot)
+            expert = missing.popleft()
+            reads = self._bundles[layer][expert].reads
+            load = _Load(layer, expert, slot, len(reads))
+            self._loading[layer, expert] = load
+            self._queue.extend((load, read) for read in reads)
+            self._work.notify(len(reads))
+
+    def _wait(self) -> list[tuple[int, int]]:
+        """Experts that have come: at least one."""
+        start = last_news = time.perf_counter()
+        reads = self.counters.reads
+        if not self._readers:
+            while self._queue and all(load.left for load in self._loading.values()):
+                self._run(*self._queue.popleft())
+        with self._arrived:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                done = [load for load in self._loading.values() if not load.left]
+                if done:
+                    break
+                self._arrived.wait(timeout=min(1.0, self._stall_limit_s))
+                now = time.perf_counter()
+                if self.counters.reads != reads:
+                    reads, last_news = self.counters.reads, now
+                if now - last_news > self._stall_limit_s:
+                    raise ReadError(
+                        f"the disk has delivered nothing for {self._stall_limit_s:.0f} s while experts were read",
+                        hint="check the disk or the network share, then run the same command again",
+                    )
+            for load in done:
+                del self._loading[load.layer, load.expert]
+        end = time.perf_counter()
+        self.counters.stall_s += end - start
+        if self._spans is not None:
+            self._spans.add("stall", "experts", start, end)
+        return [(load.expert, load.slot) for load in done]
+
+    def _pieces(self, layer: int, ready: Sequence[tuple[int, int]]) -> Ready:
+        return [
+            (
+                expert,
+                tuple(
+                    piece_of(
+                        read.part.tensor,
+                        0,
+                        read.part.tensor.rows if read.part.tensor.slabs else read.part.rows,
+                        self._arena.address + slot * self._slot_bytes + read.place + read.delta,
+                    )
+                    for read in self._bundles[layer][expert].reads
+                ),
+            )
+            for expert, slot in ready
+        ]
+
+    def _release(self, slots: Sequence[int], held: list[int]) -> None:
+        with self._work:
+            self._let_go(slots, held)
+
+    def _let_go(self, slots: Sequence[int], held: list[int]) -> None:
+        for slot in slots:
+            self.cache.release(slot)
+            held.remove(slot)
+
+    def _abandon(self, held: list[int]) -> None:
+        """The layer is done, or its pass has failed: what is still under way is awaited and forgotten."""
+        if not held:
+            return
+        with self._work:
+            self._queue.clear()
+            unfinished = list(self._loading.values())
+            self._loading.clear()
+            failed, self._error = self._error is not None, None
+        if unfinished or failed:
+            self._stop()  # no reader may write into a slot that is given away
+            self._stopping = False
+        with self._work:
+            for load in unfinished:
+                self.cache.forget(load.slot)
+            for slot in held:
+                self.cache.release(slot)
+            held.clear()
+
+    def close(self) -> None:
+        """Stop the readers. Safe to call twice."""
+        self._stop()
+
+    # -- the readers --------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._threads:
+            return
+        self._threads = [
+            threading.Thread(target=self._read, name=f"headrace-expert-reader-{i}", daemon=True)
+            for i in range(self._readers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _stop(self) -> None:
+        with self._work:
+            self._stopping = True
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=self._stall_limit_s)
+        self._threads = []
+
+    def _read(self) -> None:
+        try:
+            while True:
+                with self._work:
+                    while not self._queue and not self._stopping:
+                        self._work.wait()
+                    if self._stopping:
+                        return
+                    load, read = self._queue.popleft()
+                self._run(load, read)
+        except BaseException as error:
+            with self._arrived:
+                self._error = error
+                self._arrived.notify_all()
+
+    def _run(self, load: _Load, read: Read) -> None:
+        start = time.perf_counter()
+        place = load.slot * self._slot_bytes + read.place
+        self._files[read.part.tensor.path].read(read.start, self._arena.view[place : place + read.length], read.needed)
+        end = time.perf_counter()
+        if self._spans is not None:
+            self._spans.add("read", read.part.tensor.name, start, end)
+        with self._arrived:
+            self.counters.read_bytes += read.length
+            self.counters.reads += 1
+            self.counters.read_s += end - start
+            load.left -= 1
+            if not load.left:
+                self._arrived.notify()
