@@ -41,6 +41,7 @@ _DTYPES = {
         "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
     )
 }  # fmt: skip
+_INTEGERS = frozenset({int})  # not bool
 _SUB_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.DOTALL)
 _AGAIN = "the file is truncated or damaged; download or copy it again"
@@ -205,8 +206,9 @@ def _shape(path: str, name: str, shape: Any) -> tuple[int, ...]:
     if (
         type(shape) is not list
         or len(shape) > MAX_DIMENSIONS
-        or not all(type(n) is int and 0 <= n <= MAX_ELEMENTS for n in shape)
-        or prod(n or 1 for n in shape) > MAX_ELEMENTS
+        or not _INTEGERS.issuperset(map(type, shape))
+        or min(shape, default=0) < 0
+        or prod(filter(None, shape)) > MAX_ELEMENTS  # without the zeros, which would hide the others
     ):
         raise CheckpointError(
             f"{path}: tensor `{name}` has the shape {brief(shape)}, not up to {MAX_DIMENSIONS} whole numbers with a"
