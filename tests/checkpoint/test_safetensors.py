@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from headrace.checkpoint import Tensor
 from headrace.checkpoint.safetensors import INDEX, MAX_HEADER_BYTES, Folder, read_folder, read_safetensors
 from headrace.checkpoint.source import LocalSource
 from headrace.errors import CheckpointError, HeadraceError, ReadError, UnsupportedError
+from headrace.units import MIB
 
 Json = dict[str, Any]
 
@@ -422,6 +424,24 @@ def test_a_folder_may_have_the_name_of_a_file(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["missing", "missing.safetensors", "config.json", "a\0b", "no/where.safetensors"])
 def test_what_is_no_folder_or_file_is_an_error(folder: Path, name: str) -> None:
     unreadable(folder / name, "cannot open")
+
+
+def test_shards_far_larger_than_memory_are_read_from_their_headers(folder: Path) -> None:
+    shards, each, nbytes = 5, 40, 1 << 35
+    for i in range(shards):
+        entries = {f"{i}.{j}": entry(j * nbytes, (j + 1) * nbytes, shape=[nbytes // 4]) for j in range(each)}
+        part = folder / f"w-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part.write_bytes(content(entries, 0))
+        os.truncate(part, part.stat().st_size + each * nbytes)
+
+    tracemalloc.start()
+    found = read(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert len(found.tensors) == shards * each
+    assert sum(tensor.nbytes for tensor in found.tensors.values()) == shards * each * nbytes
+    assert peak < 4 * MIB
 
 
 @pytest.mark.parametrize(
