@@ -8,7 +8,12 @@ from headrace.errors import CheckpointError
 
 
 class Source(Protocol):
-    """Random access to the bytes of one file. Untrusted: it may end anywhere, and change meanwhile."""
+    """Random access to the bytes of one file. Untrusted: it may end anywhere, and change meanwhile.
+
+    Made from a path by a function that raises `CheckpointError` where nothing lies at that path, and only then: a reader
+    that need not have a file (an index, a configuration) takes it for absent. A connection that fails is a `ReadError`.
+    `path` is the one asked for.
+    """
 
     path: str
     size: int

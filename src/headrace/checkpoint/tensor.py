@@ -13,7 +13,8 @@ TYPE_NAMES = {int(kind): kind.name for kind in GGMLQuantizationType}
 COMPUTABLE = frozenset(TYPE_NAMES.values()) - {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
 # Bytes of an element of the types that only safetensors files hold.
 _PLAIN_BYTES = {
-    "BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
+    "BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1, "C64": 8,
 }  # fmt: skip
 
 
@@ -27,7 +28,9 @@ class Tensor:
     path: str
     offset: int  # bytes from the start of the file
     nbytes: int
-    slabs: int = 0  # if not 0, the contraction is cut into so many slabs: shape (..., slabs, outputs, columns of a slab)
+    slabs: int = (
+        0  # if not 0, the contraction is cut into so many slabs: shape (..., slabs, outputs, columns of a slab)
+    )
 
     @property
     def columns(self) -> int:

@@ -1,0 +1,432 @@
+"""Folders as Hugging Face publishes models: the headers of their safetensors files, their index and their configuration.
+
+Layout of a file (the format's own description): eight bytes of length, that many bytes of JSON with a type, a shape and
+a span for each tensor, then the data, which the spans must cover without gap or overlap. The `safetensors` package maps
+the file and imports a framework to say more than names; ours reads the JSON alone and gives offsets that can be streamed.
+Nothing here is trusted: no length is believed before the size of the file confirms it, no name of a file leaves the
+folder, nothing is unpickled, and no data is read.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from math import prod
+from operator import attrgetter
+from reprlib import repr as brief
+from typing import Any
+
+from headrace.checkpoint.header import Header
+from headrace.checkpoint.source import LocalSource, Source
+from headrace.checkpoint.tensor import Tensor, block_of
+from headrace.errors import CheckpointError, UnsupportedError, did_you_mean
+
+OpenSource = Callable[[str], Source]
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_CONFIG_BYTES = 32 << 20
+MAX_NAME_LENGTH = 1 << 10
+MAX_DIMENSIONS = 64
+MAX_ELEMENTS = (1 << 63) - 1
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+# The format's types of whole bytes, each with its own name once, so that a tensor keeps no copy.
+_DTYPES = {
+    name: (name, block_of(name)[1])
+    for name in (
+        "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64", "C64",
+        "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
+    )
+}  # fmt: skip
+_INTEGERS = frozenset({int})  # not bool
+_SUB_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.DOTALL)
+_AGAIN = "the file is truncated or damaged; download or copy it again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """What a Hugging Face folder holds, from headers alone."""
+
+    path: str
+    paths: tuple[str, ...]  # of the weight files that hold tensors, sorted
+    tensors: dict[str, Tensor]  # as stored, by the names in the files
+    config: dict[str, Any]  # config.json
+    generation: dict[str, Any]  # generation_config.json, empty if absent
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """A folder, or what stands for one elsewhere."""
+
+    path: str
+    names: frozenset[str] | None  # what lies in it; None where only asking tells
+    open_source: OpenSource
+
+    def join(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """The content of a small file; None if it is absent."""
+        if self.names is not None and name not in self.names:
+            return None
+        try:
+            source = self.open_source(self.join(name))
+        except CheckpointError:
+            if self.names is not None:
+                raise
+            return None
+        with closing(source):
+            return _content(source, limit)
+
+
+def read_folder(path: str, open_source: OpenSource = LocalSource) -> Folder:
+    """Read the headers and the configuration of a folder, or of the folder around one .safetensors file or set.
+
+    The weights are what `model.safetensors.index.json` lists, else `model.safetensors`, else, in a folder of this
+    machine, the one .safetensors file or the one complete set NAME-00001-of-0000N.safetensors in it. With a source of
+    another kind nothing is listed: the names above are asked for below `path`, see `Source`.
+
+    Raises:
+        CheckpointError: something is missing, damaged, or contradicts itself.
+        UnsupportedError: weights in another format, an adapter, or types of less than a byte.
+    """
+    local = open_source is LocalSource
+    if path.endswith(".safetensors") and not (local and os.path.isdir(path)):
+        folder, name = os.path.split(path)
+        place = _place(folder or ".", open_source)
+        names, weight_map = _named(place, name), dict[str, str]()
+    else:
+        place = _place(path, open_source)
+        weight_map = _read_index(place)
+        names = tuple(dict.fromkeys(weight_map.values())) or _without_index(place)
+    config = _read_config(place, "config.json")
+    if config is None:
+        raise CheckpointError(f"{place.path} has no config.json", hint="get it from where the weights are from")
+    tensors = _read_shards(place, names)
+    _check_index(place, weight_map, tensors)
+    return Folder(
+        path=place.path,
+        paths=tuple(sorted({tensor.path for tensor in tensors.values()})),
+        tensors=tensors,
+        config=config,
+        generation=_read_config(place, "generation_config.json") or {},
+    )
+
+
+def read_safetensors(path: str, open_source: OpenSource = LocalSource) -> dict[str, Tensor]:
+    """The tensors of one .safetensors file, by name, in the order of its header.
+
+    Raises:
+        CheckpointError: not a safetensors file, truncated, or inconsistent.
+        UnsupportedError: a type of less than a byte, or one that is not known.
+    """
+    with closing(open_source(path)) as source:
+        header = Header(source)
+        entries = _parsed(header.path, _header_json(header), "the header", strict=True)
+        _check_metadata(header.path, entries.pop("__metadata__", {}))
+        start = header.position
+        tensors = {name: _tensor(header, start, name, entry) for name, entry in entries.items()}
+    _check_coverage(header, start, tensors)
+    return tensors
+
+
+# One file
+
+
+def _header_json(header: Header) -> bytes:
+    length = header.integer("Q", "the length of the header")
+    available = header.size - header.position
+    if length > available or not 2 <= length <= MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{header.path}: its header would have {length} bytes; 2 to {min(available, MAX_HEADER_BYTES)} are possible",
+            hint=_what_else(length),
+        )
+    data = header.raw(length, "the header")
+    if not data.startswith(b"{"):
+        raise CheckpointError(f"{header.path} is not a safetensors file: its header is no JSON object", hint=_AGAIN)
+    return data
+
+
+def _what_else(length: int) -> str:
+    """What a file is that begins with these eight bytes."""
+    if length == int.from_bytes(b"version ", "little"):
+        return "this is a Git LFS pointer, not the file itself; run: git lfs pull"
+    return _AGAIN
+
+
+def _check_metadata(path: str, metadata: Any) -> None:
+    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+        raise CheckpointError(f"{path}: `__metadata__` is not an object of texts", hint=_AGAIN)
+
+
+def _tensor(header: Header, start: int, name: str, entry: Any) -> Tensor:
+    """One entry of the header, checked."""
+    if len(name) > MAX_NAME_LENGTH:
+        raise CheckpointError(
+            f"{header.path}: a tensor's name has {len(name)} characters, the limit is {MAX_NAME_LENGTH}", hint=_AGAIN
+        )
+    if type(entry) is not dict or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(
+            f"{header.path}: tensor `{name}` is {brief(entry)}, not an object with dtype, shape and data_offsets",
+            hint=_AGAIN,
+        )
+    dtype, width = _dtype(header.path, name, entry["dtype"])
+    shape = _shape(header.path, name, entry["shape"])
+    begin, end = _span(header, start, name, entry["data_offsets"])
+    if prod(shape) * width != end - begin:
+        raise CheckpointError(
+            f"{header.path}: tensor `{name}` of shape {shape} needs {prod(shape) * width} bytes as {dtype}, it has"
+            f" {end - begin}",
+            hint=_AGAIN,
+        )
+    return Tensor(name=name, shape=shape, type=dtype, path=header.path, offset=start + begin, nbytes=end - begin)
+
+
+def _dtype(path: str, name: str, dtype: Any) -> tuple[str, int]:
+    """A type's name and its bytes."""
+    if type(dtype) is not str:
+        raise CheckpointError(f"{path}: tensor `{name}` has the type {brief(dtype)}, not a word", hint=_AGAIN)
+    if dtype in _SUB_BYTE:
+        raise UnsupportedError(
+            f"{path}: tensor `{name}` is stored as {dtype}, less than a byte a value, which is not supported",
+            hint="use a version of the model in BF16, or quantised as GGUF",
+        )
+    if dtype not in _DTYPES:
+        raise UnsupportedError(
+            f"{path}: tensor `{name}` has the unknown type {brief(dtype)}", hint=did_you_mean(dtype[:16], _DTYPES)
+        )
+    return _DTYPES[dtype]
+
+
+def _shape(path: str, name: str, shape: Any) -> tuple[int, ...]:
+    if (
+        type(shape) is not list
+        or len(shape) > MAX_DIMENSIONS
+        or not _INTEGERS.issuperset(map(type, shape))
+        or min(shape, default=0) < 0
+        or prod(filter(None, shape)) > MAX_ELEMENTS  # without the zeros, which would hide the others
+    ):
+        raise CheckpointError(
+            f"{path}: tensor `{name}` has the shape {brief(shape)}, not up to {MAX_DIMENSIONS} whole numbers with a"
+            " product below 2^63",
+            hint=_AGAIN,
+        )
+    return tuple(shape)
+
+
+def _span(header: Header, start: int, name: str, span: Any) -> tuple[int, int]:
+    """The first byte of a tensor and the one after its last, from the start of the data."""
+    if type(span) is not list or len(span) != 2 or type(span[0]) is not int or type(span[1]) is not int:
+        raise CheckpointError(
+            f"{header.path}: tensor `{name}` has the data_offsets {brief(span)}, not two whole numbers", hint=_AGAIN
+        )
+    begin, end = span
+    if not 0 <= begin <= end <= header.size - start:
+        raise CheckpointError(
+            f"{header.path}: tensor `{name}` lies from {brief(begin)} to {brief(end)} of {header.size - start} bytes"
+            " of data",
+            hint=_AGAIN,
+        )
+    return begin, end
+
+
+def _check_coverage(header: Header, start: int, tensors: dict[str, Tensor]) -> None:
+    """Every byte of data belongs to one tensor."""
+    position, before = start, "the header"
+    for tensor in sorted(tensors.values(), key=attrgetter("offset", "nbytes")):
+        if tensor.offset != position:
+            fault = "overlap" if tensor.offset < position else f"leave {tensor.offset - position} bytes between them"
+            raise CheckpointError(
+                f"{header.path}: {before} and tensor `{tensor.name}` {fault} at {min(position, tensor.offset)}",
+                hint=_AGAIN,
+            )
+        position, before = position + tensor.nbytes, f"tensor `{tensor.name}`"
+    if position != header.size:
+        raise CheckpointError(
+            f"{header.path}: the last {header.size - position} of {header.size} bytes belong to no tensor", hint=_AGAIN
+        )
+
+
+# JSON
+
+
+def _parsed(path: str, data: bytes, what: str, *, strict: bool) -> dict[str, Any]:
+    """A JSON object; if strict, without doubled keys and infinities, which people and Python write into configurations."""
+    options: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _refuse} if strict else {}
+    try:
+        text = data.decode()
+        value = json.loads(text, **options)
+        if "\\ud" in text or "\\uD" in text:  # perhaps half a character, which nobody could print
+            json.dumps(value, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {what} is not sound JSON: {error}", hint=_AGAIN) from error
+    except RecursionError:
+        raise CheckpointError(f"{path}: {what} is JSON that is nested too deep", hint=_AGAIN) from None
+    if type(value) is not dict:
+        raise CheckpointError(f"{path}: {what} is {brief(value)}, not a JSON object", hint=_AGAIN)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        key, count = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{brief(key)} is given {count} times")
+    return unique
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _content(source: Source, limit: int) -> bytes:
+    if source.size > limit:
+        raise CheckpointError(
+            f"{source.path} has {source.size} bytes, the limit is {limit}", hint="is this the file its name says?"
+        )
+    return Header(source).raw(source.size, "the content")
+
+
+def _read_config(place: _Place, name: str) -> dict[str, Any] | None:
+    data = place.read(name, MAX_CONFIG_BYTES)
+    return None if data is None else _parsed(place.join(name), data, "the file", strict=False)
+
+
+# Which files
+
+
+def _place(path: str, open_source: OpenSource) -> _Place:
+    if open_source is not LocalSource:
+        return _Place(path=path, names=None, open_source=open_source)
+    try:
+        names = frozenset(os.listdir(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot open {path}: {getattr(error, 'strerror', error)}", hint="name a folder or a .safetensors file"
+        ) from error
+    return _Place(path=path, names=names, open_source=open_source)
+
+
+def _read_index(place: _Place) -> dict[str, str]:
+    """The file of each tensor; empty if there is no index."""
+    data = place.read(INDEX, MAX_HEADER_BYTES)
+    if data is None:
+        return {}
+    path = place.join(INDEX)
+    weight_map = _parsed(path, data, "the index", strict=True).get("weight_map")
+    if type(weight_map) is not dict or not weight_map:
+        raise CheckpointError(f"{path}: `weight_map` is {brief(weight_map)}, not an object of file names", hint=_AGAIN)
+    if not all(type(name) is str for name in weight_map.values()):
+        raise CheckpointError(f"{path}: `weight_map` holds something that is not a file name", hint=_AGAIN)
+    for name in set(weight_map.values()):
+        _check_file_name(path, name)
+    _check_present(place, tuple(set(weight_map.values())))
+    return weight_map
+
+
+def _check_file_name(path: str, name: str) -> None:
+    """No index may lead out of its folder."""
+    if not name.endswith(".safetensors") or re.search(r"[/\\\0]", name):
+        raise CheckpointError(
+            f"{path}: {brief(name)} is not the name of a .safetensors file in the same folder",
+            hint="do not trust this model; get it from another source",
+        )
+
+
+def _check_present(place: _Place, names: tuple[str, ...]) -> None:
+    missing = sorted(set(names) - place.names) if place.names is not None else []
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of {len(names)} weight files are missing, the first is {place.join(missing[0])}",
+            hint="put all of them into one folder",
+        )
+
+
+def _named(place: _Place, name: str) -> tuple[str, ...]:
+    """The file, or all parts of the set that it belongs to."""
+    _check_format(place.path, {name})
+    match = _PART.fullmatch(name)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
+        return (name,)
+    parts = tuple(f"{match[1]}-{i:05d}-of-{match[3]}.safetensors" for i in range(1, int(match[3]) + 1))
+    _check_present(place, parts)
+    return parts
+
+
+def _without_index(place: _Place) -> tuple[str, ...]:
+    """The weight files of a folder that has no index."""
+    if place.names is None or SINGLE in place.names:
+        return (SINGLE,)
+    found = sorted(name for name in place.names if name.endswith(".safetensors") and _foreign(name) is None)
+    if not found:
+        _check_format(place.path, place.names)
+        raise CheckpointError(
+            f"{place.path} holds no weights", hint="name a folder with a model.safetensors, or a .gguf file"
+        )
+    names = _named(place, found[0])
+    others = sorted(set(found) - set(names))
+    if others:
+        raise CheckpointError(
+            f"{place.path} has no {INDEX}, and {len(found)} .safetensors files that are not one set, as {names[0]} and"
+            f" {others[0]}",
+            hint=f"name one of them, or get {INDEX} from where the weights are from",
+        )
+    return names
+
+
+def _foreign(name: str) -> tuple[str, str] | None:
+    """What a weight file is that cannot be read here, and what to do instead. None for any other file."""
+    if re.fullmatch(r"consolidated.*\.safetensors", name, re.DOTALL):
+        return "is in Mistral's own format", "get the model.safetensors files of the same model"
+    if name == "adapter_model.safetensors":
+        return "is an adapter (LoRA), not a model", "merge it into its base model and save that"
+    if re.fullmatch(r"pytorch_model.*\.bin|.*\.pth?", name, re.DOTALL):
+        return "is pickled, which can run code when read", "get a safetensors version of the model"
+    return None
+
+
+def _check_format(path: str, names: frozenset[str] | set[str]) -> None:
+    """Raise if what lies there is known and cannot be read here."""
+    packed = sorted(name for name in names if name.endswith(".gguf"))
+    if packed:
+        raise CheckpointError(
+            f"{path} is a folder of {len(packed)} GGUF files", hint=f"name the .gguf file in it: {packed[0]}"
+        )
+    for name in sorted(names):
+        if (foreign := _foreign(name)) is not None:
+            raise UnsupportedError(f"{os.path.join(path, name)} {foreign[0]}", hint=foreign[1])
+
+
+def _read_shards(place: _Place, names: tuple[str, ...]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        shard = read_safetensors(place.join(name), place.open_source)
+        for double in shard.keys() & tensors.keys():
+            raise CheckpointError(
+                f"{place.join(name)}: tensor `{double}` is also in {tensors[double].path}",
+                hint="remove the file that is not of this model",
+            )
+        tensors.update(shard)
+    if not tensors:
+        raise CheckpointError(f"{place.join(names[0])} holds no tensors", hint="is this a complete language model?")
+    return tensors
+
+
+def _check_index(place: _Place, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    paths = {name: place.join(name) for name in set(weight_map.values())}
+    absent = [
+        (name, shard)
+        for name, shard in weight_map.items()
+        if (tensor := tensors.get(name)) is None or tensor.path != paths[shard]
+    ]
+    if absent:
+        name, shard = absent[0]
+        raise CheckpointError(
+            f"{len(absent)} of {len(weight_map)} tensors are not in the files that {place.join(INDEX)} says, the first"
+            f" is {brief(name)} in {shard}",
+            hint="index and weights are not of one model; download or copy them again",
+        )
