@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.checkpoint import Tensor
-from headrace.checkpoint.encodings import decoded
+from headrace.checkpoint.encodings import decoded, transposed
 from headrace.checkpoint.tensor import block_of
 from headrace.errors import CheckpointError, UnsupportedError
 
@@ -442,6 +442,334 @@ def test_blocks_of_mxfp4_that_are_not_16_bytes_a_scale_are_an_error() -> None:
         decoded(store.tensors, MXFP4, "m")
 
 
+# GPTQ, AWQ and AutoRound
+
+AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's nibbles, from the lowest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A contraction-major matrix: codes, and what they mean."""
+
+    inputs: int = 256
+    outputs: int = 48
+    group: int = 64
+    bits: int = 4
+    symmetric: bool = True
+    ordered: bool = False
+
+    def numbers(self) -> tuple[Array, Array, Array, Array, Array]:
+        """Codes (inputs, outputs), scales and zero points (groups, outputs), the group of each input, and the weights."""
+        rng = random(7)
+        groups, top = -(-self.inputs // self.group), 1 << self.bits
+        codes = rng.integers(0, top, (self.inputs, self.outputs))
+        scales = rng.uniform(1e-3, 1e-2, (groups, self.outputs)).astype(np.float16)
+        zeros = rng.integers(1, top, (groups, self.outputs))
+        if self.symmetric:
+            zeros[:] = top // 2
+        order = np.arange(self.inputs) // self.group
+        if self.ordered:
+            order = rng.permutation(order)
+        weights = (codes - zeros[order]) * scales.astype(np.float64)[order]
+        return codes, scales, zeros, order.astype(np.int32), weights
+
+
+def gptq_store(case: Case, stored_less: int = 1) -> tuple[Store, Array]:
+    codes, scales, zeros, order, weights = case.numbers()
+    store = Store()
+    store.add("a.qweight", "I32", packed_down(codes, case.bits))
+    store.add("a.qzeros", "I32", packed(zeros - stored_less, case.bits))
+    store.add("a.scales", "F16", scales)
+    store.add("a.g_idx", "I32", order)
+    return store, weights
+
+
+def awq_store(case: Case) -> tuple[Store, Array]:
+    codes, scales, zeros, _, weights = case.numbers()
+    interleaved = [8 * word + output for word in range(case.outputs // 8) for output in AWQ_OUTPUTS]
+    store = Store()
+    store.add("a.qweight", "I32", packed(codes[:, interleaved], 4))
+    store.add("a.qzeros", "I32", packed(zeros[:, interleaved], 4))
+    store.add("a.scales", "F16", scales)
+    return store, weights
+
+
+def gptq_config(case: Case, **more: Any) -> dict[str, Any]:
+    settings = {"bits": case.bits, "group_size": case.group, "sym": case.symmetric, "desc_act": case.ordered}
+    return {"quantization_config": {"quant_method": "gptq", **settings, **more}}
+
+
+def awq_config(case: Case, **more: Any) -> dict[str, Any]:
+    settings = {"bits": 4, "group_size": case.group, "zero_point": not case.symmetric, "version": "gemm"}
+    return {"quantization_config": {"quant_method": "awq", **settings, **more}}
+
+
+def auto_round_config(case: Case, packing: str) -> dict[str, Any]:
+    return gptq_config(case, quant_method="auto-round", packing_format=packing)
+
+
+def joined(store: Store, config: Mapping[str, Any], target: str) -> Array:
+    """The (outputs, inputs) matrix that a tensor of slabs stands for."""
+    tensor = decoded(store.tensors, config, "m")[0]["a.weight"]
+    assert tensor.type == target
+    assert tensor.slabs == tensor.shape[0]
+    return np.concatenate(list(store.values(config, "a.weight")), axis=1)
+
+
+def assert_near(got: Array, weights: Array, target: str, bits: int) -> None:
+    if target in ("Q4_0", "Q8_0"):
+        np.testing.assert_array_equal(got, weights.T.astype(np.float32))  # fp16 scales are kept
+    elif target == "Q4_1":
+        np.testing.assert_allclose(got, weights.T, rtol=0, atol=(1 << bits) * 0.01 * HALF)  # the minimum in fp16
+    else:
+        np.testing.assert_allclose(got, weights.T, rtol=HALF, atol=2.0**-25)  # rounded once
+
+
+GPTQ_CASES = [
+    (Case(), "Q4_0", 64),
+    (Case(group=32), "Q4_0", 32),
+    (Case(inputs=384, group=128), "Q4_0", 128),
+    (Case(inputs=1024, group=512), "Q4_0", 128),
+    (Case(inputs=1024, group=256), "Q4_0", 256),
+    (Case(group=256), "Q4_0", 256),
+    (Case(inputs=192, group=192, outputs=1032), "Q4_0", 192),
+    (Case(symmetric=False), "Q4_1", 64),
+    (Case(inputs=160, group=64, symmetric=False), "Q4_1", 32),
+    (Case(bits=8), "Q8_0", 64),
+    (Case(bits=8, symmetric=False), "F16", 64),
+    (Case(bits=2), "Q4_0", 64),
+    (Case(bits=2, symmetric=False), "Q4_1", 64),
+    (Case(group=16), "F16", 128),
+    (Case(ordered=True), "F16", 64),
+    (Case(ordered=True, symmetric=False, outputs=1040), "F16", 64),
+    (Case(ordered=True, bits=8), "F16", 64),
+    (Case(ordered=True, group=256), "Q4_0", 256),
+]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("case", "target", "width"), GPTQ_CASES)
+def test_gptq_equals_its_plain_dequantisation(case: Case, target: str, width: int, version: int) -> None:
+    store, weights = gptq_store(case, stored_less=2 - version)
+    config = gptq_config(case, checkpoint_format="gptq" if version == 1 else "gptq_v2")
+
+    tensors, encodings = decoded(store.tensors, config, "m")
+    assert set(tensors) == {"a.weight"}
+    assert tensors["a.weight"].shape == (case.inputs // width, case.outputs, width)
+    assert encodings["a.weight"].row_multiple == case.outputs
+    assert_near(joined(store, config, target), weights, target, case.bits)
+
+
+def test_a_group_of_minus_one_is_one_scale_an_output() -> None:
+    store, weights = gptq_store(Case(group=256))
+
+    got = joined(store, gptq_config(Case(group=-1)), "Q4_0")
+    np.testing.assert_array_equal(got, weights.T.astype(np.float32))
+
+
+def test_a_zero_point_of_zero_borrowed_from_its_neighbour_is_given_back() -> None:
+    case = Case(symmetric=False)
+    store, _ = gptq_store(case)
+    codes, scales, zeros, order, _ = case.numbers()
+    zeros[:, ::3] = 0
+    words = packed(zeros, 4).view(np.uint32) - np.uint32(0x11111111)
+    store.add("a.qzeros", "I32", words.view(np.int32))
+
+    weights = (codes - zeros[order]) * scales.astype(np.float64)[order]
+    assert_near(joined(store, gptq_config(case), "Q4_1"), weights, "Q4_1", 4)
+
+
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [
+        (Case(), "Q4_0"),
+        (Case(symmetric=False), "Q4_1"),
+        (Case(inputs=384, group=128, outputs=1032, symmetric=False), "Q4_1"),
+        (Case(group=256, symmetric=False), "Q4_1"),
+        (Case(group=16, symmetric=False), "F16"),
+    ],
+)
+def test_awq_equals_its_plain_dequantisation(case: Case, target: str) -> None:
+    store, weights = awq_store(case)
+
+    assert set(decoded(store.tensors, awq_config(case), "m")[0]) == {"a.weight"}
+    assert_near(joined(store, awq_config(case), target), weights, target, 4)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("packing", ["auto_round:auto_gptq", "auto_round:auto_awq", "auto_round"])
+def test_auto_round_is_gptq_or_awq_by_another_name(packing: str, symmetric: bool) -> None:
+    case = Case(symmetric=symmetric)
+    store, weights = awq_store(case) if "awq" in packing else gptq_store(case, stored_less=int("gptq" in packing))
+    target = "Q4_0" if symmetric else "Q4_1"
+
+    assert_near(joined(store, auto_round_config(case, packing), target), weights, target, 4)
+
+
+@pytest.mark.parametrize("family", ["gptq", "awq"])
+def test_weights_that_are_not_symmetric_after_all_are_an_error_with_what_to_do(family: str) -> None:
+    case = Case(symmetric=False)
+    store = gptq_store(case)[0] if family == "gptq" else awq_store(case)[0]
+    config = gptq_config(Case()) if family == "gptq" else awq_config(Case())
+
+    with pytest.raises(
+        CheckpointError, match=r"`a.qzeros` has the zero point \d+, symmetric .* 4 bits have 8"
+    ) as caught:
+        store.made(config, "a.weight")
+    assert '"sym"' in str(caught.value.hint)
+
+
+def test_single_modules_of_other_bits_and_other_symmetry_are_decoded_as_they_are() -> None:
+    store, weights = gptq_store(Case(bits=8))
+
+    got = joined(store, gptq_config(Case(), dynamic={"+:a": {"bits": 8}}), "Q8_0")
+    np.testing.assert_array_equal(got, weights.T.astype(np.float32))
+
+    store, weights = gptq_store(Case(symmetric=False))
+    got = joined(store, gptq_config(Case(), dynamic={"+:a": {"sym": False}}), "Q4_1")
+    assert_near(got, weights, "Q4_1", 4)
+
+
+@pytest.mark.parametrize("part", ["a.scales", "a.qzeros", "a.g_idx"])
+def test_gptq_without_a_companion_is_an_error(part: str) -> None:
+    store, _ = gptq_store(Case(ordered=True))
+    del store.tensors[part]
+
+    with pytest.raises(CheckpointError, match=f"`a.weight` is quantised, but `{part}` is missing"):
+        decoded(store.tensors, gptq_config(Case(ordered=True)), "m")
+
+
+@pytest.mark.parametrize("part", ["a.scales", "a.qzeros"])
+def test_awq_without_a_companion_is_an_error(part: str) -> None:
+    store, _ = awq_store(Case())
+    del store.tensors[part]
+
+    with pytest.raises(CheckpointError, match=f"`{part}` is missing"):
+        decoded(store.tensors, awq_config(Case()), "m")
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "shape"),
+    [
+        ("qweight", "I32", (32, 40)),
+        ("qweight", "F32", (32, 48)),
+        ("qweight", "I32", (32, 48, 1)),
+        ("qweight", "I32", (0, 48)),
+        ("qzeros", "I32", (3, 6)),
+        ("qzeros", "I32", (4, 5)),
+        ("qzeros", "I32", (4, 0)),
+        ("scales", "I32", (4, 48)),
+        ("scales", "F16", (3, 48)),
+        ("scales", "F16", (4, 0)),
+        ("scales", "F16", ()),
+    ],
+)
+@pytest.mark.parametrize("family", ["gptq", "awq"])
+def test_shapes_and_types_that_contradict_each_other_are_an_error(
+    family: str, part: str, kind: str, shape: tuple[int, ...]
+) -> None:
+    store = (gptq_store if family == "gptq" else awq_store)(Case())[0]
+    if family == "awq" and part == "qweight":
+        shape = {(32, 40): (256, 5), (32, 48): (256, 6)}.get(shape, shape)
+    store.add(f"a.{part}", kind, np.zeros(shape, DTYPES[kind]))
+    config = gptq_config(Case()) if family == "gptq" else awq_config(Case())
+
+    with pytest.raises(CheckpointError, match=r"`a\."):
+        decoded(store.tensors, config, "m")
+
+
+def test_bits_that_are_not_the_configured_ones_are_an_error() -> None:
+    store, _ = gptq_store(Case(bits=8))
+
+    with pytest.raises(CheckpointError, match=r"`a.qweight` is packed in 8 bits, the configuration says 4"):
+        decoded(store.tensors, gptq_config(Case()), "m")
+
+
+def test_an_order_of_inputs_that_names_no_group_is_an_error() -> None:
+    store, _ = gptq_store(Case(ordered=True))
+    store.add("a.g_idx", "I32", np.full(256, -1, np.int32))
+
+    with pytest.raises(CheckpointError, match=r"`a.g_idx` names the group -1 of 4"):
+        store.made(gptq_config(Case(ordered=True)), "a.weight")
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (gptq_config(Case(), checkpoint_format="marlin"), "format `marlin`"),
+        (awq_config(Case(), version="gemv"), "version `gemv`"),
+        (awq_config(Case(), bits=8), "in 8 bits"),
+        (auto_round_config(Case(), "auto_round:fp8_static"), "`auto_round:fp8_static`"),
+    ],
+)
+def test_variants_that_cannot_be_decoded_are_named(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedError, match=named) as caught:
+        decoded({}, config, "m")
+    assert caught.value.hint
+
+
+def test_gptq_of_three_bits_is_refused_by_name() -> None:
+    store = Store()
+    store.add("a.qweight", "I32", np.zeros((24, 64), np.int32))
+    store.add("a.qzeros", "I32", np.zeros((4, 6), np.int32))
+    store.add("a.scales", "F16", np.zeros((4, 64), np.float16))
+
+    with pytest.raises(UnsupportedError, match="packed in 3 bits; 2, 4 and 8 are known"):
+        decoded(store.tensors, gptq_config(Case(bits=3)), "m")
+
+
+# Plain matrices that lie the other way round
+
+
+@pytest.mark.parametrize(
+    ("shape", "slabs"),
+    [
+        ((512, 48), (2, 48, 256)),
+        ((384, 300), (3, 300, 128)),
+        ((96, 8), (3, 8, 32)),
+        ((45, 8), (1, 8, 45)),
+        ((3, 192, 40), (3, 3, 40, 64)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_transposed_slabs_are_the_same_values(shape: tuple[int, ...], slabs: tuple[int, ...], kind: str) -> None:
+    stored = random(8).integers(0, 1 << 15, shape).astype(np.float32 if kind == "F32" else np.uint16)
+    stored = stored.view(np.float16) if kind == "F16" else stored
+    store = Store()
+    store.add("a", kind, stored)
+    tensor, encoding = transposed(store.tensors["a"], "m[decoded]", 8192)
+
+    assert (tensor.shape, tensor.slabs, tensor.offset, tensor.path) == (slabs, slabs[-3], 8192, "m[decoded]")
+    ((source, offset, count),) = encoding.reads(0, tensor.rows)
+    assert (source.name, offset, count) == ("a", 0, tensor.nbytes)
+    out = np.empty(tensor.nbytes, np.uint8)
+    encoding.decode([store.data["a"]], 0, tensor.rows, out)
+    matrix = np.concatenate(list(np.moveaxis(out.view(stored.dtype).reshape(slabs), -3, 0)), axis=-1)
+    np.testing.assert_array_equal(matrix, stored.swapaxes(-1, -2))
+
+
+def test_a_single_slab_of_a_stack_reads_its_own_inputs() -> None:
+    stored = random(8).normal(size=(3, 192, 40)).astype(np.float32)
+    store = Store()
+    store.add("a", "F32", stored)
+    tensor, encoding = transposed(store.tensors["a"], "m", 0)
+    first = (3 * 1 + 2) * 40  # the last slab of the second matrix
+
+    ((_, offset, count),) = encoding.reads(first, first + 40)
+    out = np.empty(40 * tensor.row_bytes, np.uint8)
+    encoding.decode([store.data["a"][offset : offset + count]], first, first + 40, out)
+    np.testing.assert_array_equal(out.view(np.float32).reshape(40, 64), stored[1, 128:].T)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("F32", (4,)), ("F32", (0, 4)), ("U8", (4, 4)), ("F32", (1, 2, 3, 4))])
+def test_what_is_no_plain_matrix_is_not_transposed(kind: str, shape: tuple[int, ...]) -> None:
+    store = Store()
+    store.add("a", kind, np.zeros(shape, DTYPES[kind]))
+
+    with pytest.raises(CheckpointError, match="`a`"):
+        transposed(store.tensors["a"], "m", 0)
+
+
 # Any method
 
 
@@ -482,12 +810,32 @@ LAYOUTS: dict[str, Callable[[], tuple[Store, dict[str, Any], str]]] = {
         ct_config("pack-quantized", num_bits=8, group_size=32, symmetric=False),
         "a.weight",
     ),
+    "int4, ordered": lambda: (ordered_store(), ct_config("pack-quantized", num_bits=4, group_size=32), "a.weight"),
     "mxfp4": lambda: (mxfp4_store()[0], MXFP4, "a.proj"),
+    "gptq": lambda: (gptq_store(Case())[0], gptq_config(Case()), "a.weight"),
+    "gptq, large groups": lambda: (
+        gptq_store(Case(inputs=1024, group=512, symmetric=False))[0],
+        gptq_config(Case(group=512, symmetric=False)),
+        "a.weight",
+    ),
+    "gptq, ordered": lambda: (gptq_store(Case(ordered=True))[0], gptq_config(Case(ordered=True)), "a.weight"),
+    "awq": lambda: (awq_store(Case(symmetric=False))[0], awq_config(Case(symmetric=False)), "a.weight"),
+    "awq, small groups": lambda: (
+        awq_store(Case(group=16, symmetric=False))[0],
+        awq_config(Case(group=16, symmetric=False)),
+        "a.weight",
+    ),
 }
 
 
+def ordered_store() -> Store:
+    store, _ = ct_store((90, 64), 4, 32)
+    store.add("a.weight_g_idx", "I32", random(4).integers(0, 2, 64).astype(np.int32))
+    return store
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_any_range_of_rows_has_the_bytes_that_it_has_in_the_whole(layout: str, data: st.DataObject) -> None:
     store, config, name = LAYOUTS[layout]()

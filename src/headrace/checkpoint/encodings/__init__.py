@@ -2,5 +2,6 @@
 
 from headrace.checkpoint.encodings.encoding import Encoding
 from headrace.checkpoint.encodings.methods import decoded
+from headrace.checkpoint.encodings.transposed import Transposed, transposed
 
-__all__ = ["Encoding", "decoded"]
+__all__ = ["Encoding", "Transposed", "decoded", "transposed"]

@@ -160,6 +160,15 @@ def half_scales(scales: Floats, name: str) -> npt.NDArray[np.float16]:
     return scales.astype(np.float16)
 
 
+def order_of(raw: Bytes, groups: int, tensor: Tensor) -> npt.NDArray[np.int32]:
+    """The group of each column (`g_idx`), all of them groups that there are."""
+    order = raw.view(np.int32)
+    wrong = order[(order < 0) | (order >= groups)]
+    if len(wrong):
+        raise CheckpointError(f"tensor `{tensor.name}` names the group {wrong[0]} of {groups}")
+    return order
+
+
 def setting(settings: Settings, key: str, default: int | bool | str | None = None) -> Any:
     """A number, word or truth of the configuration; a list or an object in its place is an error."""
     value = settings.get(key, default)

@@ -92,7 +92,9 @@ class Float8:
         buffer = np.empty(codes[parts[0]].shape, np.intp)
         for part in parts:
             index = buffer[: len(codes[part])]
-            np.add(codes[part], of_row[part], out=index)
+            np.copyto(index, codes[part])
+            if len(scales) > 1:
+                index += of_row[part]
             if self.groups > 1:
                 index += in_row
             tables.take(index, out=target[part].view(np.uint16), mode="wrap")

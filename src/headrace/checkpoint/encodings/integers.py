@@ -22,9 +22,9 @@ from headrace.checkpoint.encodings.encoding import (
     Read,
     floats,
     half_scales,
+    order_of,
 )
 from headrace.checkpoint.tensor import Tensor, block_of
-from headrace.errors import CheckpointError
 
 _SIGNS = np.uint64(0x8080808080808080)
 
@@ -102,14 +102,19 @@ class Integers:
         self, weights: Bytes, scales: Floats, zeros: npt.NDArray[Any] | None, raw: Sequence[Bytes], out: Bytes
     ) -> None:
         codes = self._codes(weights).astype(np.float32)
-        group = np.arange(self.columns) // self.columns_per_scale if self.order is None else self._order(raw[-1])
+        half_scales(scales * (1 << self.bits), self.scale.name)  # no weight may exceed fp16
         if zeros is not None:
-            codes -= zeros.astype(np.float32)[:, group]
+            codes -= self._spread(zeros.astype(np.float32), raw)
         elif self.packed:
             codes -= 1 << (self.bits - 1)
-        half_scales(scales * (1 << self.bits), self.scale.name)  # no weight may exceed fp16
-        codes *= scales[:, group]
+        codes *= self._spread(scales, raw)
         out.view(np.float16)[:] = codes
+
+    def _spread(self, values: Floats, raw: Sequence[Bytes]) -> Floats:
+        """A value for each weight from one for each group: (rows, groups) to (rows, columns)."""
+        if self.order is not None:
+            return values.take(order_of(raw[-1], self.groups, self.order), axis=1)
+        return values.repeat(self.columns_per_scale, axis=1)[:, : self.columns]
 
     def _codes(self, weights: Bytes) -> npt.NDArray[Any]:
         """The stored integers of some rows: (rows, columns)."""
@@ -130,19 +135,13 @@ class Integers:
         place = np.arange(first, last, dtype=np.uint32) % grid.outputs % grid.per
         return words >> (place * self.bits).astype(np.uint32)[:, None] & np.uint32((1 << self.bits) - 1)
 
-    def _order(self, raw: Bytes) -> npt.NDArray[np.int32]:
-        order = raw.view(np.int32)
-        if order.min() < 0 or order.max() >= self.groups:
-            name = "" if self.order is None else self.order.name
-            raise CheckpointError(f"tensor `{name}` names the group {order.max()} of {self.groups}")
-        return order
-
 
 def unpacked(words: npt.NDArray[np.uint32], bits: int) -> Bytes:
     """Integers that lie in order in words, the lowest bits first: (rows, words) to (rows, words * 32 / bits)."""
-    codes = words.view(np.uint8)
+    stored = words.view(np.uint8)
     if bits == 8:
-        return codes
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    spread = codes[:, :, None] >> shifts & np.uint8((1 << bits) - 1)
-    return spread.reshape(len(words), -1)
+        return stored
+    codes = np.empty((*stored.shape, 8 // bits), np.uint8)
+    for place in range(8 // bits):
+        codes[..., place] = stored >> np.uint8(place * bits) & np.uint8((1 << bits) - 1)
+    return codes.reshape(len(words), -1)

@@ -4,18 +4,20 @@ Virtual tensors lie in a file of which only the name exists, as those of `low_bi
 their encodings. Stored tensors that are no part of an encoding stay as they are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
+from headrace.checkpoint.encodings.awq import awq
 from headrace.checkpoint.encodings.compressed_tensors import compressed_tensors, pair
 from headrace.checkpoint.encodings.encoding import ANOTHER_VERSION, Encoding, Settings, Virtual, setting
 from headrace.checkpoint.encodings.float8 import float8
+from headrace.checkpoint.encodings.gptq import gptq
 from headrace.checkpoint.encodings.mxfp4 import mxfp4
-from headrace.checkpoint.tensor import Tensor, block_of
+from headrace.checkpoint.encodings.placing import PAGE_BYTES, placed
+from headrace.checkpoint.tensor import Tensor
 from headrace.errors import CheckpointError, UnsupportedError
 
-_PAGE_BYTES = 4096
 # Scales of activations and of the KV cache, which are not quantised here.
 _DROPPED = (
     "input_scale", "input_scale_ub", "input_zero_point", "input_global_scale", "activation_scale",
@@ -47,8 +49,8 @@ def decoded(
         made[virtual.name] = virtual
     replaced = set(chain.from_iterable(virtual.parts for virtual in made.values()))
     kept = {name: t for name, t in tensors.items() if name not in replaced and not name.endswith(_DROPPED)}
-    placed = _placed(made.values(), f"{path}[decoded]")
-    return kept | placed, {name: virtual.encoding for name, virtual in made.items()}
+    tensors_made = _all_placed(made.values(), f"{path}[decoded]")
+    return kept | tensors_made, {name: virtual.encoding for name, virtual in made.items()}
 
 
 def _settings(config: Mapping[str, Any]) -> Settings | None:
@@ -71,6 +73,12 @@ def _virtuals(tensors: Mapping[str, Tensor], settings: Settings) -> Iterator[Vir
         return compressed_tensors(tensors, settings)
     if method == "mxfp4":
         return mxfp4(tensors)
+    if method == "gptq":
+        return gptq(tensors, settings)
+    if method == "awq":
+        return awq(tensors, settings)
+    if method in ("auto-round", "intel/auto-round"):
+        return _auto_round(tensors, settings)
     named = f"`{settings.get('quant_method')}`" if method else "a method without a name"
     raise UnsupportedError(f"the weights are quantised by {named}, which cannot be decoded", hint=ANOTHER_VERSION)
 
@@ -79,29 +87,24 @@ def _modelopt_fp8(method: str, settings: Settings) -> bool:
     return method == "modelopt" and setting(settings, "quant_algo") in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 
 
-def _placed(virtuals: Any, path: str) -> dict[str, Tensor]:
+def _auto_round(tensors: Mapping[str, Tensor], settings: Settings) -> Iterator[Virtual]:
+    """AutoRound's packings are GPTQ's and AWQ's. Its own stores zero points as they are, as GPTQ's version 2 does."""
+    packing = setting(settings, "packing_format") or setting(settings, "backend") or "auto_round"
+    if packing == "auto_round:auto_awq":
+        return awq(tensors, settings)
+    if packing in ("auto_round", "auto_round:gptqmodel"):
+        return gptq(tensors, settings, stored_less=0)
+    if packing in ("auto_round:auto_gptq", "auto_round:gptq"):
+        return gptq(tensors, settings, stored_less=1)
+    raise UnsupportedError(f"weights of AutoRound's format `{packing}` cannot be decoded", hint=ANOTHER_VERSION)
+
+
+def _all_placed(virtuals: Iterable[Virtual], path: str) -> dict[str, Tensor]:
     """The virtual tensors one after another, each from the start of a page."""
     tensors: dict[str, Tensor] = {}
     offset = 0
     for virtual in virtuals:
-        tensor = tensor_of(virtual, path, offset)
+        tensor = placed(virtual, path, offset)
         tensors[virtual.name] = tensor
-        offset += -(-tensor.nbytes // _PAGE_BYTES) * _PAGE_BYTES
+        offset += -(-tensor.nbytes // PAGE_BYTES) * PAGE_BYTES
     return tensors
-
-
-def tensor_of(virtual: Virtual, path: str, offset: int) -> Tensor:
-    """A virtual tensor in its place."""
-    block, size = block_of(virtual.type)
-    count = 1
-    for dimension in virtual.shape:
-        count *= dimension
-    return Tensor(
-        name=virtual.name,
-        shape=virtual.shape,
-        type=virtual.type,
-        path=path,
-        offset=offset,
-        nbytes=count // block * size,
-        slabs=virtual.slabs,
-    )
