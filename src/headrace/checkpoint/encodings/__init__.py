@@ -1,13 +1,7 @@
-"""stub"""
-from typing import Any, Protocol
-class Encoding(Protocol):
-    """x"""
-    row_multiple: int
-    label: str
-    def reads(self, first: int, last: int) -> Any: ...
-    def decode(self, raw: Any, first: int, last: int, out: Any) -> None: ...
-def transposed(tensor: Any, path: str, offset: int) -> Any:
-    """x"""
-    raise NotImplementedError
-def decoded(tensors: Any, config: Any, path: str) -> Any:
-    return dict(tensors), {}
+"""Layouts of quantised safetensors, decoded by rows into formats that ggml multiplies in place. No torch, no ggml, no files."""
+
+from headrace.checkpoint.encodings.encoding import Encoding
+from headrace.checkpoint.encodings.methods import decoded
+from headrace.checkpoint.encodings.transposed import Transposed, transposed
+
+__all__ = ["Encoding", "Transposed", "decoded", "transposed"]

@@ -1,0 +1,177 @@
+"""What every family of encodings shares: the interface that a reader drives, and the checks on companions.
+
+An encoding is a few numbers and the stored tensors that it reads from. It holds no buffers and no files, so any number of
+threads may decode with the same one. Everything that a header can tell is checked when it is made (`decoded`); while rows
+are decoded only their values can be wrong.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.checkpoint.tensor import Tensor
+from headrace.errors import CheckpointError
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Floats: TypeAlias = npt.NDArray[np.float32]
+Read: TypeAlias = tuple[Tensor, int, int]  # a stored tensor, the first byte in it, how many
+Settings: TypeAlias = Mapping[str, Any]  # `quantization_config`, or a part of it
+
+# Weights decoded at a time: what lies between the two formats stays in the cache.
+CHUNK_WEIGHTS = 1 << 16
+FLOAT_TYPES = ("F16", "BF16", "F32")
+FP16_MAX = 65504.0
+ANOTHER_VERSION = "get a GGUF, or a BF16, FP8, compressed-tensors, GPTQ or AWQ version of the model"
+
+
+class Encoding(Protocol):
+    """How rows of a tensor that is not stored as such are made from stored ones."""
+
+    @property
+    def label(self) -> str:
+        """What it is, for people: `compressed-tensors int4, group 128`."""
+
+    @property
+    def row_multiple(self) -> int:
+        """First and last row of any range are multiples of it. 1 where every range can be made."""
+
+    def reads(self, first: int, last: int) -> Sequence[Read]:
+        """What rows [first, last) are made from: each a contiguous range, always as many and in the same order."""
+
+    def decode(self, raw: Sequence[Bytes], first: int, last: int, out: Bytes) -> None:
+        """Fill `out`, exactly the bytes of rows [first, last), from `raw`, the bytes of `reads(first, last)`.
+
+        Raises:
+            CheckpointError: a value that the target's format cannot hold, or that contradicts the configuration.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Virtual:
+    """A tensor that an encoding makes, as yet without a place, and the names of the stored ones that it replaces."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    encoding: Encoding
+    parts: tuple[str, ...]
+    slabs: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """Which row of a companion belongs to a row of the matrix: one for every `per` of the `outputs` rows of each matrix."""
+
+    outputs: int
+    per: int = 1
+
+    def row(self, row: int) -> int:
+        """The companion's row, counted over all matrices of a stack."""
+        return row // self.outputs * -(-self.outputs // self.per) + row % self.outputs // self.per
+
+    def rows(self, first: int, last: int) -> npt.NDArray[np.intp]:
+        """The companion's rows for [first, last), counted from the first of them: (last - first,)."""
+        rows = np.arange(first, last, dtype=np.intp)
+        return rows // self.outputs * -(-self.outputs // self.per) + rows % self.outputs // self.per - self.row(first)
+
+    def read(self, tensor: Tensor, row_bytes: int, first: int, last: int) -> Read:
+        """The companion's bytes for rows [first, last)."""
+        start, end = self.row(first), self.row(last - 1) + 1
+        return tensor, start * row_bytes, (end - start) * row_bytes
+
+
+def scaling(tensor: Tensor, shape: tuple[int, ...], scale: Tensor, block: tuple[int, int] | None) -> tuple[Grid, int]:
+    """Which scale belongs to which weights: rows, as a grid, and columns of one scale.
+
+    One for all, one a matrix of a stack, one a row, or one a block, whose size is `block` or divides the matrix evenly.
+
+    Args:
+        tensor: what is scaled, for the message.
+        shape: of its weights.
+        scale: the scales.
+        block: rows and columns of a block if the configuration has them.
+
+    Raises:
+        CheckpointError: the shapes fit none of these.
+    """
+    *stack, outputs, columns = shape
+    if prod((*shape, *scale.shape)) == 0:
+        raise CheckpointError(f"tensor `{tensor.name}` or its scale is empty")
+    if prod(scale.shape) == 1:
+        return Grid(outputs=prod(shape[:-1]), per=prod(shape[:-1])), columns
+    if scale.shape == (*stack, outputs):
+        return Grid(outputs=outputs), columns
+    if stack and scale.shape in (tuple(stack), (*stack, 1)):
+        return Grid(outputs=outputs, per=outputs), columns
+    if len(scale.shape) == len(shape) and scale.shape[:-2] == tuple(stack):
+        high, wide = scale.shape[-2:]
+        if block is not None and (-(-outputs // block[0]), -(-columns // block[1])) == (high, wide):
+            return Grid(outputs=outputs, per=block[0]), min(columns, block[1])
+        if outputs % high == 0 and columns % wide == 0:
+            return Grid(outputs=outputs, per=outputs // high), columns // wide
+    raise CheckpointError(
+        f"tensor `{scale.name}` of shape {scale.shape} does not fit `{tensor.name}`, {outputs} x {columns} weights"
+        + (f" in blocks of {block[0]} x {block[1]}" if block else ""),
+        hint="the configuration and the weights are of different models; download both again",
+    )
+
+
+def floats(raw: Bytes, type_name: str) -> Floats:
+    """Values of a scale's type as fp32, exactly. U8 is an exponent, as MX formats store it."""
+    if type_name == "F32":
+        return raw.view(np.float32)
+    if type_name == "F16":
+        return raw.view(np.float16).astype(np.float32)
+    if type_name == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    exponent = raw.astype(np.uint32)
+    return np.where(exponent > 0, exponent << 23, 1 << 22).astype(np.uint32).view(np.float32)
+
+
+def companion(tensors: Mapping[str, Tensor], owner: str, name: str) -> Tensor:
+    """The tensor `name`, without which `owner` has no values."""
+    if name not in tensors:
+        raise CheckpointError(
+            f"tensor `{owner}` is quantised, but `{name}` is missing",
+            hint="a file of the model is missing or damaged; download it again",
+        )
+    return tensors[name]
+
+
+def require(tensor: Tensor, types: Sequence[str], shape: Sequence[int] | None = None) -> None:
+    """Check a stored tensor's type and, where given, its shape."""
+    if tensor.type not in types:
+        raise CheckpointError(f"tensor `{tensor.name}` is {tensor.type}, which should be {' or '.join(types)}")
+    if shape is not None and tensor.shape != tuple(shape):
+        raise CheckpointError(f"tensor `{tensor.name}` has the shape {tensor.shape}, which should be {tuple(shape)}")
+
+
+def half_scales(scales: Floats, name: str) -> npt.NDArray[np.float16]:
+    """Scales rounded to fp16: exact for those stored in fp16, and for BF16 ones of ordinary size."""
+    if not (np.abs(scales) <= FP16_MAX).all():
+        raise CheckpointError(
+            f"tensor `{name}` has a scale of {float(np.abs(scales).max())}, fp16 ends at {FP16_MAX:.0f}",
+            hint="the file is damaged; download it again",
+        )
+    return scales.astype(np.float16)
+
+
+def order_of(raw: Bytes, groups: int, tensor: Tensor) -> npt.NDArray[np.int32]:
+    """The group of each column (`g_idx`), all of them groups that there are."""
+    order = raw.view(np.int32)
+    wrong = order[(order < 0) | (order >= groups)]
+    if len(wrong):
+        raise CheckpointError(f"tensor `{tensor.name}` names the group {wrong[0]} of {groups}")
+    return order
+
+
+def setting(settings: Settings, key: str, default: int | bool | str | None = None) -> Any:
+    """A number, word or truth of the configuration; a list or an object in its place is an error."""
+    value = settings.get(key, default)
+    if value is not None and not isinstance(value, (int, float, str)):
+        raise CheckpointError(f"`{key}` of the quantisation is {value!r}, which should be a single value")
+    return value

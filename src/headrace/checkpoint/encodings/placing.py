@@ -1,0 +1,22 @@
+"""Where virtual tensors lie: in a file of which only the name exists, each from the start of a page."""
+
+from math import prod
+
+from headrace.checkpoint.encodings.encoding import Virtual
+from headrace.checkpoint.tensor import Tensor, block_of
+
+PAGE_BYTES = 4096
+
+
+def placed(virtual: Virtual, path: str, offset: int) -> Tensor:
+    """A virtual tensor at its place."""
+    block, size = block_of(virtual.type)
+    return Tensor(
+        name=virtual.name,
+        shape=virtual.shape,
+        type=virtual.type,
+        path=path,
+        offset=offset,
+        nbytes=prod(virtual.shape) // block * size,
+        slabs=virtual.slabs,
+    )

@@ -1,0 +1,163 @@
+"""Contraction-major integers, as GPTQ and AWQ store them: all outputs of an input together, and not the other way round.
+
+A row of ggml's is an output with its inputs, which would have to be gathered from the whole tensor. So the contraction is cut
+into slabs, of as many inputs as a group has where that is possible: a slab's weights, its scales and its zero points are one
+contiguous range each, and y is the sum over slabs of x's columns times the slab's rows. Inside of a slab the words are
+transposed on the way.
+
+What is kept is as for integers by rows (`integers.py`). With an order of activations (`desc_act`) a slab needs the scales of
+all groups, which is as many bytes again as its weights in a matrix of 8192 inputs, and becomes fp16.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.checkpoint.encodings.blocks import Halves, blocks_of, transpose
+from headrace.checkpoint.encodings.encoding import Bytes, Floats, Read, floats, half_scales, order_of
+from headrace.checkpoint.tensor import Tensor, block_of
+from headrace.errors import CheckpointError
+
+WIDTHS = (128, 64, 32)
+_OUTPUTS = 512  # made at a time as fp16
+
+
+def slab_width(inputs: int, widths: Sequence[int]) -> int:
+    """Inputs of a slab: the first width that divides them all, else all of them."""
+    return next((width for width in widths if inputs % width == 0), inputs)
+
+
+def group_widths(group: int) -> tuple[int, ...]:
+    """Widths of a slab in the order of preference: a group's, so that a slab has one scale an output."""
+    return (group, *WIDTHS) if 32 <= group <= 256 and group % 32 == 0 else WIDTHS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlabIntegers(ABC):
+    """Slabs of rows of `type` from contraction-major integers. A family says how the words are packed."""
+
+    label: str
+    type: str
+    bits: int
+    inputs: int
+    outputs: int
+    width: int  # inputs of a slab
+    group: int  # inputs of a scale
+    weight: Tensor
+    scale: Tensor  # (groups, outputs)
+    zero: Tensor  # (groups, outputs * bits / 32) words
+    symmetric: bool
+    order: Tensor | None = None  # the group of each input
+
+    @property
+    def row_multiple(self) -> int:
+        """Whole slabs."""
+        return self.outputs
+
+    def reads(self, first: int, last: int) -> Sequence[Read]:
+        """See `Encoding.reads`."""
+        start, end = self._inputs(first, last)
+        first_group, last_group = self._groups(start, end)
+        scale_bytes, zero_bytes = self.outputs * block_of(self.scale.type)[1], self.zero.row_bytes
+        input_bytes = self.weight.nbytes // self.inputs
+        reads = [
+            (self.weight, start * input_bytes, (end - start) * input_bytes),
+            (self.scale, first_group * scale_bytes, (last_group - first_group) * scale_bytes),
+            (self.zero, first_group * zero_bytes, (last_group - first_group) * zero_bytes),
+        ]
+        if self.order is not None:
+            reads.append((self.order, start * 4, (end - start) * 4))
+        return reads
+
+    def decode(self, raw: Sequence[Bytes], first: int, last: int, out: Bytes) -> None:
+        """See `Encoding.decode`."""
+        start, end = self._inputs(first, last)
+        first_group, last_group = self._groups(start, end)
+        count = (end - start) // self.width
+        words = raw[0].view(np.uint32).reshape(count, -1, self.weight.columns)
+        scales = floats(raw[1], self.scale.type).reshape(-1, self.outputs)
+        zeros = self._zeros(raw[2].view(np.uint32).reshape(last_group - first_group, -1))
+        group: npt.NDArray[Any] = np.arange(start, end) // self.group - first_group
+        if self.order is not None:
+            group = order_of(raw[3], self.scale.rows, self.order)
+        made = out.reshape(count, -1)
+        for slab, groups in enumerate(group.reshape(count, self.width)):
+            if self.type == "F16":
+                self._floats(words[slab], scales, zeros, groups, made[slab])
+            else:
+                self._blocks(words[slab], scales, zeros, groups[::32], made[slab])
+
+    def _inputs(self, first: int, last: int) -> tuple[int, int]:
+        return first // self.outputs * self.width, last // self.outputs * self.width
+
+    def _groups(self, start: int, end: int) -> tuple[int, int]:
+        if self.order is not None:
+            return 0, self.scale.rows
+        return start // self.group, -(-end // self.group)
+
+    def _zeros(self, words: npt.NDArray[np.uint32]) -> Floats:
+        """Zero points of some groups: (groups, outputs), or a single half range for all where they must be that."""
+        zeros = self.zeros_of(words)
+        half = 1 << (self.bits - 1)
+        if self.symmetric and not (zeros == half).all():
+            raise CheckpointError(
+                f"tensor `{self.zero.name}` has the zero point {int(zeros[zeros != half][0])}, symmetric weights of"
+                f" {self.bits} bits have {half}",
+                hint='set "sym" to false in the `quantization_config` of config.json',
+            )
+        return zeros.astype(np.float32)
+
+    def _blocks(
+        self, words: npt.NDArray[np.uint32], scales: Floats, zeros: Floats, groups: npt.NDArray[Any], out: Bytes
+    ) -> None:
+        blocks = blocks_of(out, self.type, self.width)
+        for place, group in enumerate(groups):
+            d: Halves = half_scales(scales[group], self.scale.name)
+            blocks["d"][:, place] = d
+            if self.type == "Q4_1":
+                minima = -d.astype(np.float32) * zeros[group]
+                blocks["m"][:, place] = half_scales(minima, self.scale.name)
+            self.write(blocks[:, place], words, place)
+
+    def _floats(
+        self, words: npt.NDArray[np.uint32], scales: Floats, zeros: Floats, groups: npt.NDArray[Any], out: Bytes
+    ) -> None:
+        half_scales(scales * (1 << self.bits), self.scale.name)  # no weight may exceed fp16
+        codes, target = self.codes(words), out.view(np.float16).reshape(self.outputs, self.width)
+        for start in range(0, self.outputs, _OUTPUTS):
+            part = slice(start, start + _OUTPUTS)
+            weights = codes[:, part] - zeros[:, part].take(groups, axis=0)
+            weights *= scales[:, part].take(groups, axis=0)
+            transpose(weights, target[part])
+
+    @abstractmethod
+    def zeros_of(self, words: npt.NDArray[np.uint32]) -> npt.NDArray[Any]:
+        """Zero points as stored: (groups, words) to (groups, outputs)."""
+
+    @abstractmethod
+    def codes(self, words: npt.NDArray[np.uint32]) -> Bytes:
+        """The integers of a slab: (rows of words, columns of words) to (width, outputs)."""
+
+    @abstractmethod
+    def write(self, blocks: npt.NDArray[Any], words: npt.NDArray[np.uint32], place: int) -> None:
+        """Write the integers of the slab's inputs [32 place, 32 place + 32) to a block of each output: (outputs,)."""
+
+
+def group_of(inputs: int, groups: int, configured: Any, name: str) -> int:
+    """Inputs of a group, from the configuration where it fits the number of groups, else even shares."""
+    if type(configured) is int and configured > 0 and -(-inputs // configured) == groups:
+        return min(configured, inputs)
+    if groups < 1 or inputs % groups:
+        raise CheckpointError(f"tensor `{name}` has {groups} groups of scales for {inputs} inputs")
+    return inputs // groups
+
+
+def integer_type(bits: int, symmetric: bool, group: int, width: int) -> str:
+    """ggml's format that holds the integers as they are, else fp16."""
+    if group % 32 or width % 32 or (bits == 8 and not symmetric):
+        return "F16"
+    return "Q8_0" if bits == 8 else "Q4_0" if symmetric else "Q4_1"

@@ -1,0 +1,66 @@
+"""Plain matrices that are stored contraction-major, (inputs, outputs): GPT-2's, and some models' stacks of experts.
+
+Cut into slabs as in `slabs.py`, so that a slab is one contiguous range, and transposed inside of it. No value changes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from headrace.checkpoint.encodings.blocks import transpose
+from headrace.checkpoint.encodings.encoding import FLOAT_TYPES, Bytes, Encoding, Read, Virtual, require
+from headrace.checkpoint.encodings.placing import placed
+from headrace.checkpoint.encodings.slabs import slab_width
+from headrace.checkpoint.tensor import Tensor, block_of
+from headrace.errors import CheckpointError
+
+_WIDTHS = (256, 128, 64, 32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transposed:
+    """Slabs of rows from a contraction-major matrix, or a stack of them."""
+
+    source: Tensor
+    width: int
+    label: str = "transposed"
+
+    @property
+    def row_multiple(self) -> int:
+        """Whole slabs."""
+        return self.source.columns
+
+    def reads(self, first: int, last: int) -> Sequence[Read]:
+        """See `Encoding.reads`. The slabs of a stack's matrices lie one after another as well."""
+        row_bytes, outputs = self.source.row_bytes, self.source.columns
+        start, end = first // outputs * self.width, last // outputs * self.width
+        return ((self.source, start * row_bytes, (end - start) * row_bytes),)
+
+    def decode(self, raw: Sequence[Bytes], first: int, last: int, out: Bytes) -> None:
+        """See `Encoding.decode`."""
+        dtype, outputs = np.dtype(f"u{block_of(self.source.type)[1]}"), self.source.columns
+        stored = raw[0].view(dtype).reshape(-1, self.width, outputs)
+        target = out.view(dtype).reshape(-1, outputs, self.width)
+        for slab, rows in zip(stored, target, strict=True):
+            transpose(slab, rows)
+
+
+def transposed(tensor: Tensor, path: str, offset: int) -> tuple[Tensor, Encoding]:
+    """The slabs of a stored (..., inputs, outputs), as a virtual tensor at `offset` of `path`: (..., slabs, outputs, width).
+
+    Raises:
+        CheckpointError: not a matrix or a stack of them in F16, BF16 or F32.
+    """
+    require(tensor, FLOAT_TYPES)
+    if len(tensor.shape) not in (2, 3) or 0 in tensor.shape:
+        raise CheckpointError(f"tensor `{tensor.name}` has the shape {tensor.shape}, which cannot be transposed")
+    *stack, inputs, outputs = tensor.shape
+    width = slab_width(inputs, _WIDTHS)
+    slabs = inputs // width
+    shape = (*stack, slabs, outputs, width)
+    encoding = Transposed(source=tensor, width=width)
+    virtual = Virtual(
+        name=tensor.name, shape=shape, type=tensor.type, slabs=slabs, encoding=encoding, parts=(tensor.name,)
+    )
+    return placed(virtual, path, offset), encoding
