@@ -14,9 +14,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 320
-MATRIX_SCALE, VECTOR_SPREAD, BUFFER_SPREAD = 0.15, 0.5, 0.2
+MATRIX_SCALE, EMBEDDING_SCALE, VECTOR_SPREAD, BUFFER_SPREAD = 0.15, 0.5, 0.5, 0.2
 # Parameters whose values are logarithms, decays and steps: drawn about the values that the model starts them with.
 KEPT_ABOUT_THEIR_START = ("A_log", "dt_bias", "time_decay", "time_first", "lambda_q1", "lambda_k1", "recurrent_param")
+
+LEARNT_BUFFERS = ("bias", "biases", "layer_scalar")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ IN_GROUPS = {"n_group": 4, "topk_group": 2}
 FIRST_DENSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24}
 LATENT_Q = {**LATENT, "q_lora_rank": 24}
-INDEXED = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 4}
+# With few index heads many scores are exactly zero, and which of equals are taken depends on the cache.
+INDEXED = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}
 LINEAR_FIRST = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
 DELTA = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -68,15 +71,17 @@ DENSE: dict[str, dict[str, Any]] = {
     "codegen": {**GPT, "rotary_dim": 8},
     "cohere": {**GROUPED, "use_qk_norm": True, "logit_scale": 0.5},
     "cohere2": {**GROUPED, **WINDOWED, "logit_scale": 0.5},
-    "cohere_compass_text": {**GROUPED, **WINDOWED},
-    "cpmant": {
-        "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "dim_head": 16,
-        "dim_ff": 96, "prompt_types": 2, "prompt_length": 4, "segment_types": 4,
+    "cohere_compass_text": {
+        **GROUPED, **WINDOWED, "logit_scale": 0.5, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+        },
     },
     "ctrl": {**GPT, "dff": 96},
     "cwm": {**HEADED, **WINDOWED, "bos_token_id": 0, "eos_token_id": 1},
     "diffllama": GROUPED,
-    "doge": {**GROUPED, "keep_window_size": 8},
+    # Above keep_window_size its choice of keys depends on how many follow, so the window stays above the prompts.
+    "doge": GROUPED,
     "ernie4_5": HEADED,
     "exaone4": {**GROUPED, **WINDOWED},
     "falcon": {
@@ -124,8 +129,11 @@ DENSE: dict[str, dict[str, Any]] = {
     "gptj": {**GPT, "rotary_dim": 8},
     "granite": {**GROUPED, **GRANITE},
     "granite_swa": {**GROUPED, **WINDOWED, **GRANITE},
-    "helium": HEADED,
-    "hrm_text": {**COMMON, "num_hidden_layers": 4, "head_dim": 16, "num_layers_per_stack": 2, "prefix_lm": False},
+    "helium": {**GROUPED, "head_dim": 16},
+    "hrm_text": {
+        **COMMON, "num_hidden_layers": 12, "num_layers_per_stack": 2, "H_cycles": 2, "L_cycles": 2, "head_dim": 16,
+        "prefix_lm": False,
+    },
     "hunyuan_v1_dense": HEADED,
     "hyperclovax": {**HEADED, **GRANITE},
     "internlm3": HEADED,
@@ -199,8 +207,8 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "logit_scale": 0.5,
     },
     "dbrx": {
-        "vocab_size": VOCAB, "d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 128, "rope_theta": 1e4,
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "vocab_size": VOCAB, "d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2},
     },
     "deepseek_v2": {
@@ -222,9 +230,6 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 8}, "index_topk": 4,
         "mlp_layer_types": ["hash_moe", "moe", "moe"], "partial_rotary_factor": 0.5,
-    },
-    "doge:experts": {
-        **GROUPED, "keep_window_size": 8, "is_moe": True, "num_experts": 16, "num_experts_per_tok": 4,
     },
     "dots1": {**HEADED, **WINDOWED, **ROUTED, **IN_GROUPS, "first_k_dense_replace": 1, "norm_topk_prob": True},
     "dots3_note_text": {
@@ -311,6 +316,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2, "n_shared_experts": 1, **IN_GROUPS, "head_dim": 16, **LINEAR_FIRST,
         "first_k_dense_replace": 1, "num_mtp_layers": 0,
     },
+    # It counts positions from 0 in each call: a decode step has to pass position_ids.
     "bamba": {**GROUPED, **MAMBA2, "attn_layer_indices": [1]},
     "falcon_h1": {**HEADED, **MAMBA2, "mamba_d_ssm": 128, "key_multiplier": 0.5, "ssm_in_multiplier": 1.5},
     "falcon_mamba": {**SIZES, "state_size": 8, "time_step_rank": 4},
@@ -325,6 +331,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "n_layers_per_attn_res_block": 2,
     },
     "inkling_text": {
+        "logits_mup_width_multiplier": 2.0,
         **COMMON, **ROUTED, **FIRST_DENSE, "num_key_value_heads": 2, "head_dim": 16, "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4, "swa_head_dim": 16, "sliding_window_size": 8, "d_rel": 8, "rel_extent": 16,
         "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
@@ -371,22 +378,25 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "indexed_attention", "linear_attention"], "indexer_n_heads": 2,
         "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 8, "indexer_compress_ratio": 2,
         "ple_layer_ids": [1], "ngram_vocab_size_base": 100, "heads_per_ngram": 2, "split_ngram_parts": 1,
-        "make_ngram_vocab_size_divisible_by": 8,
+        "make_ngram_vocab_size_divisible_by": 8, "eos_token_id": 1,
     },
+    # Its recurrent state lives in its modules, and its output has no cache: the caller has to pass one.
     "recurrent_gemma": {
         **GROUPED, "attention_window_size": 8, "block_types": ["recurrent", "recurrent", "attention"],
         "lru_width": 64,
     },
     "rwkv": {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "context_length": 128, **NO_TOKENS},
-    "xlstm": {**SIZES, "num_heads": 4, "chunk_size": 16},
+    "xlstm": {**SIZES, "hidden_size": 128, "num_heads": 4, "chunk_size": 16},
     "zamba": {
         **COMMON, "num_hidden_layers": 6, "num_key_value_heads": 4, "n_mamba_heads": 2, "mamba_d_state": 8,
         "mamba_dt_rank": 4, "use_mamba_kernels": False,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"] + ["linear_attention"] * 2,
     },
+    # Its prefill clamps steps from below by time_step_min and its decode does not: with the default they differ by 1e-2.
     "zamba2": {
         **COMMON, "num_hidden_layers": 6, "num_key_value_heads": 4, "n_mamba_heads": 4, "mamba_d_state": 16,
-        "mamba_ngroups": 2, "chunk_size": 16, "num_mem_blocks": 2, "adapter_rank": 8, "use_mamba_kernels": False,
+        "mamba_ngroups": 2, "chunk_size": 16,
+        "time_step_min": 1e-6, "num_mem_blocks": 2, "adapter_rank": 8, "use_mamba_kernels": False,
         "use_shared_attention_adapter": True, "use_mem_rope": True,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention", "hybrid"],
     },
@@ -397,8 +407,42 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-CACHE_DIFFERS: dict[str, str] = {}
-REFUSED: dict[str, str] = {}
+CACHE_DIFFERS = {"openai-gpt": "it has no cache"}
+
+_ENCODER = "an encoder, causal only where its config says is_decoder"
+_ENCODER_DECODER = "the decoder half of an encoder-decoder"
+_ASSISTANT = "a drafter that reads another model's hidden states"
+REFUSED = {
+    "blt": "over bytes, with a patcher and two local models",
+    "cpmant": "its mask lets a token see what follows, and each step wants the whole text",
+    "reformer": "hashed attention over chunks, drawn anew each forward",
+    "xlm": "an encoder, causal only where its config says causal",
+    "xlnet": "permuted attention, not causal",
+    **dict.fromkeys(
+        (
+            "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+            "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
+            "xmod",
+        ),
+        _ENCODER,
+    ),
+    **dict.fromkeys(
+        (
+            "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
+            "prophetnet", "trocr", "whisper",
+        ),
+        _ENCODER_DECODER,
+    ),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _ASSISTANT),
+}  # fmt: skip
+
+# Causal-LM types that are no architecture of their own: another type's config, or a text model within a multimodal one.
+ALIASES = ("gpt-sw3",)
+WRAPPERS = (
+    "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "git", "got_ocr2", "llama4",
+    "mllama", "moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "phi4_multimodal", "qwen3_5",
+    "qwen3_5_moe", "qwen4_exp",
+)  # fmt: skip
 
 CASES = {
     name: Case(name.split(":")[0], config, kind, CACHE_DIFFERS.get(name, ""))
@@ -415,6 +459,8 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.copy_(_drawn(parameter_name, parameter))
+        embeddings = model.get_input_embeddings().weight
+        embeddings.mul_(EMBEDDING_SCALE / MATRIX_SCALE)
         _draw_buffers(model)
     model.tie_weights()
     return model
@@ -429,11 +475,16 @@ def _drawn(name: str, start: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_buffers(model: PreTrainedModel) -> None:
-    """Buffers that a checkpoint holds, such as a router's correction bias; those of whole numbers stay."""
+    """Draw learnt buffers, such as a router's correction bias, and tables of experts by token; others are derived."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
-        if name not in parameters and tensor.is_floating_point():
+        if name in parameters:
+            continue
+        if name.endswith(LEARNT_BUFFERS):
             tensor.add_(BUFFER_SPREAD * torch.randn_like(tensor))
+        if name.endswith("tid2eid"):  # (vocabulary, experts of a token), distinct in a row
+            experts = model.config.n_routed_experts
+            tensor.copy_(torch.rand(len(tensor), experts).argsort(dim=1)[:, : tensor.shape[1]])
 
 
 def write_folder(model: PreTrainedModel, path: Path, dtype: torch.dtype = torch.float32, shards: int = 1) -> Path:
