@@ -50,6 +50,7 @@ class Checkpoint:
     metadata: dict[str, Scalar | ArrayRef]
     tensors: dict[str, Tensor]
     config: Mapping[str, Any] | None = None  # config.json, of a Hugging Face folder
+    generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json
     made: Mapping[str, Sequence[tuple[Tensor, Encoding]]] = field(default_factory=dict)  # tensors made on reading, by path
 
     @property
@@ -110,6 +111,8 @@ class Checkpoint:
     @property
     def vocab_size(self) -> int:
         """Rows of the token embedding."""
+        if self.config is not None:
+            return self.number("vocab_size")
         embedding = self.tensors.get("token_embd.weight")
         if embedding is None:
             raise CheckpointError(
@@ -118,7 +121,7 @@ class Checkpoint:
         return embedding.rows
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_gguf(path: str | os.PathLike[str]) -> Checkpoint:
     """Read the header of a GGUF file, or of every part if the name is one part of a split.
 
     Raises:
@@ -126,8 +129,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         UnsupportedError: a quantisation that ggml cannot multiply.
     """
     path = os.fspath(path)
-    if os.path.isdir(path):
-        raise CheckpointError(f"{path} is a folder", hint="name the .gguf file in it")
     paths = _split_parts(path)
     metadata: dict[str, Scalar | ArrayRef] = {}
     tensors: dict[str, Tensor] = {}

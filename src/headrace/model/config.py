@@ -5,14 +5,17 @@ scalings, soft caps, biases, Falcon's and GPT-2's own names. `_corrections` adds
 the file's facts have to be derived, each value from the file itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from headrace.checkpoint import Checkpoint
-from headrace.errors import CheckpointError, UnsupportedError
+from headrace.errors import CheckpointError, UnsupportedError, did_you_mean
 
 MODEL_TYPES = {"gemma3": "gemma3_text"}
 # The 27B sizes scale queries by hidden_size / heads, the others by head_dim; no metadata says so (llama.cpp goes by the
@@ -30,6 +33,8 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
     Raises:
         CheckpointError: metadata that the architecture needs is missing or impossible.
     """
+    if checkpoint.config is not None:
+        return _of_folder(checkpoint, checkpoint.config)
     architecture = checkpoint.architecture
     values: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(architecture, {}))
     for key, renamed in GGUF_CONFIG_MAPPING[architecture].items():
@@ -50,6 +55,26 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise CheckpointError(f"{checkpoint.path}: the metadata makes no {architecture} model: {error}") from error
     return config
+
+
+def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config as it is written, if transformers has a language model for it."""
+    kind = values["model_type"]
+    if kind not in CONFIG_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        own_code = " needs code of its own, which headrace does not run" if values.get("auto_map") else ""
+        reason = own_code or f" is a {kind} model, of which transformers has no language model that generates text"
+        known = did_you_mean(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise UnsupportedError(
+            f"{checkpoint.path}{reason}", hint=known if known.startswith("did") else "use a GGUF file of the model"
+        )
+    given = {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
+    try:
+        return CONFIG_MAPPING[kind].from_dict(given)
+    except Exception as error:  # whatever an untrusted config provokes in transformers' checks of it
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json makes no {kind} model: {error}",
+            hint="the config is damaged, or of another version of transformers",
+        ) from error
 
 
 def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""A Hugging Face folder as a checkpoint: its tensors, and its config in the words that the planner knows.
+
+Those words are GGUF's metadata keys: `block_count`, `embedding_length`, `expert_count`. Configs of transformers say the same
+in several ways, which are listed here; what a model is built from is the config itself (`model.config`).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headrace.checkpoint.encodings import Encoding, decoded
+from headrace.checkpoint.gguf import Checkpoint, Scalar
+from headrace.checkpoint.safetensors import OpenSource, read_folder
+from headrace.checkpoint.source import LocalSource
+from headrace.checkpoint.tensor import Tensor
+from headrace.errors import UnsupportedError
+
+# GGUF's key, and the names that configs have for it.
+_NAMES = {
+    "block_count": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "embedding_length": ("hidden_size", "n_embd", "d_model"),
+    "attention.head_count": ("num_attention_heads", "n_head", "n_heads"),
+    "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+    "attention.key_length": ("head_dim", "d_kv"),
+    "attention.value_length": ("v_head_dim",),
+    "feed_forward_length": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "expansion_ratio"),
+    "context_length": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
+    "vocab_size": ("vocab_size",),
+    "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "expert_used_count": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "top_k"),
+    "expert_feed_forward_length": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
+}
+
+
+def open_folder(path: str, open_source: OpenSource = LocalSource) -> Checkpoint:
+    """Read the headers of a Hugging Face folder, or of the one .safetensors file in it that is named.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or contradicts the others.
+        UnsupportedError: a layout, or a model with parts beside the language model, that cannot run.
+    """
+    folder = read_folder(path, open_source)
+    config = dict(folder.config)
+    _check_config(path, config)
+    tensors, encodings = decoded(folder.tensors, config, folder.path)
+    return Checkpoint(
+        path=path,
+        paths=folder.paths,
+        metadata=_metadata(path, config, folder.generation),
+        tensors=tensors,
+        config=config,
+        generation=folder.generation,
+        made=_by_path(tensors, encodings),
+    )
+
+
+def _by_path(
+    tensors: Mapping[str, Tensor], encodings: Mapping[str, Encoding]
+) -> dict[str, list[tuple[Tensor, Encoding]]]:
+    made: dict[str, list[tuple[Tensor, Encoding]]] = {}
+    for name, encoding in encodings.items():
+        made.setdefault(tensors[name].path, []).append((tensors[name], encoding))
+    return made
+
+
+def _check_config(path: str, config: Mapping[str, Any]) -> None:
+    if not isinstance(config.get("model_type"), str):
+        remote = " (it has code of its own, which headrace does not run)" if config.get("auto_map") else ""
+        raise UnsupportedError(
+            f"{path}: config.json names no model_type{remote}",
+            hint="use a version of the model that transformers supports, or a GGUF file",
+        )
+    if config.get("is_encoder_decoder"):
+        raise UnsupportedError(
+            f"{path} is a {config['model_type']} model with an encoder, which is not supported",
+            hint="use a model that only decodes",
+        )
+
+
+def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+    found: dict[str, Scalar] = {
+        "general.architecture": str(inner.get("model_type") or config["model_type"]),
+        "general.name": Path(path).resolve().name if Path(path).exists() else path.rstrip("/").split("/")[-1],
+    }
+    for key, names in _NAMES.items():
+        value = next((inner[name] for name in names if isinstance(inner.get(name), int)), None)
+        if value is not None and not isinstance(value, bool):
+            found[key] = value
+    rotary, plain = inner.get("qk_rope_head_dim"), inner.get("qk_nope_head_dim")
+    if isinstance(rotary, int) and isinstance(plain, int):  # latent attention: keys are wider than values
+        found["attention.key_length"] = rotary + plain
+    if "expert_count" not in found:
+        found["expert_count"] = 0
+    sampling = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    for ours, theirs in sampling.items():
+        value = generation.get(theirs)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"general.sampling.{ours}"] = value
+    if generation and generation.get("do_sample") is not True:
+        found["general.sampling.temp"] = 0.0
+    return found
