@@ -8,8 +8,8 @@ has a virtual environment of its own (--airllm; `pip install torch==2.13.0`, the
 folder into a file per layer once, before the first round and without a ceiling; that needs the folder's size on disk again.
 Needs root.
 
-accelerate decides what stays in memory from `max_memory`; what it gets is the ceiling less RUNTIME_MIB for the interpreter,
-the libraries and the largest layer that it brings in.
+accelerate keeps in memory what `max_memory` allows (--max-memory) and maps the rest from the folder. More is not always faster,
+for the mapped rest needs page cache under the same ceiling: try several and give it its best.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from ceiling import run_under
 
 MIB = 1 << 20
 PROMPT = "Write a Python function that reverses a string."
-RUNTIME_MIB = 1100
 HOME = Path.home() / ".cache" / "headrace"
 ENGINES = ("accelerate", "airllm", "headrace")
 
@@ -109,7 +108,7 @@ def run_engine(name: str, arguments: argparse.Namespace, tokens: int) -> dict[st
         ]
     else:
         command = [python, __file__, str(arguments.folder), "--only", name, "--tokens", str(tokens)]
-        command += ["--ceiling", str(arguments.ceiling), "--scratch", str(arguments.scratch)]
+        command += ["--max-memory", str(arguments.max_memory), "--scratch", str(arguments.scratch)]
     result = run_under(limit, command)
     if result.code:
         return {"failed": result.code, "stderr": result.stderr[-600:]}
@@ -136,7 +135,7 @@ def only(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return airllm(arguments.folder, scratch / "airllm", arguments.tokens)
     offload = scratch / "accelerate"
     offload.mkdir(parents=True, exist_ok=True)
-    return accelerate(arguments.folder, offload, arguments.ceiling - RUNTIME_MIB, arguments.tokens)
+    return accelerate(arguments.folder, offload, arguments.max_memory, arguments.tokens)
 
 
 def table(name: str, rounds: list[dict[str, Any]]) -> str:
@@ -157,6 +156,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6, help="at least 2")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--max-memory", type=int, default=900, help="MiB that accelerate may keep in memory")
     parser.add_argument("--airllm", type=Path, default=HOME / "airllm-venv/bin/python", help="its Python")
     parser.add_argument("--scratch", type=Path, default=HOME / "peers", help="for split and offloaded weights")
     parser.add_argument("--out", type=Path, default=Path("peers.json"))
