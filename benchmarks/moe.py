@@ -4,7 +4,8 @@
 
 FILE is by default synth-30b-a3b-q4_k_m.gguf, which benchmarks/synthetic.py writes. The peer is llama-completion from the folder
 --llama, file-mapped, without repacking and warm-up: which experts a token needs depends on the tokens, so both continue the
-same prompt greedily. --bench adds llama-bench, whose tokens are random. Both count decoding after the first token. Needs root.
+same prompt greedily. With random weights their roundings soon part them: then the tokens differ, their distribution does not.
+--bench adds llama-bench, whose tokens are random. Both count decoding after the first token. Needs root.
 
     seconds per token = max(M / B, C)        M bytes missed per token, B disk bytes/s, C the kernels' seconds per token
 
