@@ -31,7 +31,9 @@ def run_under(limit_bytes: int | None, command: Sequence[str], timeout_s: float 
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, preexec_fn=enter)
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout_s, preexec_fn=enter
+        )
         peak_name = "memory.max_usage_in_bytes" if _version_1() else "memory.peak"
         peak = int((group / peak_name).read_text())
         return Run(result.returncode, time.monotonic() - start, peak, result.stdout, result.stderr)
