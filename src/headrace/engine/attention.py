@@ -138,7 +138,8 @@ class PackedAttention:
     def __init__(self) -> None:
         self._batch: Sequence[Entry] = ()
         self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
-        self.used = False
+        self.layers: list[int] = []  # that called while the order was recorded
+        self.strange: set[str] = set()  # what they asked for that is not done here
 
     def begin(self, batch: Sequence[Entry]) -> None:
         """The sequences of the next forward; one that shares the beginning of another comes after it."""
@@ -156,19 +157,34 @@ class PackedAttention:
         dropout: float = 0.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        **_: Any,
+        s_aux: torch.Tensor | None = None,
+        **others: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Query (1, heads, rows, head_dim), key and value (1, kv_heads, rows, head_dim) to (1, rows, heads, head_dim)."""
-        self.used = True
+        """Query (1, heads, rows, head_dim), key and value (1, kv_heads, rows, head_dim) to (1, rows, heads, head_dim).
+
+        `s_aux` are sinks, one for each head: a further position to attend to that has no value.
+        """
         if query.is_meta:
-            return query.transpose(1, 2), None
+            self._note(module, attention_mask, others)
+            return query.new_empty((*query.shape[:3], value.shape[3])).transpose(1, 2), None
         out = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
         layer: int = module.layer_idx  # type: ignore[assignment]
         for cache, part, exact in self._batch:
             cache.put(layer, key[0, :, part], value[0, :, part])
             attend = self._row_by_row if exact else self._all_rows
-            attend(query[0, :, part], cache, layer, out[0, part], scaling, sliding_window, softcap)
+            attend(query[0, :, part], cache, layer, out[0, part], scaling, sliding_window, softcap, s_aux)
         return out, None
+
+    def _note(self, module: torch.nn.Module, mask: torch.Tensor | None, others: dict[str, Any]) -> None:
+        """A call on meta, while the order is recorded: remember who called and what is out of the ordinary."""
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int) or layer < 0 or layer in self.layers:
+            self.strange.add("layers that share a place in the cache")
+        else:
+            self.layers.append(layer)
+        if mask is not None:
+            self.strange.add("a mask of its own")
+        self.strange |= {name for name, value in others.items() if value is not None and name not in _HARMLESS}
 
     @staticmethod
     def _row_by_row(
@@ -179,6 +195,7 @@ class PackedAttention:
         scaling: float | None,
         window: int | None,
         softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> None:
         """Each row alone, so that its result does not depend on the rows beside it. The heads of a group are the rows."""
         heads, rows, width = query.shape
@@ -189,7 +206,7 @@ class PackedAttention:
             part = slice(max(0, last - window) if window else 0, last)
             keys, values = all_keys[:, part], all_values[:, part]
             grouped = query[:, row].reshape(1, keys.shape[0], -1, width)
-            out[row] = _attend(grouped, keys, values, None, scaling, softcap).view(heads, -1)
+            out[row] = _attend(grouped, keys, values, None, scaling, softcap, sinks).view(heads, -1)
 
     def _all_rows(
         self,
@@ -200,6 +217,7 @@ class PackedAttention:
         scaling: float | None,
         window: int | None,
         softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> None:
         rows = query.shape[1]
         start = cache.length
@@ -208,7 +226,7 @@ class PackedAttention:
         mask = self._mask(start, rows, window or 0)
         if repeat > 1:
             keys, values = keys.repeat_interleave(repeat, 0), values.repeat_interleave(repeat, 0)
-        result = _attend(query.to(KV_DTYPE)[None], keys, values, mask, scaling, softcap)
+        result = _attend(query.to(KV_DTYPE)[None], keys, values, mask, scaling, softcap, sinks)
         out.copy_(result[0].transpose(0, 1))
 
     def _mask(self, start: int, rows: int, window: int) -> torch.Tensor:
@@ -231,15 +249,25 @@ def _attend(
     mask: torch.Tensor | None,
     scaling: float | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Query (1, heads, rows, width) over keys and values (heads, positions, width)."""
-    if softcap is None:
+    if softcap is None and sinks is None:
         return scaled_dot_product_attention(query, keys[None], values[None], attn_mask=mask, scale=scaling)
     scores = query.float() @ keys.float().transpose(1, 2) * (scaling or query.shape[-1] ** -0.5)
-    scores = torch.tanh(scores / softcap) * softcap
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores.masked_fill_(~mask, -torch.inf)
+    if sinks is not None:
+        # One for each head: rows of a group of heads lie where rows lie.
+        column = sinks.float().view(scores.shape[1], -1, 1).expand(*scores.shape[1:3], 1)[None]
+        return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ values.float()
     return scores.softmax(-1) @ values.float()
+
+
+# What attention functions are told that changes nothing here: causality and positions are known.
+_HARMLESS = frozenset({"position_ids", "is_causal", "output_attentions", "use_cache", "cache_position"})
 
 
 class JoinedCache:

@@ -5,7 +5,7 @@ for a product, the weights of its place in the pass are taken from the stream as
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import Entry, JoinedCache, KVCache, PackedAttention
 from headrace.engine.experts import ExpertProducts
+from headrace.engine.model_cache import ModelCache, arguments_for, keeps_states, maker_of, parameters_of
 from headrace.engine.numbers import floats_of
 from headrace.engine.trace import PassStats, Trace
 from headrace.errors import ContextError, UnsupportedError
@@ -44,7 +45,7 @@ class Rows:
     products. None: exact if they are few, as decoded and drafted tokens are, and prompts are not.
     """
 
-    cache: KVCache
+    cache: KVCache | ModelCache
     tokens: Sequence[int]
     logits: int = 1
     exact: bool | None = None
@@ -106,13 +107,14 @@ class Engine:
                 read=self._unpack,
                 gather=self._gather,
                 record=self._record,
-                arguments=self._recording_arguments,
+                ways=self._ways,
             ),
         )
         self._files.add(shell.made_path, shell.made)
         self.model = shell.model
         self.steps = shell.steps
-        self._own_attention = self._attention.used
+        self.way = shell.way
+        self._keeps_states = self.way == "model" and keeps_states(self.model)
         self._pending: dict[PackedLinear, tuple[torch.Tensor, torch.Tensor]] = {}
         if callable(options):
             options = options(shell)
@@ -174,9 +176,16 @@ class Engine:
         """Decoder layers, each with keys and values of its own."""
         return int(self.model.config.get_text_config().num_hidden_layers)
 
-    def new_cache(self, capacity: int, bits: int = 16) -> KVCache:
+    def new_cache(self, capacity: int, bits: int = 16) -> "KVCache | ModelCache":
         """An empty cache for one sequence of at most `capacity` tokens, with keys and values in 16 or 8 bits."""
+        if self.way == "model":
+            return ModelCache(maker_of(self.model), capacity)
         return KVCache(self.layers, capacity, bits)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether sequences cannot share a pass, nor guesses be taken back, because the model keeps its own cache."""
+        return self.way == "model"
 
     def step(self, batch: Sequence[Rows]) -> torch.Tensor:
         """One pass over the weights for the new rows of all sequences.
@@ -200,7 +209,7 @@ class Engine:
         before, start = self._counted(), time.perf_counter()
         self._step = self._visit = 0
         try:
-            logits = self._forward_in_order(batch)
+            logits = self._forward_in_order(batch) if self.way != "model" else self._by_model(batch)
         except BaseException:
             self._pending.clear()
             self.stream.rewind()
@@ -244,6 +253,26 @@ class Engine:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 
+    def _by_model(self, batch: Sequence[Rows]) -> torch.Tensor:
+        """As the model itself would: one sequence after another, each with a pass of its own. Where layers keep states,
+        rows that follow others go one by one: few models can take up a state with several rows."""
+        parts = []
+        for rows in batch:
+            cache, tokens = rows.cache, list(rows.tokens)
+            assert isinstance(cache, ModelCache)
+            step = 1 if cache.length and self._keeps_states else len(tokens)
+            before, found = cache.length, []
+            for first in range(0, len(tokens), step):
+                self._step = self._visit = 0
+                self._rows = step
+                self._exact_rows = step if rows.is_exact else 0
+                part = replace(rows, tokens=tokens[first : first + step], logits=min(step, rows.logits))
+                found.append(self._forward([part], ()))
+                cache.length += step
+            cache.length = before
+            parts.append(torch.cat(found)[-rows.logits :])
+        return torch.cat(parts)
+
     def _forward_in_order(self, batch: Sequence[Rows]) -> torch.Tensor:
         """Exact rows first, as the kernels want them; the logits in the order of the batch."""
         order = sorted(range(len(batch)), key=lambda i: not batch[i].is_exact)
@@ -269,16 +298,20 @@ class Engine:
         for rows in batch:
             first += len(rows.tokens)
             wanted += range(first - rows.logits, first)
-        arguments: dict[str, Any] = {}
-        if self._own_attention:
+        arguments: dict[str, Any] = {"position_ids": positions}
+        if self.way == "packed":
             self._attention.begin(entries)
-        else:
+        elif self.way == "joined":
             joined = JoinedCache(entries)
-            arguments = {"past_key_values": joined, "attention_mask": joined.mask(), "use_cache": True}
-        keep: Any = torch.tensor(wanted)
-        result = self.model(input_ids=tokens, position_ids=positions, logits_to_keep=keep, **arguments)
-        logits: torch.Tensor = result.logits[0]
-        return logits
+            arguments |= {"past_key_values": joined, "attention_mask": joined.mask(), "use_cache": True}
+        else:
+            (rows,) = batch
+            arguments = arguments_for(self.model, rows.cache, len(rows.tokens))
+        keep = torch.tensor(wanted)
+        if "logits_to_keep" in parameters_of(self.model):
+            logits: torch.Tensor = self.model(input_ids=tokens, logits_to_keep=keep, **arguments).logits[0]
+            return logits
+        return self.model(input_ids=tokens, **arguments).logits[0, keep]  # type: ignore[no-any-return]
 
     # -- what the model's modules call ----------------------------------------------------------------------------
 
@@ -338,13 +371,20 @@ class Engine:
 
     def _record(self, recorder: Recorder | None) -> None:
         self._recorder = recorder
+        if recorder is not None:
+            self._attention.layers, self._attention.strange = [], set()
 
-    def _recording_arguments(self) -> dict[str, Any]:
-        """Arguments of the forward on meta in which the order is recorded, for two rows."""
-        return {
-            "position_ids": torch.zeros((1, 2), dtype=torch.long),
-            "attention_mask": torch.zeros((1, 1, 2, 2)),
-        }
+    def _ways(self, model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any], Callable[[], bool]]]:
+        """Ways to run attention, the best first: what to pass to a forward on meta, and whether that showed it to do."""
+        positions = {"position_ids": torch.zeros((1, 2), dtype=torch.long, device="meta")}
+        if not keeps_states(model):
+            yield "packed", positions, lambda: bool(self._attention.layers) and not self._attention.strange
+            mask = torch.zeros((1, 1, 2, 2), device="meta")
+            yield "joined", positions | {"attention_mask": mask}, lambda: not self._attention.layers
+        model.config._attn_implementation = "eager"
+        with torch.device("meta"):
+            arguments = arguments_for(model, ModelCache(maker_of(model), 2), 2)
+        yield "model", arguments, lambda: True
 
     def _interleave(self, options: StreamOptions, piece: Piece, columns: int) -> Piece:
         if piece.type not in options.interleaved_types:

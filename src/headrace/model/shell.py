@@ -5,9 +5,9 @@ no checkpoint; llama's writers permute the rows of q and k; gemma's store their 
 of its own; a tensor of the file that finds no place in the model means that the model is a different one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -27,12 +27,17 @@ from headrace.model.packed import GatheredEmbedding, PackedExperts, PackedLinear
 _SMALL_TABLE_BYTES = 4 << 20
 
 
+# A way to run attention: its name, what a forward on meta is given, and whether that forward showed it to be right.
+Way: TypeAlias = tuple[str, dict[str, Any], Callable[[], bool]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shell:
     """A model without its large weights, and the order in which a pass asks for them."""
 
     model: PreTrainedModel
     steps: tuple[Step, ...]
+    way: str  # how attention runs, one of those that the engine offered
     made_path: str
     made: Sequence[tuple[Tensor, Encoding]]  # tensors on that path, besides the checkpoint's own
 
@@ -57,7 +62,7 @@ class Hooks:
     read: Callable[[Tensor], torch.Tensor]  # a small tensor whole, fp32, in its shape
     gather: Callable[[Tensor, torch.Tensor], torch.Tensor]  # rows of a table
     record: Callable[[Recorder | None], None]  # while the order is recorded, experts go to this recorder
-    arguments: Callable[[], dict[str, Any]]  # of a forward: positions, masks, caches
+    ways: Callable[[PreTrainedModel], Iterator[Way]]  # to run attention, the best first
 
 
 def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
@@ -74,14 +79,14 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
     tied = tied_to(model)
     before = _pack_linears(model, names, tied, hooks.product)
     _pack_experts(model, names)
-    steps = _record(model, before, hooks)
+    steps, way = _record(model, before, hooks)
     _fill_buffers(model)
     _scale_frequencies(checkpoint, model, hooks.read)
     _gather_tables(model, names, hooks)
     _fill(model, names, tied, hooks)
     _refuse_homeless(checkpoint, names)
     _fuse_norms(model)
-    return Shell(model=model, steps=steps, made_path=names.made_path, made=names.made)
+    return Shell(model=model, steps=steps, way=way, made_path=names.made_path, made=names.made)
 
 
 def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
@@ -154,18 +159,34 @@ def _pack_experts(model: PreTrainedModel, names: Names) -> None:
         count += 1
 
 
-def _record(model: PreTrainedModel, before: Mapping[PackedLinear, tuple[str, nn.Module]], hooks: Hooks) -> tuple[Step, ...]:
-    """The steps of a pass. A linear whose weight is looked at becomes an ordinary one again, kept in memory."""
-    while True:
-        recorder = Recorder()
-        hooks.record(recorder)
-        try:
-            return record_steps(model, recorder, hooks.arguments)
-        except WeightAskedError as asked:
-            name, module = before[asked.linear]
-            model.set_submodule(name, module)
-        finally:
-            hooks.record(None)
+def _record(
+    model: PreTrainedModel, before: Mapping[PackedLinear, tuple[str, nn.Module]], hooks: Hooks
+) -> tuple[tuple[Step, ...], str]:
+    """The steps of a pass and the way in which attention runs. A linear whose weight is looked at becomes an ordinary one
+    again, kept in memory."""
+    refused: Exception | None = None
+    for name, arguments, right in hooks.ways(model):
+        while True:
+            recorder = Recorder()
+            hooks.record(recorder)
+            try:
+                steps = record_steps(model, recorder, arguments)
+            except WeightAskedError as asked:
+                path, module = before[asked.linear]
+                model.set_submodule(path, module)
+                continue
+            except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
+                refused = error
+                break
+            finally:
+                hooks.record(None)
+            if right():
+                return steps, name
+            break
+    raise UnsupportedError(
+        f"the {model.config.model_type} model cannot be traced: {refused}",
+        hint="use a GGUF file of the model with llama.cpp",
+    )
 
 
 @torch.inference_mode()

@@ -1,0 +1,88 @@
+"""The memory of one sequence as the model itself keeps it: transformers' own cache, for models beyond keys and values.
+
+State-space and linear-attention layers sum up what they have seen; other models compute attention in ways of their own
+(position biases, chosen keys, shared layers). They run as transformers would run them, one sequence at a time. What such a
+cache has seen can be forgotten only where every layer keeps plain keys and values; else the sequence is computed again.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+
+class ModelCache:
+    """Speaks as `KVCache` does to those who schedule: a length, a capacity, and how to forget."""
+
+    def __init__(self, make: Callable[[], Any], capacity: int):
+        """`make` gives an empty cache of the model."""
+        self.capacity = capacity
+        self.length = 0
+        self.states: Any = make()
+        self._make = make
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from `length` on, or everything where that cannot be done."""
+        assert 0 <= length <= self.length
+        if length == self.length:
+            return
+        layers = getattr(self.states, "layers", None)
+        if length and layers and all(type(layer) is DynamicLayer for layer in layers):
+            self.states.crop(length - self.length)
+            self.length = length
+        else:
+            self._reset()
+
+    def settle(self) -> None:
+        """A pass with rows of this cache has ended well."""
+
+    def abandon(self) -> None:
+        """A pass with rows of this cache has failed: some layers may have seen its rows."""
+        self._reset()
+
+    def _reset(self) -> None:
+        self.states, self.length = self._make(), 0
+
+
+def parameters_of(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward takes."""
+    return inspect.signature(model.forward).parameters
+
+
+def maker_of(model: PreTrainedModel) -> Callable[[], Any]:
+    """Makes empty caches of the class that the model is written for."""
+    module = inspect.getmodule(type(model))
+    own = [value for name, value in vars(module).items() if name.endswith("Cache") and name.startswith(_family(model))]
+    if own:
+        return lambda: own[0](config=model.config)
+    return lambda: DynamicCache(config=model.config)
+
+
+def _family(model: PreTrainedModel) -> str:
+    """What the classes of the model's family begin with."""
+    return type(model).__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+
+
+def keeps_states(model: PreTrainedModel) -> bool:
+    """Whether some layer remembers other things than keys and values."""
+    if "past_key_values" not in parameters_of(model):
+        return True
+    try:
+        layers = getattr(maker_of(model)(), "layers", [])
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return True
+    plain = ("DynamicLayer", "DynamicSlidingWindowLayer")
+    return any(type(layer).__name__ not in plain for layer in layers)
+
+
+def arguments_for(model: PreTrainedModel, cache: ModelCache, count: int) -> dict[str, Any]:
+    """Arguments of a forward over `count` new rows of one sequence."""
+    known = parameters_of(model)
+    name = "cache_params" if "cache_params" in known else "past_key_values"
+    arguments: dict[str, Any] = {name: cache.states, "use_cache": True}
+    if "position_ids" in known:
+        arguments["position_ids"] = torch.arange(cache.length, cache.length + count)[None]
+    return arguments
