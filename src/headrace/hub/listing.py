@@ -24,12 +24,15 @@ def list_repository(reference: Reference) -> Listing:
     from huggingface_hub import HfApi, constants
 
     with explained(reference):
-        info = HfApi().model_info(
-            reference.repo,
-            revision=reference.revision,
-            files_metadata=True,
-            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-        )
+        try:
+            info = HfApi().model_info(
+                reference.repo,
+                revision=reference.revision,
+                files_metadata=True,
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            )
+        except (KeyError, TypeError, AttributeError) as error:  # what the library takes for granted is not there
+            raise ValueError(f"its listing of {reference.repo} lacks {error}") from error
     commit, siblings = info.sha, info.siblings or []
     if commit is None or len(commit) != 40 or any(type(file.size) is not int or file.size < 0 for file in siblings):
         raise HubError(
