@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -156,7 +157,15 @@ def test_a_connection_that_breaks_once_goes_on_by_itself(gguf: StandIn, reset: b
     assert gguf.bytes_sent["m-Q4_K_M.gguf"] <= len(MODEL) + 300_000
     if not reset:  # after a reset the client may have lost what was on its way
         assert gguf.bytes_sent["m-Q4_K_M.gguf"] == len(MODEL)
-    assert any(r[2].startswith("bytes=") for r in gguf.asked("/cdn/", "GET"))
+        assert [r[2] for r in gguf.asked("/cdn/", "GET")] == ["", "bytes=300000-"]
+
+
+def test_two_at_a_time_fetch_a_file_once(gguf: StandIn) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(lambda _: pull(REPO, say=None), range(2)))
+
+    assert paths[0] == paths[1]
+    assert gguf.bytes_sent == {"m-Q4_K_M.gguf": len(MODEL)}
 
 
 def test_a_connection_that_always_breaks_is_an_error_and_the_next_call_fetches_the_rest(
@@ -375,7 +384,10 @@ def test_an_interrupted_download_can_be_removed(gguf: StandIn, cache: Path) -> N
     gguf.break_after, gguf.breaks = 1000, -1
     gguf.reset = True
     failed()
-    removal(REPO).execute()
+    partial(cache).write_bytes(MODEL[:1000])
+    planned = removal(REPO)
+    assert planned.nbytes == 1000
+    planned.execute()
 
     assert not (cache / "models--org--model").exists()
 

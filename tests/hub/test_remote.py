@@ -129,6 +129,15 @@ def test_a_connection_that_breaks_once_is_tried_again_and_one_that_always_breaks
         open_checkpoint(again.path, again.open_source)
 
 
+def test_a_network_that_is_switched_off_is_an_error_without_a_request(
+    hub: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        remote_sources(REPO)
+    assert not hub.requests
+
+
 def test_reading_ahead_doubles_in_a_row_and_begins_anew_elsewhere() -> None:
     content = os.urandom(40 * MIB + 7)
     asked: list[tuple[int, int]] = []

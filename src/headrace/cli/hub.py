@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 from rich.table import Table
+from rich.text import Text
 
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.source import LocalSource, OpenSource
@@ -95,18 +96,14 @@ def _print_table(models: list[CachedModel]) -> None:
     if not models:
         show.note("no models yet; `headrace pull org/repo` brings one")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (
-        ("name", "left"),
-        ("format", "left"),
-        ("files", "right"),
-        ("size", "right"),
-        ("last used", "left"),
-    ):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table = Table("name", "format", box=None, pad_edge=False, header_style="bold")
+    table.add_column("files", justify="right")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("last used", no_wrap=True)
     for model in models:
-        table.add_row(model.name, model.format, str(model.files), gigabytes(model.nbytes), _day(model))
-    show.console().print(table, markup=False)
+        name = Text(model.name, overflow="fold")
+        table.add_row(name, model.format, str(model.files), gigabytes(model.nbytes), _day(model))
+    show.console().print(table)
 
 
 def remove_command(model: str, yes: bool, as_json: bool) -> None:

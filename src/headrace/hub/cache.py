@@ -117,8 +117,7 @@ def _models(repo: "CachedRepoInfo", revision: "CachedRevisionInfo") -> list[Cach
         if "main" in revision.refs
         else f"{repo.repo_id}@{min(revision.refs, default=revision.commit_hash)}"
     )
-    cached = {file.file_path.relative_to(revision.snapshot_path).as_posix(): file for file in revision.files}
-    files = [RemoteFile(name=name, size=file.size_on_disk) for name, file in cached.items()]
+    cached, files = _files_of(revision)
     models = []
     for wanted in [None, *gguf_models(files)]:
         try:
@@ -130,6 +129,11 @@ def _models(repo: "CachedRepoInfo", revision: "CachedRevisionInfo") -> list[Cach
                 _cached_model(at if wanted is None else f"{at}:{wanted}", repo.repo_id, selection, cached, revision)
             )
     return models
+
+
+def _files_of(revision: "CachedRevisionInfo") -> "tuple[dict[str, CachedFileInfo], list[RemoteFile]]":
+    cached = {file.file_path.relative_to(revision.snapshot_path).as_posix(): file for file in revision.files}
+    return cached, [RemoteFile(name=name, size=file.size_on_disk) for name, file in cached.items()]
 
 
 def _cached_model(
@@ -163,7 +167,12 @@ def removal(reference: Reference) -> Removal:
         strategy = cache.delete_revisions(*(revision.commit_hash for revision in revisions))
     else:
         strategy = cache.delete_files(*_chosen(revisions, reference))
-    return Removal(what=str(reference), nbytes=strategy.expected_freed_size, strategy=strategy)
+    # What interrupted downloads left goes with the repository; the library does not count it.
+    left = [
+        file for file in cache.incomplete_files if any(file.file_path.is_relative_to(repo) for repo in strategy.repos)
+    ]
+    nbytes = strategy.expected_freed_size + sum(file.size_on_disk for file in left)
+    return Removal(what=str(reference), nbytes=nbytes, strategy=strategy)
 
 
 def _meant(repo: "CachedRepoInfo", reference: Reference) -> "list[CachedRevisionInfo]":
@@ -175,8 +184,7 @@ def _chosen(revisions: "list[CachedRevisionInfo]", reference: Reference) -> "lis
     chosen: list[CachedFileInfo] = []
     refused: HeadraceError | None = None
     for revision in revisions:
-        cached = {file.file_path.relative_to(revision.snapshot_path).as_posix(): file for file in revision.files}
-        files = [RemoteFile(name=name, size=file.size_on_disk) for name, file in cached.items()]
+        cached, files = _files_of(revision)
         try:
             parts, _ = choose_gguf(files, reference.file)
         except HeadraceError as error:

@@ -97,7 +97,7 @@ def _bring(reference: Reference, listing: Listing, missing: Sequence[RemoteFile]
     for number, blob in enumerate(blobs, 1):
         rest = f", of which {gigabytes(blob.have)} are here" if blob.have else ""
         say(f"fetching {blob.file.name} ({number} of {len(blobs)}), {gigabytes(blob.file.size)}{rest}")
-        _complete(reference, listing.commit, blob)
+        _complete(reference, listing.commit, blob, say)
 
 
 def _blob(reference: Reference, listing: Listing, file: RemoteFile) -> _Blob | None:
@@ -120,7 +120,7 @@ def _check_room(reference: Reference, needed: int) -> None:
         )
 
 
-def _complete(reference: Reference, commit: str, blob: _Blob) -> None:
+def _complete(reference: Reference, commit: str, blob: _Blob, say: Say) -> None:
     """Fetch the rest of a file, under the lock that the library itself takes for it."""
     from huggingface_hub.utils import WeakFileLock
 
@@ -135,6 +135,7 @@ def _complete(reference: Reference, commit: str, blob: _Blob) -> None:
         if blob.have > blob.file.size:
             blob.partial.unlink()
         _download(reference, commit, blob)
+        say(f"comparing the SHA-256 of {blob.file.name}")
         _check_content(blob)
         blob.partial.replace(blob.path)
 

@@ -50,7 +50,8 @@ def _explanation(reference: Reference, error: Exception) -> HubError:
         return offline(reference)
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
         return HubError(
-            f"cannot reach {endpoint()} for {reference.repo}: {error}", hint="check the network and HF_ENDPOINT"
+            f"cannot reach {endpoint()} for {reference.repo}: {error}",
+            hint=f"check the network and HF_ENDPOINT; {RESUME}",
         )
     if isinstance(error, httpx2.TransportError):
         return HubError(
