@@ -206,7 +206,7 @@ def _config_facts(found: Opened) -> dict[str, Any]:
     experts = [text.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")]
     return {
         "format": "safetensors",
-        "name": config.get("_name_or_path") or Path(found.path).name,
+        "name": None,  # a config does not say
         "architecture": config.get("model_type"),
         "parameters": None,
         "bits_per_weight": None,
