@@ -5,6 +5,7 @@ HeadraceError (1)
 │   └── UnsupportedError  the file is sound, but holds what this version cannot run
 ├── ReadError             the disk failed, or the file changed, while in use
 ├── BudgetError           the memory given is below the floor
+├── HubError              the hub refuses, cannot be reached, or the connection breaks
 ├── ContextError          more tokens than the context holds
 └── UsageError (2)        contradictory or unknown options
 """
@@ -41,6 +42,10 @@ class BudgetError(HeadraceError):
 
 class ContextError(HeadraceError):
     """A prompt and its answer need more tokens than the context holds."""
+
+
+class HubError(HeadraceError):
+    """The model hub refuses, cannot be reached, breaks off, or delivers something else than it lists."""
 
 
 class UsageError(HeadraceError):

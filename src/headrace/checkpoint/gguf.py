@@ -9,6 +9,7 @@ the file before anything is allocated for it.
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -17,7 +18,7 @@ from typing import Any, TypeAlias
 
 from headrace.checkpoint.encodings import Encoding
 from headrace.checkpoint.header import Header
-from headrace.checkpoint.source import LocalSource
+from headrace.checkpoint.source import LocalSource, OpenSource
 from headrace.checkpoint.tensor import COMPUTABLE, TYPE_NAMES, Tensor, block_of
 from headrace.errors import CheckpointError, UnsupportedError, did_you_mean
 
@@ -52,6 +53,7 @@ class Checkpoint:
     config: Mapping[str, Any] | None = None  # config.json, of a Hugging Face folder
     generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json
     made: Mapping[str, Sequence[tuple[Tensor, Encoding]]] = field(default_factory=dict)  # tensors made on reading, by path
+    open_source: OpenSource = field(default=LocalSource, compare=False, repr=False)
 
     @property
     def architecture(self) -> str:
@@ -103,7 +105,7 @@ class Checkpoint:
         value = self.metadata.get(key, self.metadata.get(f"{self.architecture}.{key}"))
         if not isinstance(value, ArrayRef):
             return []
-        with LocalSource(self.paths[0]) as source:
+        with closing(self.open_source(self.paths[0])) as source:
             header = Header(source)
             header.position = value.position
             return _read_array(header, value.element, value.count, key)
@@ -121,42 +123,52 @@ class Checkpoint:
         return embedding.rows
 
 
-def open_gguf(path: str | os.PathLike[str]) -> Checkpoint:
+def open_gguf(path: str | os.PathLike[str], open_source: OpenSource = LocalSource) -> Checkpoint:
     """Read the header of a GGUF file, or of every part if the name is one part of a split.
+
+    `open_source` says where the bytes of a path come from: this machine, if nothing else is said.
 
     Raises:
         CheckpointError: not a GGUF file, truncated, inconsistent, or a part is missing.
         UnsupportedError: a quantisation that ggml cannot multiply.
     """
     path = os.fspath(path)
-    paths = _split_parts(path)
+    paths = _split_parts(path, open_source)
     metadata: dict[str, Scalar | ArrayRef] = {}
     tensors: dict[str, Tensor] = {}
     for part in paths:
-        part_metadata, part_tensors = _read_file(part)
+        part_metadata, part_tensors = _read_file(part, open_source)
         metadata = part_metadata if part == paths[0] else metadata
         for tensor in part_tensors:
             if tensor.name in tensors:
                 raise CheckpointError(f"{part}: two tensors are named `{tensor.name}`")
             tensors[tensor.name] = tensor
-    checkpoint = Checkpoint(path=path, paths=paths, metadata=metadata, tensors=tensors)
+    checkpoint = Checkpoint(path=path, paths=paths, metadata=metadata, tensors=tensors, open_source=open_source)
     _check_split_count(checkpoint)
     return checkpoint
 
 
-def _split_parts(path: str) -> tuple[str, ...]:
+def _split_parts(path: str, open_source: OpenSource) -> tuple[str, ...]:
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path, re.DOTALL)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return (path,)
     stem, _, count = match.groups()
     parts = tuple(f"{stem}-{i:05d}-of-{count}.gguf" for i in range(1, int(count) + 1))
-    missing = [part for part in parts if not os.path.exists(part)]
+    missing = [part for part in parts if _is_missing(part, open_source)]
     if missing:
         raise CheckpointError(
             f"{len(missing)} of {len(parts)} parts are missing, the first is {missing[0]}",
             hint="put all parts of the split into one folder",
         )
     return parts
+
+
+def _is_missing(path: str, open_source: OpenSource) -> bool:
+    try:
+        open_source(path).close()
+    except CheckpointError as error:
+        return isinstance(error.__cause__, FileNotFoundError)
+    return False
 
 
 def _check_split_count(checkpoint: Checkpoint) -> None:
@@ -168,8 +180,8 @@ def _check_split_count(checkpoint: Checkpoint) -> None:
         )
 
 
-def _read_file(path: str) -> tuple[dict[str, Scalar | ArrayRef], list[Tensor]]:
-    with LocalSource(path, hint="name a .gguf file") as source:
+def _read_file(path: str, open_source: OpenSource) -> tuple[dict[str, Scalar | ArrayRef], list[Tensor]]:
+    with closing(open_source(path)) as source:
         header = Header(source)
         if header.size < 4 or header.raw(4, "the magic") != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file", hint="headrace reads .gguf files")

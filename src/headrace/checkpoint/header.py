@@ -38,10 +38,10 @@ class Header:
             self._fill(count)
 
     def _fill(self, count: int) -> None:
-        """Move the window to the position."""
+        """Move the window to the position. A source may give less than a window at a time: what is needed is enough."""
         target = min(self.size - self.position, max(count, FIRST_READ_BYTES))
         pieces, have = [], 0
-        while have < target:
+        while have < count:
             try:
                 piece = self._source.pread(target - have, self.position + have)
             except OSError as error:

@@ -2,7 +2,8 @@
 
 import os
 import stat
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 from headrace.errors import CheckpointError
 
@@ -25,10 +26,14 @@ class Source(Protocol):
         """Give it back."""
 
 
+# Opens a file by its path; where there is none, a `CheckpointError` whose cause is a `FileNotFoundError`.
+OpenSource: TypeAlias = Callable[[str], Source]
+
+
 class LocalSource:
     """A regular file of this machine. By `pread` rather than mapped: a file that shrinks is an error and not a signal."""
 
-    def __init__(self, path: str, hint: str = "name a model file"):
+    def __init__(self, path: str, hint: str = "name a .gguf file"):
         """Raises `CheckpointError` where the operating system refuses, or it is no regular file."""
         self.path = path
         try:

@@ -289,3 +289,50 @@ def demo(prompt: str | None, memory: int | None, as_json: bool) -> None:
     from headrace.cli.demo import demo_command
 
     sys.exit(demo_command(prompt, memory, as_json))
+
+
+@main.command()
+@click.argument("model")
+@json_option
+def pull(model: str, as_json: bool) -> None:
+    """Fetch MODEL from the Hugging Face hub into its cache, and print the path to open.
+
+    MODEL is org/repo, org/repo:FILE or org/repo:QUANTISATION (such as Q4_K_M), with @REVISION after repo if need be. What was
+    fetched before, by this or another program, is not fetched again; a stopped download goes on where it was.
+    """
+    from headrace.cli.hub import pull_command
+
+    sys.exit(pull_command(model, as_json))
+
+
+@main.command(name="list")
+@json_option
+def list_models(as_json: bool) -> None:
+    """List the models in the hub's cache that can be opened: name, format, files, size, last used."""
+    from headrace.cli.hub import list_command
+
+    list_command(as_json)
+
+
+@main.command(name="show")
+@click.argument("model")
+@json_option
+def show_model(model: str, as_json: bool) -> None:
+    """Say what MODEL is: architecture, parameters, bits, layers, experts, context, files. Reads headers only.
+
+    MODEL is a .gguf file, a folder with config.json, or org/repo of the hub, of which only the header is fetched.
+    """
+    from headrace.cli.hub import show_command
+
+    show_command(model, as_json)
+
+
+@main.command(name="rm")
+@click.argument("model")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@json_option
+def remove(model: str, yes: bool, as_json: bool) -> None:
+    """Delete MODEL from the hub's cache: org/repo with all that is cached of it, or org/repo:FILE alone."""
+    from headrace.cli.hub import remove_command
+
+    remove_command(model, yes, as_json)

@@ -1,0 +1,255 @@
+"""`headrace pull`, `list`, `show` and `rm`: models of the Hugging Face hub, and what a model is."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.checkpoint.source import LocalSource, OpenSource
+from headrace.cli import show
+from headrace.errors import CheckpointError, HeadraceError, UnsupportedError, UsageError
+from headrace.hub import (
+    CachedModel,
+    Reference,
+    cached_models,
+    local_path,
+    parse_reference,
+    pull,
+    remote_sources,
+    removal,
+)
+from headrace.units import gigabytes
+
+INTERRUPTED = 130
+MAX_CONFIG_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """Where a model is read: a path, what opens it, its files, and the license if somebody says so."""
+
+    path: str
+    open_source: OpenSource
+    files: tuple[tuple[str, int], ...]
+    license: str | None
+    remote: bool
+
+
+def pull_command(model: str, as_json: bool) -> int:
+    """Fetch a model; its path to stdout. Returns the exit code."""
+    reference = reference_of(model)
+    if os.environ.get("HEADRACE_NO_PROGRESS") or os.environ.get("TERM") == "dumb":
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+    try:
+        path = pull(reference, say=show.note)
+    except KeyboardInterrupt:
+        show.note("stopped; the same command goes on where it was")
+        return INTERRUPTED
+    click.echo(json.dumps({"model": str(reference), "path": path}) if as_json else path)
+    return 0
+
+
+def reference_of(model: str) -> Reference:
+    """The reference that an argument is.
+
+    Raises:
+        UsageError: it is something on this disk, or no name of a repository.
+    """
+    reference = parse_reference(model)
+    if reference is None or Path(model).exists():
+        what = "is on this disk" if Path(model).exists() else "is not the name of a model at the hub"
+        raise UsageError(f"`{model}` {what}", hint="write org/repo, org/repo:file or org/repo:Q4_K_M")
+    return reference
+
+
+def list_command(as_json: bool) -> None:
+    """The models in the cache: a table on a terminal, tab-separated lines elsewhere."""
+    models = cached_models()
+    if as_json:
+        click.echo(json.dumps({"models": [asdict(model) for model in models]}, allow_nan=False))
+    elif sys.stdout.isatty():
+        _print_table(models)
+    else:
+        for row in (("name", "format", "files", "bytes", "last_used"), *map(_row, models)):
+            click.echo("\t".join(row))
+
+
+def _row(model: CachedModel) -> tuple[str, ...]:
+    return model.name, model.format, str(model.files), str(model.nbytes), _day(model)
+
+
+def _day(model: CachedModel) -> str:
+    return datetime.fromtimestamp(model.last_used_s).isoformat(sep=" ", timespec="minutes")
+
+
+def _print_table(models: list[CachedModel]) -> None:
+    if not models:
+        show.note("no models yet; `headrace pull org/repo` brings one")
+        return
+    table = Table("name", "format", box=None, pad_edge=False, header_style="bold")
+    table.add_column("files", justify="right")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("last used", no_wrap=True)
+    for model in models:
+        name = Text(model.name, overflow="fold")
+        table.add_row(name, model.format, str(model.files), gigabytes(model.nbytes), _day(model))
+    show.console().print(table)
+
+
+def remove_command(model: str, yes: bool, as_json: bool) -> None:
+    """Delete a model from the hub's cache, after asking.
+
+    Raises:
+        UsageError: nobody can be asked.
+    """
+    planned = removal(reference_of(model))
+    show.note(f"removing {planned.what} from the cache frees {gigabytes(planned.nbytes)}")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("nothing was removed: there is nobody to ask", hint=f"headrace rm {model} --yes")
+        click.confirm("remove it?", abort=True, err=True)
+    planned.execute()
+    if as_json:
+        click.echo(json.dumps({"removed": planned.what, "freed_bytes": planned.nbytes}))
+
+
+def show_command(model: str, as_json: bool) -> None:
+    """Say what a model is, from headers alone."""
+    found = _find(model)
+    facts = _facts(found)
+    if as_json:
+        click.echo(json.dumps({"model": model, **facts}, allow_nan=False))
+        return
+    for name, value in _lines(model, facts):
+        click.echo(f"{name:12} {value}")
+
+
+def _find(model: str) -> Opened:
+    """On the disk, in the cache, or at the hub: the first of them."""
+    if Path(model).exists():
+        return _local(model)
+    reference = parse_reference(model)
+    if reference is None:
+        raise HeadraceError(f"there is no file {model}", hint="give the path of a .gguf file, or org/repo of the hub")
+    path = local_path(reference)
+    if path is not None:
+        return _local(path)
+    remote = remote_sources(reference)
+    return Opened(
+        path=remote.path,
+        open_source=remote.open_source,
+        files=tuple((file.name, file.size) for file in remote.selection.files),
+        license=remote.listing.license,
+        remote=True,
+    )
+
+
+def _local(path: str) -> Opened:
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).iterdir() if file.is_file())
+    else:
+        files = [Path(part) for part in open_checkpoint(path).paths]
+    sizes = tuple((file.name, file.stat().st_size) for file in files)
+    return Opened(path=path, open_source=LocalSource, files=sizes, license=None, remote=False)
+
+
+def _facts(found: Opened) -> dict[str, Any]:
+    """What `--json` shows. Unknown is null."""
+    if found.path.endswith(".gguf") or Path(found.path).is_file():
+        facts = _gguf_facts(open_checkpoint(found.path, found.open_source), found)
+    else:
+        facts = _config_facts(found)
+    files = [{"name": name, "bytes": size} for name, size in found.files]
+    return {
+        **facts,
+        "remote": found.remote,
+        "path": found.path,
+        "files": files,
+        "bytes": sum(s for _, s in found.files),
+    }
+
+
+def _gguf_facts(checkpoint: Checkpoint, found: Opened) -> dict[str, Any]:
+    parameters = sum(tensor.rows * tensor.columns for tensor in checkpoint.tensors.values())
+    license_name = checkpoint.get("general.license")
+    return {
+        "format": "gguf",
+        "name": checkpoint.name,
+        "architecture": checkpoint.architecture,
+        "parameters": parameters,
+        "bits_per_weight": round(8 * checkpoint.nbytes / parameters, 3) if parameters else None,
+        "layers": checkpoint.get("block_count"),
+        "experts": checkpoint.get("expert_count"),
+        "experts_used": checkpoint.get("expert_used_count"),
+        "context_tokens": checkpoint.get("context_length"),
+        "license": license_name or found.license,
+    }
+
+
+def _config_facts(found: Opened) -> dict[str, Any]:
+    config = _config(found)
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    weights = sum(size for name, size in found.files if name.endswith(".safetensors"))
+    if not weights:
+        raise UnsupportedError(f"{found.path} holds no safetensors weights", hint="name a .gguf file in it")
+    experts = [text.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")]
+    return {
+        "format": "safetensors",
+        "name": None,  # a config does not say
+        "architecture": config.get("model_type"),
+        "parameters": None,
+        "bits_per_weight": None,
+        "layers": text.get("num_hidden_layers"),
+        "experts": next((n for n in experts if n is not None), None),
+        "experts_used": text.get("num_experts_per_tok"),
+        "context_tokens": text.get("max_position_embeddings"),
+        "license": found.license,
+    }
+
+
+def _config(found: Opened) -> dict[str, Any]:
+    source = found.open_source(f"{found.path}/config.json")
+    try:
+        if source.size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{source.path} has {source.size} bytes; a config has fewer than {MAX_CONFIG_BYTES}")
+        data = b""
+        while piece := source.pread(source.size - len(data), len(data)):
+            data += piece
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{found.path}/config.json is not JSON: {error}", hint="fetch the model again") from error
+    finally:
+        source.close()
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{found.path}/config.json is no JSON object", hint="fetch the model again")
+    return config
+
+
+def _lines(model: str, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    parameters, experts = facts["parameters"], facts["experts"]
+    used = f", {facts['experts_used']} for a token" if facts["experts_used"] else ""
+    shown = [
+        ("model", f"{model} ({'at the hub' if facts['remote'] else facts['path']})"),
+        ("name", facts["name"]),
+        ("architecture", facts["architecture"]),
+        ("parameters", f"{parameters / 1e9:.3g} billion" if parameters else None),
+        ("bits", f"{facts['bits_per_weight']:.2f} per weight" if facts["bits_per_weight"] else None),
+        ("layers", facts["layers"]),
+        ("experts", f"{experts}{used}" if experts else None),
+        ("context", f"{facts['context_tokens']} tokens" if facts["context_tokens"] else None),
+        ("license", facts["license"]),
+        ("size", f"{gigabytes(facts['bytes'])} in {len(facts['files'])} file{'s' if len(facts['files']) > 1 else ''}"),
+        *(("", f"{gigabytes(file['bytes']):>10}  {file['name']}") for file in facts["files"]),
+    ]
+    return [(name, str(value)) for name, value in shown if value is not None]

@@ -1,0 +1,54 @@
+"""A repository at one commit, as the hub lists it: files with sizes and checksums. One request."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.errors import HubError
+from headrace.hub.reference import Reference
+from headrace.hub.refusal import endpoint, explained
+from headrace.hub.selection import RemoteFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What is there. Large files have a SHA-256."""
+
+    commit: str
+    files: tuple[RemoteFile, ...]
+    sha256: dict[str, str]
+    license: str | None
+
+
+def list_repository(reference: Reference) -> Listing:
+    """Ask the hub. Raises `HubError`."""
+    from huggingface_hub import HfApi, constants
+
+    with explained(reference):
+        try:
+            info = HfApi().model_info(
+                reference.repo,
+                revision=reference.revision,
+                files_metadata=True,
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            )
+        except (KeyError, TypeError, AttributeError) as error:  # what the library takes for granted is not there
+            raise ValueError(f"its listing of {reference.repo} lacks {error}") from error
+    commit, siblings = info.sha, info.siblings or []
+    if commit is None or len(commit) != 40 or any(type(file.size) is not int or file.size < 0 for file in siblings):
+        raise HubError(
+            f"{endpoint()} lists {reference.repo} without its commit or the sizes of its files",
+            hint="HF_ENDPOINT may name a mirror that lacks them",
+        )
+    return Listing(
+        commit=commit,
+        files=tuple(RemoteFile(name=file.rfilename, size=file.size or 0) for file in siblings),
+        sha256={file.rfilename: file.lfs.sha256 for file in siblings if file.lfs is not None},
+        license=_license(info),
+    )
+
+
+def _license(info: Any) -> str | None:
+    card = info.card_data.get("license") if info.card_data is not None else None
+    tagged = [tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")]
+    found = card if isinstance(card, str) else next(iter(tagged), None)
+    return str(found) if found else None
