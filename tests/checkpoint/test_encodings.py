@@ -1,7 +1,10 @@
 """Quantised layouts: each equals its plain dequantisation, in whatever ranges of rows it is made, and bad ones are refused."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from headrace.checkpoint import Tensor
 from headrace.checkpoint.encodings import decoded, transposed
+from headrace.checkpoint.encodings.blocks import half
 from headrace.checkpoint.tensor import block_of
 from headrace.errors import CheckpointError, UnsupportedError
 
@@ -370,6 +374,14 @@ def test_a_configuration_that_contradicts_the_shapes_is_an_error(weights: dict[s
 
     with pytest.raises(CheckpointError, match=message):
         decoded(store.tensors, ct_config("pack-quantized", **weights), "m")
+
+
+def test_zero_points_of_a_single_scale_are_an_error() -> None:
+    store, _ = ct_store((64, 256), 4, 256, symmetric=False)
+    store.add("a.weight_scale", "F32", np.ones((), np.float32))
+
+    with pytest.raises(CheckpointError, match=r"`a.weight_scale` of shape \(\) is not by rows"):
+        decoded(store.tensors, ct_config("pack-quantized", num_bits=4, symmetric=False), "m")
 
 
 @pytest.mark.parametrize("name", ["nvfp4-pack-quantized", "marlin-24", "sparse-24-bitmask", "new"])
@@ -794,6 +806,26 @@ def test_the_quantisation_of_the_text_part_counts() -> None:
     assert decoded(store.tensors, {"text_config": fp8_config()}, "m")[1]
 
 
+@given(st.lists(st.floats(-65504, 65504, width=32), min_size=1, max_size=64))
+def test_rounding_to_fp16_is_that_of_numpy(values: list[float]) -> None:
+    floats = np.array(values, np.float32)
+    # Below 2^-14 a value is first rounded to steps of 2^-37, whose halves may then go the other way by one step of 2^-24.
+    normal = np.abs(floats) >= 2.0**-14
+
+    np.testing.assert_array_equal(half(floats)[normal], floats.astype(np.float16)[normal])
+    np.testing.assert_allclose(half(floats).astype(np.float32), floats, rtol=HALF, atol=2.0**-25 * (1 + 2.0**-11))
+
+
+@pytest.mark.parametrize("layout", ["fp8, large blocks", "int4, asymmetric", "gptq, ordered", "awq"])
+def test_threads_that_decode_at_once_do_not_disturb_each_other(layout: str) -> None:
+    store, config, name = LAYOUTS[layout]()
+    whole = store.made(config, name)
+
+    with ThreadPoolExecutor(8) as pool:
+        for made in pool.map(lambda _: store.made(config, name), range(32)):
+            np.testing.assert_array_equal(made, whole)
+
+
 LAYOUTS: dict[str, Callable[[], tuple[Store, dict[str, Any], str]]] = {
     "fp8, blocks": lambda: (fp8_store((3, 45, 70), (3, 3, 3))[0], fp8_config([16, 32]), "a.weight"),
     "fp8, large blocks": lambda: (fp8_store((3, 145, 270), (3, 2, 3))[0], fp8_config([128, 128]), "a.weight"),
@@ -847,3 +879,55 @@ def test_any_range_of_rows_has_the_bytes_that_it_has_in_the_whole(layout: str, d
 
     whole = store.made(config, name)
     np.testing.assert_array_equal(store.made(config, name, first, last), whole[first * size : last * size])
+
+
+KINDS = ["F32", "F16", "BF16", "I32", "I8", "U8", "F8_E4M3", "F8_E8M0"]
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(-2, 130), st.text(max_size=3), st.lists(st.integers(-1, 9)))
+KEYS = ["bits", "group_size", "sym", "desc_act", "zero_point", "weight_block_size", "version", "config_groups"]
+
+
+@st.composite
+def changed(draw: st.DrawFn, store: Store) -> dict[str, Tensor]:
+    """The tensors of a store, one or two of them missing, of another type or of another shape."""
+    tensors = dict(store.tensors)
+    for name in draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=2, unique=True)):
+        shape, kind = list(tensors[name].shape), tensors[name].type
+        match draw(st.sampled_from(["missing", "type", "size", "dimension", "rank"])):
+            case "missing":
+                del tensors[name]
+                continue
+            case "type":
+                kind = draw(st.sampled_from(KINDS))
+            case "size":
+                shape = [draw(st.sampled_from([0, 1, size // 2, size * 2, size + 1])) for size in shape]
+            case "dimension" if shape:
+                place = draw(st.integers(0, len(shape) - 1))
+                shape[place] = draw(st.sampled_from([0, 1, shape[place] // 2, shape[place] * 2, shape[place] + 1]))
+            case _:
+                shape = draw(st.sampled_from([[], [1], shape[:1], shape[1:], [2, *shape], [*shape, 1], shape[::-1]]))
+        nbytes = prod(shape) * block_of(kind)[1]
+        tensors[name] = Tensor(name=name, shape=tuple(shape), type=kind, path="m", offset=0, nbytes=nbytes)
+    return tensors
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_layout_with_something_changed_is_decoded_within_its_tensors_or_refused(
+    layout: str, data: st.DataObject
+) -> None:
+    store, config, _ = LAYOUTS[layout]()
+    tensors = data.draw(changed(store))
+    more = data.draw(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=1))
+    try:
+        made, encodings = decoded(tensors, {"quantization_config": config["quantization_config"] | more}, "m")
+    except CheckpointError:
+        return
+    for name, encoding in encodings.items():
+        tensor, raw = made[name], []
+        assert tensor.nbytes == tensor.rows * tensor.row_bytes > 0
+        for source, offset, count in encoding.reads(0, tensor.rows):
+            assert 0 <= offset < offset + count <= source.nbytes
+            raw.append(np.zeros(count, np.uint8))
+        with suppress(CheckpointError):  # zeros are no zero points of symmetric weights
+            encoding.decode(raw, 0, tensor.rows, np.empty(tensor.nbytes, np.uint8))

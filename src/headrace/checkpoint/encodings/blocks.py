@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from headrace.checkpoint.encodings.encoding import Bytes
+from headrace.checkpoint.encodings.encoding import Bytes, Floats
 
 Words: TypeAlias = npt.NDArray[np.uint64]
 Halves: TypeAlias = npt.NDArray[np.float16]
@@ -62,8 +62,24 @@ def write_ordered_nibbles(blocks: npt.NDArray[Any], packed: Bytes) -> None:
     write_nibbles(blocks, words[..., 0], words[..., 1], words[..., 2], words[..., 3])
 
 
+def half(values: Floats) -> Halves:
+    """Finite values up to fp16's largest, rounded to nearest: three times as fast as numpy's own conversion.
+
+    Times 2^-112, the exponents of fp32 are those of fp16, subnormal ones too; what remains is to round 13 bits away.
+    """
+    words = (values * np.float32(2.0**-112)).view(np.uint32)
+    signs = words >> np.uint32(16) & np.uint32(0x8000)
+    odd = words >> np.uint32(13) & np.uint32(1)
+    words += odd
+    words += np.uint32(0xFFF)
+    words >>= np.uint32(13)
+    words &= np.uint32(0x7FFF)
+    words |= signs
+    return words.astype(np.uint16).view(np.float16)
+
+
 def transpose(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
-    """Write (rows, columns) to `target`, (columns, rows), rounded to its type.
+    """Write (rows, columns) to `target`, (columns, rows) of the same type.
 
     By way of a buffer with rows of an odd number of cache lines: those of a source of 4096 columns all fall into the same few
     sets of the cache, which makes it six times as slow (350 against 2200 million values a second).

@@ -176,7 +176,10 @@ def _zero(
     zero = companion(tensors, base, name)
     if weight.type == "I8":
         require(zero, ("I8",), scale.shape)
-    else:
-        outputs = -(-weight.shape[-2] * bits // 32)
-        require(zero, ("I32",), (*weight.shape[:-2], outputs, scale.shape[-1]))
+        return zero
+    if scale.shape[:-1] != weight.shape[:-1]:
+        raise CheckpointError(
+            f"tensor `{scale.name}` of shape {scale.shape} is not by rows, and cannot have zero points"
+        )
+    require(zero, ("I32",), (*weight.shape[:-2], -(-weight.shape[-2] * bits // 32), scale.columns))
     return zero

@@ -31,8 +31,8 @@ from headrace.errors import CheckpointError
 
 LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
 _SCALE_TYPES = (*FLOAT_TYPES, "F8_E8M0", "U8")
-# Below so many weights a scale, tables of 256 cost more than products.
-_TABLE_WEIGHTS = 1024
+# Of fewer weights a scale, a table of 256 costs more than it saves. The values are the same either way.
+_SCALE_WEIGHTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,7 @@ class Float8:
         scales = floats(raw[1], self.scale.type).reshape(-1, self.groups)
         self._check(scales)
         rows = self.grid.rows(first, last)
-        if self.grid.per * self.columns_per_scale < _TABLE_WEIGHTS:
+        if scales.size * _SCALE_WEIGHTS > codes.size:
             self._multiply(codes, scales, rows, target)
         else:
             self._look_up(codes, scales, rows, target)

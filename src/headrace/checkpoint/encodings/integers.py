@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.checkpoint.encodings.blocks import blocks_of, write_ordered_nibbles
+from headrace.checkpoint.encodings.blocks import blocks_of, half, write_ordered_nibbles
 from headrace.checkpoint.encodings.encoding import (
     CHUNK_WEIGHTS,
     Bytes,
@@ -108,7 +108,7 @@ class Integers:
         elif self.packed:
             codes -= 1 << (self.bits - 1)
         codes *= self._spread(scales, raw)
-        out.view(np.float16)[:] = codes
+        out.view(np.float16)[:] = half(codes)
 
     def _spread(self, values: Floats, raw: Sequence[Bytes]) -> Floats:
         """A value for each weight from one for each group: (rows, groups) to (rows, columns)."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.checkpoint.encodings.blocks import Halves, blocks_of, transpose
+from headrace.checkpoint.encodings.blocks import Halves, blocks_of, half, transpose
 from headrace.checkpoint.encodings.encoding import Bytes, Floats, Read, floats, half_scales, order_of
 from headrace.checkpoint.tensor import Tensor, block_of
 from headrace.errors import CheckpointError
@@ -130,9 +130,10 @@ class SlabIntegers(ABC):
         codes, target = self.codes(words), out.view(np.float16).reshape(self.outputs, self.width)
         for start in range(0, self.outputs, _OUTPUTS):
             part = slice(start, start + _OUTPUTS)
-            weights = codes[:, part] - zeros[:, part].take(groups, axis=0)
+            zero = np.float32(1 << (self.bits - 1)) if self.symmetric else zeros[:, part].take(groups, axis=0)
+            weights = codes[:, part] - zero
             weights *= scales[:, part].take(groups, axis=0)
-            transpose(weights, target[part])
+            transpose(half(weights), target[part])
 
     @abstractmethod
     def zeros_of(self, words: npt.NDArray[np.uint32]) -> npt.NDArray[Any]:
