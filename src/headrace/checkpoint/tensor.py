@@ -27,7 +27,9 @@ class Tensor:
     path: str
     offset: int  # bytes from the start of the file
     nbytes: int
-    slabs: int = 0  # if not 0, the contraction is cut into so many slabs: shape (..., slabs, outputs, columns of a slab)
+    slabs: int = (
+        0  # if not 0, the contraction is cut into so many slabs: shape (..., slabs, outputs, columns of a slab)
+    )
 
     @property
     def columns(self) -> int:
