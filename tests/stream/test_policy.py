@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import BudgetError, UsageError
-from headrace.stream.policy import HALF_LIFE_ROWS, ExpertCache
+from headrace.stream.policy import HALF_LIFE, ExpertCache
 
 LAYERS, EXPERTS = 3, 6
 
@@ -33,7 +33,7 @@ class Twin:
             agreement = agreement * (1 - 1 / 2000) + sum((a - u) * (b - u) for a, b, u in pairs)
             deviation = deviation * (1 - 1 / 2000) + sum((b - u) ** 2 for _, b, u in pairs)
             locality = min(max(agreement / deviation, 0.0), 0.9)
-            kept = 0.5 ** (rows / HALF_LIFE_ROWS)
+            kept = 0.5 ** (rows**0.5 / HALF_LIFE)
             usual[layer] = [kept * u + (1 - kept) * a for a, _, u in pairs]
             last[layer] = asked
             chance[layer] = [(1 - locality) * u + locality * a for a, u in zip(asked, usual[layer], strict=True)]
@@ -122,12 +122,12 @@ def test_the_agreement_of_neighbouring_tokens_is_measured() -> None:
         assert cache.locality == pytest.approx(min(repeated, 0.9), abs=0.06)
 
 
-def test_a_prefill_of_many_rows_counts_as_so_many_tokens() -> None:
+def test_a_prefill_counts_as_the_root_of_its_rows_in_tokens() -> None:
     tokens, prefill = (ExpertCache(layers=1, experts=EXPERTS, slots=1) for _ in range(2))
-    for _ in range(100):
+    for _ in range(10):
         tokens.note(0, counts(1, 2), 1)
     prefill.note(0, 100 * counts(1, 2), 100)
-    np.testing.assert_allclose(tokens.scores, prefill.scores, rtol=1e-4)  # a hundred roundings against one
+    np.testing.assert_allclose(tokens.scores, prefill.scores, rtol=1e-4)  # ten roundings against one
 
 
 def test_remembered_scores_say_who_goes_before_anything_was_asked() -> None:

@@ -4,10 +4,11 @@ All layers share the slots. The chance that an expert is asked for is a mixture 
 
     p = a * last + (1 - a) * usual
 
-`last` is the share of the layer's last rows that chose it, `usual` the same share averaged over earlier rows, where a row
-counts half as much after each `HALF_LIFE_ROWS`. Prefill, batches and decode are one thing to it: a pass of 300 rows counts as
-300 tokens. `a`, how much neighbouring tokens agree, differs between models and texts and is measured, not set: the least-squares
-slope of what was asked, less `usual`, against `last`, less `usual`. With a = 0 this is LFU that forgets.
+`last` is the share of the layer's last rows that chose it, `usual` the same share averaged over earlier passes, where one counts
+half as much after each `HALF_LIFE`. A pass of n rows counts as sqrt(n) tokens: as n, a prompt would wipe out what earlier
+answers said of the next one; as 1, it would hardly be heard. `a`, how much neighbouring tokens agree, differs between models and
+texts and is measured, not set: the least-squares slope of what was asked, less `usual`, against `last`, less `usual`. With
+a = 0 this is LFU that forgets.
 `docs/expert-cache.md` has the alternatives with their numbers.
 
 Ages are counted in visits of the expert's own layer: counted in time, every layer just computed would look fresher than those
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from headrace.errors import BudgetError, UsageError
 
-HALF_LIFE_ROWS = 24
+HALF_LIFE = 24  # tokens
 REMEMBERED_VISITS = 2000  # of all layers, over which the agreement of neighbouring tokens is averaged: some 40 tokens
 DOUBT = 16.0  # squared deviations counted before the first: until the data outweighs it, the slope is near zero
 HIGHEST_LOCALITY = 0.9
@@ -72,7 +73,7 @@ class ExpertCache:
         asked = (counts / rows).astype(np.float32)  # (experts,)
         usual, last, chance, leaving = self._usual[layer], self._last[layer], self._chance[layer], self._leaving[layer]
         self._measure(last - usual, asked - usual)
-        usual += np.float32(1 - 0.5 ** (rows / HALF_LIFE_ROWS)) * (asked - usual)
+        usual += np.float32(1 - 0.5 ** (rows**0.5 / HALF_LIFE)) * (asked - usual)
         last[:] = asked
         chance[:] = usual + np.float32(self.locality) * (asked - usual)
         np.copyto(leaving, chance, where=leaving < np.inf)
