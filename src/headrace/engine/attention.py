@@ -18,12 +18,12 @@ class KVCache:
     """Keys and values of one sequence for all layers, allocated once.
 
     In 16 bits they take 2 * layers * kv_heads * head_dim * 2 bytes a token. In 8 bits half of that and a scale of two bytes
-    for each head and position: whole numbers from -127 to 127 times the scale.
+    for each head and position: whole numbers from -127 to 127 times the scale. 32 bits round nothing, for comparisons.
     """
 
     def __init__(self, layers: int, capacity: int, bits: int = 16):
         """`capacity` is in tokens. Memory is taken from the system as it is written."""
-        assert bits in (8, 16)
+        assert bits in (8, 16, 32)
         self.capacity = capacity
         self.length = 0
         self._bits = bits
@@ -36,7 +36,7 @@ class KVCache:
         """Write the rows after `length`: keys and values of shape (kv_heads, rows, head_dim)."""
         held = self._held[layer]
         if held is None:
-            made = _Rows if self._bits == 16 else _SmallRows
+            made = _ROWS[self._bits]
             held = self._held[layer] = (made(keys, self.capacity), made(values, self.capacity))
         assert self.length + keys.shape[1] <= self.capacity, "the engine checks the context before a pass"
         if layer in self._untaken:
@@ -84,8 +84,10 @@ class KVCache:
 class _Rows:
     """Keys or values of one layer: (heads, capacity, width) in fp16."""
 
+    dtype = KV_DTYPE
+
     def __init__(self, like: torch.Tensor, capacity: int):
-        self._data = torch.empty((like.shape[0], capacity, like.shape[2]), dtype=KV_DTYPE)
+        self._data = torch.empty((like.shape[0], capacity, like.shape[2]), dtype=self.dtype)
 
     def put(self, first: int, rows: torch.Tensor) -> None:
         self._data[:, first : first + rows.shape[1]] = rows
@@ -117,6 +119,15 @@ class _SmallRows(_Rows):
         assert isinstance(other, _SmallRows)
         super().copy(other, count)
         self._scales[:, :count] = other._scales[:, :count]
+
+
+class _WideRows(_Rows):
+    """The same in fp32, which rounds nothing: to compare with."""
+
+    dtype = torch.float32
+
+
+_ROWS: dict[int, type[_Rows]] = {8: _SmallRows, 16: _Rows, 32: _WideRows}
 
 
 class Entry(NamedTuple):
@@ -199,8 +210,8 @@ class PackedAttention:
     ) -> None:
         """Each row alone, so that its result does not depend on the rows beside it. The heads of a group are the rows."""
         heads, rows, width = query.shape
-        query = query.to(KV_DTYPE)
         all_keys, all_values = cache.get(layer, cache.length + rows)
+        query = query.to(all_keys.dtype)
         for row in range(rows):
             last = cache.length + row + 1
             part = slice(max(0, last - window) if window else 0, last)
@@ -226,7 +237,7 @@ class PackedAttention:
         mask = self._mask(start, rows, window or 0)
         if repeat > 1:
             keys, values = keys.repeat_interleave(repeat, 0), values.repeat_interleave(repeat, 0)
-        result = _attend(query.to(KV_DTYPE)[None], keys, values, mask, scaling, softcap, sinks)
+        result = _attend(query.to(keys.dtype)[None], keys, values, mask, scaling, softcap, sinks)
         out.copy_(result[0].transpose(0, 1))
 
     def _mask(self, start: int, rows: int, window: int) -> torch.Tensor:

@@ -46,16 +46,15 @@ class ExpertProducts:
         rows, chosen = ids.shape
         hidden = hidden.contiguous()
         order = ids.reshape(-1).argsort(stable=True)
-        sizes = torch.bincount(ids.reshape(-1), minlength=packed.count).tolist()
+        sizes = torch.bincount(ids.reshape(-1), minlength=packed.count).numpy()
         if len(sizes) > packed.count:
             raise CheckpointError(
                 f"the router of layer {packed.index} chose expert {len(sizes) - 1} of {packed.count}",
                 hint="router and experts are of different models",
             )
-        firsts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-        counts = {expert: size for expert, size in enumerate(sizes) if size}
+        firsts = [0, *sizes.cumsum().tolist()]
         pairs = hidden.new_empty((rows * chosen, hidden.shape[1]))
-        for ready in self.stream.fetch(packed.index, counts):
+        for ready in self.stream.fetch(packed.index, sizes, rows):
             start = time.perf_counter()
             places = [order[firsts[expert] : firsts[expert + 1]] for expert, _ in ready]
             self._group(packed, ready, hidden, places, chosen, pairs, exact)

@@ -69,7 +69,7 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
         )
     given = {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
     try:
-        return CONFIG_MAPPING[kind].from_dict(given)
+        return CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(given))
     except Exception as error:  # whatever an untrusted config provokes in transformers' checks of it
         raise CheckpointError(
             f"{checkpoint.path}: config.json makes no {kind} model: {error}",

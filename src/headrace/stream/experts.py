@@ -11,9 +11,12 @@ What must never happen: a slot is overwritten while it is read into or multiplie
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from headrace.checkpoint.tensor import Slice
 from headrace.errors import ReadError
@@ -22,6 +25,9 @@ from headrace.stream.files import File
 from headrace.stream.memory import Arena, aligned
 from headrace.stream.policy import ExpertCache
 from headrace.stream.weights import STALL_LIMIT_S, Spans, piece_of
+
+# Experts under way at a time: enough to keep the disk busy, few enough that a prompt does not empty the memory.
+MOST_AHEAD = 12
 
 # Pieces of one expert in the order of its slices.
 Ready: TypeAlias = list[tuple[int, tuple[Piece, ...]]]
@@ -132,10 +138,10 @@ class ExpertStream:
 
     # -- the consumer -------------------------------------------------------------------------------------------
 
-    def fetch(self, layer: int, counts: Mapping[int, int]) -> Iterator[Ready]:
-        """The experts of a layer that so many rows have chosen, in groups: those in memory first, then as they come.
+    def fetch(self, layer: int, counts: npt.NDArray[np.integer], rows: int) -> Iterator[Ready]:
+        """The experts of a layer that some of its rows have chosen, in groups: those in memory first, then as they come.
 
-        The memory of a group may be used until the next one is asked for.
+        `counts[e]` of `rows` rows chose expert e. The memory of a group may be used until the next one is asked for.
 
         Raises:
             ReadError: a read failed or nothing has come from the disk for `stall_limit_s`.
@@ -144,8 +150,8 @@ class ExpertStream:
         held: list[int] = []
         try:
             with self._work:
-                self.cache.note(layer, counts)
-                ready, missing = self._look_up(layer, counts, held)
+                self.cache.note(layer, counts, rows)
+                ready, missing = self._look_up(layer, np.flatnonzero(counts).tolist(), held)
                 self._issue(layer, missing, held)
             if ready:
                 yield self._pieces(layer, ready)
@@ -159,10 +165,12 @@ class ExpertStream:
         finally:
             self._abandon(held)
 
-    def _look_up(self, layer: int, counts: Mapping[int, int], held: list[int]) -> tuple[list[tuple[int, int]], deque[int]]:
+    def _look_up(
+        self, layer: int, wanted: Sequence[int], held: list[int]
+    ) -> tuple[list[tuple[int, int]], deque[int]]:
         ready: list[tuple[int, int]] = []
         missing: deque[int] = deque()
-        for expert in counts:
+        for expert in wanted:
             slot = self.cache.find(layer, expert)
             if slot is None:
                 missing.append(expert)
@@ -175,12 +183,11 @@ class ExpertStream:
         return ready, missing
 
     def _issue(self, layer: int, missing: deque[int], held: list[int]) -> None:
-        """Order as many missing experts as there are slots for."""
-        while missing:
+        """Order missing experts, a few at a time: each takes the slot of another, until its product is done."""
+        while missing and len(self._loading) < MOST_AHEAD:
             slot = self.cache.place(layer, missing[0])
             if slot is None:
                 return
-            self.cache.hold(slot)
             held.append(slot)
             expert = missing.popleft()
             reads = self._bundles[layer][expert].reads
