@@ -41,6 +41,8 @@ from headrace.plan import (
     make_plan,
 )
 from headrace.plan.record import RunRecord, make_record
+from headrace.plan.routing import load_routing, save_routing
+from headrace.plan.shape import Built
 from headrace.process import keep_freed_memory, peak_bytes, release_unused, resident_bytes
 from headrace.stream import WeightFile
 from headrace.stream.files import File
@@ -84,6 +86,7 @@ class Completion:
     timings: dict[str, float | int | None]
     memory: dict[str, int]
     speculation: dict[str, Any]
+    experts: dict[str, Any] | None  # of a mixture: what was found in memory
     plan: Plan
 
     def as_json(self) -> dict[str, Any]:
@@ -101,6 +104,7 @@ class Completion:
             "timings": self.timings,
             "memory": self.memory,
             "speculation": self.speculation,
+            "experts": self.experts,
             "plan": self.plan.as_json(),
         }
 
@@ -160,6 +164,8 @@ class Model:
             self._closed = True
             if self._draft_engine is not None:
                 self._draft_engine.close()
+            if self._engine.experts is not None and self._engine.passes:
+                save_routing(self.checkpoint, self._engine.experts.stream.cache.scores)
             self._engine.close()
 
     @property
@@ -411,8 +417,22 @@ class Model:
                 "draft_bytes": self.plan.draft_bytes,
             },
             speculation=self._report(decode),
+            experts=self._expert_report(decode, steps),
             plan=self.plan,
         )
+
+    def _expert_report(self, decode: Sequence[PassStats], tokens: int) -> dict[str, Any] | None:
+        """What decoding found in memory, and what it read; None of a dense model."""
+        if self._engine.experts is None:
+            return None
+        hits, misses = (sum(getattr(p, f"expert_{kind}") for p in decode) for kind in ("hits", "misses"))
+        read = sum(p.expert_read_bytes for p in decode)
+        return {
+            "hit_rate": hits / (hits + misses) if hits + misses else None,
+            "bytes_per_token": read / tokens if tokens > 0 else None,
+            "wasted_bytes": sum(p.expert_wasted_bytes for p in decode),
+            "slots": self.plan.expert_slots,
+        }
 
     def _report(self, decode: Sequence[PassStats]) -> dict[str, Any]:
         """What was guessed, and what decoding passes waited for."""
@@ -523,7 +543,7 @@ def load(
         """Plan with what the process has really taken by now: everything is built, and no weights are in memory yet."""
         release_unused()
         taken = resident_bytes() + RUNTIME_GROWTH_BYTES
-        plan = make_plan(checkpoint, profile, budget, request, runtime_bytes=taken)
+        plan = make_plan(checkpoint, profile, budget, request, runtime_bytes=taken, built=_built(shell))
         plans.append(replace(plan, reasons=(*plan.reasons, why)))
         return StreamOptions(
             pinned_rows=plan.pinned_rows,
@@ -532,6 +552,8 @@ def load(
             readers=plan.readers,
             interleaved_types=plan.interleaved_types,
             interleaved_in_place=plan.interleaved_in_place,
+            expert_slots=plan.expert_slots,
+            expert_scores=load_routing(checkpoint),
         )
 
     engine = Engine(checkpoint, decide, kernels, trace=spans, open_file=open_file)
@@ -545,6 +567,14 @@ def load(
         draft_engine=draft_engine,
         tokenizer=tokenizer,
     )
+
+
+def _built(shell: Shell) -> Built:
+    """What the plan wants to know of a built model."""
+    experts = [
+        [up.slices + down.slices for up, down in zip(packed.up, packed.down, strict=True)] for packed in shell.experts
+    ]
+    return Built(linears=shell.linears, experts=experts, one_by_one=shell.way == "model")
 
 
 def _load_draft(original: Checkpoint, drafting: Drafting, profile: Profile) -> Engine | None:

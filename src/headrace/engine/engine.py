@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -28,13 +29,14 @@ from headrace.model import PackedLinear, Shell, build_shell
 from headrace.model.matrix import Matrix
 from headrace.model.order import ExpertStep, LinearStep, Recorder
 from headrace.model.packed import PackedExperts
-from headrace.model.shell import Hooks
+from headrace.model.shell import Hooks, Way
 from headrace.stream import Arena, WeightFile, WeightStream
 from headrace.stream.decoded import FileSet
 from headrace.stream.experts import ExpertCounters, ExpertStream
 from headrace.stream.files import File
 from headrace.stream.layout import make_layout
 from headrace.stream.memory import PAGE_BYTES, aligned
+from headrace.stream.policy import ExpertCache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,7 @@ class StreamOptions:
     pinned_read_bytes: int = 4 << 20
     expert_slots: int = 0  # experts that fit into memory, where the model has any
     expert_readers: int = 8
+    expert_scores: npt.NDArray[np.float32] | None = None  # how often each was chosen in earlier runs
 
 
 class Engine:
@@ -146,8 +149,12 @@ class Engine:
             for packed in shell.experts
         ]
         slots = options.expert_slots or sum(map(len, layers))
+        cache = ExpertCache(
+            layers=len(layers), experts=max(map(len, layers)), slots=slots, scores=options.expert_scores
+        )
         stream = ExpertStream(
             layers,
+            cache=cache,
             slots=slots,
             readers=options.expert_readers if options.readers else 0,
             file_of=self._files.__getitem__,
@@ -233,6 +240,7 @@ class Engine:
                 expert_read_bytes=after.experts.read_bytes - before.experts.read_bytes,
                 expert_hits=after.experts.hits - before.experts.hits,
                 expert_misses=after.experts.misses - before.experts.misses,
+                expert_wasted_bytes=after.experts.wasted_bytes - before.experts.wasted_bytes,
             )
         )
         return logits
@@ -374,17 +382,14 @@ class Engine:
         if recorder is not None:
             self._attention.layers, self._attention.strange = [], set()
 
-    def _ways(self, model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any], Callable[[], bool]]]:
-        """Ways to run attention, the best first: what to pass to a forward on meta, and whether that showed it to do."""
-        positions = {"position_ids": torch.zeros((1, 2), dtype=torch.long, device="meta")}
+    def _ways(self, model: PreTrainedModel) -> Iterator[Way]:
+        """Ways to run attention, the best first: each layer's on our caches, on all of them joined, the model's own."""
         if not keeps_states(model):
-            yield "packed", positions, lambda: bool(self._attention.layers) and not self._attention.strange
-            mask = torch.zeros((1, 1, 2, 2), device="meta")
-            yield "joined", positions | {"attention_mask": mask}, lambda: not self._attention.layers
+            yield "packed", _positions, lambda: bool(self._attention.layers) and not self._attention.strange
+            yield "joined", _positions_and_mask, lambda: not self._attention.layers
         model.config._attn_implementation = "eager"
-        with torch.device("meta"):
-            arguments = arguments_for(model, ModelCache(maker_of(model), 2), 2)
-        yield "model", arguments, lambda: True
+        make = maker_of(model)
+        yield "model", lambda: arguments_for(model, ModelCache(make, 2), 2), lambda: True
 
     def _interleave(self, options: StreamOptions, piece: Piece, columns: int) -> Piece:
         if piece.type not in options.interleaved_types:
@@ -423,6 +428,15 @@ class Engine:
         start, length = aligned(offset, nbytes)
         self._files[path].read(start, self._scratch.view[:length], offset + nbytes - start)
         return np.frombuffer(self._scratch.view[offset - start : offset - start + nbytes], np.uint8).copy()
+
+
+def _positions() -> dict[str, Any]:
+    """Arguments of the forward on meta in which the order is recorded."""
+    return {"position_ids": torch.zeros((1, 2), dtype=torch.long)}
+
+
+def _positions_and_mask() -> dict[str, Any]:
+    return _positions() | {"attention_mask": torch.zeros((1, 1, 2, 2))}
 
 
 class _Counted(NamedTuple):

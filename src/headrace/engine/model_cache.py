@@ -57,7 +57,8 @@ def maker_of(model: PreTrainedModel) -> Callable[[], Any]:
     module = inspect.getmodule(type(model))
     own = [value for name, value in vars(module).items() if name.endswith("Cache") and name.startswith(_family(model))]
     if own:
-        return lambda: own[0](config=model.config)
+        takes_config = "config" in inspect.signature(own[0]).parameters
+        return lambda: own[0](config=model.config) if takes_config else own[0]()
     return lambda: DynamicCache(config=model.config)
 
 

@@ -24,6 +24,7 @@ class PassStats:
     expert_read_bytes: int = 0  # of `read_bytes`
     expert_hits: int = 0  # experts that a layer needed and found in memory
     expert_misses: int = 0
+    expert_wasted_bytes: int = 0  # read ahead and not needed
 
     @property
     def bound_by(self) -> str:

@@ -71,12 +71,15 @@ class Recorder:
         return tuple(LinearStep(tuple(s)) if isinstance(s, list) else ExpertStep(s) for s in steps)
 
 
-def record_steps(model: PreTrainedModel, recorder: Recorder, arguments: dict[str, Any]) -> tuple[Step, ...]:
+def record_steps(model: PreTrainedModel, recorder: Recorder, arguments: Callable[[], dict[str, Any]]) -> tuple[Step, ...]:
     """The steps of a pass. Raises `WeightAskedError` where a module wants the weight of a packed linear itself."""
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    with _products(linears, recorder.product), _meta_buffers(model), torch.inference_mode(), torch.device("meta"):
+    with (
+        _products(linears, recorder.product), _meta_buffers(model), _kept_attributes(model),
+        torch.inference_mode(), torch.device("meta"),
+    ):  # fmt: skip
         ids = torch.zeros((1, 2), dtype=torch.long)
-        model(input_ids=ids, **{"use_cache": False, **arguments})
+        model(input_ids=ids, **{"use_cache": False, **arguments()})
     return recorder.steps()
 
 
@@ -108,3 +111,15 @@ def _meta_buffers(model: nn.Module) -> Any:
     finally:
         for module, key, buffer in held:
             module._buffers[key] = buffer
+
+
+@contextmanager
+def _kept_attributes(model: nn.Module) -> Any:
+    """Whatever modules remember of a forward (frequencies for a length, states) is forgotten: it was on meta."""
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)

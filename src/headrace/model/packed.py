@@ -109,7 +109,10 @@ class RmsNorm(nn.Module):
         if not isinstance(eps, float) or weight is None or len(module._parameters) > 1 or weight.dim() != 1:
             return None
         x = torch.randn((3, weight.shape[0]), generator=torch.Generator().manual_seed(0))
-        expected = module(x)
+        try:
+            expected = module(x)
+        except (TypeError, AttributeError, RuntimeError):
+            return None  # it takes more than activations
         for scale in (weight.data, weight.data + 1):
             norm = cls(scale, eps)
             if torch.allclose(norm(x), expected, rtol=1e-5, atol=1e-5):

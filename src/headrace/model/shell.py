@@ -28,7 +28,7 @@ _SMALL_TABLE_BYTES = 4 << 20
 
 
 # A way to run attention: its name, what a forward on meta is given, and whether that forward showed it to be right.
-Way: TypeAlias = tuple[str, dict[str, Any], Callable[[], bool]]
+Way: TypeAlias = tuple[str, Callable[[], dict[str, Any]], Callable[[], bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +77,10 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
     model = _on_meta(checkpoint, config, hooks.implementation).eval().requires_grad_(False)
     names = names_of(checkpoint, model)
     tied = tied_to(model)
+    _fill_buffers(model)
     before = _pack_linears(model, names, tied, hooks.product)
     _pack_experts(model, names)
     steps, way = _record(model, before, hooks)
-    _fill_buffers(model)
     _scale_frequencies(checkpoint, model, hooks.read)
     _gather_tables(model, names, hooks)
     _fill(model, names, tied, hooks)
@@ -200,14 +200,21 @@ def _fuse_norms(model: PreTrainedModel) -> None:
 
 
 def _fill_buffers(model: PreTrainedModel) -> None:
-    """Compute what is in no checkpoint (rotary frequencies, scales) by the model's own initialisation."""
+    """Compute what is in no checkpoint (rotary frequencies, scales) by the model's own initialisation.
+
+    A module's buffers may be filled by one that it lies in, so all those above are asked as well.
+    """
     persistent = set(model.state_dict())
+    owners: list[str] = []
     for name, module in model.named_modules():
         meta = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         own = [key for key in meta if (f"{name}.{key}" if name else key) not in persistent]
         for key in own:
             module._buffers[key] = torch.empty_like(module._buffers[key], device="cpu")
         if own:
+            owners.append(name)
+    for name, module in model.named_modules():
+        if any(owner == name or not name or owner.startswith(f"{name}.") for owner in owners):
             model._init_weights(module)
 
 

@@ -12,7 +12,7 @@ from headrace.plan.plan import Change, Plan, plan_for
 from headrace.plan.profile import Profile
 from headrace.plan.request import Request
 from headrace.plan.rooms import MARGIN_BYTES, MARGIN_SHARE
-from headrace.plan.shape import shape_of
+from headrace.plan.shape import Built, shape_of
 from headrace.units import MIB, gigabytes, option, seconds
 
 SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # that may run together in a batch
@@ -28,6 +28,7 @@ def make_plan(
     request: Request | None = None,
     *,
     runtime_bytes: int | None = None,
+    built: Built | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -37,6 +38,7 @@ def make_plan(
         budget: the ceiling for the whole process.
         request: what is asked; None: one answer to a prompt of 512 tokens.
         runtime_bytes: what the process takes without weights, if it is already known; else the profile's word.
+        built: what the built model asks for, if it is already there; else the header's word.
 
     Raises:
         UnsupportedError: the architecture does not run.
@@ -44,7 +46,7 @@ def make_plan(
         ContextError: the context is longer than the model's.
     """
     request = request or Request()
-    plan = plan_for(checkpoint, profile, budget, request, runtime_bytes)
+    plan = plan_for(checkpoint, profile, budget, request, runtime_bytes, built)
     return replace(plan, changes=_changes(plan, checkpoint, profile, request, runtime_bytes))
 
 
@@ -107,7 +109,7 @@ def _changes(
     # With memory for everything no buffer is cut short, so its sum is what is enough.
     roomy = plan_for(checkpoint, profile, Budget(nbytes=1 << 50, reason="what if"), request, runtime_bytes)
     parts = roomy.runtime_bytes + roomy.kv_bytes + roomy.draft_bytes + roomy.activation_bytes
-    parts += roomy.weights_bytes + MARGIN_BYTES
+    parts += roomy.weights_bytes + roomy.expert_bytes + MARGIN_BYTES
     enough = ceil((parts + shape_of(checkpoint).page_slack_bytes) / (1 - MARGIN_SHARE)) + MIB
 
     def with_memory(nbytes: int) -> float:
@@ -115,7 +117,8 @@ def _changes(
         return plan_for(checkpoint, profile, budget, request, runtime_bytes).expectation.s_per_token
 
     candidates: list[Change] = []
-    if plan.streamed_bytes_per_pass:
+    streams = plan.streamed_bytes_per_pass or (plan.experts is not None and plan.expert_slots < plan.experts.total)
+    if streams:
         candidates.append(Change(what=f"--memory {option(enough)}: everything pinned", s_per_token=with_memory(enough)))
         half = (plan.budget.nbytes + enough) // 2
         candidates.append(Change(what=f"--memory {option(half)}", s_per_token=with_memory(half)))
@@ -123,7 +126,7 @@ def _changes(
         faster = (max(plan.decode.disk_s / 2, plan.decode.compute_s) + expected.draft_s) / expected.tokens_per_pass
         candidates.append(Change(what="a disk twice as fast (or the file on two)", s_per_token=faster))
     candidates += _smaller_files(plan)
-    if plan.kv_bytes > plan.budget.nbytes // 10 and plan.streamed_bytes_per_pass:
+    if plan.kv_bytes > plan.budget.nbytes // 10 and streams:
         shorter = replace(request, context_tokens=min(request.context_tokens, max(256, request.context_tokens // 2)))
         s = plan_for(checkpoint, profile, plan.budget, shorter, runtime_bytes).expectation.s_per_token
         candidates.append(Change(what=f"--ctx-size {shorter.context_tokens}", s_per_token=s))
@@ -141,7 +144,7 @@ def _smaller_files(plan: Plan) -> list[Change]:
         room += plan.draft_bytes
     changes = []
     for name, bits in smaller:
-        size = plan.weights_bytes * bits / plan.type_bits
+        size = (plan.weights_bytes + (plan.experts.nbytes if plan.experts is not None else 0)) * bits / plan.type_bits
         streamed = max(0.0, size - room)
         # Kernels of two to four bits are bound by their arithmetic: fewer bytes do not make them faster.
         compute = cost.compute_s * (bits / plan.type_bits if plan.type_bits > 9 else 1.0)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES
+from headrace.plan.experts import LAYER_S, Experts, average_weights
 from headrace.plan.profile import Profile
 
 
@@ -43,6 +44,7 @@ class Weights:
     plain: Mapping[str, int]
     interleaved: Mapping[str, int] = field(default_factory=dict)
     in_place: bool = False
+    experts: Experts | None = None  # of which a pass multiplies those that its rows choose
 
 
 def compute_seconds(profile: Profile, weights: Weights, layers: int, rows: int, exact: bool | None = None) -> float:
@@ -64,7 +66,17 @@ def compute_seconds(profile: Profile, weights: Weights, layers: int, rows: int, 
             seconds += _unpacked(profile, kind, count, rows)
     for kind, count in weights.plain.items():
         seconds += count / profile.kernel(kind, rows) if exact else _unpacked(profile, kind, count, rows)
-    return seconds
+    return seconds + (expert_seconds(profile, weights.experts, rows) if weights.experts is not None else 0.0)
+
+
+def expert_seconds(profile: Profile, experts: Experts, rows: int) -> float:
+    """Seconds of compute for the experts that so many rows choose: each expert multiplies those rows that chose it."""
+    touched = max(experts.touched(rows), 1e-9)
+    each = max(1, round(rows * experts.per_token / touched))  # rows of an expert
+    kernels = 0.0
+    for kind, count in average_weights(experts).items():
+        kernels += count / profile.kernel(kind, each) if each <= FEW_ROWS else _unpacked(profile, kind, int(count), each)
+    return experts.layers * (LAYER_S + touched * kernels)
 
 
 def layer_seconds(profile: Profile, layers: int, rows: int) -> float:
@@ -87,9 +99,10 @@ def pass_cost(
     rows: int,
     exact: bool | None = None,
 ) -> PassCost:
-    """The cost of one pass that reads `read_bytes`; the other arguments as for `compute_seconds`."""
+    """The cost of one pass that reads `read_bytes` and the experts that it misses; the others as for `compute_seconds`."""
+    missed = weights.experts.missed_bytes(rows) if weights.experts is not None else 0.0
     return PassCost(
-        disk_s=read_bytes / disk_bytes_per_s,
+        disk_s=(read_bytes + missed) / disk_bytes_per_s,
         compute_s=compute_seconds(profile, weights, layers, rows, exact),
         reading=profile.reading,
     )

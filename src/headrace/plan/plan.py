@@ -5,7 +5,7 @@ compared with it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -14,11 +14,13 @@ from headrace.checkpoint.tensor import bits_per_weight
 from headrace.errors import ContextError
 from headrace.plan.cost import PassCost, Weights, compute_seconds, pass_cost
 from headrace.plan.draft import Drafting, Expectation, expect
+from headrace.plan.experts import Experts
 from headrace.plan.memory import Budget
 from headrace.plan.profile import Profile
 from headrace.plan.request import Request
 from headrace.plan.rooms import READERS, UNIT_BYTES, Division, divide
-from headrace.plan.shape import Shape, shape_of
+from headrace.plan.routing import load_routing
+from headrace.plan.shape import Built, Shape, shape_of
 from headrace.units import gib, gigabytes, seconds
 
 
@@ -78,6 +80,8 @@ class Plan:
     ttft_s: Range
     profile: Profile
     weights: Weights
+    expert_slots: int
+    expert_bytes: int  # of memory for experts
     layers: int
     reasons: tuple[str, ...]
     changes: tuple[Change, ...] = ()
@@ -100,11 +104,26 @@ class Plan:
             else "nothing streamed"
         )
         draft = "" if self.drafting.name == "none" else f", {self.draft_line()}"
+        experts = f", {self.expert_line()}" if self.experts is not None else ""
         return (
             f"{gib(self.budget.nbytes)} ({self.budget.reason}): pinned {gigabytes(self.pinned_bytes)}"
-            f" of {gigabytes(self.weights_bytes)}, {streamed}{draft}; {self.binding}-bound,"
+            f" of {gigabytes(self.weights_bytes)}, {streamed}{experts}{draft}; {self.binding}-bound,"
             f" {seconds(self.decode_s_per_token.expected)} per token,"
             f" first token in {seconds(self.ttft_s.expected)} (rates {self.profile.source})"
+        )
+
+    @property
+    def experts(self) -> Experts | None:
+        """The routed experts, if the model has any."""
+        return self.weights.experts
+
+    def expert_line(self) -> str:
+        """How many experts stay in memory, and what is expected of that."""
+        assert self.experts is not None
+        missed = gigabytes(self.experts.missed_bytes(1))
+        return (
+            f"{self.expert_slots} of {self.experts.total} experts in memory: {self.experts.hit_rate:.0%} of the choices"
+            f" hit ({self.experts.source}), {missed} read per token"
         )
 
     def cost(self, rows: int) -> PassCost:
@@ -145,6 +164,16 @@ class Plan:
                 "activation_bytes": self.activation_bytes,
                 "runtime_bytes": self.runtime_bytes,
             },
+            "experts": None
+            if self.experts is None
+            else {
+                "slots": self.expert_slots,
+                "total": self.experts.total,
+                "cache_bytes": self.expert_bytes,
+                "hit_rate": self.experts.hit_rate,
+                "bytes_per_token": self.experts.missed_bytes(1),
+                "source": self.experts.source,
+            },
             "context_tokens": self.context_tokens,
             "kv_bits": self.kv_bits,
             "sequences": self.sequences,
@@ -162,10 +191,15 @@ class Plan:
 
 
 def plan_for(
-    checkpoint: Checkpoint, profile: Profile, budget: Budget, request: Request, runtime_bytes: int | None = None
+    checkpoint: Checkpoint,
+    profile: Profile,
+    budget: Budget,
+    request: Request,
+    runtime_bytes: int | None = None,
+    built: Built | None = None,
 ) -> Plan:
     """A plan without the changes that would help. Arguments and errors as for `choices.make_plan`."""
-    shape = shape_of(checkpoint)
+    shape = shape_of(checkpoint, built)
     if request.context_tokens > shape.context_limit:
         raise ContextError(
             f"a context of {request.context_tokens} tokens is asked for, the model was made for {shape.context_limit}",
@@ -181,19 +215,23 @@ def plan_for(
         woven = _interleaved(draft, {tensor.name: tensor.rows for tensor in draft.linears}, profile, in_place=True)
         guess_s = compute_seconds(profile, woven, draft.layers, request.sequences, exact=True)
     drafting = request.drafting
+    experts = shape.experts
+    if experts is not None:
+        experts = experts.with_cached(room.expert_slots).with_routing(load_routing(checkpoint))
 
     def outlook(weights: Weights) -> _Outlook:
         def cost(rows: int) -> PassCost:
             return pass_cost(profile, disk, room.streamed, weights, shape.layers, rows, exact=True)
 
         expectation = expect(drafting.chance, request.most_guesses, request.sequences, guess_s, cost)
-        first = pass_cost(profile, disk, shape.weights_bytes, weights, shape.layers, min(rows, request.prompt_rows))
+        cold = weights if experts is None else replace(weights, experts=experts.with_cached(0))
+        first = pass_cost(profile, disk, shape.weights_bytes, cold, shape.layers, min(rows, request.prompt_rows))
         later = pass_cost(profile, disk, room.streamed, weights, shape.layers, rows)
         ttft = first.seconds + (passes - 1) * later.seconds
         answers = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
         return _Outlook(weights, expectation, first, ttft, ttft + answers * expectation.s_per_token)
 
-    best, copied = _best_layout(shape, room, profile, request, outlook)
+    best, copied = _best_layout(shape, room, profile, request, experts, outlook)
     types = frozenset(best.weights.interleaved)
     expectation, first, ttft = best.expectation, best.first, best.ttft_s
     reasons = [
@@ -208,7 +246,7 @@ def plan_for(
         )
     return Plan(
         model=checkpoint.name,
-        type_bits=8 * shape.weights_bytes / sum(shape.weights.values()),
+        type_bits=8 * shape.all_bytes / _count(shape),
         budget=budget,
         floor_bytes=room.floor,
         weights_bytes=shape.weights_bytes,
@@ -242,9 +280,16 @@ def plan_for(
         ttft_s=_spread(ttft, profile),
         profile=profile,
         weights=best.weights,
+        expert_slots=room.expert_slots,
+        expert_bytes=room.expert_slots * (experts.slot_bytes if experts is not None else 0),
         layers=shape.layers,
         reasons=tuple(reasons),
     )
+
+
+def _count(shape: Shape) -> int:
+    """Weights of the model, experts included."""
+    return sum(shape.weights.values()) + (sum(shape.experts.weights.values()) if shape.experts is not None else 0)
 
 
 def _spread(expected: float, profile: Profile) -> Range:
@@ -264,13 +309,18 @@ class _Outlook(NamedTuple):
 
 
 def _best_layout(
-    shape: Shape, room: Division, profile: Profile, request: Request, outlook: Callable[[Weights], _Outlook]
+    shape: Shape,
+    room: Division,
+    profile: Profile,
+    request: Request,
+    experts: Experts | None,
+    outlook: Callable[[Weights], _Outlook],
 ) -> tuple[_Outlook, int]:
     """(the outlook of the layout that is done first, bytes of interleaved copies)."""
-    best, copied = outlook(Weights(plain=shape.weights)), 0
+    best, copied = outlook(Weights(plain=shape.weights, experts=experts)), 0
     # In place only for batches: what one sequence computes should not depend on the budget in the last bits.
     for in_place in (False, True) if request.sequences > 1 else (False,):
-        woven = _interleaved(shape, room.pinned_rows, profile, in_place)
+        woven = replace(_interleaved(shape, room.pinned_rows, profile, in_place), experts=experts)
         size = 0 if in_place else sum(ceil(n * bits_per_weight(kind) / 8) for kind, n in woven.interleaved.items())
         if not woven.interleaved or (size + len(shape.linears) * 4096 > room.spare and not in_place):
             continue

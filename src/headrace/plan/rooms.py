@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
+from headrace.checkpoint import Tensor
 from headrace.errors import BudgetError
 from headrace.kernels import FEW_ROWS
+from headrace.plan.experts import Experts, most_slots
 from headrace.plan.memory import Budget
 from headrace.plan.profile import Profile
 from headrace.plan.request import Request
@@ -18,6 +20,8 @@ from headrace.units import MIB, gib, option
 UNIT_BYTES = 2 * MIB
 RING_SLOTS = 16
 LEAST_SLOTS = 3
+LEAST_EXPERT_SLOTS = 4
+EXPERTS_AT_A_TIME = 16  # that the engine multiplies together
 READERS = 3
 # A tensor whose streamed rest would be smaller than this is pinned whole: a read has a price beside its bytes.
 SMALLEST_READ_BYTES = 512 << 10
@@ -49,6 +53,7 @@ class Division:
     pinned_rows: Mapping[str, int]
     pinned: int
     streamed: int  # per pass
+    expert_slots: int
     spare: int  # left over when everything is pinned
 
 
@@ -68,10 +73,11 @@ def divide(
     runtime = runtime_bytes or profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BYTES_PER_TOKEN
     kv = shape.kv_bytes_per_token(request.kv_bits) * request.context_tokens * request.sequences
     draft_bytes = _draft_bytes(draft, request, known_runtime=runtime_bytes is not None) if draft is not None else 0
-    slot = UNIT_BYTES + max(tensor.row_bytes for tensor in shape.linears)
+    slot = UNIT_BYTES + max(tensor.row_bytes * tensor.row_multiple for tensor in shape.linears)
     margin = MARGIN_BYTES + int(MARGIN_SHARE * budget.nbytes)
     base = runtime + shape.small_bytes + kv + draft_bytes + margin
-    least = base - margin + MARGIN_BYTES + LEAST_SLOTS * slot
+    few_experts = _least_experts(shape.experts)
+    least = base - margin + MARGIN_BYTES + LEAST_SLOTS * slot + few_experts
     exact = _activations(shape, request.verify_rows, request.context_tokens, exact=True)
     if request.kv_bits < 16:  # unpacked for one layer at a time
         exact += 2 * request.context_tokens * shape.kv_heads * shape.head_dim * KV_BYTES
@@ -83,7 +89,7 @@ def divide(
             f"the model needs at least {gib(floor)}, the budget is {gib(budget.nbytes)} ({budget.reason})",
             hint=_floor_hint(floor, kv),
         )
-    room = budget.nbytes - base
+    room = budget.nbytes - base - few_experts
     rows = _prefill_rows(shape, request, budget.nbytes, room - LEAST_SLOTS * slot)
     activations = max(exact, _activations(shape, rows, request.context_tokens))
     if budget.pinned_limit_bytes is not None:
@@ -92,6 +98,11 @@ def divide(
     slots = 0 if fits else max(LEAST_SLOTS, min(RING_SLOTS, (room - activations) // slot))
     pinned_rows = _pin(shape, room - activations - slots * slot)
     pinned = sum(pinned_rows[tensor.name] * tensor.row_bytes for tensor in shape.linears)
+    spare = room - activations - pinned - shape.page_slack_bytes if fits else 0
+    expert_slots = 0
+    if shape.experts is not None:  # every pass needs every byte of the trunk, but of the experts only some
+        expert_slots = most_slots(shape.experts, few_experts + spare)
+        spare = 0
     if pinned == shape.weights_bytes:
         slots = 0
     return Division(
@@ -106,8 +117,14 @@ def divide(
         pinned_rows=pinned_rows,
         pinned=pinned,
         streamed=shape.weights_bytes - pinned,
-        spare=room - activations - pinned - shape.page_slack_bytes if fits else 0,
+        expert_slots=expert_slots,
+        spare=spare,
     )
+
+
+def _least_experts(experts: Experts | None) -> int:
+    """Bytes of the slots without which no expert could be read while another is multiplied."""
+    return 0 if experts is None else LEAST_EXPERT_SLOTS * experts.slot_bytes
 
 
 def _draft_bytes(draft: Shape, request: Request, known_runtime: bool) -> int:
@@ -126,7 +143,7 @@ def _activations(shape: Shape, rows: int, context_tokens: int, exact: bool = Fal
     # Twice what the tensors alive at once would take: the allocator keeps holes, oneDNN copies its operands. 386 MiB were
     # measured for 512 rows of an 8B shape.
     narrow = 10 * shape.hidden
-    mlp = 8 * shape.feed_forward
+    mlp = 8 * shape.feed_forward + _expert_numbers(shape.experts)
     attention = 10 * shape.attention_width
     logits = (4 + (rows if exact else 0)) * shape.checkpoint.vocab_size * 4
     if rows <= FEW_ROWS or exact:
@@ -134,6 +151,14 @@ def _activations(shape: Shape, rows: int, context_tokens: int, exact: bool = Fal
     # Many rows: weights unpacked beside them, and the cache repeated for grouped heads, in fp16.
     repeated = 2 * context_tokens * shape.attention_width * KV_BYTES + rows * context_tokens
     return rows * 4 * (narrow + max(mlp, attention)) + logits + repeated + MANY_ROWS_BYTES
+
+
+def _expert_numbers(experts: Experts | None) -> int:
+    """Numbers for each row that the experts hold: the result of every choice, and what some experts work on at a time."""
+    if experts is None:
+        return 0
+    group = experts.per_token * min(1.0, 2 * EXPERTS_AT_A_TIME / experts.count)
+    return experts.per_token * experts.hidden + ceil(group * (2 * experts.hidden + 4 * experts.width))
 
 
 def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) -> int:
@@ -164,8 +189,14 @@ def _pin(shape: Shape, room: int) -> dict[str, int]:
         if not more or spent + cost > room:
             break
         whole |= more
-    rows = {tensor.name: int(share * tensor.rows) // ROW_MULTIPLE * ROW_MULTIPLE for tensor in rest}
+    rows = {tensor.name: _cut(tensor, share) for tensor in rest}
     return rows | {tensor.name: tensor.rows for tensor in shape.linears if tensor.name in whole}
+
+
+def _cut(tensor: Tensor, share: float) -> int:
+    """That share of a tensor's rows, in multiples that can be read and interleaved."""
+    multiple = max(ROW_MULTIPLE, tensor.row_multiple)
+    return int(share * tensor.rows) // multiple * multiple
 
 
 def _floor_hint(floor: int, kv: int) -> str:

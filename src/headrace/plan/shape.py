@@ -1,10 +1,25 @@
-"""What the plan needs to know of a model: its matrices, its widths, its layers."""
+"""What the plan needs to know of a model: its matrices, its experts, its widths, its layers."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.architectures import check_architecture
+from headrace.checkpoint.tensor import Slice
 from headrace.errors import CheckpointError
+from headrace.plan.experts import Experts
+
+_PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What is known once the model has been built: which tensors a pass multiplies, and how it keeps what it has seen."""
+
+    linears: tuple[Tensor, ...]
+    experts: Sequence[Sequence[Sequence[Slice]]]  # of every expert of every layer, its slices
+    one_by_one: bool  # sequences do not share passes, and keys and values are kept in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +28,7 @@ class Shape:
 
     checkpoint: Checkpoint
     linears: tuple[Tensor, ...]
+    experts: Experts | None
     small_bytes: int
     layers: int
     hidden: int
@@ -20,22 +36,31 @@ class Shape:
     attention_width: int
     kv_heads: int
     head_dim: int
+    value_dim: int
     context_limit: int
+    one_by_one: bool = False
 
     @property
     def weights_bytes(self) -> int:
         """Bytes of what every pass multiplies."""
         return sum(tensor.nbytes for tensor in self.linears)
 
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of these and of all experts."""
+        return self.weights_bytes + (self.experts.nbytes if self.experts is not None else 0)
+
     def kv_bytes_per_token(self, bits: int) -> int:
         """Keys and values of one position in all layers; in 8 bits each head has a scale beside them."""
-        head = 2 * self.head_dim if bits == 16 else self.head_dim + 2
-        return 2 * self.layers * self.kv_heads * head
+        numbers = self.head_dim + self.value_dim
+        if self.one_by_one:  # fp32, and a copy while it grows
+            return 2 * 4 * self.layers * self.kv_heads * numbers
+        return self.layers * self.kv_heads * (2 * numbers if bits == 16 else numbers + 4)
 
     @property
     def page_slack_bytes(self) -> int:
         """What pinned rows may take beside their own bytes, because reads begin and end at pages."""
-        return 2 * 4096 * len(self.linears)
+        return 2 * _PAGE_BYTES * len(self.linears)
 
     @property
     def weights(self) -> dict[str, int]:
@@ -46,27 +71,23 @@ class Shape:
         return counts
 
 
-def shape_of(checkpoint: Checkpoint) -> Shape:
-    """Read the sizes from a header.
+def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
+    """Read the sizes from a header, and from the model where it has been built.
 
     Raises:
         UnsupportedError: the architecture does not run.
         CheckpointError: the metadata makes no sense.
     """
-    check_architecture(checkpoint.architecture, checkpoint.number("expert_count", 0), checkpoint.path)
+    if checkpoint.config is None:
+        check_architecture(checkpoint.architecture, checkpoint.path)
     tensors = checkpoint.tensors
-    linears = [t for t in tensors.values() if is_linear(t)]
-    if "output.weight" not in tensors:
-        if "token_embd.weight" not in tensors:
-            raise CheckpointError(
-                f"{checkpoint.path} has no tensor `token_embd.weight`", hint="it is no language model"
-            )
-        linears.append(tensors["token_embd.weight"])  # tied: gathered by row and multiplied as the head
+    stacks = expert_tensors(checkpoint)
+    named = {tensor.name for layer in stacks.values() for tensor in layer}
+    linears = built.linears if built is not None else _linears(checkpoint, named)
     if not linears:
         raise CheckpointError(f"{checkpoint.path} has no weight matrices", hint="it is no language model")
-    names = {tensor.name for tensor in linears} | {"token_embd.weight"}
-    heads = checkpoint.number("attention.head_count")
     hidden = checkpoint.number("embedding_length")
+    heads = checkpoint.number("attention.head_count", 0 if checkpoint.config is None else 1)
     head_dim = checkpoint.number("attention.key_length", hidden // max(1, heads))
     kv_heads = checkpoint.number("attention.head_count_kv", heads)
     layers = checkpoint.number("block_count")
@@ -76,21 +97,113 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
             f" head width {head_dim}",
             hint="the file is damaged; get it from another source",
         )
+    known = {tensor.name for tensor in linears} | named
+    # Once the model is built, its small tensors are in memory and counted with the process.
+    small = 0 if built is not None else sum(4 * t.rows * t.columns for t in tensors.values() if _is_small(t, known))
     return Shape(
         checkpoint=checkpoint,
-        linears=tuple(linears),
-        small_bytes=sum(t.rows * t.columns * 4 for t in tensors.values() if t.name not in names),
+        linears=linears,
+        experts=_experts(checkpoint, stacks, built, hidden),
+        small_bytes=small,
         layers=layers,
         hidden=hidden,
-        feed_forward=max((t.rows for t in linears if ".ffn_" in t.name), default=hidden),
+        feed_forward=max((t.outputs for t in linears if _is_wide(t)), default=hidden),
         attention_width=heads * head_dim,
         kv_heads=kv_heads,
         head_dim=head_dim,
+        value_dim=checkpoint.number("attention.value_length", head_dim),
         context_limit=checkpoint.number("context_length", 1 << 20),
+        one_by_one=built is not None and built.one_by_one,
     )
 
 
+def _linears(checkpoint: Checkpoint, experts: set[str]) -> tuple[Tensor, ...]:
+    """By the header alone: the matrices that are neither tables nor experts."""
+    tensors = checkpoint.tensors
+    linears = [t for t in tensors.values() if is_linear(t) and t.name not in experts]
+    if not any(_HEAD.search(name) for name in tensors):
+        tables = [tensor for name, tensor in tensors.items() if _TOKEN_TABLE.search(name)]
+        if not tables:
+            raise CheckpointError(
+                f"{checkpoint.path} has no table of token embeddings (`token_embd.weight`)", hint="it is no language model"
+            )
+        linears.append(tables[0])  # tied: gathered by row and multiplied as the head
+    return tuple(linears)
+
+
+def _is_small(tensor: Tensor, known: set[str]) -> bool:
+    return tensor.name not in known and not _TABLE.search(tensor.name)
+
+
+def _is_wide(tensor: Tensor) -> bool:
+    return not _HEAD.search(tensor.name) and not _TABLE.search(tensor.name)
+
+
+# Names of GGUF files and those of Hugging Face's models.
+_HEAD = re.compile(r"^output\.weight|(^|\.)(lm_head|embed_out|output_projection)\.weight")
+_TOKEN_TABLE = re.compile(r"^token_embd\.weight|(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embeddings|tok_embeddings)\.weight")
+_TABLE = re.compile(
+    r"^(token_embd|position_embd|token_types)\.weight|embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\."
+)
+_EXPERTS = re.compile(r"^(blk\.\d+)\.ffn_\w+_exps\.weight$|^(.*(?<!shared_)experts)\.(?:\d+\.)?\w+(?:\.weight)?$")
+
+
 def is_linear(tensor: Tensor) -> bool:
-    """Whether a tensor is multiplied in every pass: a matrix, and not a table of embeddings."""
-    tables = ("token_embd.weight", "position_embd.weight", "token_types.weight")
-    return len(tensor.shape) == 2 and tensor.name not in tables
+    """Whether a tensor is multiplied in every pass, by its name and shape: a matrix, and not a table of embeddings."""
+    return (len(tensor.shape) == 2 or tensor.slabs > 0) and not _TABLE.search(tensor.name)
+
+
+def expert_tensors(checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
+    """The matrices of routed experts, by layer; empty where the header counts no experts."""
+    found: dict[str, list[Tensor]] = {}
+    count = checkpoint.number("expert_count", 0)
+    for tensor in checkpoint.tensors.values() if count else ():
+        match = _EXPERTS.match(tensor.name)
+        if match is not None and len(tensor.shape) >= 2:
+            found.setdefault(match[1] or match[2], []).append(tensor)
+        elif len(tensor.shape) == 3 and tensor.shape[0] == count and not tensor.slabs:
+            found.setdefault(tensor.name.rsplit(".", 2)[0], []).append(tensor)
+    return found
+
+
+def _experts(
+    checkpoint: Checkpoint, stacks: dict[str, list[Tensor]], built: Built | None, hidden: int
+) -> Experts | None:
+    if built is not None and not built.experts:
+        return None
+    if built is None and not stacks:
+        return None
+    count = checkpoint.number("expert_count")
+    weights: dict[str, int] = {}
+    if built is not None:
+        layers, count = len(built.experts), len(built.experts[0])
+        slices = [part for experts in built.experts for one in experts for part in one]
+        for part in slices:
+            weights[part.tensor.type] = weights.get(part.tensor.type, 0) + part.rows * part.tensor.inputs
+        nbytes = sum(_slice_bytes(part) for part in slices)
+        slot = max(sum(_paged(_slice_bytes(part)) for part in one) for experts in built.experts for one in experts)
+    else:
+        layers = len(stacks)
+        for tensor in (tensor for layer in stacks.values() for tensor in layer):
+            weights[tensor.type] = weights.get(tensor.type, 0) + tensor.rows * tensor.columns
+        nbytes = sum(tensor.nbytes for layer in stacks.values() for tensor in layer)
+        slot = max(sum(tensor.nbytes for tensor in layer) // count + 3 * 2 * _PAGE_BYTES for layer in stacks.values())
+    chosen = checkpoint.number("expert_used_count", min(count, 2))
+    return Experts(
+        layers=layers,
+        count=count,
+        per_token=min(count, chosen),
+        nbytes=nbytes,
+        slot_bytes=slot,
+        hidden=hidden,
+        width=sum(weights.values()) // (3 * layers * count * hidden) or 1,
+        weights=weights,
+    )
+
+
+def _slice_bytes(part: Slice) -> int:
+    return part.tensor.nbytes if part.tensor.slabs else part.rows * part.tensor.row_bytes
+
+
+def _paged(nbytes: int) -> int:
+    return -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES + _PAGE_BYTES

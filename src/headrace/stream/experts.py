@@ -75,6 +75,7 @@ class ExpertCounters:
     reads: int = 0
     read_s: float = 0.0
     stall_s: float = 0.0
+    wasted_bytes: int = 0  # read ahead and not needed
 
 
 @dataclass(eq=False, slots=True)
@@ -93,26 +94,26 @@ class ExpertStream:
         self,
         layers: Sequence[Sequence[Sequence[Slice]]],
         *,
+        cache: ExpertCache,
         slots: int,
         readers: int,
         file_of: Callable[[str], File],
         spans: Spans | None = None,
-        cache: ExpertCache | None = None,
         stall_limit_s: float = STALL_LIMIT_S,
     ):
         """What is fixed.
 
         Args:
             layers: of every expert of every layer, the slices it consists of.
-            slots: experts that fit into memory.
+            cache: which experts stay in memory.
+            slots: experts that fit into it.
             readers: threads, and so reads under way at a time. 0: the consumer reads for itself.
             file_of: the open file of a path.
             spans: where reads and stalls are recorded.
-            cache: which experts stay; None: a new one, without memories.
             stall_limit_s: silence of the disk that is an error.
         """
         self.counters = ExpertCounters()
-        self.cache = cache or ExpertCache(layers=len(layers), experts=max(map(len, layers)), slots=slots)
+        self.cache = cache
         self._bundles = [[bundle_of(slices) for slices in experts] for experts in layers]
         self._slot_bytes = max(bundle.nbytes for experts in self._bundles for bundle in experts)
         self._arena = Arena(slots * self._slot_bytes)
