@@ -48,7 +48,9 @@ class Store:
         raw = []
         for source, offset, count in encoding.reads(first, last):
             assert 0 <= offset <= offset + count <= source.nbytes
-            raw.append(self.data[source.name][offset : offset + count])
+            odd = np.empty(count + 1, np.uint8)[1:]  # readers promise no alignment
+            odd[:] = self.data[source.name][offset : offset + count]
+            raw.append(odd)
         out = np.full((last - first) * tensor.row_bytes, 0xA5, np.uint8)
         encoding.decode(raw, first, last, out)
         return out
@@ -159,6 +161,19 @@ def test_scales_that_are_exponents_are_powers_of_two() -> None:
         store.add("a.weight_scale_inv", kind, exponents)
         expected = weights * wide(2.0 ** (exponents.astype(np.float32) - 127), 1, 32, (64, 96))
         np.testing.assert_allclose(store.values(fp8_config(), "a.weight"), expected, rtol=HALF, atol=2.0**-25)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, {"quant_method": "modelopt", "quant_algo": "FP8"}],
+)
+def test_other_methods_whose_weights_are_fp8_are_decoded_too(method: dict[str, Any]) -> None:
+    store, weights, scale = fp8_store((64, 96), (64, 1))
+    store.add("a.weight_scale", "F32", scale)
+    del store.tensors["a.weight_scale_inv"]
+
+    got = store.values({"quantization_config": method}, "a.weight")
+    np.testing.assert_allclose(got, weights * scale, rtol=HALF, atol=2.0**-25)
 
 
 def test_only_the_weight_is_left_of_a_group_and_the_rest_is_unchanged() -> None:
@@ -297,6 +312,16 @@ def test_an_order_of_activations_is_followed_in_fp16(symmetric: bool) -> None:
     expected = (codes - zeros[:, order]) * scales[:, order]
 
     np.testing.assert_allclose(store.values(config, "a.weight"), expected, rtol=HALF, atol=2.0**-25)
+
+
+@pytest.mark.parametrize("group", [64, 16])
+def test_a_scale_with_which_integers_exceed_fp16_is_an_error(group: int) -> None:
+    for scale in (4096.0, 3e38, float("inf"), float("nan")):
+        store, _ = ct_store((32, 256), 4, group)
+        store.add("a.weight_scale", "F32", np.full((32, 256 // group), scale, np.float32))
+
+        with pytest.raises(CheckpointError, match=r"`a.weight_scale` has a scale of .* with 4094 weights exceed fp16"):
+            store.made(ct_config("pack-quantized", num_bits=4, group_size=group), "a.weight")
 
 
 def test_an_order_that_names_no_group_is_an_error() -> None:

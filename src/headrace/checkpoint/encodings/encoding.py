@@ -150,14 +150,15 @@ def require(tensor: Tensor, types: Sequence[str], shape: Sequence[int] | None = 
         raise CheckpointError(f"tensor `{tensor.name}` has the shape {tensor.shape}, which should be {tuple(shape)}")
 
 
-def half_scales(scales: Floats, name: str) -> npt.NDArray[np.float16]:
-    """Scales rounded to fp16: exact for those stored in fp16, and for BF16 ones of ordinary size."""
-    if not (np.abs(scales) <= FP16_MAX).all():
+def bounded(scales: Floats, name: str, largest: float = 1) -> Floats:
+    """The scales, if the `largest` multiple of each that can occur fits fp16."""
+    limit = FP16_MAX / largest
+    if not (np.abs(scales) <= limit).all():
         raise CheckpointError(
-            f"tensor `{name}` has a scale of {float(np.abs(scales).max())}, fp16 ends at {FP16_MAX:.0f}",
+            f"tensor `{name}` has a scale of {float(np.abs(scales).max()):.4g}, with {limit:.4g} weights exceed fp16",
             hint="the file is damaged; download it again",
         )
-    return scales.astype(np.float16)
+    return scales
 
 
 def order_of(raw: Bytes, groups: int, tensor: Tensor) -> npt.NDArray[np.int32]:

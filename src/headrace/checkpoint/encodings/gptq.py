@@ -94,7 +94,8 @@ def _matrix(tensors: Mapping[str, Tensor], weight: Tensor, settings: Settings, s
     symmetric, width = is_symmetric(settings), slab_width(inputs, group_widths(group))
     type_name = "F16" if ordered else integer_type(bits, symmetric, group, width)
     encoding = Gptq(
-        label=f"GPTQ int{bits}, " + ("one scale an output" if scale.rows == 1 else f"group {group}"),
+        label=f"GPTQ int{bits}, {'one scale an output' if scale.rows == 1 else f'group {group}'}"
+        + (", act-order" if ordered else ""),
         type=type_name,
         bits=bits,
         inputs=inputs,

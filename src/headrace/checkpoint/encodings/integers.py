@@ -20,8 +20,8 @@ from headrace.checkpoint.encodings.encoding import (
     Floats,
     Grid,
     Read,
+    bounded,
     floats,
-    half_scales,
     order_of,
 )
 from headrace.checkpoint.tensor import Tensor, block_of
@@ -87,27 +87,25 @@ class Integers:
     def _blocks(self, weights: Bytes, scales: Floats, zeros: npt.NDArray[Any] | None, out: Bytes) -> None:
         blocks = blocks_of(out.reshape(-1), self.type, self.columns)
         grouped = blocks.reshape(len(weights), self.groups, -1)
-        d = half_scales(scales, self.scale.name)
+        d = bounded(scales, self.scale.name, 1 << self.bits).astype(np.float16)
         grouped["d"] = d[:, :, None]
         if self.type == "Q8_0":
             words = weights.reshape(-1).view(np.uint64).reshape(*blocks.shape, 4)
             np.bitwise_xor(words, _SIGNS if self.packed else np.uint64(0), out=blocks["q"])
             return
         if zeros is not None:
-            minima = -d.astype(np.float32) * zeros
-            grouped["m"] = half_scales(minima, self.scale.name)[:, :, None]
+            grouped["m"] = (-d.astype(np.float32) * zeros)[:, :, None]
         write_ordered_nibbles(blocks, weights.reshape(-1))
 
     def _floats(
         self, weights: Bytes, scales: Floats, zeros: npt.NDArray[Any] | None, raw: Sequence[Bytes], out: Bytes
     ) -> None:
         codes = self._codes(weights).astype(np.float32)
-        half_scales(scales * (1 << self.bits), self.scale.name)  # no weight may exceed fp16
         if zeros is not None:
             codes -= self._spread(zeros.astype(np.float32), raw)
         elif self.packed:
             codes -= 1 << (self.bits - 1)
-        codes *= self._spread(scales, raw)
+        codes *= self._spread(bounded(scales, self.scale.name, 1 << self.bits), raw)
         out.view(np.float16)[:] = half(codes)
 
     def _spread(self, values: Floats, raw: Sequence[Bytes]) -> Floats:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.checkpoint.encodings.blocks import Halves, blocks_of, half, transpose
-from headrace.checkpoint.encodings.encoding import Bytes, Floats, Read, floats, half_scales, order_of
+from headrace.checkpoint.encodings.encoding import Bytes, Floats, Read, bounded, floats, order_of
 from headrace.checkpoint.tensor import Tensor, block_of
 from headrace.errors import CheckpointError
 
@@ -79,7 +79,7 @@ class SlabIntegers(ABC):
         first_group, last_group = self._groups(start, end)
         count = (end - start) // self.width
         words = raw[0].view(np.uint32).reshape(count, -1, self.weight.columns)
-        scales = floats(raw[1], self.scale.type).reshape(-1, self.outputs)
+        scales = bounded(floats(raw[1], self.scale.type), self.scale.name, 1 << self.bits).reshape(-1, self.outputs)
         zeros = self._zeros(raw[2].view(np.uint32).reshape(last_group - first_group, -1))
         group: npt.NDArray[Any] = np.arange(start, end) // self.group - first_group
         if self.order is not None:
@@ -100,13 +100,13 @@ class SlabIntegers(ABC):
         return start // self.group, -(-end // self.group)
 
     def _zeros(self, words: npt.NDArray[np.uint32]) -> Floats:
-        """Zero points of some groups: (groups, outputs), or a single half range for all where they must be that."""
+        """Zero points of some groups: (groups, outputs). Those of symmetric weights must be half the range."""
         zeros = self.zeros_of(words)
-        half = 1 << (self.bits - 1)
-        if self.symmetric and not (zeros == half).all():
+        middle = 1 << (self.bits - 1)
+        if self.symmetric and not (zeros == middle).all():
             raise CheckpointError(
-                f"tensor `{self.zero.name}` has the zero point {int(zeros[zeros != half][0])}, symmetric weights of"
-                f" {self.bits} bits have {half}",
+                f"tensor `{self.zero.name}` has the zero point {int(zeros[zeros != middle][0])}, symmetric weights of"
+                f" {self.bits} bits have {middle}",
                 hint='set "sym" to false in the `quantization_config` of config.json',
             )
         return zeros.astype(np.float32)
@@ -116,17 +116,15 @@ class SlabIntegers(ABC):
     ) -> None:
         blocks = blocks_of(out, self.type, self.width)
         for place, group in enumerate(groups):
-            d: Halves = half_scales(scales[group], self.scale.name)
+            d: Halves = scales[group].astype(np.float16)
             blocks["d"][:, place] = d
             if self.type == "Q4_1":
-                minima = -d.astype(np.float32) * zeros[group]
-                blocks["m"][:, place] = half_scales(minima, self.scale.name)
+                blocks["m"][:, place] = -d.astype(np.float32) * zeros[group]
             self.write(blocks[:, place], words, place)
 
     def _floats(
         self, words: npt.NDArray[np.uint32], scales: Floats, zeros: Floats, groups: npt.NDArray[Any], out: Bytes
     ) -> None:
-        half_scales(scales * (1 << self.bits), self.scale.name)  # no weight may exceed fp16
         codes, target = self.codes(words), out.view(np.float16).reshape(self.outputs, self.width)
         for start in range(0, self.outputs, _OUTPUTS):
             part = slice(start, start + _OUTPUTS)
