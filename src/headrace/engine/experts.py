@@ -8,7 +8,7 @@ choices.
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -45,77 +45,79 @@ class ExpertProducts:
         """
         rows, chosen = ids.shape
         hidden = hidden.contiguous()
-        order = ids.reshape(-1).argsort(stable=True)
+        order = ids.reshape(-1).argsort(stable=True)  # pairs of a row and an expert, expert after expert
         sizes = torch.bincount(ids.reshape(-1), minlength=packed.count).numpy()
         if len(sizes) > packed.count:
             raise CheckpointError(
                 f"the router of layer {packed.index} chose expert {len(sizes) - 1} of {packed.count}",
                 hint="router and experts are of different models",
             )
+        owners = order // chosen  # the row of each pair
         firsts = [0, *sizes.cumsum().tolist()]
         pairs = hidden.new_empty((rows * chosen, hidden.shape[1]))
         for ready in self.stream.fetch(packed.index, sizes, rows):
             start = time.perf_counter()
-            places = [order[firsts[expert] : firsts[expert + 1]] for expert, _ in ready]
-            self._group(packed, ready, hidden, places, chosen, pairs, exact)
+            members = [
+                _Member(expert, pieces, hidden if rows == 1 else hidden[owners[firsts[expert] : firsts[expert + 1]]],
+                        pairs[firsts[expert] : firsts[expert + 1]])
+                for expert, pieces in ready
+            ]  # fmt: skip
+            self._group(packed, members, exact)
             end = time.perf_counter()
             self.kernel_s += end - start
             if self._spans is not None:
                 self._spans.add("compute", f"{len(ready)} experts", start, end)
-        if getattr(packed.module, "has_post_expert_norm", False):
+        if packed.module.has_post_expert_norm:
             pairs = packed.module.post_expert_norm(pairs)
-        return (pairs.view(rows, chosen, -1) * weights.unsqueeze(-1)).sum(1)
+        placed = torch.empty_like(pairs)
+        placed[order] = pairs
+        return (placed.view(rows, chosen, -1) * weights.unsqueeze(-1)).sum(1)
 
-    def _group(
-        self,
-        packed: PackedExperts,
-        ready: Sequence[tuple[int, tuple[Piece, ...]]],
-        hidden: torch.Tensor,
-        places: Sequence[torch.Tensor],
-        chosen: int,
-        pairs: torch.Tensor,
-        exact: bool,
-    ) -> None:
-        """Some experts together: up, gate, down. `places` are the pairs of each, by their numbers."""
-        module: Any = packed.module
-        every = torch.cat(list(places)) if len(places) > 1 else places[0]
-        owners = torch.repeat_interleave(
-            torch.tensor([expert for expert, _ in ready]), torch.tensor([len(place) for place in places])
-        )
-        x = hidden[every // chosen]  # (pairs of the group, hidden)
-        up, down = packed.matrices(ready[0][0])
-        raised = self._products(ready, slice(0, len(up.slices)), x, places, up.outputs, exact)
+    def _group(self, packed: PackedExperts, members: Sequence["_Member"], exact: bool) -> None:
+        """Some experts together: up, gate, down."""
+        module = packed.module
+        up, down = packed.matrices(members[0].expert)
+        split = len(up.slices)
+        raised = members[0].x.new_empty((sum(len(member.x) for member in members), up.outputs))
+        parts = raised.split([len(member.x) for member in members])
+        self._multiply([(m.x, m.pieces[:split], part) for m, part in zip(members, parts, strict=True)], exact)
         if up.order is not None:
             raised = raised.index_select(1, up.order)
         if module.has_bias:
-            raised = raised + (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias)[owners]
+            raised = raised + _repeated(module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, members)
         gated = module._apply_gate(raised) if module.has_gate else module.act_fn(raised)
-        result = self._products(ready, slice(len(up.slices), None), gated.contiguous(), places, down.outputs, exact)
-        if down.order is not None:
-            result = result.index_select(1, down.order)
-        if module.has_bias:
-            result = result + module.down_proj_bias[owners]
-        pairs[every] = result
+        inner = gated.contiguous().split([len(member.x) for member in members])
+        self._multiply([(x, m.pieces[split:], m.result) for m, x in zip(members, inner, strict=True)], exact)
+        if down.order is None and not module.has_bias:
+            return
+        for member in members:
+            result = member.result if down.order is None else member.result.index_select(1, down.order)
+            member.result.copy_(result + module.down_proj_bias[member.expert] if module.has_bias else result)
 
-    def _products(
-        self,
-        ready: Sequence[tuple[int, tuple[Piece, ...]]],
-        which: slice,
-        x: torch.Tensor,
-        places: Sequence[torch.Tensor],
-        outputs: int,
-        exact: bool,
-    ) -> torch.Tensor:
-        """Each expert's rows of x times one of its matrices, whose slices lie one under another."""
-        result = x.new_empty((x.shape[0], outputs))
-        jobs, at = [], 0
-        for (_, pieces), place in zip(ready, places, strict=True):
-            part = slice(at, at + len(place))
-            at += len(place)
+    def _multiply(
+        self, products: Sequence[tuple[torch.Tensor, Sequence[Piece], torch.Tensor]], exact: bool
+    ) -> None:
+        """Each x times the pieces of a matrix, which lie one under another: their results side by side."""
+        jobs = []
+        for x, pieces, result in products:
             column = 0
-            for piece in pieces[which]:
+            for piece in pieces:
                 height = piece.slab_rows or piece.rows
-                jobs.append((x[part], piece, result[part, column : column + height]))
+                jobs.append((x, piece, result[:, column : column + height]))
                 column += height
         self._kernels.multiply_each(jobs, exact)
-        return result
+
+
+class _Member(NamedTuple):
+    """An expert of a group: its weights in memory, the rows that chose it, and where their results go."""
+
+    expert: int
+    pieces: tuple[Piece, ...]
+    x: torch.Tensor
+    result: torch.Tensor
+
+
+def _repeated(bias: torch.Tensor, members: Sequence[_Member]) -> torch.Tensor:
+    """The bias of each member for each of its rows."""
+    counts = torch.tensor([len(member.x) for member in members])
+    return torch.repeat_interleave(bias[[member.expert for member in members]], counts, 0)

@@ -17,7 +17,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from headrace.checkpoint import Checkpoint
 from headrace.errors import CheckpointError, UnsupportedError, did_you_mean
 
-MODEL_TYPES = {"gemma3": "gemma3_text"}
+MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "gpt-oss": "gpt_oss",
+    "minimax-m2": "minimax_m2",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
 # The 27B sizes scale queries by hidden_size / heads, the others by head_dim; no metadata says so (llama.cpp goes by the
 # number of layers as well).
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
@@ -36,8 +42,9 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
     if checkpoint.config is not None:
         return _of_folder(checkpoint, checkpoint.config)
     architecture = checkpoint.architecture
-    values: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(architecture, {}))
-    for key, renamed in GGUF_CONFIG_MAPPING[architecture].items():
+    mapped = architecture if architecture in GGUF_CONFIG_MAPPING else MODEL_TYPES[architecture]
+    values: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(mapped, {}))
+    for key, renamed in GGUF_CONFIG_MAPPING[mapped].items():
         value = checkpoint.get(key)
         if renamed is not None and value is not None:
             values[renamed] = value
@@ -51,10 +58,17 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
     values |= _corrections(checkpoint, read_floats)
     values.pop("model_type", None)
     try:
-        config = AutoConfig.for_model(MODEL_TYPES.get(architecture, architecture), **values)
+        config = AutoConfig.for_model(_model_type(checkpoint), **values)
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise CheckpointError(f"{checkpoint.path}: the metadata makes no {architecture} model: {error}") from error
     return config
+
+
+def _model_type(checkpoint: Checkpoint) -> str:
+    """transformers' name for what GGUF calls the architecture. Mixtral's files call themselves llama, and have experts."""
+    if checkpoint.architecture == "llama" and checkpoint.number("expert_count", 0):
+        return "mixtral"
+    return MODEL_TYPES.get(checkpoint.architecture, checkpoint.architecture)
 
 
 def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedConfig:
@@ -121,6 +135,8 @@ def _rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> 
     rope |= {"rope_type": kind, "factor": checkpoint.get("rope.scaling.factor")}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = original or checkpoint.number("context_length")
+        if checkpoint.architecture == "gpt-oss":
+            rope["truncate"] = False
     return rope
 
 
@@ -133,7 +149,23 @@ def _llama(checkpoint: Checkpoint) -> dict[str, Any]:
         "head_dim": _head_dim(checkpoint),
         "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in checkpoint.tensors,
+        "num_local_experts": checkpoint.number("expert_count", 0),
+        "num_experts_per_tok": checkpoint.number("expert_used_count", 0),
     }
+
+
+def _mixture(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Widths of experts: `expert_feed_forward_length`, or of older files the tensors' own."""
+    down = checkpoint.tensors.get("blk.0.ffn_down_exps.weight")
+    width = checkpoint.number("expert_feed_forward_length", down.columns if down is not None else 0)
+    values = {"head_dim": _head_dim(checkpoint), "moe_intermediate_size": width}
+    if checkpoint.architecture in ("gpt-oss", "minimax-m2"):
+        values["intermediate_size"] = width
+    shared = checkpoint.tensors.get("blk.0.ffn_down_shexp.weight")
+    if shared is not None:
+        values["shared_expert_intermediate_size"] = shared.columns
+    window = checkpoint.number("attention.sliding_window", 0)
+    return values | ({"sliding_window": window} if window else {})
 
 
 def _gemma(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -205,11 +237,15 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "falcon": _falcon,
     "gemma2": _gemma,
     "gemma3": _gemma,
+    "gpt-oss": _mixture,
     "gpt2": _gpt2,
     "llama": _llama,
+    "minimax-m2": _mixture,
     "nemotron": _nemotron,
     "phi3": _phi3,
+    "qwen2moe": _mixture,
     "qwen3": _qwen3,
+    "qwen3moe": _mixture,
     "stablelm": _stablelm,
     "starcoder2": _starcoder2,
 }

@@ -12,6 +12,7 @@ from functools import partial
 from math import prod
 from typing import Any, Protocol
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -23,7 +24,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.encodings import Encoding, transposed
@@ -284,7 +285,7 @@ class GgufNames(_Made):
         self._processor = TENSOR_PROCESSORS.get(checkpoint.architecture, TensorProcessor)(
             config=model.config.to_dict()
         )
-        self._mapped = get_gguf_hf_weights_map(model, self._processor)
+        self._mapped = _gguf_names(checkpoint, model, self._processor)
         self._of: dict[str, Tensor] = {}
         for name, parameter in self._mapped.items():
             tensor = checkpoint.tensors.get(name) or checkpoint.tensors.get(f"{name}.weight")
@@ -373,6 +374,22 @@ class GgufNames(_Made):
         """See `Names.homeless`."""
         mapped = self._mapped.keys() | {f"{name}.weight" for name in self._mapped}
         return sorted(self._checkpoint.tensors.keys() - mapped - self._used - _NOT_WEIGHTS)
+
+
+def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
+    """The parameter of every tensor name. transformers' own function asks for the whole table of names once per module."""
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == checkpoint.architecture)
+    table = gguf.get_tensor_name_map(number, checkpoint.number("block_count"))
+    found: dict[str, str] = {}
+    for parameter in model.state_dict():
+        path = processor.preprocess_name(parameter).split(".")
+        suffix = f".{path.pop()}" if path[-1] in ("weight", "bias") else ""
+        # Some files were converted from the model without its head, whose names lack the first word.
+        names = (table.get_name(".".join(path[start:])) for start in range(len(path)))
+        name = next((name for name in names if name is not None), None)
+        if name is not None:
+            found.setdefault(name + suffix, parameter)
+    return found
 
 
 EMBEDDING = "token_embd.weight"

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from headrace.checkpoint.tensor import Slice
 from headrace.errors import ReadError
-from headrace.kernels import Piece
+from headrace.kernels import FEW_ROWS, Piece
 from headrace.stream.files import File
 from headrace.stream.memory import Arena, aligned
 from headrace.stream.policy import ExpertCache
@@ -158,7 +158,7 @@ class ExpertStream:
                 yield self._pieces(layer, ready)
                 self._release([slot for _, slot in ready], held)
             while missing or self._loading:
-                ready = self._wait()
+                ready = self._wait(everything=rows <= FEW_ROWS and not missing)
                 yield self._pieces(layer, ready)
                 with self._work:
                     self._let_go([slot for _, slot in ready], held)
@@ -197,19 +197,19 @@ class ExpertStream:
             self._queue.extend((load, read) for read in reads)
             self._work.notify(len(reads))
 
-    def _wait(self) -> list[tuple[int, int]]:
-        """Experts that have come: at least one."""
+    def _wait(self, everything: bool) -> list[tuple[int, int]]:
+        """Experts that have come: at least one, or all that are under way."""
         start = last_news = time.perf_counter()
         reads = self.counters.reads
         if not self._readers:
-            while self._queue and all(load.left for load in self._loading.values()):
+            while self._queue and (everything or all(load.left for load in self._loading.values())):
                 self._run(*self._queue.popleft())
         with self._arrived:
             while True:
                 if self._error is not None:
                     raise self._error
                 done = [load for load in self._loading.values() if not load.left]
-                if done:
+                if done and (not everything or len(done) == len(self._loading)):
                     break
                 self._arrived.wait(timeout=min(1.0, self._stall_limit_s))
                 now = time.perf_counter()
