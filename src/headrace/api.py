@@ -425,10 +425,14 @@ class Model:
         """What decoding found in memory, and what it read; None of a dense model."""
         if self._engine.experts is None:
             return None
-        hits, misses = (sum(getattr(p, f"expert_{kind}") for p in decode) for kind in ("hits", "misses"))
+        hits, ahead, misses = (
+            sum(getattr(one, f"expert_{kind}") for one in decode) for kind in ("hits", "ahead", "misses")
+        )
+        asked = hits + ahead + misses
         read = sum(p.expert_read_bytes for p in decode)
         return {
-            "hit_rate": hits / (hits + misses) if hits + misses else None,
+            "hit_rate": hits / asked if asked else None,
+            "ahead_rate": ahead / asked if asked else None,
             "bytes_per_token": read / tokens if tokens > 0 else None,
             "wasted_bytes": sum(p.expert_wasted_bytes for p in decode),
             "slots": self.plan.expert_slots,

@@ -20,6 +20,8 @@ def open_checkpoint(path: str | os.PathLike[str], open_source: OpenSource = Loca
         UnsupportedError: a quantisation or a layout that cannot be multiplied.
     """
     name = os.fspath(path)
-    if not name.endswith(".gguf") and (os.path.isdir(name) or name.endswith(".safetensors") or open_source is not LocalSource):
+    if not name.endswith(".gguf") and (
+        os.path.isdir(name) or name.endswith(".safetensors") or open_source is not LocalSource
+    ):
         return open_folder(name, open_source)
     return open_gguf(name, open_source)

@@ -27,7 +27,14 @@ _NAMES = {
     "context_length": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
     "vocab_size": ("vocab_size",),
     "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "expert_used_count": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "top_k"),
+    "expert_used_count": (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "top_k_experts",
+        "moe_k",
+        "top_k",
+    ),
     "expert_feed_forward_length": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
 }
 

@@ -195,7 +195,8 @@ class PackedAttention:
             self.layers.append(layer)
         if mask is not None:
             self.strange.add("a mask of its own")
-        self.strange |= {name for name, value in others.items() if value is not None and name not in _HARMLESS}
+        asked = {name for name, value in others.items() if value is not None and value is not False}
+        self.strange |= {name for name in asked if name not in _HARMLESS and not name.startswith("output_")}
 
     @staticmethod
     def _row_by_row(
@@ -278,7 +279,7 @@ def _attend(
 
 
 # What attention functions are told that changes nothing here: causality and positions are known.
-_HARMLESS = frozenset({"position_ids", "is_causal", "output_attentions", "use_cache", "cache_position"})
+_HARMLESS = frozenset({"position_ids", "is_causal", "use_cache", "cache_position"})
 
 
 class JoinedCache:

@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import Entry, JoinedCache, KVCache, PackedAttention
 from headrace.engine.experts import ExpertProducts
+from headrace.engine.look_ahead import LookAhead
 from headrace.engine.model_cache import ModelCache, arguments_for, keeps_states, maker_of, parameters_of
 from headrace.engine.numbers import floats_of
 from headrace.engine.trace import PassStats, Trace
@@ -70,7 +71,7 @@ class StreamOptions:
     interleaved_in_place: bool = False  # rather than copied: no memory, but prompts take longer
     pinned_read_bytes: int = 4 << 20
     expert_slots: int = 0  # experts that fit into memory, where the model has any
-    expert_readers: int = 8
+    expert_readers: int = 3
     expert_scores: npt.NDArray[np.float32] | None = None  # how often each was chosen in earlier runs
 
 
@@ -160,7 +161,8 @@ class Engine:
             file_of=self._files.__getitem__,
             spans=self.trace,
         )
-        return ExpertProducts(stream, self.kernels, self.trace)
+        per_token = self.checkpoint.number("expert_used_count", 1)
+        return ExpertProducts(stream, self.kernels, self.trace, LookAhead(shell.experts, per_token))
 
     def __enter__(self) -> "Engine":
         return self
@@ -239,6 +241,7 @@ class Engine:
                 kernel_s=after.kernel_s - before.kernel_s,
                 expert_read_bytes=after.experts.read_bytes - before.experts.read_bytes,
                 expert_hits=after.experts.hits - before.experts.hits,
+                expert_ahead=after.experts.ahead - before.experts.ahead,
                 expert_misses=after.experts.misses - before.experts.misses,
                 expert_wasted_bytes=after.experts.wasted_bytes - before.experts.wasted_bytes,
             )
@@ -451,9 +454,7 @@ class _Counted(NamedTuple):
 def _assembled(matrix: Matrix, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The product with a matrix from those with its tensors: (rows, outputs)."""
     parts = [
-        found[part.tensor.name]
-        if part.whole
-        else found[part.tensor.name][:, part.first : part.first + part.rows]
+        found[part.tensor.name] if part.whole else found[part.tensor.name][:, part.first : part.first + part.rows]
         for part in matrix.slices
     ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from headrace.engine.look_ahead import LookAhead
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, Piece, ReferenceKernels
 from headrace.model.packed import PackedExperts
@@ -22,8 +23,11 @@ from headrace.stream.weights import Spans
 class ExpertProducts:
     """Multiplies the experts of one engine."""
 
-    def __init__(self, stream: ExpertStream, kernels: Kernels | ReferenceKernels, spans: Spans | None):
+    def __init__(
+        self, stream: ExpertStream, kernels: Kernels | ReferenceKernels, spans: Spans | None, look_ahead: LookAhead
+    ):
         self.stream = stream
+        self.look_ahead = look_ahead
         self.kernel_s = 0.0
         self._kernels = kernels
         self._spans = spans
@@ -55,7 +59,14 @@ class ExpertProducts:
         owners = order // chosen  # the row of each pair
         firsts = [0, *sizes.cumsum().tolist()]
         pairs = hidden.new_empty((rows * chosen, hidden.shape[1]))
-        for ready in self.stream.fetch(packed.index, sizes, rows):
+        self.look_ahead.judge(packed.index, sizes)
+
+        def read_ahead() -> None:
+            guessed = self.look_ahead.guess(packed.index, hidden)
+            if guessed:
+                self.stream.expect(packed.index + 1, guessed)
+
+        for ready in self.stream.fetch(packed.index, sizes, rows, read_ahead):
             start = time.perf_counter()
             members = [
                 _Member(expert, pieces, hidden if rows == 1 else hidden[owners[firsts[expert] : firsts[expert + 1]]],
@@ -94,9 +105,7 @@ class ExpertProducts:
             result = member.result if down.order is None else member.result.index_select(1, down.order)
             member.result.copy_(result + module.down_proj_bias[member.expert] if module.has_bias else result)
 
-    def _multiply(
-        self, products: Sequence[tuple[torch.Tensor, Sequence[Piece], torch.Tensor]], exact: bool
-    ) -> None:
+    def _multiply(self, products: Sequence[tuple[torch.Tensor, Sequence[Piece], torch.Tensor]], exact: bool) -> None:
         """Each x times the pieces of a matrix, which lie one under another: their results side by side."""
         jobs = []
         for x, pieces, result in products:

@@ -136,7 +136,14 @@ class Kernels:
         """Compute products in one graph, kept by their shapes."""
         parts = tuple(
             [
-                Part(p.type, p.slab_rows or p.rows, columns, 4 * x.stride(0), 4 * out.stride(0), p.interleaved is not None)
+                Part(
+                    p.type,
+                    p.slab_rows or p.rows,
+                    columns,
+                    4 * x.stride(0),
+                    4 * out.stride(0),
+                    p.interleaved is not None,
+                )
                 for x, columns, _, p, out, _ in jobs
             ]
         )

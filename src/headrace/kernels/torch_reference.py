@@ -48,7 +48,9 @@ class ReferenceKernels:
         """As `Kernels.multiply`, in fp32."""
         for i, piece in pieces:
             if not piece.slab_rows:
-                outputs[i][:, piece.first : piece.first + piece.rows] = multiply(x, piece.type, piece.address, piece.rows)
+                outputs[i][:, piece.first : piece.first + piece.rows] = multiply(
+                    x, piece.type, piece.address, piece.rows
+                )
                 continue
             for index, slab in enumerate(piece.slabs()):
                 number, width = piece.first // piece.slab_rows + index, piece.slab_columns

@@ -47,9 +47,7 @@ class Names(Protocol):
     def matrix(self, parameter: str, shape: Sequence[int], outputs_last: bool) -> Matrix:
         """The matrix of a linear. `shape` is the parameter's, `outputs_last` says that it is (inputs, outputs)."""
 
-    def stack(
-        self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool
-    ) -> tuple[Matrix, ...]:
+    def stack(self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool) -> tuple[Matrix, ...]:
         """The matrices of all experts. `interleaved`: gates and ups take turns in the model, where the file has two tensors."""
 
     def value(self, parameter: str, shape: Sequence[int], read: Read) -> torch.Tensor:
@@ -186,9 +184,7 @@ class FolderNames(_Made):
         """See `Names.matrix`."""
         return self._matrices(parameter, 1, shape, outputs_last)[0]
 
-    def stack(
-        self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool
-    ) -> tuple[Matrix, ...]:
+    def stack(self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool) -> tuple[Matrix, ...]:
         """See `Names.stack`. Folders store gates and ups as the model has them, or transformers' conversion makes them so."""
         return self._matrices(parameter, shape[0], shape[1:], outputs_last)
 
@@ -200,8 +196,10 @@ class FolderNames(_Made):
         tensors = [self._tensors[name] for _, name in group.members]
         outputs, inputs = reversed(shape) if outputs_last else shape
         numbers, columns = self._numbers(group)[parameter], {tensor.inputs for tensor in tensors}
-        if numbers.size == count * outputs and columns == {inputs} and self._outputs_are_rows(
-            tensors, numbers, shape, outputs_last
+        if (
+            numbers.size == count * outputs
+            and columns == {inputs}
+            and self._outputs_are_rows(tensors, numbers, shape, outputs_last)
         ):
             bases = self._bases(group)
             return tuple(matrix_of(one, tensors, bases) for one in numbers.reshape(count, outputs))
@@ -282,9 +280,7 @@ class GgufNames(_Made):
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel):
         super().__init__(checkpoint)
-        self._processor = TENSOR_PROCESSORS.get(checkpoint.architecture, TensorProcessor)(
-            config=model.config.to_dict()
-        )
+        self._processor = TENSOR_PROCESSORS.get(checkpoint.architecture, TensorProcessor)(config=model.config.to_dict())
         self._mapped = _gguf_names(checkpoint, model, self._processor)
         self._of: dict[str, Tensor] = {}
         for name, parameter in self._mapped.items():
@@ -294,7 +290,8 @@ class GgufNames(_Made):
         embedding = checkpoint.tensors.get(EMBEDDING)
         if embedding is None:
             raise CheckpointError(
-                f"{checkpoint.path} has no tensor `{EMBEDDING}`", hint="the file is incomplete; get it from another source"
+                f"{checkpoint.path} has no tensor `{EMBEDDING}`",
+                hint="the file is incomplete; get it from another source",
             )
         self._of.setdefault("lm_head.weight", embedding)
         self._used: set[str] = set()
@@ -336,9 +333,7 @@ class GgufNames(_Made):
         found = [self._checkpoint.tensors[name] for name in names if name in self._checkpoint.tensors]
         return found if len(found) == len(kinds) else []
 
-    def stack(
-        self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool
-    ) -> tuple[Matrix, ...]:
+    def stack(self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool) -> tuple[Matrix, ...]:
         """See `Names.stack`."""
         tensors = self._expert_tensors(parameter)
         if not tensors:

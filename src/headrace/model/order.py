@@ -71,7 +71,9 @@ class Recorder:
         return tuple(LinearStep(tuple(s)) if isinstance(s, list) else ExpertStep(s) for s in steps)
 
 
-def record_steps(model: PreTrainedModel, recorder: Recorder, arguments: Callable[[], dict[str, Any]]) -> tuple[Step, ...]:
+def record_steps(
+    model: PreTrainedModel, recorder: Recorder, arguments: Callable[[], dict[str, Any]]
+) -> tuple[Step, ...]:
     """The steps of a pass. Raises `WeightAskedError` where a module wants the weight of a packed linear itself."""
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     with (

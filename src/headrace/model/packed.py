@@ -48,13 +48,43 @@ class PackedLinear(nn.Module):
         return f"{self.matrix.inputs}, {self.matrix.outputs}, type={types}"
 
 
+class Router:
+    """What chooses the experts of a layer, as far as it can be asked for scores beforehand."""
+
+    def __init__(self, module: nn.Module, owner: nn.Module):
+        """`module` holds the weight (experts, hidden), `owner` lies around it and the experts."""
+        self._module, self._owner = module, owner
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(experts, hidden)."""
+        return self._module._parameters["weight"]  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(experts,), added to the scores."""
+        return self._module._parameters.get("bias")
+
+    @property
+    def correction(self) -> torch.Tensor | None:
+        """(experts,), added to the sigmoid of the scores before the best are chosen."""
+        for module in (self._module, self._owner):
+            found = getattr(module, "e_score_correction_bias", None)
+            if isinstance(found, torch.Tensor):
+                return found.reshape(-1)
+        return None
+
+
 class PackedExperts:
     """The routed experts of one layer: for each the matrices that lead up to the gate, and down from it."""
 
-    def __init__(self, index: int, module: Any, up: tuple[Matrix, ...], down: tuple[Matrix, ...]):
+    def __init__(
+        self, index: int, module: Any, up: tuple[Matrix, ...], down: tuple[Matrix, ...], router: Router | None
+    ):
         """`index` counts layers with experts; `module` is transformers' own, which has the gate and the biases."""
         self.index = index
         self.module = module
+        self.router = router
         self.up = up
         self.down = down
 

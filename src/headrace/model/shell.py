@@ -21,7 +21,15 @@ from headrace.model.config import make_config
 from headrace.model.matrix import Matrix
 from headrace.model.names import Names, names_of, tied_to
 from headrace.model.order import ExpertStep, LinearStep, Recorder, Step, record_steps
-from headrace.model.packed import GatheredEmbedding, PackedExperts, PackedLinear, Product, RmsNorm, WeightAskedError
+from headrace.model.packed import (
+    GatheredEmbedding,
+    PackedExperts,
+    PackedLinear,
+    Product,
+    RmsNorm,
+    Router,
+    WeightAskedError,
+)
 
 # Tables of embeddings smaller than this are kept; of larger ones the rows at hand are read.
 _SMALL_TABLE_BYTES = 4 << 20
@@ -92,7 +100,11 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
 def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": implementation}
     with torch.device("meta"):
-        for attention in (implementation, "sdpa", "eager"):  # some models look their attention up in a table of their own
+        for attention in (
+            implementation,
+            "sdpa",
+            "eager",
+        ):  # some models look their attention up in a table of their own
             try:
                 return AutoModelForCausalLM.from_config(
                     config, attn_implementation=attention, trust_remote_code=False, **options
@@ -119,8 +131,9 @@ def _pack_linears(
 ) -> dict[PackedLinear, tuple[str, nn.Module]]:
     """Replace every linear; what was there before is returned by what took its place."""
     before: dict[PackedLinear, tuple[str, nn.Module]] = {}
+    kept = {found[0] for name, module in model.named_modules() if (found := _router(model, name, module)) is not None}
     for name, module in list(model.named_modules()):
-        if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        if type(module).forward not in (nn.Linear.forward, Conv1D.forward) or module in kept:
             continue
         matrix = names.matrix(
             _owner(f"{name}.weight", names, tied), tuple(module.weight.shape), isinstance(module, Conv1D)
@@ -132,6 +145,23 @@ def _pack_linears(
     return before
 
 
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether transformers' experts interface was put around this module's class."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+
+
+def _router(model: PreTrainedModel, name: str, module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """Of a module of experts: (what holds one row of weights for each expert, the module around both). It is kept in memory."""
+    if not _holds_experts(module):
+        return None
+    owner = model.get_submodule(name.rpartition(".")[0])
+    for candidate in owner.modules():
+        weight = candidate._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and weight.shape[0] == module.num_experts:
+            return candidate, owner
+    return None
+
+
 def _owner(parameter: str, names: Names, tied: Mapping[str, str]) -> str:
     """The parameter whose tensor this one uses: its own, or the one it is tied to."""
     return parameter if parameter in names or parameter not in tied else tied[parameter]
@@ -141,7 +171,7 @@ def _pack_experts(model: PreTrainedModel, names: Names) -> None:
     """Tell every module of routed experts where its matrices lie. Its parameters stay on meta, untouched."""
     count = 0
     for name, module in model.named_modules():
-        if not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
+        if not _holds_experts(module):
             continue
         last, turns = bool(module.is_transposed), not module.is_concatenated
         stacks = {
@@ -155,7 +185,9 @@ def _pack_experts(model: PreTrainedModel, names: Names) -> None:
                 f"`{name}` holds its experts as {', '.join(stacks) or 'nothing'}, which is not supported",
                 hint="use a GGUF file of the model with llama.cpp",
             )
-        module.packed = PackedExperts(count, module, up, stacks["down_proj"])  # type: ignore[assignment]
+        found = _router(model, name, module)
+        router = None if found is None else Router(*found)
+        module.packed = PackedExperts(count, module, up, stacks["down_proj"], router)
         count += 1
 
 
@@ -218,9 +250,7 @@ def _fill_buffers(model: PreTrainedModel) -> None:
             model._init_weights(module)
 
 
-def _scale_frequencies(
-    checkpoint: Checkpoint, model: PreTrainedModel, read: Callable[[Tensor], torch.Tensor]
-) -> None:
+def _scale_frequencies(checkpoint: Checkpoint, model: PreTrainedModel, read: Callable[[Tensor], torch.Tensor]) -> None:
     """Llama 3 stores one factor per rotary frequency in GGUF files, computed by the file's writer."""
     if "rope_freqs.weight" not in checkpoint.tensors:
         return

@@ -75,7 +75,9 @@ def expert_seconds(profile: Profile, experts: Experts, rows: int) -> float:
     each = max(1, round(rows * experts.per_token / touched))  # rows of an expert
     kernels = 0.0
     for kind, count in average_weights(experts).items():
-        kernels += count / profile.kernel(kind, each) if each <= FEW_ROWS else _unpacked(profile, kind, int(count), each)
+        kernels += (
+            count / profile.kernel(kind, each) if each <= FEW_ROWS else _unpacked(profile, kind, int(count), each)
+        )
     return experts.layers * (LAYER_S + touched * kernels)
 
 

@@ -36,7 +36,9 @@ class Experts:
     width: int  # between up and down
     weights: Mapping[str, int]  # of all, by type
     cached: int = 0  # in memory, of all layers together
-    chances: tuple[float, ...] | None = None  # that a row chooses an expert, most popular first; they add up to `per_token`
+    chances: tuple[float, ...] | None = (
+        None  # that a row chooses an expert, most popular first; they add up to `per_token`
+    )
 
     @property
     def total(self) -> int:

@@ -125,7 +125,8 @@ def _linears(checkpoint: Checkpoint, experts: set[str]) -> tuple[Tensor, ...]:
         tables = [tensor for name, tensor in tensors.items() if _TOKEN_TABLE.search(name)]
         if not tables:
             raise CheckpointError(
-                f"{checkpoint.path} has no table of token embeddings (`token_embd.weight`)", hint="it is no language model"
+                f"{checkpoint.path} has no table of token embeddings (`token_embd.weight`)",
+                hint="it is no language model",
             )
         linears.append(tables[0])  # tied: gathered by row and multiplied as the head
     return tuple(linears)
@@ -141,7 +142,9 @@ def _is_wide(tensor: Tensor) -> bool:
 
 # Names of GGUF files and those of Hugging Face's models.
 _HEAD = re.compile(r"^output\.weight|(^|\.)(lm_head|embed_out|output_projection)\.weight")
-_TOKEN_TABLE = re.compile(r"^token_embd\.weight|(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embeddings|tok_embeddings)\.weight")
+_TOKEN_TABLE = re.compile(
+    r"^token_embd\.weight|(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embeddings|tok_embeddings)\.weight"
+)
 _TABLE = re.compile(
     r"^(token_embd|position_embd|token_types)\.weight|embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\."
 )

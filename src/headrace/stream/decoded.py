@@ -41,7 +41,9 @@ class DecodedFile:
         np.frombuffer(target, np.uint8)[:count] = rows[skipped : skipped + count]
         return len(target)
 
-    def _decode(self, encoding: Encoding, first: int, last: int, out: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> None:
+    def _decode(
+        self, encoding: Encoding, first: int, last: int, out: "np.ndarray[tuple[int], np.dtype[np.uint8]]"
+    ) -> None:
         raw = []
         for number, (source, begin, count) in enumerate(encoding.reads(first, last)):
             start, length = aligned(source.offset + begin, count)

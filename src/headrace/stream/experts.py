@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -69,13 +69,14 @@ def bundle_of(slices: Sequence[Slice]) -> Bundle:
 class ExpertCounters:
     """What the experts have cost so far. Differences of two copies describe a pass."""
 
-    hits: int = 0
+    hits: int = 0  # experts that were in memory when their layer asked for them
+    ahead: int = 0  # that had been ordered before: read ahead, or under way
     misses: int = 0
     read_bytes: int = 0
     reads: int = 0
     read_s: float = 0.0
     stall_s: float = 0.0
-    wasted_bytes: int = 0  # read ahead and not needed
+    wasted_bytes: int = 0  # read ahead and not needed by the layer
 
 
 @dataclass(eq=False, slots=True)
@@ -84,7 +85,7 @@ class _Load:
     expert: int
     slot: int
     left: int  # reads that have not come yet
-    queue: deque[Read] = field(default_factory=deque)
+    unwanted: bool = False  # read ahead, and then not asked for
 
 
 class ExpertStream:
@@ -125,7 +126,10 @@ class ExpertStream:
         self._work = threading.Condition(lock)
         self._arrived = threading.Condition(lock)
         self._queue: deque[tuple[_Load, Read]] = deque()
-        self._loading: dict[tuple[int, int], _Load] = {}
+        self._later: deque[tuple[_Load, Read]] = deque()  # reads ahead: only when nothing is waited for
+        self._loading: dict[int, _Load] = {}  # by expert, of the layer at hand
+        self._ahead: dict[int, _Load] = {}  # by expert, of the layer `_ahead_layer`
+        self._ahead_layer = -1
         self._error: BaseException | None = None
         self._stopping = False
         self._readers = readers
@@ -139,10 +143,16 @@ class ExpertStream:
 
     # -- the consumer -------------------------------------------------------------------------------------------
 
-    def fetch(self, layer: int, counts: npt.NDArray[np.integer], rows: int) -> Iterator[Ready]:
+    def fetch(
+        self,
+        layer: int,
+        counts: npt.NDArray[np.integer],
+        rows: int,
+        ordered: Callable[[], None] = lambda: None,
+    ) -> Iterator[Ready]:
         """The experts of a layer that some of its rows have chosen, in groups: those in memory first, then as they come.
 
-        `counts[e]` of `rows` rows chose expert e. The memory of a group may be used until the next one is asked for.
+        `counts[e]` of `rows` rows chose expert e. `ordered` is called when what is missing has been ordered. The memory of a group may be used until the next one is asked for.
 
         Raises:
             ReadError: a read failed or nothing has come from the disk for `stall_limit_s`.
@@ -154,6 +164,7 @@ class ExpertStream:
                 self.cache.note(layer, counts, rows)
                 ready, missing = self._look_up(layer, np.flatnonzero(counts).tolist(), held)
                 self._issue(layer, missing, held)
+            ordered()
             if ready:
                 yield self._pieces(layer, ready)
                 self._release([slot for _, slot in ready], held)
@@ -166,12 +177,21 @@ class ExpertStream:
         finally:
             self._abandon(held)
 
-    def _look_up(
-        self, layer: int, wanted: Sequence[int], held: list[int]
-    ) -> tuple[list[tuple[int, int]], deque[int]]:
+    def _look_up(self, layer: int, wanted: Sequence[int], held: list[int]) -> tuple[list[tuple[int, int]], deque[int]]:
         ready: list[tuple[int, int]] = []
         missing: deque[int] = deque()
+        ahead = self._ahead if self._ahead_layer == layer else {}
+        early = sum(expert in ahead for expert in wanted)
+        self.counters.ahead += early
         for expert in wanted:
+            load = ahead.pop(expert, None)
+            if load is not None:  # it comes held
+                held.append(load.slot)
+                if load.left:
+                    self._loading[expert] = load
+                else:
+                    ready.append((expert, load.slot))
+                continue
             slot = self.cache.find(layer, expert)
             if slot is None:
                 missing.append(expert)
@@ -179,9 +199,49 @@ class ExpertStream:
             self.cache.hold(slot)
             held.append(slot)
             ready.append((expert, slot))
-        self.counters.hits += len(ready)
+        self.counters.hits += len(wanted) - len(missing) - early
         self.counters.misses += len(missing)
+        self._hurry()
+        self._drop(ahead)
         return ready, missing
+
+    def _hurry(self) -> None:
+        """Reads ahead that are waited for now go before all others."""
+        if self._loading:
+            mine = [one for one in self._later if self._loading.get(one[0].expert) is one[0]]
+            self._later = deque(one for one in self._later if self._loading.get(one[0].expert) is not one[0])
+            self._queue.extendleft(reversed(mine))
+
+    def _drop(self, ahead: dict[int, _Load]) -> None:
+        """What was read ahead and is not needed: what has not begun is not read, the rest may go when it has come."""
+        for load in ahead.values():
+            load.unwanted = True
+            waiting = [one for one in self._later if one[0] is load]
+            load.left -= len(waiting)
+            read = len(self._bundles[load.layer][load.expert].reads)
+            self.counters.wasted_bytes += self._bundles[load.layer][load.expert].nbytes * (read - len(waiting)) // read
+            if waiting:
+                self._later = deque(one for one in self._later if one[0] is not load)
+                self.cache.forget(load.slot)
+            if not load.left:
+                self.cache.release(load.slot)
+        ahead.clear()
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """Read these experts of a layer ahead, whenever nothing else is to be read, if they are not in memory."""
+        with self._work:
+            assert not self._ahead, "one layer is read ahead"
+            self._ahead_layer = layer
+            for expert in experts[:MOST_AHEAD]:
+                if self.cache.find(layer, expert) is not None:
+                    continue
+                slot = self.cache.place(layer, expert)
+                if slot is None:
+                    return
+                reads = self._bundles[layer][expert].reads
+                load = self._ahead[expert] = _Load(layer, expert, slot, len(reads))
+                self._later.extend((load, read) for read in reads)
+                self._work.notify(len(reads))
 
     def _issue(self, layer: int, missing: deque[int], held: list[int]) -> None:
         """Order missing experts, a few at a time: each takes the slot of another, until its product is done."""
@@ -193,7 +253,7 @@ class ExpertStream:
             expert = missing.popleft()
             reads = self._bundles[layer][expert].reads
             load = _Load(layer, expert, slot, len(reads))
-            self._loading[layer, expert] = load
+            self._loading[expert] = load
             self._queue.extend((load, read) for read in reads)
             self._work.notify(len(reads))
 
@@ -221,7 +281,7 @@ class ExpertStream:
                         hint="check the disk or the network share, then run the same command again",
                     )
             for load in done:
-                del self._loading[load.layer, load.expert]
+                del self._loading[load.expert]
         end = time.perf_counter()
         self.counters.stall_s += end - start
         if self._spans is not None:
@@ -256,10 +316,11 @@ class ExpertStream:
 
     def _abandon(self, held: list[int]) -> None:
         """The layer is done, or its pass has failed: what is still under way is awaited and forgotten."""
-        if not held:
+        if not held and not self._loading:
             return
         with self._work:
             self._queue.clear()
+            self._drop(self._ahead)
             unfinished = list(self._loading.values())
             self._loading.clear()
             failed, self._error = self._error is not None, None
@@ -301,11 +362,11 @@ class ExpertStream:
         try:
             while True:
                 with self._work:
-                    while not self._queue and not self._stopping:
+                    while not (self._queue or self._later or self._stopping):
                         self._work.wait()
                     if self._stopping:
                         return
-                    load, read = self._queue.popleft()
+                    load, read = (self._queue or self._later).popleft()
                 self._run(load, read)
         except BaseException as error:
             with self._arrived:
@@ -326,3 +387,5 @@ class ExpertStream:
             load.left -= 1
             if not load.left:
                 self._arrived.notify()
+                if load.unwanted:
+                    self.cache.release(load.slot)

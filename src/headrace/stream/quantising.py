@@ -34,9 +34,7 @@ class Requantised:
         """The same rows of the original."""
         return [(self.source, first * self.source.row_bytes, (last - first) * self.source.row_bytes)]
 
-    def decode(
-        self, raw: Sequence[npt.NDArray[np.uint8]], first: int, last: int, out: npt.NDArray[np.uint8]
-    ) -> None:
+    def decode(self, raw: Sequence[npt.NDArray[np.uint8]], first: int, last: int, out: npt.NDArray[np.uint8]) -> None:
         """Quantise them."""
         source = self.source
         convert(source.type, raw[0].ctypes.data, self.type, out.ctypes.data, last - first, source.columns)

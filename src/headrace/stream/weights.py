@@ -196,7 +196,9 @@ class WeightStream:
         for i, (tensor, rows) in enumerate(zip(visit.tensors, visit.pinned_rows, strict=True)):
             base = self._pinned.address + visit.pinned_address[i]
             multiple = max(8, tensor.row_multiple)
-            step = SLICE_BYTES // tensor.row_bytes // multiple * multiple or multiple if visit.streamed else max(1, rows)
+            step = (
+                SLICE_BYTES // tensor.row_bytes // multiple * multiple or multiple if visit.streamed else max(1, rows)
+            )
             for first in range(0, rows, step):
                 address = base + first * tensor.row_bytes
                 pieces.append((i, piece_of(tensor, first, min(step, rows - first), address)))
