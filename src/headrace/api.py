@@ -23,11 +23,12 @@ from headrace.engine.engine import StreamOptions
 from headrace.engine.sampling import Sampler
 from headrace.engine.scheduler import Answer, Scheduler, Slot
 from headrace.engine.stops import StopScanner
-from headrace.errors import ContextError, UsageError
+from headrace.errors import CheckpointError, ContextError, UsageError
 from headrace.kernels import make_kernels
 from headrace.model import Shell, Tokenizer
 from headrace.model.tokenizer import Message, Prompt, TextStream
 from headrace.plan import (
+    NO_DRAFT,
     Budget,
     Drafting,
     Plan,
@@ -495,7 +496,7 @@ def load(
     The model's weights come with the first pass; a draft model is read here.
 
     Args:
-        path: a GGUF file, or the first part of a split.
+        path: a GGUF file or the first part of a split, or a Hugging Face folder with safetensors.
         memory: ceiling for the whole process, `"4GiB"` or bytes; None: what cgroup and free memory leave.
         context_tokens: prompt and answer together; None: 4096, or the model's own limit if that is less.
         prompt_tokens: the longest prompt to expect, which decides how many rows a prefill pass may carry.
@@ -540,11 +541,19 @@ def load(
     if reason != "ggml":
         warnings.warn(reason, stacklevel=2)
     spans = Trace() if trace else None
-    draft_engine = _load_draft(checkpoint, drafting, profile)
+    try:
+        draft_engine = _load_draft(checkpoint, drafting, profile)
+    except CheckpointError:  # a low-bit copy cannot be made of every layout
+        if draft != "auto":
+            raise
+        request, draft_engine = replace(request, drafting=NO_DRAFT), None
     plans: list[Plan] = []
 
     def decide(shell: Shell) -> StreamOptions:
         """Plan with what the process has really taken by now: everything is built, and no weights are in memory yet."""
+        nonlocal request
+        if shell.way == "model":
+            request = replace(request, sequences=1, drafting=NO_DRAFT)
         release_unused()
         taken = resident_bytes() + RUNTIME_GROWTH_BYTES
         plan = make_plan(checkpoint, profile, budget, request, runtime_bytes=taken, built=_built(shell))
@@ -561,6 +570,9 @@ def load(
         )
 
     engine = Engine(checkpoint, decide, kernels, trace=spans, open_file=open_file)
+    if draft_engine is not None and engine.one_by_one:
+        draft_engine.close()
+        draft_engine = None
     if draft_engine is not None:
         draft_engine.step([Rows(cache=draft_engine.new_cache(1), tokens=[0], exact=True)])  # reads its weights
     return Model(

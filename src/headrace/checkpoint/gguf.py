@@ -6,6 +6,7 @@ package's own reader maps the file and makes a numpy object of every token; ours
 the file before anything is allocated for it.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,10 @@ class Checkpoint:
             header.position = value.position
             return _read_array(header, value.element, value.count, key)
 
+    def tokens(self) -> list[Any]:
+        """The vocabulary in the order of its ids, read now. Empty if there is none, or it cannot be told."""
+        return self.array("tokenizer.ggml.tokens") if self.config is None else tokens_of_json(self.path)
+
     @property
     def vocab_size(self) -> int:
         """Rows of the token embedding."""
@@ -123,6 +128,18 @@ class Checkpoint:
                 f"{self.path} has no tensor `token_embd.weight`", hint="is this a complete language model?"
             )
         return embedding.rows
+
+
+def tokens_of_json(path: str) -> list[Any]:
+    """The vocabulary of a folder's tokenizer.json."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    try:
+        content = json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))
+        pairs = [(number, token) for token, number in content["model"]["vocab"].items()]
+        pairs += [(added["id"], added["content"]) for added in content.get("added_tokens", ())]
+        return [token for _, token in sorted(dict(pairs).items())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def open_gguf(path: str | os.PathLike[str], open_source: OpenSource = LocalSource) -> Checkpoint:

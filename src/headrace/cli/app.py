@@ -94,18 +94,19 @@ sampling_options = shared(
 )  # fmt: skip
 
 
-def check_file(function: F) -> F:
-    """Refuse a model file that is not there before anything slow is imported."""
+def find_model(function: F) -> F:
+    """Put the path of a model in place of its name: on this disk, or at the hub, from where it is fetched if need be.
+
+    A model that is nowhere is refused before anything slow is imported.
+    """
 
     @wraps(function)
-    def checked(model: str, **options: Any) -> Any:
-        if not Path(model).exists():
-            raise HeadraceError(
-                f"there is no file {model}", hint="give the path of a .gguf file; `headrace demo` brings one"
-            )
-        return function(model=model, **options)
+    def found(model: str, **options: Any) -> Any:
+        from headrace.cli.hub import path_of
 
-    return checked  # type: ignore[return-value]
+        return function(model=path_of(model, quiet=bool(options.get("quiet"))), **options)
+
+    return found  # type: ignore[return-value]
 
 
 @main.command()
@@ -126,9 +127,11 @@ def check_file(function: F) -> F:
 )
 @json_option
 @quiet_option
-@check_file
+@find_model
 def run(model: str, **options: Any) -> None:
-    """Generate text with MODEL, a .gguf file. Without a prompt on a terminal: chat.
+    """Generate text with MODEL: a .gguf file, a Hugging Face folder, or org/repo[:file] of the hub.
+
+    Without a prompt on a terminal: chat.
 
     The text goes to stdout; the plan, progress and statistics go to stderr.
     """
@@ -194,8 +197,9 @@ def run(model: str, **options: Any) -> None:
 def plan(model: str | None, **options: Any) -> None:
     """Say what running MODEL will cost, and what would make it faster. Reads headers only.
 
-    MODEL is a file, a folder with config.json, or a published model such as llama-3-70b (`headrace tables models`
-    lists them). Without --machine, a file is planned for this machine, as `run` would run it.
+    MODEL is a file, a Hugging Face folder, org/repo[:file] of the hub (of which only headers are fetched), or a
+    published model such as llama-3-70b (`headrace tables models` lists them). Without --machine, a model is planned for
+    this machine, as `run` would run it.
     """
     from headrace.cli.plan import plan_or_forecast
 
@@ -235,7 +239,7 @@ def tables(kind: str, as_json: bool) -> None:
     help="Write a page with the measured timeline under the predicted one.",
 )
 @json_option
-@check_file
+@find_model
 def bench(model: str, **options: Any) -> None:
     """Run MODEL for a few tokens and hold the plan against it: seconds, bytes, and where a pass waits."""
     from headrace.cli.bench import bench_command
@@ -246,7 +250,9 @@ def bench(model: str, **options: Any) -> None:
 @main.command()
 @click.argument("source", metavar="IN.jsonl", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT.jsonl", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("-m", "--model", required=True, help="A .gguf file.")
+@click.option(
+    "-m", "--model", required=True, help="A .gguf file, a Hugging Face folder, or org/repo[:file] of the hub."
+)
 @memory_option
 @context_option
 @kv_option
@@ -256,7 +262,7 @@ def bench(model: str, **options: Any) -> None:
     "-n", "--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Where a request names none."
 )
 @quiet_option
-@check_file
+@find_model
 def batch(model: str, **options: Any) -> None:
     """Answer the requests of IN.jsonl, in the format of the OpenAI Batch API, into OUT.jsonl.
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.source import LocalSource, OpenSource
 from headrace.cli import show
-from headrace.errors import CheckpointError, HeadraceError, UnsupportedError, UsageError
+from headrace.errors import HeadraceError, UsageError
 from headrace.hub import (
     CachedModel,
     Reference,
@@ -29,7 +29,6 @@ from headrace.hub import (
 from headrace.units import gigabytes
 
 INTERRUPTED = 130
-MAX_CONFIG_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +40,29 @@ class Opened:
     files: tuple[tuple[str, int], ...]
     license: str | None
     remote: bool
+
+
+def path_of(model: str, *, quiet: bool = False) -> str:
+    """The path of a model that is to run: on this disk, in the hub's cache, or fetched now.
+
+    Raises:
+        HeadraceError: it is nowhere.
+    """
+    if Path(model).exists():
+        return model
+    reference = parse_reference(model)
+    if reference is None:
+        raise HeadraceError(
+            f"there is no file {model}",
+            hint="give the path of a .gguf file or a Hugging Face folder, or org/repo of the hub; `headrace demo` brings a model",
+        )
+    return local_path(reference) or pull(reference, say=(lambda _: None) if quiet else show.note)
+
+
+def open_anywhere(model: str) -> Checkpoint:
+    """A model's headers: on this disk, in the hub's cache, or read from afar. Nothing is fetched but headers."""
+    found = _find(model)
+    return open_checkpoint(found.path, found.open_source)
 
 
 def pull_command(model: str, as_json: bool) -> int:
@@ -165,10 +187,7 @@ def _local(path: str) -> Opened:
 
 def _facts(found: Opened) -> dict[str, Any]:
     """What `--json` shows. Unknown is null."""
-    if found.path.endswith(".gguf") or Path(found.path).is_file():
-        facts = _gguf_facts(open_checkpoint(found.path, found.open_source), found)
-    else:
-        facts = _config_facts(found)
+    facts = _header_facts(open_checkpoint(found.path, found.open_source), found)
     files = [{"name": name, "bytes": size} for name, size in found.files]
     return {
         **facts,
@@ -179,61 +198,21 @@ def _facts(found: Opened) -> dict[str, Any]:
     }
 
 
-def _gguf_facts(checkpoint: Checkpoint, found: Opened) -> dict[str, Any]:
+def _header_facts(checkpoint: Checkpoint, found: Opened) -> dict[str, Any]:
     parameters = sum(tensor.rows * tensor.columns for tensor in checkpoint.tensors.values())
     license_name = checkpoint.get("general.license")
     return {
-        "format": "gguf",
+        "format": "gguf" if checkpoint.config is None else "safetensors",
         "name": checkpoint.name,
         "architecture": checkpoint.architecture,
         "parameters": parameters,
         "bits_per_weight": round(8 * checkpoint.nbytes / parameters, 3) if parameters else None,
         "layers": checkpoint.get("block_count"),
-        "experts": checkpoint.get("expert_count"),
+        "experts": checkpoint.get("expert_count") or None,
         "experts_used": checkpoint.get("expert_used_count"),
         "context_tokens": checkpoint.get("context_length"),
         "license": license_name or found.license,
     }
-
-
-def _config_facts(found: Opened) -> dict[str, Any]:
-    config = _config(found)
-    text = config.get("text_config")
-    text = text if isinstance(text, dict) else config
-    weights = sum(size for name, size in found.files if name.endswith(".safetensors"))
-    if not weights:
-        raise UnsupportedError(f"{found.path} holds no safetensors weights", hint="name a .gguf file in it")
-    experts = [text.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")]
-    return {
-        "format": "safetensors",
-        "name": None,  # a config does not say
-        "architecture": config.get("model_type"),
-        "parameters": None,
-        "bits_per_weight": None,
-        "layers": text.get("num_hidden_layers"),
-        "experts": next((n for n in experts if n is not None), None),
-        "experts_used": text.get("num_experts_per_tok"),
-        "context_tokens": text.get("max_position_embeddings"),
-        "license": found.license,
-    }
-
-
-def _config(found: Opened) -> dict[str, Any]:
-    source = found.open_source(f"{found.path}/config.json")
-    try:
-        if source.size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{source.path} has {source.size} bytes; a config has fewer than {MAX_CONFIG_BYTES}")
-        data = b""
-        while piece := source.pread(source.size - len(data), len(data)):
-            data += piece
-        config = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{found.path}/config.json is not JSON: {error}", hint="fetch the model again") from error
-    finally:
-        source.close()
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{found.path}/config.json is no JSON object", hint="fetch the model again")
-    return config
 
 
 def _lines(model: str, facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -11,14 +11,16 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.checkpoint import Checkpoint
 from headrace.checkpoint.tensor import bits_per_weight
 from headrace.cli import show
 from headrace.cli.fit import fit_command
 from headrace.cli.forecast import Wishes, forecast_command
+from headrace.cli.hub import open_anywhere
 from headrace.errors import UsageError
 from headrace.forecast.schedule import Timeline
 from headrace.forecast.strip import strips
+from headrace.hub import parse_reference
 from headrace.plan import (
     Budget,
     Plan,
@@ -87,7 +89,7 @@ def plan_or_forecast(
         fit_command(fit_runs, as_json)
         return
     elsewhere = [machine, params, bits, require_tok_s, budget_usd]
-    if model is not None and Path(model).is_file() and not any(value is not None for value in elsewhere):
+    if model is not None and _is_model(model) and not any(value is not None for value in elsewhere):
         plan_command(model, memory, ctx_size, kv_bits, draft, batch, prompt_tokens, as_json, tokens=tokens, html=html)
         return
     if ctx_size is not None:
@@ -109,6 +111,14 @@ def plan_or_forecast(
     forecast_command(model, memory, wishes, html, as_json)
 
 
+def _is_model(model: str) -> bool:
+    """Whether it has weights whose headers can be read: on this disk, or by its name at the hub."""
+    path = Path(model)
+    if path.is_dir():
+        return any(path.glob("*.safetensors*"))
+    return path.exists() or parse_reference(model) is not None
+
+
 def plan_command(
     model: str,
     memory: int | Budget | None,
@@ -123,7 +133,7 @@ def plan_command(
     html: Path | None = None,
 ) -> None:
     """Print the plan for a model."""
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_anywhere(model)
     limit = checkpoint.number("context_length", 4096)
     context = ctx_size or min(prompt_tokens + tokens, limit)
     request = Request(
@@ -193,6 +203,8 @@ def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
             gigabytes(plan.pinned_bytes),
             f"{plan.pinned_bytes / plan.weights_bytes:.0%}, of every large tensor its share",
         ),
+        *_expert_rows(plan),
+        *_layout_rows(checkpoint),
         ("streamed", gigabytes(plan.streamed_bytes_per_pass), f"per pass, disk {gigabytes(plan.disk_bytes_per_s)}/s"),
         ("KV cache", gib(plan.kv_bytes), f"{plan.sequences} x {plan.context_tokens} tokens in {plan.kv_bits} bits"),
         ("draft", plan.drafting.name, plan.reasons[-1]),
@@ -209,6 +221,31 @@ def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
             plan.profile.source,
             "by `headrace probe`" if measured else "run `headrace probe` to measure this machine",
         ),
+    ]
+
+
+def _expert_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """What is expected of a mixture's experts."""
+    if plan.experts is None:
+        return []
+    experts = plan.experts
+    of = f"of {gigabytes(experts.nbytes)}; {experts.per_token} of {experts.count} for a token, in {experts.layers} layers"
+    hits = f"{experts.hit_rate:.0%} of choices in memory ({experts.source})"
+    return [
+        ("experts", gib(plan.expert_bytes), f"{plan.expert_slots} of {experts.total} in memory, {of}"),
+        ("", gigabytes(experts.missed_bytes(1)), f"read per token: {hits}"),
+    ]
+
+
+def _layout_rows(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
+    """How quantised tensors are stored, and what they are in memory, where the two differ."""
+    found: dict[tuple[str, str], int] = {}
+    for made in checkpoint.made.values():
+        for tensor, encoding in made:
+            found[encoding.label, tensor.type] = found.get((encoding.label, tensor.type), 0) + tensor.nbytes
+    return [
+        ("decoded", gigabytes(nbytes), f"{label}, in memory as {kind} ({bits_per_weight(kind):.3g} bits/weight)")
+        for (label, kind), nbytes in sorted(found.items())
     ]
 
 

@@ -21,6 +21,8 @@ class KVCache:
     for each head and position: whole numbers from -127 to 127 times the scale. 32 bits round nothing, for comparisons.
     """
 
+    continues = True  # rows may follow what it has seen, as many as there are
+
     def __init__(self, layers: int, capacity: int, bits: int = 16):
         """`capacity` is in tokens. Memory is taken from the system as it is written."""
         assert bits in (8, 16, 32)

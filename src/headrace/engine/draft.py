@@ -14,6 +14,7 @@ import torch
 
 from headrace.engine.attention import KVCache
 from headrace.engine.engine import Engine, Rows
+from headrace.engine.model_cache import ModelCache
 from headrace.engine.sampling import Sampler
 from headrace.plan.rooms import DRAFT_PROMPT_ROWS
 
@@ -98,7 +99,7 @@ class PromptLookup:
 class _Held:
     """What the draft model has computed of one sequence."""
 
-    cache: KVCache
+    cache: KVCache | ModelCache
     tokens: list[int]
 
 

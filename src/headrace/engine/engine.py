@@ -188,7 +188,7 @@ class Engine:
     def new_cache(self, capacity: int, bits: int = 16) -> "KVCache | ModelCache":
         """An empty cache for one sequence of at most `capacity` tokens, with keys and values in 16 or 8 bits."""
         if self.way == "model":
-            return ModelCache(maker_of(self.model), capacity)
+            return ModelCache(maker_of(self.model), capacity, continues=not self._keeps_states)
         return KVCache(self.layers, capacity, bits)
 
     @property
@@ -291,7 +291,9 @@ class Engine:
         first = 0
         for i in order:
             last = first + len(batch[i].tokens)
-            entries[i] = Entry(batch[i].cache, slice(first, last), batch[i].is_exact)
+            cache = batch[i].cache
+            assert isinstance(cache, KVCache)
+            entries[i] = Entry(cache, slice(first, last), batch[i].is_exact)
             first = last
         logits = self._forward([batch[i] for i in order], [entries[i] for i in range(len(batch))])
         if order == list(range(len(batch))):
@@ -316,8 +318,9 @@ class Engine:
             joined = JoinedCache(entries)
             arguments |= {"past_key_values": joined, "attention_mask": joined.mask(), "use_cache": True}
         else:
-            (rows,) = batch
-            arguments = arguments_for(self.model, rows.cache, len(rows.tokens))
+            cache = batch[0].cache
+            assert isinstance(cache, ModelCache)
+            arguments = arguments_for(self.model, cache, len(batch[0].tokens))
         keep = torch.tensor(wanted)
         if "logits_to_keep" in parameters_of(self.model):
             logits: torch.Tensor = self.model(input_ids=tokens, logits_to_keep=keep, **arguments).logits[0]

@@ -90,14 +90,14 @@ class ExpertProducts:
         up, down = packed.matrices(members[0].expert)
         split = len(up.slices)
         raised = members[0].x.new_empty((sum(len(member.x) for member in members), up.outputs))
-        parts = raised.split([len(member.x) for member in members])
+        parts = torch.split(raised, [len(member.x) for member in members])
         self._multiply([(m.x, m.pieces[:split], part) for m, part in zip(members, parts, strict=True)], exact)
         if up.order is not None:
             raised = raised.index_select(1, up.order)
         if module.has_bias:
             raised = raised + _repeated(module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, members)
         gated = module._apply_gate(raised) if module.has_gate else module.act_fn(raised)
-        inner = gated.contiguous().split([len(member.x) for member in members])
+        inner = torch.split(gated.contiguous(), [len(member.x) for member in members])
         self._multiply([(x, m.pieces[split:], m.result) for m, x in zip(members, inner, strict=True)], exact)
         if down.order is None and not module.has_bias:
             return

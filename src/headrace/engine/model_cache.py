@@ -17,8 +17,9 @@ from transformers.cache_utils import DynamicLayer
 class ModelCache:
     """Speaks as `KVCache` does to those who schedule: a length, a capacity, and how to forget."""
 
-    def __init__(self, make: Callable[[], Any], capacity: int):
-        """`make` gives an empty cache of the model."""
+    def __init__(self, make: Callable[[], Any], capacity: int, continues: bool = True):
+        """`make` gives an empty cache of the model; `continues`: several rows may follow what it has seen."""
+        self.continues = continues
         self.capacity = capacity
         self.length = 0
         self.states: Any = make()

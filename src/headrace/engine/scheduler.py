@@ -16,6 +16,7 @@ from headrace.engine.attention import KVCache
 from headrace.engine.depth import Speculation
 from headrace.engine.draft import Draft, common_length
 from headrace.engine.engine import Engine, Rows
+from headrace.engine.model_cache import ModelCache
 from headrace.engine.sampling import Sampler
 from headrace.kernels import FEW_ROWS
 
@@ -27,12 +28,15 @@ WORTH_SHARING = 16
 class Slot:
     """A cache, and the tokens whose keys and values it holds. Kept when its answer has ended: the next may begin alike."""
 
-    cache: KVCache
+    cache: KVCache | ModelCache
     tokens: list[int] = field(default_factory=list)
 
     def holds(self, prompt: Sequence[int]) -> int:
         """How many tokens of a prompt, all but its last at most, need not be computed again."""
-        return min(common_length(self.tokens, prompt[:-1]), self.cache.length)
+        common = min(common_length(self.tokens, prompt[:-1]), self.cache.length)
+        if isinstance(self.cache, ModelCache) and not self.cache.continues and common < len(prompt) - 1:
+            return 0  # several rows after others: sooner from the beginning
+        return common
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` tokens."""
@@ -147,9 +151,12 @@ class Scheduler:
             if answer.donor is not None:
                 if computed.get(answer.donor, 0) < answer.shared:
                     continue  # the donor's prompt takes several passes
-                answer.slot.cache.share(answer.donor.slot.cache, answer.shared)
+                mine, theirs = answer.slot.cache, answer.donor.slot.cache
+                assert isinstance(mine, KVCache)
+                assert isinstance(theirs, KVCache)
+                mine.share(theirs, answer.shared)
                 answer.donor = None
-            chunk = answer.pending[: 1 + room]
+            chunk = answer.pending[: 1 + room] if answer.slot.cache.continues else answer.pending
             room -= len(chunk) - 1
             chunks.append((answer, chunk))
             computed[answer] = answer.slot.cache.length + len(chunk)

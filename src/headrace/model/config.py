@@ -78,7 +78,8 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
         reason = own_code or f" is a {kind} model, of which transformers has no language model that generates text"
         known = did_you_mean(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise UnsupportedError(
-            f"{checkpoint.path}{reason}", hint=known if known.startswith("did") else "use a GGUF file of the model"
+            f"{checkpoint.path}{reason}",
+            hint=known if known and known.startswith("did") else "use a GGUF file of the model",
         )
     given = {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
     try:

@@ -279,7 +279,9 @@ def _gather_tables(model: PreTrainedModel, names: Names, hooks: Hooks) -> None:
 
 def _rows_of(matrix: Matrix, hooks: Hooks) -> Callable[[torch.Tensor], torch.Tensor]:
     tensor, first = matrix.slices[0].tensor, matrix.slices[0].first
-    assert len(matrix.slices) == 1 and matrix.order is None and not tensor.slabs, "a table is one tensor"
+    assert len(matrix.slices) == 1, "a table is one tensor"
+    assert matrix.order is None, "its rows come in their order"
+    assert not tensor.slabs, "its rows are not cut"
     return lambda rows: hooks.gather(tensor, rows + first)
 
 

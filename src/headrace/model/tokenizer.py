@@ -1,7 +1,9 @@
 """Text to tokens and back, by the tokenizer and chat template in the checkpoint's metadata."""
 
 import gc
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -11,6 +13,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     GGUF_TOKENIZER_MAPPING,
     convert_gguf_tokenizer,
@@ -36,37 +39,31 @@ _TURN_ENDS = (
 _CONTROL = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What a checkpoint says of its tokens."""
+
+    backend: Any  # of the tokenizers library
+    end_ids: frozenset[int]
+    bos_id: int | None
+    adds_bos: bool
+    bos: str
+    eos: str
+    template: str | None  # how a conversation is written, in Jinja
+
+
 class Tokenizer:
     """Encodes and decodes for one model. Memory is that of the tokenizers library, about 350 bytes per token."""
 
     def __init__(self, checkpoint: Checkpoint):
-        """Raises `CheckpointError` where the metadata describes no tokenizer."""
-        self._checkpoint = checkpoint
-        description = _description(checkpoint)
-        self._tokens: list[str] = description["tokens"]
-        try:
-            self._backend, _ = convert_gguf_tokenizer(checkpoint.architecture, description)
-        except Exception as error:  # whatever the untrusted vocabulary provokes in two libraries
-            raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
-        kinds = checkpoint.array("tokenizer.ggml.token_type")
-        self.end_ids = _end_ids(checkpoint, self._tokens, kinds)
-        self.bos_id = _token_id(checkpoint, "bos_token_id", len(self._tokens))
-        self.adds_bos = self._wants_bos(description.get("tokenizer_type"))
-        self._tokens = [self._tokens[i] for i in sorted(self.end_ids)]
-        self._bos, self._eos = self._spelled(self.bos_id), self._spelled(self._eos_id)
-        del description, kinds
+        """Raises `CheckpointError` where the checkpoint describes no tokenizer."""
+        self._path = checkpoint.path
+        found = _of_folder(checkpoint) if checkpoint.config is not None else _of_gguf(checkpoint)
+        self._backend, self._template_text = found.backend, found.template
+        self.end_ids, self.bos_id, self.adds_bos = found.end_ids, found.bos_id, found.adds_bos
+        self._bos, self._eos = found.bos, found.eos
+        del found
         gc.collect()
-
-    def _wants_bos(self, kind: object) -> bool:
-        flag = self._checkpoint.get("tokenizer.ggml.add_bos_token")
-        return self.bos_id is not None and bool(kind == "llama" if flag is None else flag)
-
-    @property
-    def _eos_id(self) -> int | None:
-        return _token_id(self._checkpoint, "eos_token_id", 1 << 31)
-
-    def _spelled(self, token: int | None) -> str:
-        return "" if token is None else (self._backend.id_to_token(token) or "")
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text, with the beginning token where the model wants one and the text has none."""
@@ -95,7 +92,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether the file says how a conversation is written."""
-        return isinstance(self._checkpoint.get("tokenizer.chat_template"), str)
+        return self._template_text is not None
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next answer begins.
@@ -104,9 +101,7 @@ class Tokenizer:
             UsageError: the model has no chat template, or it refuses the conversation.
         """
         if not self.has_chat_template:
-            raise UsageError(
-                f"{self._checkpoint.path} has no chat template", hint="use --raw with a prompt to complete"
-            )
+            raise UsageError(f"{self._path} has no chat template", hint="use --raw with a prompt to complete")
         try:
             text = self._template.render(
                 messages=list(messages), add_generation_prompt=True, bos_token=self._bos, eos_token=self._eos
@@ -121,9 +116,9 @@ class Tokenizer:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
         try:
-            return environment.from_string(str(self._checkpoint.get("tokenizer.chat_template")))
+            return environment.from_string(str(self._template_text))
         except TemplateError as error:
-            raise CheckpointError(f"{self._checkpoint.path}: the chat template is broken: {error}") from error
+            raise CheckpointError(f"{self._path}: the chat template is broken: {error}") from error
 
 
 class TextStream:
@@ -140,6 +135,71 @@ class TextStream:
 
 def _refuse(message: str) -> None:
     raise TemplateError(message)
+
+
+def _of_gguf(checkpoint: Checkpoint) -> Vocabulary:
+    """From the metadata of a GGUF file."""
+    description = _description(checkpoint)
+    tokens: list[str] = description["tokens"]
+    try:
+        backend, _ = convert_gguf_tokenizer(checkpoint.architecture, description)
+    except Exception as error:  # whatever the untrusted vocabulary provokes in two libraries
+        raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
+    kinds = checkpoint.array("tokenizer.ggml.token_type")
+    bos_id = _token_id(checkpoint, "bos_token_id", len(tokens))
+    flag = checkpoint.get("tokenizer.ggml.add_bos_token")
+    template = checkpoint.get("tokenizer.chat_template")
+    return Vocabulary(
+        backend=backend,
+        end_ids=_end_ids(checkpoint, tokens, kinds),
+        bos_id=bos_id,
+        adds_bos=bos_id is not None and bool(description.get("tokenizer_type") == "llama" if flag is None else flag),
+        bos=_spelled(backend, bos_id),
+        eos=_spelled(backend, _token_id(checkpoint, "eos_token_id", 1 << 31)),
+        template=template if isinstance(template, str) else None,
+    )
+
+
+def _of_folder(checkpoint: Checkpoint) -> Vocabulary:
+    """From the tokenizer files of a Hugging Face folder, by way of transformers; no code of the folder runs."""
+    folder = checkpoint.path if os.path.isdir(checkpoint.path) else os.path.dirname(checkpoint.path)
+    try:
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        backend = found.backend_tokenizer
+        template = found.get_chat_template() if found.chat_template else None
+    except Exception as error:  # whatever untrusted files provoke in two libraries
+        raise CheckpointError(
+            f"{folder} holds no usable tokenizer: {error}",
+            hint="tokenizer.json and tokenizer_config.json belong to the model",
+        ) from error
+    ends = {found.eos_token_id, *_numbers(checkpoint.generation.get("eos_token_id"))}
+    if checkpoint.config is not None:
+        ends |= set(_numbers(checkpoint.config.get("eos_token_id")))
+    ends |= {backend.token_to_id(token) for token in _TURN_ENDS if _is_special(backend, token)}
+    bos_id = found.bos_token_id
+    return Vocabulary(
+        backend=backend,
+        end_ids=frozenset(i for i in ends if i is not None),
+        bos_id=bos_id,
+        adds_bos=bos_id is not None and backend.encode("a").ids[:1] == [bos_id],
+        bos=found.bos_token or "",
+        eos=found.eos_token or "",
+        template=template,
+    )
+
+
+def _numbers(value: object) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [one for one in values if isinstance(one, int)]
+
+
+def _is_special(backend: Any, token: str) -> bool:
+    number = backend.token_to_id(token)
+    return number is not None and backend.get_added_tokens_decoder().get(number) is not None
+
+
+def _spelled(backend: Any, token: int | None) -> str:
+    return "" if token is None else (backend.id_to_token(token) or "")
 
 
 def _description(checkpoint: Checkpoint) -> dict[str, Any]:

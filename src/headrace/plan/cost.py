@@ -44,6 +44,7 @@ class Weights:
     plain: Mapping[str, int]
     interleaved: Mapping[str, int] = field(default_factory=dict)
     in_place: bool = False
+    decoding_core_s_per_byte: float = 0.0  # of one core, for what is not stored as it is multiplied
     experts: Experts | None = None  # of which a pass multiplies those that its rows choose
 
 
@@ -105,6 +106,7 @@ def pass_cost(
     missed = weights.experts.missed_bytes(rows) if weights.experts is not None else 0.0
     return PassCost(
         disk_s=(read_bytes + missed) / disk_bytes_per_s,
-        compute_s=compute_seconds(profile, weights, layers, rows, exact),
+        compute_s=compute_seconds(profile, weights, layers, rows, exact)
+        + read_bytes * weights.decoding_core_s_per_byte / profile.threads,
         reading=profile.reading,
     )

@@ -82,9 +82,11 @@ def _copy(checkpoint: Checkpoint) -> Drafting:
 def _model(checkpoint: Checkpoint, path: str) -> Drafting:
     """A draft model in a file: a low-bit copy of the same model, or a smaller one with the same vocabulary."""
     if not Path(path).exists():
-        raise UsageError(f"there is no draft model {path}", hint="use none, prompt, self, auto or a .gguf file")
+        raise UsageError(
+            f"there is no draft model {path}", hint="use none, prompt, self, auto, a .gguf file or a folder"
+        )
     draft = open_checkpoint(path)
-    ours, theirs = (one.array("tokenizer.ggml.tokens") for one in (checkpoint, draft))
+    ours, theirs = checkpoint.tokens(), draft.tokens()
     common = min(len(ours), len(theirs))
     if not common or ours[:common] != theirs[:common]:
         raise UsageError(

@@ -317,10 +317,12 @@ def _best_layout(
     outlook: Callable[[Weights], _Outlook],
 ) -> tuple[_Outlook, int]:
     """(the outlook of the layout that is done first, bytes of interleaved copies)."""
-    best, copied = outlook(Weights(plain=shape.weights, experts=experts)), 0
+    decoding = shape.decoding_core_s / max(1, shape.weights_bytes)
+    best, copied = outlook(Weights(plain=shape.weights, experts=experts, decoding_core_s_per_byte=decoding)), 0
     # In place only for batches: what one sequence computes should not depend on the budget in the last bits.
     for in_place in (False, True) if request.sequences > 1 else (False,):
-        woven = replace(_interleaved(shape, room.pinned_rows, profile, in_place), experts=experts)
+        woven = _interleaved(shape, room.pinned_rows, profile, in_place)
+        woven = replace(woven, experts=experts, decoding_core_s_per_byte=decoding)
         size = 0 if in_place else sum(ceil(n * bits_per_weight(kind) / 8) for kind, n in woven.interleaved.items())
         if not woven.interleaved or (size + len(shape.linears) * 4096 > room.spare and not in_place):
             continue

@@ -132,7 +132,7 @@ def _draft_bytes(draft: Shape, request: Request, known_runtime: bool) -> int:
     kv = draft.kv_bytes_per_token(16) * request.context_tokens * request.sequences
     activations = _activations(draft, DRAFT_PROMPT_ROWS, request.context_tokens) - MANY_ROWS_BYTES
     built = 0 if known_runtime else draft.small_bytes + DRAFT_RUNTIME_BYTES
-    return draft.weights_bytes + draft.page_slack_bytes + kv + activations + built
+    return draft.all_bytes + draft.page_slack_bytes + kv + activations + built
 
 
 def _activations(shape: Shape, rows: int, context_tokens: int, exact: bool = False) -> int:
@@ -162,7 +162,12 @@ def _expert_numbers(experts: Experts | None) -> int:
 
 
 def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) -> int:
-    """As many prompt rows per pass as fit into an eighth of the budget: passes cost more than pins until then."""
+    """As many prompt rows per pass as fit into an eighth of the budget: passes cost more than pins until then.
+
+    A model that keeps states of its own takes a prompt whole.
+    """
+    if shape.one_by_one:
+        return max(FEW_ROWS, request.prompt_rows)
     limit = min(room, max(budget_bytes // 8, 192 * MIB))
     rows = request.prompt_rows
     if rows <= FEW_ROWS:

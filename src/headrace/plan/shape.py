@@ -58,6 +58,11 @@ class Shape:
         return self.layers * self.kv_heads * (2 * numbers if bits == 16 else numbers + 4)
 
     @property
+    def decoding_core_s(self) -> float:
+        """Seconds of one core for making every matrix that is not stored as it is multiplied, once."""
+        return sum(_decoding_core_s(tensor) for tensor in self.linears if tensor.path not in self.checkpoint.paths)
+
+    @property
     def page_slack_bytes(self) -> int:
         """What pinned rows may take beside their own bytes, because reads begin and end at pages."""
         return 2 * _PAGE_BYTES * len(self.linears)
@@ -202,6 +207,15 @@ def _experts(
         width=sum(weights.values()) // (3 * layers * count * hidden) or 1,
         weights=weights,
     )
+
+
+def _decoding_core_s(tensor: Tensor) -> float:
+    return tensor.rows * tensor.columns / _DECODED_WEIGHTS_PER_S.get(tensor.type, _DECODED_OTHERS_PER_S)
+
+
+# Weights that one core decodes per second, by what they become (docs/benchmarks.md); types not named are only transposed.
+_DECODED_WEIGHTS_PER_S = {"F16": 0.5e9, "Q4_0": 2e9, "Q4_1": 1.2e9, "Q8_0": 2.5e9, "MXFP4": 3e9}
+_DECODED_OTHERS_PER_S = 1.3e9
 
 
 def _slice_bytes(part: Slice) -> int:

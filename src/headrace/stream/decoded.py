@@ -49,7 +49,7 @@ class DecodedFile:
             start, length = aligned(source.offset + begin, count)
             buffer = self._buffer(f"raw{number}", length)
             delta = source.offset + begin - start
-            self._file_of(source.path).read(start, memoryview(buffer), delta + count)
+            self._file_of(source.path).read(start, buffer.data, delta + count)
             raw.append(buffer[delta : delta + count])
         encoding.decode(raw, first, last, out)
 

@@ -152,7 +152,8 @@ class ExpertStream:
     ) -> Iterator[Ready]:
         """The experts of a layer that some of its rows have chosen, in groups: those in memory first, then as they come.
 
-        `counts[e]` of `rows` rows chose expert e. `ordered` is called when what is missing has been ordered. The memory of a group may be used until the next one is asked for.
+        `counts[e]` of `rows` rows chose expert e. `ordered` is called when what is missing has been ordered. The memory
+        of a group may be used until the next one is asked for.
 
         Raises:
             ReadError: a read failed or nothing has come from the disk for `stall_limit_s`.
