@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, overload
 
+import numpy as np
+import numpy.typing as npt
+
 from headrace._version import __version__
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.engine import Engine, PassStats, Rows, Sampling, Trace
@@ -42,11 +45,12 @@ from headrace.plan import (
     make_plan,
 )
 from headrace.plan.record import RunRecord, make_record
-from headrace.plan.routing import load_routing, save_routing
+from headrace.plan.routing import Routing, load_routing, save_routing
 from headrace.plan.shape import Built
 from headrace.process import keep_freed_memory, peak_bytes, release_unused, resident_bytes
 from headrace.stream import WeightFile
 from headrace.stream.files import File
+from headrace.stream.policy import ExpertCache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,8 +170,17 @@ class Model:
             if self._draft_engine is not None:
                 self._draft_engine.close()
             if self._engine.experts is not None and self._engine.passes:
-                save_routing(self.checkpoint, self._engine.experts.stream.cache.scores)
+                self._keep_routing(self._engine.experts.stream.cache)
             self._engine.close()
+
+    def _keep_routing(self, cache: ExpertCache) -> None:
+        """Leave to the next run what routers have chosen, and how much of it was in memory."""
+        single = [one for one in self._engine.passes[len(self._engine.passes) // 3 :] if one.rows == 1]
+        hits = sum(one.expert_hits for one in single)
+        asked = sum(one.expert_hits + one.expert_ahead + one.expert_misses for one in single)
+        if asked:
+            cached = self.plan.expert_slots
+            save_routing(self.checkpoint, Routing(scores=cache.scores, cached=cached, hit_rate=hits / asked))
 
     @property
     def trace(self) -> Trace | None:
@@ -566,7 +579,7 @@ def load(
             interleaved_types=plan.interleaved_types,
             interleaved_in_place=plan.interleaved_in_place,
             expert_slots=plan.expert_slots,
-            expert_scores=load_routing(checkpoint),
+            expert_scores=_scores(checkpoint),
         )
 
     engine = Engine(checkpoint, decide, kernels, trace=spans, open_file=open_file)
@@ -583,6 +596,11 @@ def load(
         draft_engine=draft_engine,
         tokenizer=tokenizer,
     )
+
+
+def _scores(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
+    routing = load_routing(checkpoint)
+    return routing.scores if routing is not None else None
 
 
 def _built(shell: Shell) -> Built:

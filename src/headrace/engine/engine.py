@@ -145,6 +145,9 @@ class Engine:
     def _make_experts(self, shell: Shell, options: StreamOptions) -> ExpertProducts | None:
         if not shell.experts:
             return None
+        for packed in shell.experts:
+            if packed.router is not None:
+                packed.router.module.forward = partial(self._choose, packed.router.module.forward)
         layers = [
             [up.slices + down.slices for up, down in zip(packed.up, packed.down, strict=True)]
             for packed in shell.experts
@@ -375,6 +378,18 @@ class Engine:
             weights.reshape(-1, weights.shape[-1]), exact=self._exact_rows > 0,
         )  # fmt: skip
         return out.view(shape)
+
+    def _choose(self, forward: Callable[[torch.Tensor], Any], hidden: torch.Tensor) -> Any:
+        """A router's forward, for exact rows one by one: torch adds up one row in another order than several."""
+        exact = min(self._exact_rows, hidden.shape[-2])
+        if exact < 2:
+            return forward(hidden)
+        parts = [forward(hidden[..., row : row + 1, :]) for row in range(exact)]
+        if exact < hidden.shape[-2]:
+            parts.append(forward(hidden[..., exact:, :]))
+        if isinstance(parts[0], torch.Tensor):
+            return torch.cat(parts, -2)
+        return tuple(torch.cat(one, -2) for one in zip(*parts, strict=True))
 
     def _next_step(self) -> LinearStep | ExpertStep:
         step = self.steps[self._step]

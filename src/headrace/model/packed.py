@@ -53,22 +53,22 @@ class Router:
 
     def __init__(self, module: nn.Module, owner: nn.Module):
         """`module` holds the weight (experts, hidden), `owner` lies around it and the experts."""
-        self._module, self._owner = module, owner
+        self.module, self._owner = module, owner
 
     @property
     def weight(self) -> torch.Tensor:
         """(experts, hidden)."""
-        return self._module._parameters["weight"]  # type: ignore[return-value]
+        return self.module._parameters["weight"]  # type: ignore[return-value]
 
     @property
     def bias(self) -> torch.Tensor | None:
         """(experts,), added to the scores."""
-        return self._module._parameters.get("bias")
+        return self.module._parameters.get("bias")
 
     @property
     def correction(self) -> torch.Tensor | None:
         """(experts,), added to the sigmoid of the scores before the best are chosen."""
-        for module in (self._module, self._owner):
+        for module in (self.module, self._owner):
             found = getattr(module, "e_score_correction_bias", None)
             if isinstance(found, torch.Tensor):
                 return found.reshape(-1)

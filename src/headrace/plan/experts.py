@@ -4,8 +4,8 @@ With the chance `p_e` that a row chooses expert e, and rows that choose independ
 
     sum over e of 1 - (1 - p_e)^n            different experts of a layer,
 
-and miss those of them that are not in memory. The chances are those that earlier runs of the same model have counted
-(`routing`), else a Zipf law (`forecast.experts`).
+and miss those of them that are not in memory. The chances are a Zipf law's (`forecast.experts`), as skewed as the hits of an
+earlier run of the same model say (`routing`).
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,14 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from headrace.forecast.experts import chosen
+from headrace.forecast.experts import chosen, skew_of
+from headrace.plan.routing import Routing
 
 # Exponent of the Zipf law where nothing has been counted: 0.5 to 0.8 were fitted to published models (docs/expert-cache.md).
 SKEW = 0.6
 # Of the interpreter and small operations in one layer with experts: sorting rows by expert, gates, sums.
 LAYER_S = 250e-6
+WASTED = 0.07  # bytes read ahead in vain, for each byte that was needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Experts:
     @property
     def source(self) -> str:
         """Where the chances are from, in words."""
-        return f"guessed: Zipf with exponent {SKEW}" if self.chances is None else "counted in earlier runs"
+        return f"guessed: Zipf with exponent {SKEW}" if self.chances is None else "from an earlier run"
 
     @cached_property
     def _chances(self) -> npt.NDArray[np.float64]:
@@ -78,20 +80,18 @@ class Experts:
 
     def missed_bytes(self, rows: int) -> float:
         """Bytes that a pass of so many rows reads."""
-        return self.layers * self.missed(rows) * self.bytes_each
+        return self.layers * self.missed(rows) * self.bytes_each * (1 + WASTED)
 
     def with_cached(self, cached: int) -> "Experts":
         """The same with so many in memory."""
         return replace(self, cached=min(cached, self.total))
 
-    def with_routing(self, scores: npt.NDArray[np.float32] | None) -> "Experts":
-        """The same with the shares that were counted: (layers, experts)."""
-        if scores is None or scores.shape != (self.layers, self.count) or not scores.any():
+    def with_routing(self, routing: Routing | None) -> "Experts":
+        """The same, as popular as the hits of an earlier run say."""
+        if routing is None or routing.scores.shape != (self.layers, self.count) or routing.cached >= self.total:
             return self
-        # Each layer has favourites of its own: ranks are averaged, not experts.
-        ranked = np.sort(scores, 1)[:, ::-1].mean(0)
-        chances = np.minimum(1.0, ranked * (self.per_token / max(float(ranked.sum()), 1e-9)))
-        return replace(self, chances=tuple(float(chance) for chance in chances))
+        skew = skew_of([(routing.cached / self.layers, routing.hit_rate)], self.count, self.per_token)
+        return replace(self, chances=chosen(self.count, self.per_token, skew))
 
 
 def average_weights(experts: Experts) -> dict[str, float]:

@@ -1,0 +1,94 @@
+"""Mixtures of experts in the engine: what memory holds, what is read ahead and who shares a pass change no bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import VOCAB, tiny_model, write_folder
+
+from headrace.checkpoint import open_checkpoint
+from headrace.engine import Engine, Rows
+from headrace.engine.engine import StreamOptions
+from headrace.engine.look_ahead import TRIALS
+from headrace.errors import CheckpointError
+from headrace.kernels import Kernels
+from headrace.model import Shell
+
+TOKENS = torch.randint(0, VOCAB, (64,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tiny_model(request.param), tmp_path_factory.mktemp("experts") / request.param)
+
+
+def engine_of(folder: Path, *, slots: int, readers: int = 2, share: float = 0.5) -> Engine:
+    def decide(shell: Shell) -> StreamOptions:
+        pinned = {t.name: int(share * t.rows) // t.row_multiple * t.row_multiple for t in shell.linears}
+        return StreamOptions(
+            pinned_rows=pinned,
+            unit_bytes=16 << 10,
+            slots=3,
+            readers=readers,
+            expert_slots=slots,
+            expert_readers=readers,
+        )
+
+    return Engine(open_checkpoint(folder), decide, Kernels(2))
+
+
+def logits_of(engine: Engine, parts: tuple[int, ...]) -> torch.Tensor:
+    cache, tokens, found = engine.new_cache(len(TOKENS)), list(TOKENS), []
+    for count in parts:
+        found.append(engine.step([Rows(cache=cache, tokens=tokens[:count], logits=count)]))
+        tokens = tokens[count:]
+    return torch.cat(found)
+
+
+def test_memory_and_readers_change_no_bit(folder: Path) -> None:
+    # torch's products of many rows depend on how a linear is cut, so those are compared at one share only.
+    for parts, shares in (((12, 1, 1, 4, 1), (0.3, 0.0, 0.5, 1.0)), ((30, 1), (1.0, 1.0))):
+        with engine_of(folder, slots=64, share=1.0) as engine:
+            expected = logits_of(engine, parts)
+        for slots, readers, share in zip((1, 2, 5, 9), (2, 0, 1, 3), shares, strict=False):
+            with engine_of(folder, slots=slots, readers=readers, share=share) as engine:
+                assert torch.equal(logits_of(engine, parts), expected)
+
+
+def test_rows_of_a_batch_share_experts_and_no_row_changes(folder: Path) -> None:
+    with engine_of(folder, slots=6) as engine:
+        alone = []
+        for start in range(4):
+            cache = engine.new_cache(16)
+            engine.step([Rows(cache=cache, tokens=TOKENS[start : start + 5], exact=True)])
+            alone.append(engine.step([Rows(cache=cache, tokens=[TOKENS[start + 5]])]))
+        caches = [engine.new_cache(16) for _ in range(4)]
+        engine.step([Rows(cache=c, tokens=TOKENS[i : i + 5], exact=True) for i, c in enumerate(caches)])
+        together = engine.step([Rows(cache=c, tokens=[TOKENS[i + 5]]) for i, c in enumerate(caches)])
+        assert torch.equal(together, torch.cat(alone))
+        stats = engine.passes[-1]
+    layers = len(engine.experts.stream._bundles) if engine.experts is not None else 0
+    asked = stats.expert_hits + stats.expert_ahead + stats.expert_misses
+    assert asked < 4 * 2 * layers + 1  # at most one read for every expert, however many rows chose it
+
+
+def test_what_is_read_ahead_changes_no_bit_and_is_counted(folder: Path) -> None:
+    parts = (4,) + (1,) * 40
+    with engine_of(folder, slots=64) as engine:
+        expected = logits_of(engine, parts)
+    with engine_of(folder, slots=7) as engine:
+        assert engine.experts is not None
+        look = engine.experts.look_ahead
+        look._tried[:], look._right[:] = TRIALS, TRIALS  # as if every guess had been right so far
+        assert torch.equal(logits_of(engine, parts), expected)
+        assert sum(stats.expert_ahead for stats in engine.passes) > 0
+        assert all(0 <= share <= 1 for share in look.precision)
+
+
+def test_a_router_that_chooses_an_expert_that_does_not_exist_is_an_error(folder: Path) -> None:
+    with engine_of(folder, slots=6) as engine:
+        assert engine.experts is not None
+        packed = engine.steps[-1] and next(step.experts for step in engine.steps if hasattr(step, "experts"))
+        hidden = torch.zeros((1, 64))
+        with pytest.raises(CheckpointError, match="chose expert 99 of"):
+            engine.experts(packed, hidden, torch.tensor([[0, 99]]), torch.ones((1, 2)), exact=True)

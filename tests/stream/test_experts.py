@@ -1,0 +1,174 @@
+"""Experts on demand: the right bytes in every slot, whatever the memory, the readers and the disk do."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from headrace.checkpoint import Tensor
+from headrace.checkpoint.tensor import Slice
+from headrace.errors import ReadError
+from headrace.stream.experts import ExpertStream
+from headrace.stream.files import WeightFile
+from headrace.stream.policy import ExpertCache
+
+LAYERS, EXPERTS, ROWS, COLUMNS = 3, 8, 24, 64
+Layers = Sequence[Sequence[Sequence[Slice]]]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Layers, np.ndarray]:
+    """A file with two matrices for every expert, and their numbers: (layers, experts, 2, rows, columns)."""
+    numbers = np.random.default_rng(0).standard_normal((LAYERS, EXPERTS, 2, ROWS, COLUMNS)).astype(np.float32)
+    path = tmp_path_factory.mktemp("experts") / "weights"
+    path.write_bytes(b"header" + numbers.tobytes())
+    size = ROWS * COLUMNS * 4
+
+    def part(layer: int, expert: int, which: int) -> Slice:
+        offset = 6 + ((layer * EXPERTS + expert) * 2 + which) * size
+        name = f"{layer}.{expert}.{which}"
+        return Slice(
+            Tensor(name=name, shape=(ROWS, COLUMNS), type="F32", path=str(path), offset=offset, nbytes=size), 0, ROWS
+        )
+
+    layers = [[[part(i, e, 0), part(i, e, 1)] for e in range(EXPERTS)] for i in range(LAYERS)]
+    return layers, numbers
+
+
+def stream_of(layers: Layers, slots: int, readers: int, **options: object) -> ExpertStream:
+    cache = ExpertCache(layers=LAYERS, experts=EXPERTS, slots=slots)
+    options = {"file_of": WeightFile} | options
+    return ExpertStream(layers, cache=cache, slots=slots, readers=readers, **options)  # type: ignore[arg-type]
+
+
+def contents(address: int) -> np.ndarray:
+    import ctypes
+
+    return np.frombuffer((ctypes.c_float * (ROWS * COLUMNS)).from_address(address), np.float32).reshape(ROWS, COLUMNS)
+
+
+def check(stream: ExpertStream, numbers: np.ndarray, layer: int, wanted: Sequence[int], rows: int = 1) -> None:
+    """Fetch some experts of a layer: each comes once, with its own bytes, which stay while it is used."""
+    counts = np.zeros(EXPERTS, np.int64)
+    counts[list(wanted)] = 1
+    seen = []
+    for ready in stream.fetch(layer, counts, rows):
+        for expert, pieces in ready:
+            seen.append(expert)
+            for which, piece in enumerate(pieces):
+                assert np.array_equal(contents(piece.address), numbers[layer, expert, which])
+    assert sorted(seen) == sorted(wanted)
+
+
+@pytest.mark.parametrize("readers", [0, 1, 4])
+@pytest.mark.parametrize("slots", [1, 2, 5, LAYERS * EXPERTS])
+def test_every_expert_comes_with_its_own_bytes(stored: tuple[Layers, np.ndarray], slots: int, readers: int) -> None:
+    layers, numbers = stored
+    random = np.random.default_rng(slots)
+    with stream_of(layers, slots, readers) as stream:
+        for _ in range(12):
+            for layer in range(LAYERS):
+                wanted = random.choice(EXPERTS, size=random.integers(1, EXPERTS + 1), replace=False).tolist()
+                check(stream, numbers, layer, wanted, rows=int(random.integers(1, 40)))
+        asked = stream.counters.hits + stream.counters.ahead + stream.counters.misses
+        assert stream.counters.reads == 2 * stream.counters.misses
+        if slots == LAYERS * EXPERTS:
+            assert stream.counters.misses <= slots
+        assert asked > 0
+
+
+def test_what_is_in_memory_is_not_read_again(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, numbers = stored
+    with stream_of(layers, LAYERS * EXPERTS, 2) as stream:
+        check(stream, numbers, 0, [1, 2, 3])
+        before = stream.counters.read_bytes
+        check(stream, numbers, 0, [3, 1])
+        assert stream.counters.read_bytes == before
+        assert (stream.counters.hits, stream.counters.misses) == (2, 3)
+
+
+@pytest.mark.parametrize("readers", [0, 1, 3])
+def test_reading_ahead_gives_the_same_bytes_and_counts_what_was_wasted(
+    stored: tuple[Layers, np.ndarray], readers: int
+) -> None:
+    layers, numbers = stored
+    random = np.random.default_rng(1)
+    with stream_of(layers, 12, readers) as stream:
+        for _ in range(20):
+            for layer in range(LAYERS):
+                check(stream, numbers, layer, random.choice(EXPERTS, size=3, replace=False).tolist())
+                if layer + 1 < LAYERS:
+                    stream.expect(layer + 1, random.choice(EXPERTS, size=4, replace=False).tolist())
+        counters = stream.counters
+        assert counters.ahead > 0
+        bundle = 2 * ROWS * COLUMNS * 4
+        assert counters.wasted_bytes <= counters.read_bytes
+        if readers:
+            assert counters.reads >= 2 * counters.misses
+        assert counters.read_bytes >= bundle
+
+
+def test_reading_ahead_more_than_there_are_slots_leaves_room_for_what_is_asked(
+    stored: tuple[Layers, np.ndarray],
+) -> None:
+    layers, numbers = stored
+    with stream_of(layers, 2, 2) as stream:
+        stream.expect(1, [0, 1, 2, 3])
+        check(stream, numbers, 1, [4, 5, 6])
+        check(stream, numbers, 2, [0])
+
+
+def faulty(error: Callable[[], None], after: int) -> Callable[[str], WeightFile]:
+    count = iter(range(1 << 30))
+
+    class Faulty(WeightFile):
+        def read(self, offset: int, target: memoryview, needed: int) -> int:
+            if next(count) == after:
+                error()
+            return super().read(offset, target, needed)
+
+    return Faulty
+
+
+def io_error() -> None:
+    raise ReadError("reading failed", hint="check the disk")
+
+
+@pytest.mark.parametrize("readers", [0, 1, 3])
+@pytest.mark.parametrize("after", [0, 3, 9])
+def test_a_failing_disk_is_an_error_and_the_next_pass_starts_afresh(
+    stored: tuple[Layers, np.ndarray], readers: int, after: int
+) -> None:
+    layers, numbers = stored
+    with stream_of(layers, 6, readers, file_of=faulty(io_error, after)) as stream:
+        with pytest.raises(ReadError, match="reading failed"):
+            for layer in range(LAYERS):
+                check(stream, numbers, layer, [0, 1, 2, 3, 4])
+        for layer in range(LAYERS):
+            check(stream, numbers, layer, [0, 1, 2, 3, 4])
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("headrace-expert")]
+
+
+def test_a_silent_disk_is_an_error(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, numbers = stored
+    silence = threading.Event()
+    options = {"file_of": faulty(lambda: silence.wait(20) and None, 1), "stall_limit_s": 0.2}
+    stream = stream_of(layers, 4, 1, **options)
+    try:
+        with pytest.raises(ReadError, match="delivered nothing"):
+            check(stream, numbers, 0, [0, 1, 2])
+    finally:
+        silence.set()
+        stream.close()
+
+
+def test_an_interrupt_between_groups_leaves_nothing_held(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, numbers = stored
+    counts = np.ones(EXPERTS, np.int64)
+    with stream_of(layers, 3, 2) as stream:
+        for _ in range(5):
+            groups = stream.fetch(0, counts, 1)
+            next(groups)
+            groups.close()
+        check(stream, numbers, 0, list(range(EXPERTS)))
