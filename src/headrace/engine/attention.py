@@ -178,6 +178,8 @@ class PackedAttention:
         `s_aux` are sinks, one for each head: a further position to attend to that has no value.
         """
         if query.is_meta:
+            if key.shape[2] != query.shape[2]:
+                self.strange.add("keys beyond those of the rows")
             self._note(module, attention_mask, others)
             return query.new_empty((*query.shape[:3], value.shape[3])).transpose(1, 2), None
         out = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))

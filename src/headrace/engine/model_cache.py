@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 
 class ModelCache:
@@ -30,8 +30,8 @@ class ModelCache:
         assert 0 <= length <= self.length
         if length == self.length:
             return
-        layers = getattr(self.states, "layers", None)
-        if length and layers and all(type(layer) is DynamicLayer for layer in layers):
+        plain = type(self.states) is DynamicCache and all(type(layer) is DynamicLayer for layer in self.states.layers)
+        if length and plain:
             self.states.crop(length - self.length)
             self.length = length
         else:
@@ -56,10 +56,15 @@ def parameters_of(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
 def maker_of(model: PreTrainedModel) -> Callable[[], Any]:
     """Makes empty caches of the class that the model is written for."""
     module = inspect.getmodule(type(model))
-    own = [value for name, value in vars(module).items() if name.endswith("Cache") and name.startswith(_family(model))]
+    own = [
+        value
+        for name, value in vars(module).items()
+        if name.endswith("Cache") and name.startswith(_family(model)) and not issubclass(value, CacheLayerMixin)
+    ]
     if own:
-        takes_config = "config" in inspect.signature(own[0]).parameters
-        return lambda: own[0](config=model.config) if takes_config else own[0]()
+        given = {"config": model.config, "max_batch_size": 1, "dtype": torch.float32}
+        taken = {key: given[key] for key in given.keys() & inspect.signature(own[0]).parameters.keys()}
+        return lambda: own[0](**taken)
     return lambda: DynamicCache(config=model.config)
 
 
@@ -73,11 +78,13 @@ def keeps_states(model: PreTrainedModel) -> bool:
     if "past_key_values" not in parameters_of(model):
         return True
     try:
-        layers = getattr(maker_of(model)(), "layers", [])
+        cache = maker_of(model)()
     except (TypeError, ValueError, KeyError, AttributeError):
         return True
+    if type(cache) is not DynamicCache:
+        return True
     plain = ("DynamicLayer", "DynamicSlidingWindowLayer")
-    return any(type(layer).__name__ not in plain for layer in layers)
+    return any(type(layer).__name__ not in plain for layer in cache.layers)
 
 
 def arguments_for(model: PreTrainedModel, cache: ModelCache, count: int) -> dict[str, Any]:

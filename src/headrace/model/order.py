@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.distributions import Distribution
 from transformers import PreTrainedModel
 
 from headrace.checkpoint import Tensor
@@ -74,15 +75,42 @@ class Recorder:
 def record_steps(
     model: PreTrainedModel, recorder: Recorder, arguments: Callable[[], dict[str, Any]]
 ) -> tuple[Step, ...]:
-    """The steps of a pass. Raises `WeightAskedError` where a module wants the weight of a packed linear itself."""
+    """The steps of a pass.
+
+    Where the model keeps its own cache, a second forward takes it up, as decoding does: it must go the same way.
+
+    Raises:
+        WeightAskedError: a module wants the weight of a packed linear itself.
+        RuntimeError: the second forward asks for weights in another order.
+    """
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     with (
-        _products(linears, recorder.product), _meta_buffers(model), _kept_attributes(model),
+        _products(linears, recorder.product), _meta_buffers(model), _kept_attributes(model), _unchecked_distributions(),
         torch.inference_mode(), torch.device("meta"),
     ):  # fmt: skip
         ids = torch.zeros((1, 2), dtype=torch.long)
-        model(input_ids=ids, **{"use_cache": False, **arguments()})
+        given = {"use_cache": False, **arguments()}
+        model(input_ids=ids, **given)
+        if given["use_cache"]:
+            _check_second(model, recorder, given)
     return recorder.steps()
+
+
+def _check_second(model: PreTrainedModel, recorder: Recorder, given: dict[str, Any]) -> None:
+    """Decode one token after a first forward, on the same cache. What it records is taken away again."""
+    first = [called for called, _ in recorder.calls]
+    steps, calls = recorder.steps(), recorder.calls
+    recorder.calls = []
+    one = {name: value[:, :1] if name == "position_ids" else value for name, value in given.items()}
+    model(input_ids=torch.zeros((1, 1), dtype=torch.long), **one)
+    second, again = [called for called, _ in recorder.calls], recorder.steps()
+    recorder.calls = calls
+    if first != second or [_members(step) for step in steps] != [_members(step) for step in again]:
+        raise RuntimeError("it asks for its weights in another order when it takes up a text")
+
+
+def _members(step: Step) -> tuple[PackedLinear | PackedExperts, ...]:
+    return step.linears if isinstance(step, LinearStep) else (step.experts,)
 
 
 @contextmanager
@@ -95,6 +123,17 @@ def _products(linears: list[PackedLinear], product: Callable[[PackedLinear, torc
     finally:
         for linear, own in zip(linears, before, strict=True):
             linear.product = own
+
+
+@contextmanager
+def _unchecked_distributions() -> Any:
+    """torch's distributions look at the numbers that they are given, and on meta there are none."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 @contextmanager

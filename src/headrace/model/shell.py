@@ -5,6 +5,7 @@ no checkpoint; llama's writers permute the rows of q and k; gemma's store their 
 of its own; a tensor of the file that finds no place in the model means that the model is a different one.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -31,6 +32,7 @@ from headrace.model.packed import (
     WeightAskedError,
 )
 
+_OTHER_WAY = "use a GGUF file of the model with llama.cpp"
 # Tables of embeddings smaller than this are kept; of larger ones the rows at hand are read.
 _SMALL_TABLE_BYTES = 4 << 20
 
@@ -83,6 +85,7 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
     config = make_config(checkpoint, lambda name: [float(x) for x in hooks.read(_find(checkpoint, name)).flatten()])
     config.use_cache = False
     model = _on_meta(checkpoint, config, hooks.implementation).eval().requires_grad_(False)
+    _refuse_what_would_go_wrong(checkpoint, model)
     names = names_of(checkpoint, model)
     tied = tied_to(model)
     _fill_buffers(model)
@@ -115,6 +118,25 @@ def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: s
         f"{checkpoint.path}: transformers cannot build its {config.model_type} model: {refused}",
         hint="is it a language model that generates text?",
     )
+
+
+def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """A model that forgets what it has read, or multiplies its experts by itself, would run and be wrong or be huge."""
+    kind = model.config.model_type
+    if not {"past_key_values", "cache_params"} & set(inspect.signature(model.forward).parameters):
+        raise UnsupportedError(
+            f"{checkpoint.path}: transformers' {kind} model keeps no cache, so each token would read the whole text anew",
+            hint=_OTHER_WAY,
+        )
+    for module in model.modules():
+        own = [parameter for parameter in module._parameters.values() if parameter is not None and parameter.dim() > 1]
+        kept = _holds_experts(module) or "Shared" in type(module).__name__
+        if own and "Expert" in type(module).__name__ and not kept:
+            raise UnsupportedError(
+                f"{checkpoint.path}: the {kind} model multiplies its experts in a way of its own"
+                f" (`{type(module).__name__}`), which is not supported",
+                hint=_OTHER_WAY,
+            )
 
 
 def _find(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -183,7 +205,7 @@ def _pack_experts(model: PreTrainedModel, names: Names) -> None:
         if up is None or "down_proj" not in stacks or len(stacks) != 2:
             raise UnsupportedError(
                 f"`{name}` holds its experts as {', '.join(stacks) or 'nothing'}, which is not supported",
-                hint="use a GGUF file of the model with llama.cpp",
+                hint=_OTHER_WAY,
             )
         found = _router(model, name, module)
         router = None if found is None else Router(*found)
@@ -216,8 +238,8 @@ def _record(
                 return steps, name
             break
     raise UnsupportedError(
-        f"the {model.config.model_type} model cannot be traced: {refused}",
-        hint="use a GGUF file of the model with llama.cpp",
+        f"the {model.config.model_type} model cannot be traced: {str(refused).partition('. ')[0][:200]}",
+        hint=_OTHER_WAY,
     )
 
 
@@ -234,7 +256,8 @@ def _fuse_norms(model: PreTrainedModel) -> None:
 def _fill_buffers(model: PreTrainedModel) -> None:
     """Compute what is in no checkpoint (rotary frequencies, scales) by the model's own initialisation.
 
-    A module's buffers may be filled by one that it lies in, so all those above are asked as well.
+    A module's buffers may be filled by one that it lies in, so all those above are asked as well; each by the innermost
+    model around it, which is the one that knows it.
     """
     persistent = set(model.state_dict())
     owners: list[str] = []
@@ -245,9 +268,11 @@ def _fill_buffers(model: PreTrainedModel) -> None:
             module._buffers[key] = torch.empty_like(module._buffers[key], device="cpu")
         if own:
             owners.append(name)
+    models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     for name, module in model.named_modules():
         if any(owner == name or not name or owner.startswith(f"{name}.") for owner in owners):
-            model._init_weights(module)
+            around = max((m for m in models if not m or m == name or name.startswith(f"{m}.")), key=len)
+            models[around]._init_weights(module)
 
 
 def _scale_frequencies(checkpoint: Checkpoint, model: PreTrainedModel, read: Callable[[Tensor], torch.Tensor]) -> None:
@@ -286,19 +311,23 @@ def _rows_of(matrix: Matrix, hooks: Hooks) -> Callable[[torch.Tensor], torch.Ten
 
 
 def _fill(model: PreTrainedModel, names: Names, tied: Mapping[str, str], hooks: Hooks) -> None:
-    """Read every small tensor: parameters that are left on meta, and buffers that checkpoints hold."""
+    """Read every small tensor: all parameters but packed ones, and buffers that checkpoints hold.
+
+    Those that are not on meta too: some models draw numbers in a way that the meta device does not catch.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module._forward_pre_hooks:
             continue
         packed = getattr(module, "packed", None)
         for key, parameter in list(module._parameters.items()):
-            if parameter is None or not parameter.is_meta or (packed is not None and parameter.dim() == 3):
+            if parameter is None or (packed is not None and parameter.dim() == 3):
                 continue
             full = _owner(f"{name}.{key}" if name else key, names, tied)
             module._parameters[key] = nn.Parameter(names.value(full, parameter.shape, hooks.read), requires_grad=False)
         for key, buffer in list(module._buffers.items()):
-            if buffer is not None and buffer.is_meta:
-                value = names.value(f"{name}.{key}" if name else key, buffer.shape, hooks.read)
+            full = f"{name}.{key}" if name else key
+            if buffer is not None and (buffer.is_meta or full in names):
+                value = names.value(full, buffer.shape, hooks.read)
                 module._buffers[key] = value.to(buffer.dtype)
 
 

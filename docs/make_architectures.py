@@ -1,0 +1,68 @@
+"""Write docs/architectures.md: every architecture of tests/corpus.py, run against transformers. A test checks its words.
+
+python docs/make_architectures.py
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
+
+from corpus import CASES  # noqa: E402
+from corpus import REFUSED as NO_DECODERS  # noqa: E402
+from parity import REFUSED, Outcome, kind_of, outcome_of  # noqa: E402
+
+TARGET = Path(__file__).parent / "architectures.md"
+HEAD = """# Architectures
+
+Made by `python docs/make_architectures.py`. Each row is a tiny random model of the architecture, written as a Hugging Face folder
+in F32 and run with half of every linear streamed, memory for four experts, and 40 tokens in steps of 30, 1, 1, 5, 1, 1, 1,
+against one forward of transformers' own model. *Greedy* says whether the likeliest token is the same in all 40 rows (ties within
+1e-3 of a logit allowed), *KL* is the largest divergence of a row. A name with a colon is a variant of the same model type.
+
+Ways: `packed`, sequences share a pass and guesses can be taken back; `joined`, the same, but the model computes attention itself
+under a mask; `model`, as transformers would, one sequence at a time.
+
+| Model type | Kind | Way | Greedy | KL |
+|---|---|---|---|---|
+"""
+REFUSED_HEAD = """
+## Refused
+
+Language models that transformers has and that do not run here. They are refused before anything is read.
+
+| Model type | Reason |
+|---|---|
+"""
+
+
+def row(name: str, outcome: Outcome) -> str:
+    """A line of the table without its last column."""
+    return f"| {name} | {kind_of(name)} | {outcome.way} | {'equal' if outcome.same else 'differs'} |"
+
+
+def page() -> str:
+    """The whole page; takes about a minute."""
+    return HEAD + "".join(_rows()) + REFUSED_HEAD + "".join(refusals())
+
+
+def _rows() -> Iterator[str]:
+    for name in CASES:
+        if name in REFUSED:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = outcome_of(name, Path(folder) / "model")
+        yield f"{row(name, outcome)} {max(outcome.divergence, 0):.0e} |\n"
+
+
+def refusals() -> Iterator[str]:
+    """The lines of the second table."""
+    for name, reason in sorted((REFUSED | NO_DECODERS).items()):
+        yield f"| {name} | {reason} |\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page())

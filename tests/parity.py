@@ -1,0 +1,90 @@
+"""Every case of the corpus as a folder, streamed, against transformers' own forward; and what is known to be refused."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from corpus import CASES, VOCAB, tiny_model, write_folder
+
+from headrace.checkpoint import open_checkpoint
+from headrace.engine import Engine, Rows
+from headrace.engine.engine import StreamOptions
+from headrace.kernels import Kernels, ReferenceKernels
+from headrace.model import Shell
+
+TOKENS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
+# One pass of many rows, then single rows, several on top of others, single ones again.
+PARTS = (30, 1, 1, 5, 1, 1, 1)
+
+_OWN_EXPERTS = "its experts are multiplied in a way of their own"
+_BY_NUMBERS = "which weights it asks for depends on the numbers that it computes"
+_NO_CACHE = "transformers keeps no cache for it, so each token would read the whole text anew"
+REFUSED = {
+    "dbrx": _OWN_EXPERTS,
+    "jetmoe": _OWN_EXPERTS,
+    "llama4_text": _OWN_EXPERTS,
+    "longcat_flash": _OWN_EXPERTS,
+    "openai-gpt": _NO_CACHE,
+    "qwen4_exp_text": _BY_NUMBERS,
+    "rwkv": _NO_CACHE,
+    "zaya": "its layers ask for their weights in another order once there is a text to take up",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a case went: the way in which attention ran, whether each row's likeliest token is the same, the largest KL."""
+
+    way: str
+    same: bool
+    divergence: float
+
+
+def outcome_of(name: str, folder: Path) -> Outcome:
+    """Write the case's model into a folder, and compute all rows of TOKENS both ways."""
+    model = tiny_model(name)
+    write_folder(model, folder)
+    with torch.inference_mode():
+        expected = model(TOKENS).logits[0]
+    ours, way = streamed(folder, Kernels(2))
+    return Outcome(way, same_choice(ours, expected), divergence(ours, expected))
+
+
+def streamed(
+    path: Path, kernels: Kernels | ReferenceKernels, *, share: float = 0.5, parts: tuple[int, ...] = PARTS
+) -> tuple[torch.Tensor, str]:
+    """Logits of every row of TOKENS, and the way: this share of every linear pinned, the rest through a ring of three units
+    of 16 KiB, memory for four experts."""
+
+    def options(shell: Shell) -> StreamOptions:
+        pinned = {t.name: int(share * t.rows) // t.row_multiple * t.row_multiple for t in shell.linears}
+        return StreamOptions(
+            pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, expert_slots=4, expert_readers=2
+        )
+
+    with Engine(open_checkpoint(path), options, kernels) as engine:
+        cache, tokens, rows = engine.new_cache(64, 32), TOKENS[0].tolist(), []
+        for count in parts:
+            rows.append(engine.step([Rows(cache=cache, tokens=tokens[:count], logits=count)]))
+            tokens = tokens[count:]
+        return torch.cat(rows), engine.way
+
+
+def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest KL divergence of a row, from theirs to ours."""
+    return float(
+        torch.nn.functional.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none")
+        .sum(-1)
+        .max()
+    )
+
+
+def same_choice(ours: torch.Tensor, theirs: torch.Tensor, tie: float = 1e-3) -> bool:
+    """Whether our likeliest token is theirs in every row, but for ties within `tie` of a logit."""
+    chosen = theirs.gather(-1, ours.argmax(-1, keepdim=True))[:, 0]
+    return bool((theirs.max(-1).values - chosen < tie).all())
+
+
+def kind_of(name: str) -> str:
+    """Dense, experts or hybrid."""
+    return CASES[name].kind
