@@ -311,6 +311,23 @@ def pull(model: str, as_json: bool) -> None:
     sys.exit(pull_command(model, as_json))
 
 
+@main.command()
+@click.argument("model")
+@click.argument("target", metavar="OUT")
+@click.option("--check", is_flag=True, help="Compare all bits with the original afterwards.")
+@json_option
+@quiet_option
+@check_file
+def pack(model: str, **options: Any) -> None:
+    """Write OUT, a copy of the BF16 folder MODEL in three quarters of its bytes, from which the same bits are read.
+
+    For disks that a run waits for: it reads a quarter less. The original is not touched, and nothing opens before it is whole.
+    """
+    from headrace.cli.pack import pack_command
+
+    pack_command(model, **options)
+
+
 @main.command(name="list")
 @json_option
 def list_models(as_json: bool) -> None:

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
@@ -57,6 +58,19 @@ class ProgressLine:
             f"  {gigabytes(progress.read_bytes / max(progress.seconds, 1e-9))}/s  {seconds(left)} left"
         )
         self._write(text)
+
+    def part(self, what: str, start: float) -> Callable[[int, int], None]:
+        """What shows a job's bytes: (done, in all), since `start` by `time.monotonic`."""
+
+        def show(done: int, total: int) -> None:
+            now = time.monotonic()
+            if not self._shown or now - self._last < 0.1 or not done:
+                return
+            self._last = now
+            left = (now - start) / done * (total - done)
+            self._write(f"{what} {done / total:4.0%}  {seconds(left)} left")
+
+        return show
 
     def clear(self) -> None:
         """Take the line away."""

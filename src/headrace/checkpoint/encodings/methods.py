@@ -11,6 +11,7 @@ from typing import Any
 from headrace.checkpoint.encodings.awq import awq
 from headrace.checkpoint.encodings.compressed_tensors import compressed_tensors, pair
 from headrace.checkpoint.encodings.encoding import ANOTHER_VERSION, Encoding, Settings, Virtual, setting
+from headrace.checkpoint.encodings.exponents import METHOD, exponents
 from headrace.checkpoint.encodings.float8 import float8
 from headrace.checkpoint.encodings.gptq import gptq
 from headrace.checkpoint.encodings.mxfp4 import mxfp4
@@ -71,6 +72,8 @@ def _virtuals(tensors: Mapping[str, Tensor], settings: Settings) -> Iterator[Vir
         return float8(tensors, pair(settings.get("weight_block_size")))
     if method in ("compressed-tensors", "sparseml") or (not method and "config_groups" in settings):
         return compressed_tensors(tensors, settings)
+    if method == METHOD:
+        return exponents(tensors, settings)
     if method == "mxfp4":
         return mxfp4(tensors)
     if method == "gptq":
