@@ -13,7 +13,7 @@ from hypothesis import assume, example, given, reject, settings
 from hypothesis import strategies as st
 
 from headrace.checkpoint import Checkpoint, Tensor
-from headrace.errors import BudgetError, CheckpointError, ContextError, HeadraceError, UnsupportedError
+from headrace.errors import BudgetError, CheckpointError, ContextError, HeadraceError
 from headrace.plan import (
     Budget,
     Plan,
@@ -448,11 +448,6 @@ def test_a_context_above_the_models_is_an_error_that_names_the_limit(limit: int,
 def test_a_context_above_the_models_is_refused_before_memory_is() -> None:
     with pytest.raises(ContextError):
         make_plan(model(context=512), MEASURED, budget_of(1), Request(prompt_tokens=1, context_tokens=513))
-
-
-def test_a_mixture_of_experts_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="mixture of 8 experts"):
-        make_plan(model(metadata={"llama.expert_count": 8}), MEASURED, budget_of(8 * GIB))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ def load_routing(checkpoint: Checkpoint) -> Routing | None:
     try:
         with np.load(routing_path(checkpoint), allow_pickle=False) as file:
             scores, cached, hit_rate = file["scores"], int(file["cached"]), float(file["hit_rate"])
-    except (OSError, ValueError, EOFError, KeyError, TypeError):
+    except (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile):
         return None
     good = scores.dtype == np.float32 and scores.ndim == 2 and bool(((scores >= 0) & (scores <= 1)).all())
     return Routing(scores=scores, cached=cached, hit_rate=hit_rate) if good and 0 <= hit_rate <= 1 else None

@@ -92,7 +92,7 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     if not linears:
         raise CheckpointError(f"{checkpoint.path} has no weight matrices", hint="it is no language model")
     hidden = checkpoint.number("embedding_length")
-    heads = checkpoint.number("attention.head_count", 0 if checkpoint.config is None else 1)
+    heads = checkpoint.number("attention.head_count", None if checkpoint.config is None else 1)
     head_dim = checkpoint.number("attention.key_length", hidden // max(1, heads))
     kv_heads = checkpoint.number("attention.head_count_kv", heads)
     layers = checkpoint.number("block_count")
