@@ -109,6 +109,26 @@ def test_reading_ahead_gives_the_same_bytes_and_counts_what_was_wasted(
         assert counters.read_bytes >= bundle
 
 
+def test_what_was_read_ahead_in_vain_is_not_used_before_it_has_come(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, numbers = stored
+    going, gate = threading.Event(), threading.Event()
+
+    class Slow(WeightFile):
+        def read(self, offset: int, target: memoryview, needed: int) -> int:
+            if not going.is_set():
+                going.set()
+                gate.wait(10)
+            return super().read(offset, target, needed)
+
+    with stream_of(layers, 12, 2, file_of=Slow) as stream:
+        stream._start()
+        stream.expect(1, [0])
+        assert going.wait(10)  # one of its reads is under way, and stays so
+        check(stream, numbers, 1, [5])  # the layer asks for another
+        threading.Timer(0.3, gate.set).start()
+        check(stream, numbers, 1, [0, 5])  # and now for this one
+
+
 def test_reading_ahead_more_than_there_are_slots_leaves_room_for_what_is_asked(
     stored: tuple[Layers, np.ndarray],
 ) -> None:

@@ -130,6 +130,7 @@ class ExpertStream:
         self._loading: dict[int, _Load] = {}  # by expert, of the layer at hand
         self._ahead: dict[int, _Load] = {}  # by expert, of the layer `_ahead_layer`
         self._ahead_layer = -1
+        self._strays: dict[tuple[int, int], _Load] = {}  # read ahead in vain, and still under way
         self._error: BaseException | None = None
         self._stopping = False
         self._readers = readers
@@ -193,6 +194,12 @@ class ExpertStream:
                 else:
                     ready.append((expert, load.slot))
                 continue
+            stray = self._strays.pop((layer, expert), None)
+            if stray is not None:
+                stray.unwanted = False
+                held.append(stray.slot)
+                self._loading[expert] = stray
+                continue
             slot = self.cache.find(layer, expert)
             if slot is None:
                 missing.append(expert)
@@ -226,6 +233,8 @@ class ExpertStream:
                 self.cache.forget(load.slot)
             if not load.left:
                 self.cache.release(load.slot)
+            elif not waiting:
+                self._strays[load.layer, load.expert] = load
         ahead.clear()
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
@@ -331,6 +340,10 @@ class ExpertStream:
         with self._work:
             for load in unfinished:
                 self.cache.forget(load.slot)
+            for stray in self._strays.values():  # its reader has failed
+                self.cache.forget(stray.slot)
+                self.cache.release(stray.slot)
+            self._strays.clear()
             for slot in held:
                 self.cache.release(slot)
             held.clear()
@@ -389,4 +402,5 @@ class ExpertStream:
             if not load.left:
                 self._arrived.notify()
                 if load.unwanted:
+                    self._strays.pop((load.layer, load.expert), None)
                     self.cache.release(load.slot)
