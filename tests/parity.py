@@ -46,7 +46,7 @@ def outcome_of(name: str, folder: Path) -> Outcome:
     write_folder(model, folder)
     with torch.inference_mode():
         expected = model(TOKENS).logits[0]
-    ours, way = streamed(folder, Kernels(2))
+    ours, way = streamed(folder, Kernels(1))
     return Outcome(way, same_choice(ours, expected), divergence(ours, expected))
 
 

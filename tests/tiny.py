@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 VOCAB = 320
 COMMON = {"vocab_size": VOCAB, "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+OF_EIGHT = {"num_experts_per_tok": 2, "num_local_experts": 8}
+CHOOSING = {"expert_count": 8, "expert_used_count": 2}
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,40 @@ FAMILIES = {
         {"rope.dimension_count": 8},
         norm_plus_one=True,
     ),
+    "mixtral": Family(
+        "mixtral", {**COMMON, **HEADS, **OF_EIGHT, "sliding_window": None}, {**CHOOSING, "rope.freq_base": 1e6},
+        permute=True, written_as="llama",
+    ),
+    "qwen2moe": Family(
+        "qwen2_moe",
+        {
+            **COMMON, **HEADS, "num_experts_per_tok": 2, "num_experts": 8, "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+        },
+        {**CHOOSING, "expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 64},
+    ),
+    "qwen3moe": Family(
+        "qwen3_moe",
+        {**COMMON, **HEADS, **OF_EIGHT, "head_dim": 32, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        {**CHOOSING, "attention.key_length": 32, "expert_feed_forward_length": 32},
+    ),
+    "gpt-oss": Family(
+        "gpt_oss",
+        {**COMMON, **HEADS, **OF_EIGHT, "head_dim": 32, "sliding_window": 8},
+        {
+            **CHOOSING, "attention.key_length": 32, "attention.sliding_window": 8, "expert_feed_forward_length": 96,
+            "rope.freq_base": 150000.0, "rope.scaling.type": "yarn", "rope.scaling.factor": 32.0,
+            "rope.scaling.original_context_length": 4096,
+        },
+    ),
+    "minimax-m2": Family(
+        "minimax_m2",
+        {**COMMON, **HEADS, **OF_EIGHT, "head_dim": 32, "rotary_dim": 16},
+        {
+            **CHOOSING, "attention.key_length": 32, "expert_feed_forward_length": 96, "rope.dimension_count": 16,
+            "expert_gating_func": 2, "rope.freq_base": 5e6,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -100,6 +136,9 @@ def random_model(architecture: str, seed: int = 0) -> PreTrainedModel:
         parameter.data = torch.randn_like(parameter) * scale
         if parameter.dim() == 1 and name.endswith("weight") and not family.norm_plus_one:
             parameter.data += 1
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn_like(buffer) * 0.2)
     model.tie_weights()
     return model
 
@@ -140,6 +179,12 @@ def write_gguf(
     return path
 
 
+def rounded_to(value: np.ndarray, kind: str) -> np.ndarray:
+    """What a matrix is after it was stored in a format."""
+    number = gguf.GGMLQuantizationType[kind]
+    return np.array(gguf.dequantize(gguf.quantize(np.ascontiguousarray(value), number), number), np.float32)
+
+
 def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
     """All 256 bytes in GPT-2's spelling, some control tokens, and fillers."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -174,6 +219,14 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
     for name, parameter in model.state_dict().items():
         if name == "lm_head.weight" and tied:
             continue
+        if ".experts." in name:
+            for expert_name, value in _experts(name, parameter.numpy(), architecture):
+                stored = "F32" if expert_name.endswith("bias") else kind
+                data = gguf.quantize(np.ascontiguousarray(value), gguf.GGMLQuantizationType[stored])
+                writer.add_tensor(expert_name, data, raw_dtype=gguf.GGMLQuantizationType[stored])
+            continue
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        name += ".weight" if name.endswith("sinks") else ""
         base, suffix = name.rsplit(".", 1)
         gguf_name = names.get_name(base) or names.get_name(base.removeprefix("model.").removeprefix("transformer."))
         assert gguf_name, name
@@ -184,9 +237,23 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
             value = _permuted(value, model.config, ".q_proj." in name)
         if family.norm_plus_one and "norm" in name and suffix == "weight":
             value = value + 1
-        stored = "F32" if value.ndim == 1 or "position" in gguf_name else kind
+        plain = value.ndim == 1 or "position" in gguf_name or "gate_inp" in gguf_name
+        stored = "F32" if plain else kind
         data = gguf.quantize(np.ascontiguousarray(value), gguf.GGMLQuantizationType[stored])
         writer.add_tensor(f"{gguf_name}.{suffix}", data, raw_dtype=gguf.GGMLQuantizationType[stored])
+
+
+def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str, np.ndarray]]:
+    """A stack of experts under llama.cpp's names, (experts, outputs, inputs); gates and ups in tensors of their own."""
+    bias = name.endswith("_bias")
+    if architecture == "gpt-oss" and not bias:
+        value = value.swapaxes(1, 2)
+    base, suffix = f"blk.{name.split('.')[2]}.ffn_", "_exps.bias" if bias else "_exps.weight"
+    if "gate_up" not in name:
+        return [(f"{base}down{suffix}", value)]
+    half = value.shape[1] // 2
+    gate, up = (value[:, ::2], value[:, 1::2]) if architecture == "gpt-oss" else (value[:, :half], value[:, half:])
+    return [(f"{base}gate{suffix}", gate), (f"{base}up{suffix}", up)]
 
 
 def _permuted(value: np.ndarray, config: Any, query: bool) -> np.ndarray:

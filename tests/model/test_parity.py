@@ -32,7 +32,7 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
 def test_what_would_go_wrong_is_refused(name: str, tmp_path: Path) -> None:
     write_folder(tiny_model(name), tmp_path / "model")
     with pytest.raises(HeadraceError) as refusal:
-        streamed(tmp_path / "model", Kernels(2))
+        streamed(tmp_path / "model", Kernels(1))
     assert refusal.value.hint
     assert CASES[name].model_type in str(refusal.value)
 

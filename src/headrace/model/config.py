@@ -23,6 +23,33 @@ MODEL_TYPES = {
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
 }
+# Types that transformers has a class with a language head for, and that do not write text from left to right.
+_ENCODER = "an encoder, which sees what follows a token"
+_DECODER_HALF = "the decoder of a model with an encoder"
+_OTHERS = {
+    "blt": "a model over bytes, with models of its own for patches of them",
+    "cpmant": "a model that lets a token see what follows it",
+    "reformer": "a model with hashed attention, drawn anew each time",
+    "xlm": _ENCODER,
+    "xlnet": "a model with permuted attention",
+    "gemma4_assistant": "a drafter that reads another model's hidden states",
+    "gemma4_unified_assistant": "a drafter that reads another model's hidden states",
+    **dict.fromkeys(
+        (
+            "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+            "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
+            "xmod",
+        ),
+        _ENCODER,
+    ),
+    **dict.fromkeys(
+        (
+            "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
+            "prophetnet", "trocr", "whisper",
+        ),
+        _DECODER_HALF,
+    ),
+}  # fmt: skip
 # The 27B sizes scale queries by hidden_size / heads, the others by head_dim; no metadata says so (llama.cpp goes by the
 # number of layers as well).
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
@@ -80,6 +107,11 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
         raise UnsupportedError(
             f"{checkpoint.path}{reason}",
             hint=known if known and known.startswith("did") else "use a GGUF file of the model",
+        )
+    if kind in _OTHERS:
+        raise UnsupportedError(
+            f"{checkpoint.path} is a {kind} model: {_OTHERS[kind]}, which is not supported",
+            hint="use a model that writes text from left to right",
         )
     given = {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
     try:

@@ -379,6 +379,8 @@ def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: Tenso
     for parameter in model.state_dict():
         path = processor.preprocess_name(parameter).split(".")
         suffix = f".{path.pop()}" if path[-1] in ("weight", "bias") else ""
+        if path[-1] == "e_score_correction_bias":  # a buffer of the block in the model, in files the bias of a name
+            path[-1], suffix = "e_score_correction", ".bias"
         # Some files were converted from the model without its head, whose names lack the first word.
         names = (table.get_name(".".join(path[start:])) for start in range(len(path)))
         name = next((name for name in names if name is not None), None)

@@ -1,0 +1,149 @@
+"""Folders that cannot run: each gets a message with what to do, before anything large is read, and nothing hangs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpus import REFUSED, tiny_model, write_folder
+from parity import streamed
+from safetensors.torch import load_file, save_file
+
+from headrace.errors import HeadraceError
+from headrace.kernels import Kernels
+
+COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to a sound folder, and words of the refusal."""
+
+    words: str
+    spoil: Callable[[Path], None]
+    model: str = "llama"
+    shards: int = 1
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def absent_in_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = sorted(folder.glob("*.safetensors"))[0].name
+    path.write_text(json.dumps(index))
+
+
+def lose_a_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def cut_a_shard(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without(name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        del tensors[name]
+        save_file(tensors, path, {"format": "pt"})
+
+    return spoil
+
+
+def with_one_more(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.gate.weight"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, path, {"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+FAULTS = {
+    "a missing shard": Fault("model-00002-of", lose_a_shard, shards=3),
+    "an index that names absent tensors": Fault("are not in the files", absent_in_index, shards=3),
+    "a truncated shard": Fault("lies from", cut_a_shard, shards=3),
+    "a missing linear": Fault(UP, without(UP)),
+    "a missing norm": Fault("model.norm.weight", without("model.norm.weight")),
+    "a tensor without a place": Fault("no place", with_one_more),
+    "another hidden size": Fault("shape", config(hidden_size=128)),
+    "another vocabulary": Fault("shape", config(vocab_size=640)),
+    "more layers than stored": Fault("model.layers.3", config(num_hidden_layers=4)),
+    "fewer experts than stored": Fault("experts", config(num_local_experts=4), model="mixtral"),
+    "more experts than stored": Fault("experts", config(num_local_experts=16), model="mixtral"),
+    "an expert that is missing": Fault(
+        "experts", without("model.layers.1.block_sparse_moe.experts.5.w2.weight"), model="mixtral"
+    ),
+    "a misspelt model type": Fault("llamma", config(model_type="llamma")),
+    "code of its own": Fault(
+        "code of its own", config(model_type="mymodel", auto_map={"AutoModelForCausalLM": "modeling_mine.MyModel"})
+    ),
+    "no model type": Fault("names no model_type", config(model_type=None)),
+    "an encoder and a decoder": Fault("encoder", config(model_type="t5", is_encoder_decoder=True)),
+    "an encoder alone": Fault("bert", config(model_type="bert")),
+    "a model of pictures": Fault("vit", config(model_type="vit")),
+    "an unknown quantisation": Fault("frobnicate", config(quantization_config={"quant_method": "frobnicate"})),
+    "a quantisation that nothing was stored with": Fault(
+        "bitsandbytes", config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    ),
+    "a config that makes no model": Fault("config.json makes no llama model", config(num_attention_heads="four")),
+}
+
+
+def spoilt(fault: Fault, folder: Path) -> Path:
+    write_folder(tiny_model(fault.model), folder, shards=fault.shards)
+    fault.spoil(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_bad_folder_is_refused_with_what_to_do(name: str, tmp_path: Path) -> None:
+    folder = spoilt(FAULTS[name], tmp_path / "model")
+    with pytest.raises(HeadraceError) as refusal:
+        streamed(folder, Kernels(1))
+    assert FAULTS[name].words in str(refusal.value)
+    assert refusal.value.hint
+    assert refusal.value.exit_code == 1
+
+
+def test_a_misspelt_model_type_is_guessed(tmp_path: Path) -> None:
+    folder = spoilt(FAULTS["a misspelt model type"], tmp_path / "model")
+    with pytest.raises(HeadraceError) as refusal:
+        streamed(folder, Kernels(1))
+    assert "did you mean llama" in str(refusal.value.hint)
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_models_that_do_not_write_from_left_to_right_are_refused_by_name(model_type: str, tmp_path: Path) -> None:
+    folder = write_folder(tiny_model("llama"), tmp_path / "model")
+    config(model_type=model_type)(folder)
+    with pytest.raises(HeadraceError, match=model_type) as refusal:
+        streamed(folder, Kernels(1))
+    assert refusal.value.hint
+
+
+@pytest.mark.parametrize("name", ["a missing shard", "an encoder and a decoder", "an unknown quantisation"])
+def test_the_command_ends_with_a_message_and_code_1(name: str, tmp_path: Path) -> None:
+    folder = spoilt(FAULTS[name], tmp_path / "model")
+    result = subprocess.run(
+        [*COMMAND, "run", str(folder), "hello", "--memory", "2GiB"],
+        input="", capture_output=True, text=True, timeout=120, env=dict(os.environ),
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    assert FAULTS[name].words in result.stderr
+    assert "hint:" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
