@@ -125,6 +125,8 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
 def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:
     architecture = checkpoint.architecture
     values = dict(_FAMILIES.get(architecture, _plain)(checkpoint))
+    if architecture in _WITHOUT_ROTATION:
+        return values
     rope = _rope(checkpoint, read_floats)
     if architecture == "gemma3":
         local = {"rope_type": "default", "rope_theta": checkpoint.get("rope.freq_base_swa") or 10000.0}
@@ -132,6 +134,9 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
     else:
         values["rope_parameters"] = rope
     return values
+
+
+_WITHOUT_ROTATION = ("bloom", "mamba")
 
 
 def _head_dim(checkpoint: Checkpoint) -> int:
