@@ -86,6 +86,17 @@ FAMILIES = {
             "ssm.time_step_rank": 4, "ssm.inner_size": 128, "attention.layer_norm_rms_epsilon": 1e-5,
         },
     ),
+    "lfm2": Family(
+        "lfm2",
+        {
+            **COMMON, **HEADS, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": True, "conv_L_cache": 3,
+        },
+        {
+            "attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 3, "rope.freq_base": 1e6,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+        },
+    ),
     "stablelm": Family(
         "stablelm",
         {**COMMON, **HEADS, "partial_rotary_factor": 0.25, "use_qkv_bias": True},
@@ -168,11 +179,14 @@ def write_gguf(
         "embedding_length": config.hidden_size,
         "feed_forward_length": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         "attention.head_count": heads,
-        "attention.head_count_kv": getattr(config, "num_key_value_heads", heads),
+        **({"attention.head_count_kv": getattr(config, "num_key_value_heads", heads)} if heads else {}),
         **family.metadata,
         **(extra or {}),
     }
     for key, value in values.items():
+        if isinstance(value, list):
+            writer.add_array(f"{architecture}.{key}", value)
+            continue
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         (writer.add_string if isinstance(value, str) else add)(f"{architecture}.{key}", value)
     for eps in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"):
@@ -247,12 +261,15 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
         if architecture == "bloom" and "query_key_value" in name:
             value = _by_thirds(value, model.config.n_head)
         if architecture == "mamba":
-            value = -np.exp(value) if suffix == "A_log" else value.squeeze(1) if "conv1d.weight" in name else value
+            value = -np.exp(value) if suffix == "A_log" else value
+        value = value.squeeze(1) if "conv" in name and value.ndim == 3 else value
         if family.permute and (".q_proj." in name or ".k_proj." in name):
             value = _permuted(value, model.config, ".q_proj." in name)
         if family.norm_plus_one and "norm" in name and suffix == "weight":
             value = value + 1
-        plain = value.ndim == 1 or any(word in gguf_name for word in ("position", "gate_inp", "ssm_a", "ssm_conv"))
+        plain = value.ndim == 1 or any(
+            word in gguf_name for word in ("position", "gate_inp", "ssm_a", "conv1d", "conv.conv")
+        )
         stored = "F32" if plain else kind
         data = gguf.quantize(np.ascontiguousarray(value), gguf.GGMLQuantizationType[stored])
         stored_name = gguf_name if base == name else f"{gguf_name}.{suffix}"

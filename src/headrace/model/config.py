@@ -216,6 +216,17 @@ def _gemma(checkpoint: Checkpoint) -> dict[str, Any]:
     return values
 
 
+def _lfm2(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Layers without heads for keys and values are convolutions."""
+    kv_heads = [count for count in checkpoint.array("attention.head_count_kv") if isinstance(count, int)]
+    return {
+        "layer_types": ["full_attention" if count else "conv" for count in kv_heads],
+        "num_key_value_heads": max(kv_heads, default=0),
+        "norm_eps": checkpoint.get("attention.layer_norm_rms_epsilon") or 1e-5,
+        "block_auto_adjust_ff_dim": False,  # the file has the adjusted width
+    }
+
+
 def _gpt2(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "n_positions": checkpoint.number("context_length"),
@@ -275,6 +286,7 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "gemma3": _gemma,
     "gpt-oss": _mixture,
     "gpt2": _gpt2,
+    "lfm2": _lfm2,
     "llama": _llama,
     "minimax-m2": _mixture,
     "nemotron": _nemotron,
