@@ -77,6 +77,26 @@ FAMILIES = {
         {"vocab_size": VOCAB, "num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "multi_query": True},
         {"attention.head_count_kv": 1},
     ),
+    "bloom": Family("bloom", {"vocab_size": VOCAB, "n_layer": 3, "hidden_size": 64, "n_head": 4}, {}),
+    "mamba": Family(
+        "mamba",
+        {"vocab_size": VOCAB, "num_hidden_layers": 3, "hidden_size": 64, "state_size": 8, "time_step_rank": 4},
+        {
+            "feed_forward_length": 0, "attention.head_count": 0, "ssm.conv_kernel": 4, "ssm.state_size": 8,
+            "ssm.time_step_rank": 4, "ssm.inner_size": 128, "attention.layer_norm_rms_epsilon": 1e-5,
+        },
+    ),
+    "lfm2": Family(
+        "lfm2",
+        {
+            **COMMON, **HEADS, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": True, "conv_L_cache": 3,
+        },
+        {
+            "attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 3, "rope.freq_base": 1e6,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+        },
+    ),
     "stablelm": Family(
         "stablelm",
         {**COMMON, **HEADS, "partial_rotary_factor": 0.25, "use_qkv_bias": True},
@@ -132,6 +152,8 @@ def random_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     config = AutoConfig.for_model(family.model_type, **family.config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     for name, parameter in model.named_parameters():
+        if name.endswith(("A_log", "mixer.D", "dt_proj.bias")):
+            continue  # logarithms and steps, as the model starts them
         scale = 0.5 if parameter.dim() == 1 else 0.15
         parameter.data = torch.randn_like(parameter) * scale
         if parameter.dim() == 1 and name.endswith("weight") and not family.norm_plus_one:
@@ -150,18 +172,21 @@ def write_gguf(
     family, config = FAMILIES[architecture], model.config
     architecture = family.written_as or architecture
     writer = gguf.GGUFWriter(path, architecture)
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 0)
     values = {
         "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
+        "context_length": getattr(config, "max_position_embeddings", 512),
         "embedding_length": config.hidden_size,
         "feed_forward_length": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         "attention.head_count": heads,
-        "attention.head_count_kv": getattr(config, "num_key_value_heads", heads),
+        **({"attention.head_count_kv": getattr(config, "num_key_value_heads", heads)} if heads else {}),
         **family.metadata,
         **(extra or {}),
     }
     for key, value in values.items():
+        if isinstance(value, list):
+            writer.add_array(f"{architecture}.{key}", value)
+            continue
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         (writer.add_string if isinstance(value, str) else add)(f"{architecture}.{key}", value)
     for eps in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"):
@@ -227,20 +252,28 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
             continue
         name = name.replace("e_score_correction_bias", "e_score_correction.bias")
         name += ".weight" if name.endswith("sinks") else ""
-        base, suffix = name.rsplit(".", 1)
+        base, suffix = name.rsplit(".", 1) if not name.endswith(("A_log", "mixer.D")) else (name, name[-5:])
         gguf_name = names.get_name(base) or names.get_name(base.removeprefix("model.").removeprefix("transformer."))
         assert gguf_name, name
         value = parameter.numpy().astype(np.float32)
         if architecture == "gpt2" and value.ndim == 2 and (".h." in name):
             value = value.T
+        if architecture == "bloom" and "query_key_value" in name:
+            value = _by_thirds(value, model.config.n_head)
+        if architecture == "mamba":
+            value = -np.exp(value) if suffix == "A_log" else value
+        value = value.squeeze(1) if "conv" in name and value.ndim == 3 else value
         if family.permute and (".q_proj." in name or ".k_proj." in name):
             value = _permuted(value, model.config, ".q_proj." in name)
         if family.norm_plus_one and "norm" in name and suffix == "weight":
             value = value + 1
-        plain = value.ndim == 1 or "position" in gguf_name or "gate_inp" in gguf_name
+        plain = value.ndim == 1 or any(
+            word in gguf_name for word in ("position", "gate_inp", "ssm_a", "conv1d", "conv.conv")
+        )
         stored = "F32" if plain else kind
         data = gguf.quantize(np.ascontiguousarray(value), gguf.GGMLQuantizationType[stored])
-        writer.add_tensor(f"{gguf_name}.{suffix}", data, raw_dtype=gguf.GGMLQuantizationType[stored])
+        stored_name = gguf_name if base == name else f"{gguf_name}.{suffix}"
+        writer.add_tensor(stored_name, data, raw_dtype=gguf.GGMLQuantizationType[stored])
 
 
 def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str, np.ndarray]]:
@@ -254,6 +287,11 @@ def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str,
     half = value.shape[1] // 2
     gate, up = (value[:, ::2], value[:, 1::2]) if architecture == "gpt-oss" else (value[:, :half], value[:, half:])
     return [(f"{base}gate{suffix}", gate), (f"{base}up{suffix}", up)]
+
+
+def _by_thirds(value: np.ndarray, heads: int) -> np.ndarray:
+    """Queries, keys and values one after another, where each head had its own three together."""
+    return value.reshape(heads, 3, value.shape[0] // heads // 3, -1).swapaxes(0, 1).reshape(value.shape)
 
 
 def _permuted(value: np.ndarray, config: Any, query: bool) -> np.ndarray:

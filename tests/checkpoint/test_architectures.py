@@ -53,5 +53,5 @@ def test_an_unknown_name_is_refused_with_the_nearest_known_one(name: str, meant:
 
 def test_a_name_like_no_other_is_refused_with_all_known_ones() -> None:
     with pytest.raises(UnsupportedError) as caught:
-        check_architecture("zzzzzzzz", 0, "model.gguf")
+        check_architecture("zzzzzzzz", "model.gguf")
     assert str(caught.value.hint) == f"known: {', '.join(sorted(SUPPORTED))}"

@@ -126,6 +126,8 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
 def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:
     architecture = checkpoint.architecture
     values = dict(_FAMILIES.get(architecture, _plain)(checkpoint))
+    if architecture in _WITHOUT_ROTATION:
+        return values
     rope = _rope(checkpoint, read_floats)
     if architecture == "gemma3":
         local = {"rope_type": "default", "rope_theta": checkpoint.get("rope.freq_base_swa") or 10000.0}
@@ -133,6 +135,9 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
     else:
         values["rope_parameters"] = rope
     return values
+
+
+_WITHOUT_ROTATION = ("bloom", "mamba")
 
 
 def _head_dim(checkpoint: Checkpoint) -> int:
@@ -212,6 +217,17 @@ def _gemma(checkpoint: Checkpoint) -> dict[str, Any]:
     return values
 
 
+def _lfm2(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Layers without heads for keys and values are convolutions."""
+    kv_heads = [count for count in checkpoint.array("attention.head_count_kv") if isinstance(count, int)]
+    return {
+        "layer_types": ["full_attention" if count else "conv" for count in kv_heads],
+        "num_key_value_heads": max(kv_heads, default=0),
+        "norm_eps": checkpoint.get("attention.layer_norm_rms_epsilon") or 1e-5,
+        "block_auto_adjust_ff_dim": False,  # the file has the adjusted width
+    }
+
+
 def _gpt2(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "n_positions": checkpoint.number("context_length"),
@@ -271,6 +287,7 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "gemma3": _gemma,
     "gpt-oss": _mixture,
     "gpt2": _gpt2,
+    "lfm2": _lfm2,
     "llama": _llama,
     "minimax-m2": _mixture,
     "nemotron": _nemotron,

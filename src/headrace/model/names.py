@@ -317,7 +317,11 @@ class GgufNames(_Made):
     def _row_order(self, tensor: Tensor) -> torch.Tensor | None:
         """Where each output row lies in the file: what transformers does to the weight, done to the row numbers."""
         numbers = np.arange(tensor.rows)[:, None]
-        placed = self._processor.process(numbers, tensor.name, parsed_parameters={"tensors": {}}).weights
+        try:
+            placed = self._processor.process(numbers, tensor.name, parsed_parameters={"tensors": {}}).weights
+        except ValueError:  # bloom's wants all columns; it arranges the bias of these rows alike
+            bias = tensor.name.replace("weight", "bias")
+            placed = self._processor.process(numbers[:, 0], bias, parsed_parameters={"tensors": {}}).weights[:, None]
         if placed is None or placed.shape != numbers.shape or np.array_equal(placed, numbers):
             return None  # untouched, or only transposed for a module that multiplies from the other side
         return torch.from_numpy(np.ascontiguousarray(placed[:, 0]))

@@ -96,6 +96,8 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     head_dim = checkpoint.number("attention.key_length", hidden // max(1, heads))
     kv_heads = checkpoint.number("attention.head_count_kv", heads)
     layers = checkpoint.number("block_count")
+    if not heads and checkpoint.get("ssm.inner_size"):  # states and no attention
+        heads = kv_heads = 1
     if min(heads, hidden, head_dim, kv_heads, layers) < 1:
         raise CheckpointError(
             f"{checkpoint.path}: the metadata gives {layers} layers, width {hidden}, {heads} heads, {kv_heads} KV heads,"
