@@ -304,9 +304,9 @@ def _write(file: BinaryIO, entry: _Entry, reader: _Reader, walk: _Walk) -> None:
     tensor = entry.tensor
     for first, last in _blocks(tensor):
         if entry.capacity is None:
-            file.write(reader.rows(tensor, None, first, last))
+            file.write(reader.rows(tensor, None, first, last).data)
         else:
-            file.write(encode(_numbers(tensor, reader, first, last), entry.capacity))
+            file.write(encode(_numbers(tensor, reader, first, last), entry.capacity).data)
         walk.add((last - first) * tensor.row_bytes)
 
 

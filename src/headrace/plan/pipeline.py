@@ -32,7 +32,7 @@ def pass_units(plan: Plan, shape: Shape, rows: int) -> list[Unit]:
         for at in range(count):
             size = min(plan.unit_bytes, streamed - at * plan.unit_bytes)
             each_s = compute_s * (1 - pinned_share) * size / streamed
-            units.append(Unit(READ_LATENCY_S, size / plan.disk_bytes_per_s, each_s))
+            units.append(Unit(READ_LATENCY_S, size * plan.weights.read_share / plan.disk_bytes_per_s, each_s))
             units.append(Unit(0.0, 0.0, pinned_s, pinned=True))
     return units
 
