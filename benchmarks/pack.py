@@ -5,6 +5,9 @@
 Slower disks are this one with a token bucket before it: a read of n bytes of a real file is not done before n / rate seconds of
 the bucket have passed. What is decoded from it is not counted. 0 is the disk as it is. Every run is a process of its own, the
 two folders take turns. Seconds per token are those between the first token and the last, drafts off, greedy.
+
+OpenMP's threads sleep while they wait (OMP_WAIT_POLICY=passive): spinning ones make passes up to three times as long when
+anything else runs on this machine, and their time would hide that of the decoder.
 """
 
 import argparse
@@ -85,7 +88,8 @@ def run(folder: Path, arguments: argparse.Namespace, rate: float) -> dict[str, A
     """One run, in a process of its own."""
     command = [sys.executable, __file__, str(folder), "-", "--memory", arguments.memory, "--once"]
     command += ["--rates", str(rate), "--tokens", str(arguments.tokens)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 

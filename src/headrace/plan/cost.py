@@ -1,6 +1,6 @@
 """What a pass over the weights takes.
 
-    seconds = max(disk, compute(rows) + reading * disk)        disk = streamed bytes / rate
+    seconds = max(disk, compute(rows) + reading * disk)        disk = streamed bytes * read share / rate
     compute(rows) = sum over types of weights / kernel rate + layers * (layer_s + rows * layer_row_s)
 
 The first pass reads everything, the later ones what is not pinned. Sources: the disk and kernel rates are measured by
@@ -45,6 +45,7 @@ class Weights:
     interleaved: Mapping[str, int] = field(default_factory=dict)
     in_place: bool = False
     decoding_core_s_per_byte: float = 0.0  # of one core, for what is not stored as it is multiplied
+    read_share: float = 1.0  # bytes read from the disk for each byte that arrives; not of experts
     experts: Experts | None = None  # of which a pass multiplies those that its rows choose
 
 
@@ -102,10 +103,10 @@ def pass_cost(
     rows: int,
     exact: bool | None = None,
 ) -> PassCost:
-    """The cost of one pass that reads `read_bytes` and the experts that it misses; the others as for `compute_seconds`."""
+    """The cost of one pass in which `read_bytes` arrive and the experts that it misses; the others as for `compute_seconds`."""
     missed = weights.experts.missed_bytes(rows) if weights.experts is not None else 0.0
     return PassCost(
-        disk_s=(read_bytes + missed) / disk_bytes_per_s,
+        disk_s=(read_bytes * weights.read_share + missed) / disk_bytes_per_s,
         compute_s=compute_seconds(profile, weights, layers, rows, exact)
         + read_bytes * weights.decoding_core_s_per_byte / profile.threads,
         reading=profile.reading,

@@ -4,10 +4,12 @@ What it adds to `cost`: the start of a pass, units that arrive late because a sl
 it waits.
 """
 
+from collections.abc import Iterator, Sequence
 from math import ceil
 
 from headrace.forecast.schedule import Timeline, Unit, simulate
-from headrace.plan.cost import layer_seconds
+from headrace.plan.cost import expert_seconds, layer_seconds
+from headrace.plan.experts import Experts
 from headrace.plan.plan import Plan
 from headrace.plan.shape import Shape
 
@@ -32,9 +34,23 @@ def pass_units(plan: Plan, shape: Shape, rows: int) -> list[Unit]:
         for at in range(count):
             size = min(plan.unit_bytes, streamed - at * plan.unit_bytes)
             each_s = compute_s * (1 - pinned_share) * size / streamed
-            units.append(Unit(READ_LATENCY_S, size / plan.disk_bytes_per_s, each_s))
+            units.append(Unit(READ_LATENCY_S, size * plan.weights.read_share / plan.disk_bytes_per_s, each_s))
             units.append(Unit(0.0, 0.0, pinned_s, pinned=True))
-    return units
+    return units if plan.experts is None else list(_with_experts(units, plan, plan.experts, rows))
+
+
+def _with_experts(units: Sequence[Unit], plan: Plan, experts: Experts, rows: int) -> Iterator[Unit]:
+    """After each layer's share of the units what the layer misses of its experts, and their compute.
+
+    That experts are known only when the router has chosen is left out: most are foreseen (`engine.look_ahead`).
+    """
+    read_s = experts.missed_bytes(rows) / experts.layers / plan.disk_bytes_per_s
+    compute_s = expert_seconds(plan.profile, experts, rows) / experts.layers
+    share = max(1, len(units) // experts.layers)
+    for layer in range(experts.layers):
+        last = len(units) if layer == experts.layers - 1 else (layer + 1) * share
+        yield from units[layer * share : last]
+        yield Unit(READ_LATENCY_S, read_s, compute_s) if read_s else Unit(0.0, 0.0, compute_s, pinned=True)
 
 
 def pipeline(plan: Plan, shape: Shape, rows: int | None = None, passes: int = 2) -> Timeline:

@@ -318,11 +318,13 @@ def _best_layout(
 ) -> tuple[_Outlook, int]:
     """(the outlook of the layout that is done first, bytes of interleaved copies)."""
     decoding = shape.decoding_core_s / max(1, shape.weights_bytes)
-    best, copied = outlook(Weights(plain=shape.weights, experts=experts, decoding_core_s_per_byte=decoding)), 0
+    share = shape.read_share
+    plain = Weights(plain=shape.weights, experts=experts, decoding_core_s_per_byte=decoding, read_share=share)
+    best, copied = outlook(plain), 0
     # In place only for batches: what one sequence computes should not depend on the budget in the last bits.
     for in_place in (False, True) if request.sequences > 1 else (False,):
         woven = _interleaved(shape, room.pinned_rows, profile, in_place)
-        woven = replace(woven, experts=experts, decoding_core_s_per_byte=decoding)
+        woven = replace(woven, experts=experts, decoding_core_s_per_byte=decoding, read_share=share)
         size = 0 if in_place else sum(ceil(n * bits_per_weight(kind) / 8) for kind, n in woven.interleaved.items())
         if not woven.interleaved or (size + len(shape.linears) * 4096 > room.spare and not in_place):
             continue

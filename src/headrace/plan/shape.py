@@ -63,6 +63,17 @@ class Shape:
         return sum(_decoding_core_s(tensor) for tensor in self.linears if tensor.path not in self.checkpoint.paths)
 
     @property
+    def read_share(self) -> float:
+        """Bytes that are read from the disk for each byte of the matrices: less than 1 where they are stored in fewer bits."""
+        stored = {
+            tensor.name: sum(count for _, _, count in encoding.reads(0, tensor.rows)) / tensor.nbytes
+            for made in self.checkpoint.made.values()
+            for tensor, encoding in made
+        }
+        read = sum(tensor.nbytes * stored.get(tensor.name, 1.0) for tensor in self.linears)
+        return read / max(1, self.weights_bytes)
+
+    @property
     def page_slack_bytes(self) -> int:
         """What pinned rows may take beside their own bytes, because reads begin and end at pages."""
         return 2 * _PAGE_BYTES * len(self.linears)

@@ -1,0 +1,38 @@
+"""A packed folder through the engine: the logits of the plain one, bit for bit, streamed and pinned; and what the plan reads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import write_folder
+from test_engine import decode, make_engine
+from tiny import random_model
+
+from headrace.checkpoint import open_checkpoint
+from headrace.checkpoint.packing import pack_folder
+from headrace.plan.shape import shape_of
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    base = tmp_path_factory.mktemp("folders")
+    plain = write_folder(random_model("llama"), base / "plain", torch.bfloat16, shards=2)
+    return plain, Path(pack_folder(str(plain), str(base / "packed")).path)
+
+
+@pytest.mark.parametrize(("share", "unit_bytes"), [(0.0, 9000), (0.4, 1), (1.0, 64 << 10)])
+def test_logits_are_those_of_the_plain_folder_bit_for_bit(
+    folders: tuple[Path, Path], share: float, unit_bytes: int
+) -> None:
+    logits = []
+    for folder in folders:
+        with make_engine(folder, share=share, unit_bytes=unit_bytes) as engine:
+            logits.append(decode(engine))
+    assert torch.equal(*logits)
+
+
+def test_the_plan_reads_fewer_bytes_than_it_multiplies(folders: tuple[Path, Path]) -> None:
+    plain, packed = (shape_of(open_checkpoint(folder)) for folder in folders)
+    assert plain.weights_bytes == packed.weights_bytes
+    assert plain.read_share == 1.0
+    assert 0.75 < packed.read_share < 0.9
