@@ -317,10 +317,7 @@ def pull(model: str, as_json: bool) -> None:
 @click.option("--check", is_flag=True, help="Compare all bits with the original afterwards.")
 @json_option
 @quiet_option
-<<<<<<< HEAD
 @find_model
-=======
->>>>>>> h-pack
 def pack(model: str, **options: Any) -> None:
     """Write OUT, a copy of the BF16 folder MODEL in three quarters of its bytes, from which the same bits are read.
 
