@@ -157,7 +157,7 @@ class FolderNames(_Made):
             return {group.target: value(group.members[0][1])}
         converter = deepcopy(group.converter)
         for pattern, name in group.members:
-            converter.add_tensor(group.target, name, pattern, partial(value, name))  # type: ignore[arg-type]
+            converter.add_tensor(group.target, name, pattern, partial(value, name))
         try:
             found = converter.convert(group.target, model=self._model, config=self._model.config)
         except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:

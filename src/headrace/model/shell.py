@@ -304,7 +304,11 @@ def _gather_tables(model: PreTrainedModel, names: Names, hooks: Hooks) -> None:
 
 def _rows_of(matrix: Matrix, hooks: Hooks) -> Callable[[torch.Tensor], torch.Tensor]:
     tensor, first = matrix.slices[0].tensor, matrix.slices[0].first
-    assert len(matrix.slices) == 1 and matrix.order is None and not tensor.slabs, "a table is one tensor"
+    if len(matrix.slices) > 1 or matrix.order is not None or tensor.slabs:
+        raise UnsupportedError(
+            f"`{tensor.name}` is a table whose rows do not lie one after another, which is not supported",
+            hint="use a version of the model with embeddings that are not quantised",
+        )
     return lambda rows: hooks.gather(tensor, rows + first)
 
 
