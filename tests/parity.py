@@ -26,6 +26,7 @@ REFUSED = {
     "longcat_flash": _OWN_EXPERTS,
     "openai-gpt": _NO_CACHE,
     "qwen4_exp_text": _BY_NUMBERS,
+    "recurrent_gemma": "its state lies in its modules, where sequences would share it",
     "rwkv": _NO_CACHE,
     "zaya": "its layers ask for their weights in another order once there is a text to take up",
 }
@@ -50,11 +51,8 @@ def outcome_of(name: str, folder: Path) -> Outcome:
     return Outcome(way, same_choice(ours, expected), divergence(ours, expected))
 
 
-def streamed(
-    path: Path, kernels: Kernels | ReferenceKernels, *, share: float = 0.5, parts: tuple[int, ...] = PARTS
-) -> tuple[torch.Tensor, str]:
-    """Logits of every row of TOKENS, and the way: this share of every linear pinned, the rest through a ring of three units
-    of 16 KiB, memory for four experts."""
+def opened(path: Path, kernels: Kernels | ReferenceKernels, share: float = 0.5) -> Engine:
+    """This share of every linear pinned, the rest through a ring of three units of 16 KiB, memory for four experts."""
 
     def options(shell: Shell) -> StreamOptions:
         pinned = {t.name: int(share * t.rows) // t.row_multiple * t.row_multiple for t in shell.linears}
@@ -62,7 +60,14 @@ def streamed(
             pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, expert_slots=4, expert_readers=2
         )
 
-    with Engine(open_checkpoint(path), options, kernels) as engine:
+    return Engine(open_checkpoint(path), options, kernels)
+
+
+def streamed(
+    path: Path, kernels: Kernels | ReferenceKernels, *, share: float = 0.5, parts: tuple[int, ...] = PARTS
+) -> tuple[torch.Tensor, str]:
+    """Logits of every row of TOKENS in steps of these many rows, and the way in which attention ran."""
+    with opened(path, kernels, share) as engine:
         cache, tokens, rows = engine.new_cache(64, 32), TOKENS[0].tolist(), []
         for count in parts:
             rows.append(engine.step([Rows(cache=cache, tokens=tokens[:count], logits=count)]))

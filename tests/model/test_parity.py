@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from corpus import CASES, tiny_model, write_folder
-from parity import REFUSED, outcome_of, streamed
+from parity import REFUSED, TOKENS, divergence, opened, outcome_of, streamed
 
+from headrace.engine import Rows
 from headrace.errors import HeadraceError
 from headrace.kernels import Kernels
 
@@ -26,6 +28,44 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     assert outcome.divergence < 1e-3
     assert outcome.same
     assert row(name, outcome) in PAGE, "run `python docs/make_architectures.py`"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3",
+        "mixtral",
+        "gpt_oss",
+        "gemma3_text",
+        "codegen",
+        "falcon",
+        "gpt_neo",
+        "bloom",
+        "jamba",
+        "qwen3_next",
+        "mamba",
+    ],
+)
+def test_sequences_do_not_touch_each_other_and_rows_can_be_taken_back(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    write_folder(model, tmp_path / "model")
+    other = TOKENS.flip(1)
+    with torch.inference_mode():
+        expected = [model(tokens).logits[0] for tokens in (TOKENS, other)]
+    with opened(tmp_path / "model", Kernels(1)) as engine:
+        caches = [engine.new_cache(64, 32) for _ in expected]
+        for counts in ((17, 1), (1, 9), (1, 1), (3, 2), (1, 1)):
+            firsts = [cache.length for cache in caches]
+            batch = [
+                Rows(cache=cache, tokens=tokens[0, first : first + count].tolist(), logits=count)
+                for cache, tokens, first, count in zip(caches, (TOKENS, other), firsts, counts, strict=True)
+            ]
+            for rows, first, theirs in zip(engine.step(batch).split(counts), firsts, expected, strict=True):
+                assert divergence(rows, theirs[first : first + len(rows)]) < 1e-3
+        caches[0].truncate(10)
+        first = caches[0].length  # 10, or 0 where states cannot be taken back
+        again = engine.step([Rows(cache=caches[0], tokens=TOKENS[0, first:15].tolist(), logits=15 - first)])
+        assert divergence(again, expected[0][first:15]) < 1e-3
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -21,7 +21,7 @@ from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import Entry, JoinedCache, KVCache, PackedAttention
 from headrace.engine.experts import ExpertProducts
 from headrace.engine.look_ahead import LookAhead
-from headrace.engine.model_cache import ModelCache, arguments_for, keeps_states, maker_of, parameters_of
+from headrace.engine.model_cache import ModelCache, arguments_for, keeps_states, maker_of, parameters_of, sees_a_window
 from headrace.engine.numbers import floats_of
 from headrace.engine.trace import PassStats, Trace
 from headrace.errors import ContextError, UnsupportedError
@@ -407,7 +407,8 @@ class Engine:
         """Ways to run attention, the best first: each layer's on our caches, on all of them joined, the model's own."""
         if not keeps_states(model):
             yield "packed", _positions, lambda: bool(self._attention.layers) and not self._attention.strange
-            yield "joined", _positions_and_mask, lambda: not self._attention.layers
+            if not sees_a_window(model):
+                yield "joined", _positions_and_mask, lambda: not self._attention.layers
         model.config._attn_implementation = "eager"
         make = maker_of(model)
         yield "model", lambda: arguments_for(model, ModelCache(make, 2), 2), lambda: True

@@ -73,6 +73,12 @@ def _family(model: PreTrainedModel) -> str:
     return type(model).__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
 
 
+def sees_a_window(model: PreTrainedModel) -> bool:
+    """Whether some layers look only so far back, which one mask for all layers cannot say."""
+    config = model.config.get_text_config()
+    return bool(getattr(config, "sliding_window", None)) or "local" in getattr(config, "attention_layers", ())
+
+
 def keeps_states(model: PreTrainedModel) -> bool:
     """Whether some layer remembers other things than keys and values."""
     if "past_key_values" not in parameters_of(model):

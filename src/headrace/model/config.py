@@ -23,12 +23,13 @@ MODEL_TYPES = {
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
 }
-# Types that transformers has a class with a language head for, and that do not write text from left to right.
+# Types that transformers has a class with a language head for, and that cannot write texts from left to right as others do.
 _ENCODER = "an encoder, which sees what follows a token"
 _DECODER_HALF = "the decoder of a model with an encoder"
 _OTHERS = {
     "blt": "a model over bytes, with models of its own for patches of them",
     "cpmant": "a model that lets a token see what follows it",
+    "recurrent_gemma": "a model that keeps its state in its modules, where sequences would share it",
     "reformer": "a model with hashed attention, drawn anew each time",
     "xlm": _ENCODER,
     "xlnet": "a model with permuted attention",
@@ -111,7 +112,7 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
     if kind in _OTHERS:
         raise UnsupportedError(
             f"{checkpoint.path} is a {kind} model: {_OTHERS[kind]}, which is not supported",
-            hint="use a model that writes text from left to right",
+            hint="use a model that decodes with a cache, or a GGUF file with llama.cpp",
         )
     given = {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
     try:

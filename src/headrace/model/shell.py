@@ -304,9 +304,11 @@ def _gather_tables(model: PreTrainedModel, names: Names, hooks: Hooks) -> None:
 
 def _rows_of(matrix: Matrix, hooks: Hooks) -> Callable[[torch.Tensor], torch.Tensor]:
     tensor, first = matrix.slices[0].tensor, matrix.slices[0].first
-    assert len(matrix.slices) == 1, "a table is one tensor"
-    assert matrix.order is None, "its rows come in their order"
-    assert not tensor.slabs, "its rows are not cut"
+    if len(matrix.slices) > 1 or matrix.order is not None or tensor.slabs:
+        raise UnsupportedError(
+            f"`{tensor.name}` is a table whose rows do not lie one after another, which is not supported",
+            hint="use a version of the model with embeddings that are not quantised",
+        )
     return lambda rows: hooks.gather(tensor, rows + first)
 
 

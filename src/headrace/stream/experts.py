@@ -169,7 +169,9 @@ class ExpertStream:
             ordered()
             if ready:
                 yield self._pieces(layer, ready)
-                self._release([slot for _, slot in ready], held)
+                with self._work:  # if they took every slot, nothing is under way yet
+                    self._let_go([slot for _, slot in ready], held)
+                    self._issue(layer, missing, held)
             while missing or self._loading:
                 ready = self._wait(everything=rows <= FEW_ROWS and not missing)
                 yield self._pieces(layer, ready)
@@ -314,10 +316,6 @@ class ExpertStream:
             )
             for expert, slot in ready
         ]
-
-    def _release(self, slots: Sequence[int], held: list[int]) -> None:
-        with self._work:
-            self._let_go(slots, held)
 
     def _let_go(self, slots: Sequence[int], held: list[int]) -> None:
         for slot in slots:
