@@ -129,6 +129,22 @@ def test_what_was_read_ahead_in_vain_is_not_used_before_it_has_come(stored: tupl
         check(stream, numbers, 1, [0, 5])  # and now for this one
 
 
+def test_slots_that_are_full_of_what_was_read_ahead_in_vain_come_free_again(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, numbers = stored
+    gate = threading.Event()
+
+    class Slow(WeightFile):
+        def read(self, offset: int, target: memoryview, needed: int) -> int:
+            gate.wait(10)
+            return super().read(offset, target, needed)
+
+    with stream_of(layers, 2, 4, file_of=Slow) as stream:
+        stream._start()
+        stream.expect(1, [0, 1])  # both slots, all four reads under way
+        threading.Timer(0.3, gate.set).start()
+        check(stream, numbers, 1, [4, 5, 6])
+
+
 def test_reading_ahead_more_than_there_are_slots_leaves_room_for_what_is_asked(
     stored: tuple[Layers, np.ndarray],
 ) -> None:

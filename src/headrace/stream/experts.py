@@ -169,15 +169,11 @@ class ExpertStream:
             ordered()
             if ready:
                 yield self._pieces(layer, ready)
-                with self._work:  # if they took every slot, nothing is under way yet
-                    self._let_go([slot for _, slot in ready], held)
-                    self._issue(layer, missing, held)
+                self._let_go([slot for _, slot in ready], held)
             while missing or self._loading:
-                ready = self._wait(everything=rows <= FEW_ROWS and not missing)
+                ready = self._wait(layer, missing, held, together=rows <= FEW_ROWS)
                 yield self._pieces(layer, ready)
-                with self._work:
-                    self._let_go([slot for _, slot in ready], held)
-                    self._issue(layer, missing, held)
+                self._let_go([slot for _, slot in ready], held)
         finally:
             self._abandon(held)
 
@@ -269,19 +265,22 @@ class ExpertStream:
             self._queue.extend((load, read) for read in reads)
             self._work.notify(len(reads))
 
-    def _wait(self, everything: bool) -> list[tuple[int, int]]:
-        """Experts that have come: at least one, or all that are under way."""
+    def _wait(self, layer: int, missing: deque[int], held: list[int], together: bool) -> list[tuple[int, int]]:
+        """Order what there are slots for; then the experts that have come: one at least, or, `together`, the last of all."""
         start = last_news = time.perf_counter()
         reads = self.counters.reads
         if not self._readers:
-            while self._queue and (everything or all(load.left for load in self._loading.values())):
+            with self._work:
+                self._issue(layer, missing, held)
+            while self._queue:
                 self._run(*self._queue.popleft())
         with self._arrived:
             while True:
                 if self._error is not None:
                     raise self._error
+                self._issue(layer, missing, held)  # a slot may have come free since, of what was read ahead in vain
                 done = [load for load in self._loading.values() if not load.left]
-                if done and (not everything or len(done) == len(self._loading)):
+                if done and (missing or not together or len(done) == len(self._loading)):
                     break
                 self._arrived.wait(timeout=min(1.0, self._stall_limit_s))
                 now = time.perf_counter()
@@ -318,9 +317,10 @@ class ExpertStream:
         ]
 
     def _let_go(self, slots: Sequence[int], held: list[int]) -> None:
-        for slot in slots:
-            self.cache.release(slot)
-            held.remove(slot)
+        with self._work:
+            for slot in slots:
+                self.cache.release(slot)
+                held.remove(slot)
 
     def _abandon(self, held: list[int]) -> None:
         """The layer is done, or its pass has failed: what is still under way is awaited and forgotten."""
