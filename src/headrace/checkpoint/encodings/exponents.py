@@ -7,7 +7,7 @@ an escape, whose seven bits lie apart. A stored row is a record, as long as ever
     base (1 byte) | number of escapes (2 bytes) | nibbles (columns / 2, the first in the low half) | escapes | lower bytes
 
 with room for as many escapes as the row with the most needs. So any range of rows is one contiguous range of bytes. Decoded by
-a few long loops of numpy, 2 to 3.5 GB/s a core; Huffman codes would take 9 % fewer bytes and a library (docs/LEARNED.md).
+a few long loops of numpy, 1.5 to 2.7 GB/s a core; Huffman codes would take 10 % fewer bytes and a library (docs/LEARNED.md).
 Nothing is rounded, NaNs included.
 """
 
@@ -31,7 +31,7 @@ MAX_COLUMNS = (1 << 16) - 1  # a row's escapes are counted in two bytes
 _HEAD_BYTES = 3
 _CODES = 7  # values of the seven bits that have a code of their own
 _ESCAPE = np.uint8(7)
-_CHUNK_WEIGHTS = 1 << 17  # decoded at a time: fewer cost turns of the interpreter, more leave the cache
+_CHUNK_WEIGHTS = 1 << 18  # decoded at a time: 1 << 16 costs a fifth more in turns of the interpreter
 _SIGNS, _CODE_BITS = np.uint64(0x8080808080808080), np.uint64(0x0707070707070707)
 _FOUR = np.uint64(4)
 _DAMAGED = "the file is damaged; pack the model again"
