@@ -104,9 +104,9 @@ def measure(arguments: argparse.Namespace, profile: Profile) -> list[dict[str, A
             "disk_bytes_per_s": disk,
             "limit_s": limit(ours, prompt, disk),
         }
-        one["completion"] = completion(path, arguments.llama, arguments.ceiling, arguments.tokens)
+        one["completion"] = completion(path, arguments.llama, arguments.ceiling, arguments.peer_tokens)
         if arguments.bench:
-            one["bench"] = bench(path, arguments.llama, arguments.ceiling, arguments.tokens)
+            one["bench"] = bench(path, arguments.llama, arguments.ceiling, arguments.peer_tokens)
         rounds.append(one)
         print(f"{number + 1}/{arguments.rounds}: {json.dumps(one)}", file=sys.stderr, flush=True)
         arguments.out.write_text(json.dumps({"ceiling_mib": arguments.ceiling, "rounds": rounds}, indent=1))
@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, default=Path.home() / ".cache/headrace/llama.cpp/bin")
     parser.add_argument("--ceiling", type=int, default=6000, help="MiB for the whole process")
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--peer-tokens", type=int, default=6, help="it takes tens of times as long for each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bench", action="store_true", help="llama-bench too")
     parser.add_argument("--out", type=Path, default=Path("moe.json"))
