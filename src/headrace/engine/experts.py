@@ -62,9 +62,8 @@ class ExpertProducts:
         self.look_ahead.judge(packed.index, sizes)
 
         def read_ahead() -> None:
-            guessed = self.look_ahead.guess(packed.index, hidden)
-            if guessed:
-                self.stream.expect(packed.index + 1, guessed)
+            for layer, guessed in self.look_ahead.guess(packed.index, hidden):
+                self.stream.expect(layer, guessed)
 
         for ready in self.stream.fetch(packed.index, sizes, rows, read_ahead):
             start = time.perf_counter()

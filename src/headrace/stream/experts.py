@@ -11,7 +11,7 @@ What must never happen: a slot is overwritten while it is read into or multiplie
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -128,8 +128,7 @@ class ExpertStream:
         self._queue: deque[tuple[_Load, Read]] = deque()
         self._later: deque[tuple[_Load, Read]] = deque()  # reads ahead: only when nothing is waited for
         self._loading: dict[int, _Load] = {}  # by expert, of the layer at hand
-        self._ahead: dict[int, _Load] = {}  # by expert, of the layer `_ahead_layer`
-        self._ahead_layer = -1
+        self._ahead: dict[int, dict[int, _Load]] = {}  # by layer and expert
         self._strays: dict[tuple[int, int], _Load] = {}  # read ahead in vain, and still under way
         self._error: BaseException | None = None
         self._stopping = False
@@ -180,7 +179,7 @@ class ExpertStream:
     def _look_up(self, layer: int, wanted: Sequence[int], held: list[int]) -> tuple[list[tuple[int, int]], deque[int]]:
         ready: list[tuple[int, int]] = []
         missing: deque[int] = deque()
-        ahead = self._ahead if self._ahead_layer == layer else {}
+        ahead = self._ahead.pop(layer, {})
         early = sum(expert in ahead for expert in wanted)
         self.counters.ahead += early
         for expert in wanted:
@@ -208,19 +207,20 @@ class ExpertStream:
         self.counters.hits += len(wanted) - len(missing) - early
         self.counters.misses += len(missing)
         self._hurry()
-        self._drop(ahead)
+        self._drop(ahead.values())
         return ready, missing
 
     def _hurry(self) -> None:
         """Reads ahead that are waited for now go before all others."""
         if self._loading:
-            mine = [one for one in self._later if self._loading.get(one[0].expert) is one[0]]
-            self._later = deque(one for one in self._later if self._loading.get(one[0].expert) is not one[0])
+            wanted = set(map(id, self._loading.values()))
+            mine = [one for one in self._later if id(one[0]) in wanted]
+            self._later = deque(one for one in self._later if id(one[0]) not in wanted)
             self._queue.extendleft(reversed(mine))
 
-    def _drop(self, ahead: dict[int, _Load]) -> None:
+    def _drop(self, ahead: Iterable[_Load]) -> None:
         """What was read ahead and is not needed: what has not begun is not read, the rest may go when it has come."""
-        for load in ahead.values():
+        for load in ahead:
             load.unwanted = True
             waiting = [one for one in self._later if one[0] is load]
             load.left -= len(waiting)
@@ -233,21 +233,20 @@ class ExpertStream:
                 self.cache.release(load.slot)
             elif not waiting:
                 self._strays[load.layer, load.expert] = load
-        ahead.clear()
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """Read these experts of a layer ahead, whenever nothing else is to be read, if they are not in memory."""
         with self._work:
-            assert not self._ahead, "one layer is read ahead"
-            self._ahead_layer = layer
-            for expert in experts[:MOST_AHEAD]:
+            ahead = self._ahead.setdefault(layer, {})
+            under_way = sum(map(len, self._ahead.values()))
+            for expert in experts[: max(0, MOST_AHEAD - under_way)]:
                 if self.cache.find(layer, expert) is not None:
                     continue
                 slot = self.cache.place(layer, expert)
                 if slot is None:
                     return
                 reads = self._bundles[layer][expert].reads
-                load = self._ahead[expert] = _Load(layer, expert, slot, len(reads))
+                load = ahead[expert] = _Load(layer, expert, slot, len(reads))
                 self._later.extend((load, read) for read in reads)
                 self._work.notify(len(reads))
 
@@ -328,7 +327,9 @@ class ExpertStream:
             return
         with self._work:
             self._queue.clear()
-            self._drop(self._ahead)
+            for ahead in self._ahead.values():
+                self._drop(ahead.values())
+            self._ahead.clear()
             unfinished = list(self._loading.values())
             self._loading.clear()
             failed, self._error = self._error is not None, None
