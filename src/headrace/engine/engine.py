@@ -71,7 +71,7 @@ class StreamOptions:
     interleaved_in_place: bool = False  # rather than copied: no memory, but prompts take longer
     pinned_read_bytes: int = 4 << 20
     expert_slots: int = 0  # experts that fit into memory, where the model has any
-    expert_readers: int = 3
+    expert_readers: int = 4
     expert_scores: npt.NDArray[np.float32] | None = None  # how often each was chosen in earlier runs
 
 
