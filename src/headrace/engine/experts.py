@@ -15,6 +15,7 @@ import torch
 from headrace.engine.look_ahead import LookAhead
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, Piece, ReferenceKernels
+from headrace.kernels.limits import EXPERTS_TOGETHER
 from headrace.model.packed import PackedExperts
 from headrace.stream.experts import ExpertStream
 from headrace.stream.weights import Spans
@@ -67,12 +68,12 @@ class ExpertProducts:
 
         for ready in self.stream.fetch(packed.index, sizes, rows, read_ahead):
             start = time.perf_counter()
-            members = [
-                _Member(expert, pieces, hidden if rows == 1 else hidden[owners[firsts[expert] : firsts[expert + 1]]],
-                        pairs[firsts[expert] : firsts[expert + 1]])
-                for expert, pieces in ready
-            ]  # fmt: skip
-            self._group(packed, members, exact)
+            for first in range(0, len(ready), EXPERTS_TOGETHER):
+                members = []
+                for expert, pieces in ready[first : first + EXPERTS_TOGETHER]:
+                    mine = slice(firsts[expert], firsts[expert + 1])
+                    members.append(_Member(expert, pieces, hidden if rows == 1 else hidden[owners[mine]], pairs[mine]))
+                self._group(packed, members, exact)
             end = time.perf_counter()
             self.kernel_s += end - start
             if self._spans is not None:

@@ -4,5 +4,8 @@
 # decoded, within this limit.
 FEW_ROWS = 16
 
+# Experts of a layer that are multiplied together: what they work on lies in memory at the same time.
+EXPERTS_TOGETHER = 16
+
 # Formats that keep more than bf16 does. Their many-row products run in full fp32.
 PRECISE_TYPES = frozenset({"F32", "F16"})

@@ -10,6 +10,7 @@ from math import ceil
 from headrace.checkpoint import Tensor
 from headrace.errors import BudgetError
 from headrace.kernels import FEW_ROWS
+from headrace.kernels.limits import EXPERTS_TOGETHER
 from headrace.plan.experts import Experts, most_slots
 from headrace.plan.memory import Budget
 from headrace.plan.profile import Profile
@@ -21,7 +22,6 @@ UNIT_BYTES = 2 * MIB
 RING_SLOTS = 16
 LEAST_SLOTS = 3
 LEAST_EXPERT_SLOTS = 4
-EXPERTS_AT_A_TIME = 16  # that the engine multiplies together
 READERS = 3
 # A tensor whose streamed rest would be smaller than this is pinned whole: a read has a price beside its bytes.
 SMALLEST_READ_BYTES = 512 << 10
@@ -157,7 +157,7 @@ def _expert_numbers(experts: Experts | None) -> int:
     """Numbers for each row that the experts hold: the result of every choice, and what some experts work on at a time."""
     if experts is None:
         return 0
-    group = experts.per_token * min(1.0, 2 * EXPERTS_AT_A_TIME / experts.count)
+    group = experts.per_token * min(1.0, 2 * EXPERTS_TOGETHER / experts.count)
     return experts.per_token * experts.hidden + ceil(group * (2 * experts.hidden + 4 * experts.width))
 
 

@@ -1,0 +1,139 @@
+"""Folders and mixtures as a user meets them: the command in a second process, and the library."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from corpus import VOCAB, tiny_model, write_folder
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import headrace as library
+from headrace.engine import Sampling
+from headrace.plan import Profile
+from headrace.plan.profile import save_profile
+from headrace.units import MIB
+
+COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
+ROOMY = "2GiB"
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(autouse=True)
+def probed(own_home: None, profile: Profile) -> None:
+    save_profile(replace(profile, runtime_bytes=440 * MIB, disk_bytes_per_s={"0": 2e9}))
+
+
+def folder_of(name: str, path: Path) -> Path:
+    """A tiny model with a tokenizer of bytes and a chat template."""
+    write_folder(tiny_model(name), path)
+    vocabulary = {
+        token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>"])
+    }
+    vocabulary |= {f"filler{i}": i for i in range(len(vocabulary), VOCAB)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_of("qwen3_moe", tmp_path_factory.mktemp("folders") / "mixture")
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_of("qwen3_next", tmp_path_factory.mktemp("folders") / "hybrid")
+
+
+def headrace(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], input="", capture_output=True, text=True, timeout=120, env={**os.environ, **more}
+    )
+
+
+def test_a_mixture_runs_from_its_folder_and_says_what_its_experts_cost(mixture: Path) -> None:
+    planned = headrace("plan", str(mixture), "--memory", ROOMY, "--json")
+    assert planned.returncode == 0, planned.stderr
+    experts = json.loads(planned.stdout)["experts"]
+    assert experts["total"] == experts["slots"]
+    result = headrace("run", str(mixture), "hello", "--memory", ROOMY, "-n", "6", "-t", "0", "--json", "-q")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["usage"]["completion_tokens"] <= 6
+    assert 0 <= answer["experts"]["hit_rate"] <= 1
+    assert answer["experts"]["wasted_bytes"] >= 0
+    assert answer["memory"]["peak_bytes"] < answer["memory"]["budget_bytes"]
+
+
+def test_a_text_prompt_goes_through_the_folders_own_chat_template(mixture: Path) -> None:
+    with library.load(str(mixture), memory=ROOMY, draft="none") as model:
+        ids = model.encode("hi")
+        assert (
+            model.tokenizer.decode(ids) == "user\nhi\nassistant"
+        )  # Jinja drops the last newline, as transformers does
+        assert model.tokenizer.has_chat_template
+        assert model.tokenizer.end_ids == {model.tokenizer._backend.token_to_id("<|im_end|>")}
+
+
+def test_what_routers_chose_is_left_to_the_next_run(mixture: Path, tmp_path: Path) -> None:
+    with library.load(str(mixture), memory=ROOMY, draft="none", prompt_tokens=8, context_tokens=64) as model:
+        model.generate("hello", raw=True, max_tokens=12, sampling=GREEDY)
+    assert list((tmp_path / "home" / "routing").glob("*.npz"))
+    with library.load(str(mixture), memory=ROOMY, draft="none", prompt_tokens=8, context_tokens=64) as model:
+        again = model.generate("hello", raw=True, max_tokens=12, sampling=GREEDY)
+    assert again.experts is not None
+
+
+def test_prompts_of_a_mixture_together_give_what_they_give_alone(mixture: Path) -> None:
+    prompts = ["one", "two words", "three"]
+    options = {"raw": True, "max_tokens": 8, "sampling": GREEDY}
+    with library.load(str(mixture), memory=ROOMY, draft="none", context_tokens=64) as model:
+        alone = [model.generate(prompt, **options).text for prompt in prompts]
+    with library.load(str(mixture), memory=ROOMY, draft="none", context_tokens=64, sequences=3) as model:
+        together = [answer.text for answer in model.generate(prompts, **options)]
+    assert together == alone
+
+
+def test_a_hybrid_runs_one_sequence_at_a_time_and_takes_a_conversation_up(hybrid: Path) -> None:
+    with library.load(str(hybrid), memory=ROOMY, context_tokens=128, sequences=4) as model:
+        assert model.plan.sequences == 1
+        assert model.plan.drafting.name == "none"
+        first = model.generate("some words", raw=True, max_tokens=6, sampling=GREEDY)
+        longer = "some words" + first.text + " and more"
+        taken_up = model.generate(longer, raw=True, max_tokens=6, sampling=GREEDY)
+    with library.load(str(hybrid), memory=ROOMY, context_tokens=128) as model:
+        assert model.generate(longer, raw=True, max_tokens=6, sampling=GREEDY).text == taken_up.text
+
+
+def test_a_model_at_the_hub_is_planned_from_its_headers_and_run_by_its_name(tiny_llama: Path, tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parent / "hub"))
+    from standin import StandIn, serve
+
+    hub = StandIn()
+    server = serve(hub)
+    padded = tiny_llama.read_bytes()
+    hub.add("org/tiny", {"tiny-Q8_0.gguf": padded})
+    where = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1,localhost"}
+    try:
+        planned = headrace("plan", "org/tiny", "--memory", ROOMY, "--json", **where)
+        assert planned.returncode == 0, planned.stderr
+        assert not list((tmp_path / "hf").rglob("*.gguf"))  # nothing was fetched but headers
+        first = headrace("run", "org/tiny", "hello", "--memory", ROOMY, "-n", "4", "-t", "0", **where)
+        assert first.returncode == 0, first.stderr
+        again = headrace(
+            "run", "org/tiny", "hello", "--memory", ROOMY, "-n", "4", "-t", "0", HF_HUB_OFFLINE="1", **where
+        )
+        assert again.stdout == first.stdout
+    finally:
+        server.shutdown()
+        server.server_close()
