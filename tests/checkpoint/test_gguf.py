@@ -497,8 +497,8 @@ def test_a_path_without_permission_is_an_error(path: Path) -> None:
         open_checkpoint(path)
 
 
-def test_a_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a folder") as caught:
+def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no weights") as caught:
         open_checkpoint(tmp_path)
     assert caught.value.hint == "name the .gguf file in it"
 

@@ -9,8 +9,10 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.numpy import save
 from standin import StandIn, serve
 
 from headrace.cli import main
@@ -149,20 +151,23 @@ def test_errors_have_a_hint_and_an_exit_code(hub: StandIn, arguments: list[str],
     assert result.stdout == ""
 
 
-def test_a_folder_of_safetensors_is_shown_from_its_config(hub: StandIn) -> None:
+def test_a_folder_of_safetensors_is_shown_from_its_headers(hub: StandIn) -> None:
     config = {
         "model_type": "mixtral", "num_hidden_layers": 32, "num_local_experts": 8, "num_experts_per_tok": 2,
         "max_position_embeddings": 32768,
     }  # fmt: skip
-    hub.add("org/moe", {"config.json": json.dumps(config).encode(), "model.safetensors": os.urandom(4000)})
+    weights = save({"model.embed_tokens.weight": np.zeros((64, 1 << 16), np.float16)})  # 8 MiB
+    hub.add("org/moe", {"config.json": json.dumps(config).encode(), "model.safetensors": weights})
     remote = json.loads(run("show", "org/moe", "--json").stdout)
-    assert hub.bytes_sent == {"config.json": len(json.dumps(config))}
+    assert sum(hub.bytes_sent.values()) < len(weights) // 2
     folder = run("pull", "org/moe").stdout.strip()
     local = json.loads(run("show", folder, "--json").stdout)
 
     for facts in (remote, local):
         assert (facts["architecture"], facts["layers"], facts["context_tokens"]) == ("mixtral", 32, 32768)
-        assert (facts["experts"], facts["experts_used"], facts["bytes"]) == (8, 2, 4000 + len(json.dumps(config)))
+        assert (facts["experts"], facts["experts_used"]) == (8, 2)
+        assert (facts["parameters"], facts["bits_per_weight"]) == (1 << 22, 16.0)
+        assert facts["bytes"] == len(weights) + len(json.dumps(config))
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff\xfe", b"[" * 100_000], ids=["list", "cut", "bytes", "deep"])
@@ -171,7 +176,7 @@ def test_a_config_that_is_none_is_an_error(hub: StandIn, content: bytes) -> None
     result = run("show", "org/bad")
 
     assert result.exit_code == 1
-    assert "config.json is" in result.stderr
+    assert "config.json: the file is" in result.stderr
 
 
 def test_the_hub_is_not_imported_before_it_is_needed() -> None:

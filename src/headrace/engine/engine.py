@@ -379,14 +379,23 @@ class Engine:
         )  # fmt: skip
         return out.view(shape)
 
-    def _choose(self, forward: Callable[[torch.Tensor], Any], hidden: torch.Tensor) -> Any:
-        """A router's forward, for exact rows one by one: torch adds up one row in another order than several."""
-        exact = min(self._exact_rows, hidden.shape[-2])
+    def _choose(self, forward: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
+        """A router's forward, for exact rows one by one: torch adds up one row in another order than several.
+
+        `others` are what some routers take besides: token ids, of which each row has its own, or corrections for all.
+        """
+        rows = hidden.shape[-2]
+        exact = min(self._exact_rows, rows)
         if exact < 2:
-            return forward(hidden)
-        parts = [forward(hidden[..., row : row + 1, :]) for row in range(exact)]
-        if exact < hidden.shape[-2]:
-            parts.append(forward(hidden[..., exact:, :]))
+            return forward(hidden, *others)
+
+        def part(first: int, last: int) -> Any:
+            own = [one[..., first:last] if _is_of_rows(one, rows) else one for one in others]
+            return forward(hidden[..., first:last, :], *own)
+
+        parts = [part(row, row + 1) for row in range(exact)]
+        if exact < rows:
+            parts.append(part(exact, rows))
         if isinstance(parts[0], torch.Tensor):
             return torch.cat(parts, -2)
         return tuple(torch.cat(one, -2) for one in zip(*parts, strict=True))
@@ -459,6 +468,10 @@ def _positions() -> dict[str, Any]:
 
 def _positions_and_mask() -> dict[str, Any]:
     return _positions() | {"attention_mask": torch.zeros((1, 1, 2, 2))}
+
+
+def _is_of_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_floating_point() and value.shape[-1:] == (rows,)
 
 
 class _Counted(NamedTuple):
