@@ -500,7 +500,7 @@ def test_a_path_without_permission_is_an_error(path: Path) -> None:
 def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no weights") as caught:
         open_checkpoint(tmp_path)
-    assert caught.value.hint == "name the .gguf file in it"
+    assert caught.value.hint == "name a folder with a model.safetensors, or a .gguf file"
 
 
 def test_a_folder_with_the_name_of_a_part_is_an_error(tmp_path: Path) -> None:
