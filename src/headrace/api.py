@@ -605,10 +605,7 @@ def _scores(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
 
 def _built(shell: Shell) -> Built:
     """What the plan wants to know of a built model."""
-    experts = [
-        [up.slices + down.slices for up, down in zip(packed.up, packed.down, strict=True)] for packed in shell.experts
-    ]
-    return Built(linears=shell.linears, experts=experts, one_by_one=shell.way == "model")
+    return Built(linears=shell.linears, experts=shell.expert_slices, one_by_one=shell.way == "model")
 
 
 def _load_draft(original: Checkpoint, drafting: Drafting, profile: Profile) -> Engine | None:

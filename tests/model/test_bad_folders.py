@@ -14,7 +14,10 @@ from corpus import REFUSED, tiny_model, write_folder
 from parity import streamed
 from safetensors.torch import load_file, save_file
 
-from headrace.errors import HeadraceError
+from headrace.checkpoint import open_checkpoint
+from headrace.engine import Engine
+from headrace.engine.engine import StreamOptions
+from headrace.errors import HeadraceError, UnsupportedError
 from headrace.kernels import Kernels
 
 COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
@@ -147,3 +150,25 @@ def test_the_command_ends_with_a_message_and_code_1(name: str, tmp_path: Path) -
     assert "hint:" in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_a_model_with_parts_for_images_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    text = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    }
+    config = AutoConfig.for_model("gemma3", text_config=text | heads, vision_config=vision | {"patch_size": 14})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+
+    with pytest.raises(UnsupportedError, match="images or sound") as caught:
+        Engine(
+            open_checkpoint(tmp_path), StreamOptions(pinned_rows={}, unit_bytes=1 << 14, slots=3, readers=1), Kernels(2)
+        )
+    assert caught.value.hint

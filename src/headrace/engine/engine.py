@@ -148,10 +148,7 @@ class Engine:
         for packed in shell.experts:
             if packed.router is not None:
                 packed.router.module.forward = partial(self._choose, packed.router.module.forward)
-        layers = [
-            [up.slices + down.slices for up, down in zip(packed.up, packed.down, strict=True)]
-            for packed in shell.experts
-        ]
+        layers = shell.expert_slices
         slots = options.expert_slots or sum(map(len, layers))
         cache = ExpertCache(
             layers=len(layers), experts=max(map(len, layers)), slots=slots, scores=options.expert_scores

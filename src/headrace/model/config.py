@@ -1,8 +1,8 @@
-"""A transformers config from GGUF metadata.
+"""A transformers config: a folder's own, or one made from GGUF metadata.
 
-transformers maps most keys (`GGUF_CONFIG_MAPPING`) but leaves out what its test models did not need: rotary widths and
-scalings, soft caps, biases, Falcon's and GPT-2's own names. `_corrections` adds those, one function per family where
-the file's facts have to be derived, each value from the file itself.
+Of GGUF metadata transformers maps most keys (`GGUF_CONFIG_MAPPING`) but leaves out what its test models did not need:
+rotary widths and scalings, soft caps, biases, Falcon's and GPT-2's own names. `_corrections` adds those, one function per
+family where the file's facts have to be derived, each value from the file itself.
 """
 
 from collections.abc import Callable, Mapping

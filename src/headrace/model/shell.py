@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.encodings import Encoding
+from headrace.checkpoint.tensor import Slice
 from headrace.errors import CheckpointError, UnsupportedError
 from headrace.model.config import make_config
 from headrace.model.matrix import Matrix
@@ -55,6 +56,14 @@ class Shell:
     def experts(self) -> tuple[PackedExperts, ...]:
         """The layers with routed experts, in order."""
         return tuple(step.experts for step in self.steps if isinstance(step, ExpertStep))
+
+    @property
+    def expert_slices(self) -> tuple[tuple[tuple[Slice, ...], ...], ...]:
+        """What is read for every expert of every layer."""
+        return tuple(
+            tuple(up.slices + down.slices for up, down in zip(packed.up, packed.down, strict=True))
+            for packed in self.experts
+        )
 
     @property
     def linears(self) -> tuple[Tensor, ...]:
@@ -120,6 +129,10 @@ def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: s
     )
 
 
+# What models of images and sound are given.
+_NOT_TEXT = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values"})
+
+
 def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """A model that forgets what it has read, or multiplies its experts by itself, would run and be wrong or be huge."""
     kind = model.config.model_type
@@ -129,6 +142,12 @@ def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) 
             hint=_OTHER_WAY,
         )
     for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.main_input_name in _NOT_TEXT:
+            raise UnsupportedError(
+                f"{checkpoint.path}: the {kind} model has parts for images or sound (`{type(module).__name__}`),"
+                " which are not supported",
+                hint="use the text-only model of the family, or a GGUF file of its language model",
+            )
         own = [parameter for parameter in module._parameters.values() if parameter is not None and parameter.dim() > 1]
         kept = _holds_experts(module) or "Shared" in type(module).__name__
         if own and "Expert" in type(module).__name__ and not kept:
