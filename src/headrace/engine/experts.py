@@ -82,7 +82,7 @@ class ExpertProducts:
             pairs = packed.module.post_expert_norm(pairs)
         placed = torch.empty_like(pairs)
         placed[order] = pairs
-        return (placed.view(rows, chosen, -1) * weights.unsqueeze(-1)).sum(1)
+        return placed.view(rows, chosen, -1).mul_(weights.unsqueeze(-1)).sum(1)
 
     def _group(self, packed: PackedExperts, members: Sequence["_Member"], exact: bool) -> None:
         """Some experts together: up, gate, down."""
