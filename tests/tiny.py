@@ -21,6 +21,22 @@ OF_EIGHT = {"num_experts_per_tok": 2, "num_local_experts": 8}
 CHOOSING = {"expert_count": 8, "expert_used_count": 2}
 
 
+# Layers of linear attention, whose values have more heads than its keys, beside one of full attention.
+DELTA = {
+    **HEADS, "num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 32,
+    "rope_parameters": {
+        "rope_theta": 1e6, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+        "rope_type": "default",
+    },
+}  # fmt: skip
+STATES = {
+    "attention.key_length": 32, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": 2,
+    "ssm.time_step_rank": 6, "ssm.inner_size": 192, "full_attention_interval": 4, "rope.freq_base": 1e6,
+    "rope.dimension_count": 8, "rope.dimension_sections": [2, 1, 1, 0],
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Family:
     model_type: str
@@ -97,6 +113,16 @@ FAMILIES = {
             "attention.layer_norm_rms_epsilon": 1e-5,
         },
     ),
+    "qwen35": Family("qwen3_5_text", {**COMMON, **DELTA}, {**STATES}, norm_plus_one=True),
+    "qwen35moe": Family(
+        "qwen3_5_moe_text",
+        {
+            **COMMON, **DELTA, **OF_EIGHT, "num_experts": 8, "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+        },
+        {**STATES, **CHOOSING, "expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 64},
+        norm_plus_one=True,
+    ),
     "stablelm": Family(
         "stablelm",
         {**COMMON, **HEADS, "partial_rotary_factor": 0.25, "use_qkv_bias": True},
@@ -166,9 +192,17 @@ def random_model(architecture: str, seed: int = 0) -> PreTrainedModel:
 
 
 def write_gguf(
-    model: PreTrainedModel, architecture: str, path: Path, kind: str = "F32", extra: dict[str, Any] | None = None
+    model: PreTrainedModel,
+    architecture: str,
+    path: Path,
+    kind: str = "F32",
+    extra: dict[str, Any] | None = None,
+    more: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write a transformers model as GGUF. `kind` is the format of the matrices: F32, F16, BF16, Q8_0, Q4_0 ..."""
+    """Write a transformers model as GGUF. `kind` is the format of the matrices: F32, F16, BF16, Q8_0, Q4_0 ...
+
+    `extra` is further metadata, `more` further tensors.
+    """
     family, config = FAMILIES[architecture], model.config
     architecture = family.written_as or architecture
     writer = gguf.GGUFWriter(path, architecture)
@@ -197,6 +231,8 @@ def write_gguf(
                 writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", getattr(config, eps))
     _add_vocabulary(writer)
     _add_tensors(writer, model, architecture, family, kind)
+    for name, value in (more or {}).items():
+        writer.add_tensor(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -252,6 +288,7 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
             continue
         name = name.replace("e_score_correction_bias", "e_score_correction.bias")
         name += ".weight" if name.endswith("sinks") else ""
+        name = name.replace("dt_bias", "dt_proj.bias") if ".linear_attn." in name else name
         base, suffix = name.rsplit(".", 1) if not name.endswith(("A_log", "mixer.D")) else (name, name[-5:])
         gguf_name = names.get_name(base) or names.get_name(base.removeprefix("model.").removeprefix("transformer."))
         assert gguf_name, name
@@ -260,12 +297,14 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
             value = value.T
         if architecture == "bloom" and "query_key_value" in name:
             value = _by_thirds(value, model.config.n_head)
-        if architecture == "mamba":
-            value = -np.exp(value) if suffix == "A_log" else value
+        if suffix == "A_log":
+            value = -np.exp(value)
+        if ".linear_attn." in name:
+            value = _tiled(name, value, model.config)
         value = value.squeeze(1) if "conv" in name and value.ndim == 3 else value
         if family.permute and (".q_proj." in name or ".k_proj." in name):
             value = _permuted(value, model.config, ".q_proj." in name)
-        if family.norm_plus_one and "norm" in name and suffix == "weight":
+        if family.norm_plus_one and "norm" in name and suffix == "weight" and ".linear_attn." not in name:
             value = value + 1
         plain = value.ndim == 1 or any(
             word in gguf_name for word in ("position", "gate_inp", "ssm_a", "conv1d", "conv.conv")
@@ -287,6 +326,21 @@ def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str,
     half = value.shape[1] // 2
     gate, up = (value[:, ::2], value[:, 1::2]) if architecture == "gpt-oss" else (value[:, :half], value[:, half:])
     return [(f"{base}gate{suffix}", gate), (f"{base}up{suffix}", up)]
+
+
+def _tiled(name: str, value: np.ndarray, config: Any) -> np.ndarray:
+    """Value heads of linear attention one from each key head in turn, where the model has those of a key head together."""
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+
+    def tiled(part: np.ndarray) -> np.ndarray:
+        return part.reshape(keys, values // keys, len(part) // values, -1).swapaxes(0, 1).reshape(part.shape)
+
+    if ".norm." in name:
+        return value  # one for all heads
+    if ".out_proj." in name:
+        return tiled(value.T).T
+    first = 2 * config.linear_key_head_dim * keys if ".in_proj_qkv." in name or ".conv1d." in name else 0
+    return np.concatenate([value[:first], tiled(value[first:])])
 
 
 def _by_thirds(value: np.ndarray, heads: int) -> np.ndarray:

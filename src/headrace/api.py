@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, overload
 
@@ -92,7 +92,7 @@ class Completion:
     memory: dict[str, int]
     speculation: dict[str, Any]
     experts: dict[str, Any] | None  # of a mixture: what was found in memory
-    plan: Plan
+    plan: Plan = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """One JSON-ready object; keys carry their units and are only ever added to."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, VOCAB, random_model, rounded_to, write_gguf
@@ -10,6 +11,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
 from headrace.engine.engine import StreamOptions
 from headrace.kernels import Kernels
+from headrace.plan.shape import shape_of
 
 TOKENS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
 
@@ -60,6 +62,32 @@ def test_logits_equal_those_of_the_model_the_file_was_made_of(architecture: str,
     assert same_choice(ours, expected)
 
 
+def test_a_block_that_guesses_further_tokens_is_neither_planned_nor_read(tmp_path: Path) -> None:
+    """It is written as one layer more, and counted with the others."""
+    model = random_model("qwen35")
+    block = {
+        "blk.4.nextn.eh_proj.weight": np.ones((64, 128), np.float32),
+        "blk.4.attn_q.weight": np.ones((256, 64), np.float32),
+    }
+    plain = write_gguf(model, "qwen35", tmp_path / "plain.gguf")
+    path = write_gguf(
+        model, "qwen35", tmp_path / "mtp.gguf", extra={"block_count": 5, "nextn_predict_layers": 1}, more=block
+    )
+    with torch.inference_mode():
+        expected = model(TOKENS).logits[0]
+
+    assert divergence(logits_of(path, (30, 10)), expected) < 1e-3
+    assert shape_of(open_checkpoint(path)).weights_bytes == shape_of(open_checkpoint(plain)).weights_bytes
+
+
+def test_only_layers_with_attention_are_planned_with_keys_and_values(tmp_path: Path) -> None:
+    shape = shape_of(open_checkpoint(write_gguf(random_model("qwen35"), "qwen35", tmp_path / "tiny.gguf")))
+    states = 3 * 192 * 16 * 2 * 4  # three layers, values x keys, fp32, and a copy
+    assert shape.kv_bytes(100, 16) == 100 * 2 * (32 + 32) * 2 * 4 + states
+    lfm2 = shape_of(open_checkpoint(write_gguf(random_model("lfm2"), "lfm2", tmp_path / "conv.gguf")))
+    assert (lfm2.layers, lfm2.kv_layers) == (3, 1)
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "MXFP4"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_quantised_logits_equal_transformers_own_loader(architecture: str, kind: str, tmp_path: Path) -> None:
@@ -79,7 +107,14 @@ def test_quantised_logits_equal_transformers_own_loader(architecture: str, kind:
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [("mixtral", "Q8_0"), ("qwen2moe", "Q8_0"), ("qwen3moe", "Q8_0"), ("minimax-m2", "Q8_0"), ("gpt-oss", "MXFP4")],
+    [
+        ("mixtral", "Q8_0"),
+        ("qwen2moe", "Q8_0"),
+        ("qwen3moe", "Q8_0"),
+        ("minimax-m2", "Q8_0"),
+        ("qwen35moe", "Q8_0"),
+        ("gpt-oss", "MXFP4"),
+    ],
 )
 def test_quantised_experts_equal_the_model_filled_with_what_they_decode_to(
     architecture: str, kind: str, tmp_path: Path
@@ -102,7 +137,7 @@ def test_quantised_experts_equal_the_model_filled_with_what_they_decode_to(
 def _round_matrices(model: torch.nn.Module, architecture: str, kind: str) -> None:
     """To what the file holds: rows are contractions, which gpt-oss's experts have in their other dimension."""
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or name.endswith(("gate.weight", "router.weight", "_bias")):
+        if parameter.dim() < 2 or name.endswith(("gate.weight", "router.weight", "_bias", "conv1d.weight")):
             continue
         turned = architecture == "gpt-oss" and ".experts." in name
         value = parameter.transpose(1, 2) if turned else parameter

@@ -3,6 +3,7 @@
 Types have ggml's names (`Q4_K`, `BF16`); what safetensors files hold besides has the name it has there (`F8_E4M3`, `I32`).
 """
 
+import re
 from dataclasses import dataclass
 from math import prod
 
@@ -76,6 +77,12 @@ class Slice:
     def whole(self) -> bool:
         """Whether these are all rows."""
         return self.rows == self.tensor.outputs
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer that a tensor belongs to, by its name; -1 if it belongs to none."""
+    match = re.search(r"(?:^|\.)(?:blk|layers|h|blocks)\.(\d+)\.", name)
+    return -1 if match is None else int(match[1])
 
 
 def block_of(type_name: str) -> tuple[int, int]:

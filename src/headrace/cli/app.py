@@ -38,6 +38,7 @@ class Group(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run, and end with the error's own exit code."""
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends kernels for GPUs
         try:
             return super().main(*args, **kwargs)
         except HeadraceError as error:

@@ -10,10 +10,12 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from headrace.checkpoint import Checkpoint
+from headrace.checkpoint.gguf import ArrayRef
 from headrace.errors import CheckpointError, UnsupportedError, did_you_mean
 
 MODEL_TYPES = {
@@ -68,6 +70,8 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
     """
     if checkpoint.config is not None:
         return _of_folder(checkpoint, checkpoint.config)
+    if checkpoint.architecture in GGUF_CONFIG_ARCHS:
+        return _by_transformers(checkpoint)
     architecture = checkpoint.architecture
     mapped = architecture if architecture in GGUF_CONFIG_MAPPING else MODEL_TYPES[architecture]
     values: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(mapped, {}))
@@ -84,11 +88,34 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
     }
     values |= _corrections(checkpoint, read_floats)
     values.pop("model_type", None)
+    return _made(checkpoint, lambda: AutoConfig.for_model(_model_type(checkpoint), **values))
+
+
+def _by_transformers(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The config of an architecture for which transformers derives all of it."""
+    metadata: dict[str, Any] = {
+        key: checkpoint.array(key) if isinstance(value, ArrayRef) and not key.startswith("tokenizer.") else value
+        for key, value in checkpoint.metadata.items()
+    }
+    metadata["tokenizer.ggml.tokens"] = checkpoint.vocab_size
+    derive = GGUF_CONFIG_ARCHS[checkpoint.architecture]
+
+    def make() -> PreTrainedConfig:
+        values = derive(metadata, tuple(checkpoint.tensors))
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    return _made(checkpoint, make)
+
+
+def _made(checkpoint: Checkpoint, make: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
     try:
-        config = AutoConfig.for_model(_model_type(checkpoint), **values)
+        return make()
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{checkpoint.path}: the metadata makes no {architecture} model: {error}") from error
-    return config
+        missing = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) and error.args else error
+        raise CheckpointError(
+            f"{checkpoint.path}: the metadata makes no {checkpoint.architecture} model: {missing}",
+            hint="the file was written by a broken converter; get it from another source",
+        ) from error
 
 
 def _model_type(checkpoint: Checkpoint) -> str:
@@ -218,17 +245,6 @@ def _gemma(checkpoint: Checkpoint) -> dict[str, Any]:
     return values
 
 
-def _lfm2(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Layers without heads for keys and values are convolutions."""
-    kv_heads = [count for count in checkpoint.array("attention.head_count_kv") if isinstance(count, int)]
-    return {
-        "layer_types": ["full_attention" if count else "conv" for count in kv_heads],
-        "num_key_value_heads": max(kv_heads, default=0),
-        "norm_eps": checkpoint.get("attention.layer_norm_rms_epsilon") or 1e-5,
-        "block_auto_adjust_ff_dim": False,  # the file has the adjusted width
-    }
-
-
 def _gpt2(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "n_positions": checkpoint.number("context_length"),
@@ -288,7 +304,6 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "gemma3": _gemma,
     "gpt-oss": _mixture,
     "gpt2": _gpt2,
-    "lfm2": _lfm2,
     "llama": _llama,
     "minimax-m2": _mixture,
     "nemotron": _nemotron,

@@ -22,6 +22,7 @@ class Matrix:
 
     slices: tuple[Slice, ...]
     order: torch.Tensor | None = None  # which row of the slices each output is; None: as they come
+    input_order: torch.Tensor | None = None  # which activation each column of the slices takes; None: as they come
 
     @property
     def outputs(self) -> int:
@@ -39,7 +40,12 @@ class Matrix:
         return tuple(part.tensor for part in self.slices)
 
 
-def matrix_of(numbers: npt.NDArray[np.int64], tensors: Sequence[Tensor], bases: Sequence[int]) -> Matrix:
+def matrix_of(
+    numbers: npt.NDArray[np.int64],
+    tensors: Sequence[Tensor],
+    bases: Sequence[int],
+    input_order: torch.Tensor | None = None,
+) -> Matrix:
     """The matrix whose row i is row `numbers[i]` of the tensors, counted through from the ascending `bases`."""
     owners = np.searchsorted(np.asarray(bases), numbers, side="right") - 1
     slices: list[Slice] = []
@@ -54,7 +60,7 @@ def matrix_of(numbers: npt.NDArray[np.int64], tensors: Sequence[Tensor], bases: 
         slices.append(Slice(tensors[owner], first, count))
         height += count
     ordered = np.array_equal(places, np.arange(height))
-    return Matrix(tuple(slices), None if ordered else torch.from_numpy(places))
+    return Matrix(tuple(slices), None if ordered else torch.from_numpy(places), input_order)
 
 
 def part_of(tensor: Tensor, index: int, count: int) -> Tensor:

@@ -24,11 +24,12 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.encodings import Encoding, transposed
-from headrace.checkpoint.tensor import Slice, block_of
+from headrace.checkpoint.tensor import Slice, block_of, layer_of
 from headrace.errors import CheckpointError, UnsupportedError
 from headrace.model.matrix import Matrix, matrix_of, part_of
 
@@ -59,7 +60,16 @@ class Names(Protocol):
 
 def names_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Names:
     """The names of a checkpoint in a model that is still as transformers built it."""
-    return FolderNames(checkpoint, model) if checkpoint.config is not None else GgufNames(checkpoint, model)
+    if checkpoint.config is not None:
+        return ConvertedNames(checkpoint, model, get_model_conversion_mapping(model))
+    if checkpoint.architecture in GGUF_ARCHS:
+        mapping = [*GGUF_ARCHS[checkpoint.architecture](model.config), *_ALSO_IN_FILES]
+        return ConvertedNames(checkpoint, model, mapping)
+    return GgufNames(checkpoint, model)
+
+
+# What llama.cpp's converter may write, and transformers' mappings of its files do not know.
+_ALSO_IN_FILES = (WeightRenaming(r"\.ffn_gate_up_exps\.weight", ".mlp.experts.gate_up_proj"),)
 
 
 class _Made:
@@ -105,18 +115,18 @@ class _Group:
     members: list[tuple[str, str]] = field(default_factory=list)  # (pattern of the converter, name in the checkpoint)
 
 
-class FolderNames(_Made):
-    """Names of a Hugging Face folder, by transformers' conversion mapping."""
+class ConvertedNames(_Made):
+    """Names by a conversion mapping of transformers: of Hugging Face folders, and of the GGUF files that it has one for."""
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel):
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, mapping: Sequence[Any]):
         super().__init__(checkpoint)
         self._model = model
         self._tensors = checkpoint.tensors
         self._of: dict[str, _Group] = {}
         self._converted: tuple[_Group | None, dict[str, npt.NDArray[np.int64]]] = (None, {})
-        self._homeless: list[str] = []
+        self._homeless: list[tuple[str, str]] = []  # name in the checkpoint, and what the mapping made of it
         self._known = model.state_dict()
-        self._assign(get_model_conversion_mapping(model))
+        self._assign(mapping)
         self._find_targets()
 
     def __contains__(self, parameter: str) -> bool:
@@ -133,7 +143,7 @@ class FolderNames(_Made):
             if target not in self._known and name in self._known:
                 target, pattern = name, None
             if target not in self._known:
-                self._homeless.append(name)
+                self._homeless.append((name, target))
                 continue
             converter = by_pattern[pattern] if pattern is not None else None
             group = self._of.setdefault(target, _Group(converter, target))
@@ -156,6 +166,7 @@ class FolderNames(_Made):
         if group.converter is None:
             return {group.target: value(group.members[0][1])}
         converter = deepcopy(group.converter)
+        converter.operations = [one for one in converter.operations if not _is_of_inputs(one)]
         for pattern, name in group.members:
             converter.add_tensor(group.target, name, pattern, partial(value, name))
         try:
@@ -175,6 +186,13 @@ class FolderNames(_Made):
             found = self._convert(group, lambda name: _row_numbers(self._tensors[name], bases[name]))
             self._converted = group, {name: rows.numpy() for name, rows in found.items()}
         return self._converted[1]
+
+    def _input_order(self, group: _Group) -> torch.Tensor | None:
+        """Which activation each column in the file takes; None: as they come."""
+        if group.converter is None:
+            return None
+        orders = [one.input_permutation for one in group.converter.operations if _is_of_inputs(one)]
+        return orders[0] if orders else None
 
     def _bases(self, group: _Group) -> list[int]:
         sizes = [_height(self._tensors[name]) for _, name in group.members]
@@ -201,8 +219,8 @@ class FolderNames(_Made):
             and columns == {inputs}
             and self._outputs_are_rows(tensors, numbers, shape, outputs_last)
         ):
-            bases = self._bases(group)
-            return tuple(matrix_of(one, tensors, bases) for one in numbers.reshape(count, outputs))
+            bases, order = self._bases(group), self._input_order(group)
+            return tuple(matrix_of(one, tensors, bases, order) for one in numbers.reshape(count, outputs))
         if numbers.size == count * inputs and columns == {outputs}:
             if len(tensors) == count and all(len(tensor.shape) == 2 for tensor in tensors):
                 return tuple(self._transposed(tensor) for tensor in tensors)
@@ -243,12 +261,11 @@ class FolderNames(_Made):
         layers = getattr(self._model.config.get_text_config(), "num_hidden_layers", 0) or 0
 
         def dropped(name: str) -> bool:
-            number = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
-            if number is not None and int(number[1]) >= layers:
+            if layer_of(name) >= layers:
                 return True  # heads that guess further tokens are stored as further layers
             return any(re.search(pattern, name) for pattern in patterns)
 
-        return [name for name in self._homeless if not dropped(name)]
+        return [name for name, target in self._homeless if not dropped(name) and not dropped(target)]
 
 
 # Buffers of older versions of transformers, computed anew today, and scales for activations.
@@ -259,7 +276,13 @@ _DROPPED = (
     r"\.attention\.(masked_)?bias$",
     r"(^|\.)mtp\.",
     r"\.(input|activation|k|v)_scale$",
+    r"^rope_(freqs|factors_long|factors_short)\.weight$",
 )
+
+
+def _is_of_inputs(operation: Any) -> bool:
+    """Whether a conversion arranges columns. Those are left as they are stored: the activations are arranged instead."""
+    return hasattr(operation, "input_permutation")
 
 
 def _row_numbers(tensor: Tensor, base: int) -> torch.Tensor:

@@ -32,6 +32,8 @@ class PackedLinear(nn.Module):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., inputs) to (..., outputs). Called two hundred times a token, so past nn.Module's own call with its hooks."""
+        if self.matrix.input_order is not None:
+            x = x.index_select(-1, self.matrix.input_order)
         out = self.product(self, x)
         return out if self.bias is None else out + self.bias
 

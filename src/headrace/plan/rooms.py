@@ -70,7 +70,7 @@ def divide(
         BudgetError: the budget is below the floor, which the message names.
     """
     runtime = runtime_bytes or profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BYTES_PER_TOKEN
-    kv = shape.kv_bytes_per_token(request.kv_bits) * request.context_tokens * request.sequences
+    kv = shape.kv_bytes(request.context_tokens, request.kv_bits) * request.sequences
     draft_bytes = _draft_bytes(draft, request, known_runtime=runtime_bytes is not None) if draft is not None else 0
     slot = UNIT_BYTES + max(tensor.row_bytes * tensor.row_multiple for tensor in shape.linears)
     margin = MARGIN_BYTES + int(MARGIN_SHARE * budget.nbytes)
@@ -128,7 +128,7 @@ def _least_experts(experts: Experts | None) -> int:
 
 def _draft_bytes(draft: Shape, request: Request, known_runtime: bool) -> int:
     """What a draft model takes: its weights, all of them, its caches and activations; its modules, if not yet built."""
-    kv = draft.kv_bytes_per_token(16) * request.context_tokens * request.sequences
+    kv = draft.kv_bytes(request.context_tokens, 16) * request.sequences
     activations = _activations(draft, DRAFT_PROMPT_ROWS, request.context_tokens) - MANY_ROWS_BYTES
     built = 0 if known_runtime else draft.small_bytes + DRAFT_RUNTIME_BYTES
     return draft.all_bytes + draft.page_slack_bytes + kv + activations + built

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.architectures import check_architecture
-from headrace.checkpoint.tensor import Slice
+from headrace.checkpoint.tensor import Slice, layer_of
 from headrace.errors import CheckpointError
 from headrace.plan.experts import Experts
 
@@ -31,6 +31,8 @@ class Shape:
     experts: Experts | None
     small_bytes: int
     layers: int
+    kv_layers: int  # of them, those that keep keys and values
+    state_bytes: int  # what the others keep of a sequence
     hidden: int
     feed_forward: int
     attention_width: int
@@ -50,12 +52,13 @@ class Shape:
         """Bytes of these and of all experts."""
         return self.weights_bytes + (self.experts.nbytes if self.experts is not None else 0)
 
-    def kv_bytes_per_token(self, bits: int) -> int:
-        """Keys and values of one position in all layers; in 8 bits each head has a scale beside them."""
+    def kv_bytes(self, context_tokens: int, bits: int) -> int:
+        """Keys and values of one sequence in all layers; in 8 bits each head has a scale beside them. And its states."""
         numbers = self.head_dim + self.value_dim
+        of_token = 2 * numbers if bits == 16 else numbers + 4
         if self.one_by_one:  # fp32, and a copy while it grows
-            return 2 * 4 * self.layers * self.kv_heads * numbers
-        return self.layers * self.kv_heads * (2 * numbers if bits == 16 else numbers + 4)
+            of_token = 2 * 4 * numbers
+        return context_tokens * self.kv_layers * self.kv_heads * of_token + self.state_bytes
 
     @property
     def decoding_core_s(self) -> float:
@@ -96,6 +99,8 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     """
     if checkpoint.config is None:
         check_architecture(checkpoint.architecture, checkpoint.path)
+    layers = checkpoint.number("block_count") - _guessing_layers(checkpoint)
+    checkpoint = replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if layer_of(n) < layers})
     tensors = checkpoint.tensors
     stacks = expert_tensors(checkpoint)
     named = {tensor.name for layer in stacks.values() for tensor in layer}
@@ -106,8 +111,8 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     heads = checkpoint.number("attention.head_count", None if checkpoint.config is None else 1)
     head_dim = checkpoint.number("attention.key_length", hidden // max(1, heads))
     kv_heads = checkpoint.number("attention.head_count_kv", heads)
-    layers = checkpoint.number("block_count")
-    if not heads and checkpoint.get("ssm.inner_size"):  # states and no attention
+    attends = heads > 0 or not _state_numbers(checkpoint)
+    if not attends:
         heads = kv_heads = 1
     if min(heads, hidden, head_dim, kv_heads, layers) < 1:
         raise CheckpointError(
@@ -115,6 +120,7 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
             f" head width {head_dim}",
             hint="the file is damaged; get it from another source",
         )
+    kv_layers = _kv_layers(checkpoint, layers) if attends else 0
     known = {tensor.name for tensor in linears} | named
     # Once the model is built, its small tensors are in memory and counted with the process.
     small = 0 if built is not None else sum(4 * t.rows * t.columns for t in tensors.values() if _is_small(t, known))
@@ -124,6 +130,8 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
         experts=_experts(checkpoint, stacks, built, hidden),
         small_bytes=small,
         layers=layers,
+        kv_layers=kv_layers,
+        state_bytes=(layers - kv_layers) * 2 * 4 * _state_numbers(checkpoint),
         hidden=hidden,
         feed_forward=max((t.outputs for t in linears if _is_wide(t)), default=hidden),
         attention_width=heads * head_dim,
@@ -131,8 +139,36 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
         head_dim=head_dim,
         value_dim=checkpoint.number("attention.value_length", head_dim),
         context_limit=checkpoint.number("context_length", 1 << 20),
-        one_by_one=built is not None and built.one_by_one,
+        one_by_one=kv_layers < layers if built is None else built.one_by_one,
     )
+
+
+def _guessing_layers(checkpoint: Checkpoint) -> int:
+    """Layers that guess further tokens: GGUF files count them with the others, configs do not. They do not run."""
+    return checkpoint.number("nextn_predict_layers", 0) if checkpoint.config is None else 0
+
+
+def _kv_layers(checkpoint: Checkpoint, layers: int) -> int:
+    """Layers with keys and values: all, but where the header says which have convolutions or a state whose size it gives."""
+    by_layer = checkpoint.array("attention.head_count_kv")[:layers]
+    if by_layer:
+        return sum(1 for count in by_layer if count)
+    if not _state_numbers(checkpoint):
+        return layers
+    types = (checkpoint.config or {}).get("layer_types")
+    if isinstance(types, list):
+        return sum(1 for kind in types if kind not in _STATES)
+    return layers // max(1, checkpoint.number("full_attention_interval", 1))
+
+
+_STATES = ("linear_attention", "conv", "mamba")
+
+
+def _state_numbers(checkpoint: Checkpoint) -> int:
+    """Numbers that one layer of linear attention keeps of a sequence: a matrix for each head."""
+    if checkpoint.get("ssm.inner_size") is None:
+        return 0
+    return checkpoint.number("ssm.inner_size") * checkpoint.number("ssm.state_size", 1)
 
 
 def _linears(checkpoint: Checkpoint, experts: set[str]) -> tuple[Tensor, ...]:
