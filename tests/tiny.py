@@ -19,6 +19,17 @@ COMMON = {"vocab_size": VOCAB, "num_hidden_layers": 3, "hidden_size": 64, "inter
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 OF_EIGHT = {"num_experts_per_tok": 2, "num_local_experts": 8}
 CHOOSING = {"expert_count": 8, "expert_used_count": 2}
+GEMMA4_ROPE = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+}
+GEMMA4 = {
+    "attention.key_length": 64, "attention.value_length": 64, "attention.key_length_swa": 32,
+    "attention.value_length_swa": 32, "attention.sliding_window": 8, "rope.dimension_count": 64,
+    "rope.dimension_count_swa": 32, "rope.freq_base": 5e5, "rope.freq_base_swa": 2e4,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,61 @@ FAMILIES = {
             "rope.scaling.type": "linear", "rope.scaling.factor": 8.0,
         },
         norm_plus_one=True,
+    ),
+    "gemma4": Family(
+        "gemma4_text",
+        {
+            **COMMON, **HEADS, **GEMMA4_ROPE, "num_hidden_layers": 6, "head_dim": 32, "global_head_dim": 64,
+            "sliding_window": 8, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 32, "use_double_wide_mlp": True,
+            "final_logit_softcapping": 30.0,
+        },
+        {
+            **GEMMA4, "attention.sliding_window_pattern": [True, False] * 3, "attention.shared_kv_layers": 2,
+            "embedding_length_per_layer_input": 32, "feed_forward_length": [96] * 4 + [192] * 2,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma4-31b": Family(
+        "gemma4_text",
+        {
+            **COMMON, **HEADS, **GEMMA4_ROPE, "num_hidden_layers": 4, "head_dim": 32, "global_head_dim": 64,
+            "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0,
+        },
+        {
+            **GEMMA4, "attention.sliding_window_pattern": [True, False] * 2, "attention.shared_kv_layers": 0,
+            "attention.head_count_kv": [2, 1] * 2, "embedding_length_per_layer_input": 0,
+        },
+        written_as="gemma4",
+    ),
+    "gemma4-unified": Family(
+        "gemma4_unified_text",
+        {
+            **COMMON, **HEADS, **GEMMA4_ROPE, "num_hidden_layers": 4, "head_dim": 32, "global_head_dim": 64,
+            "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1, "use_bidirectional_attention": None,
+        },
+        {
+            **GEMMA4, "attention.sliding_window_pattern": [True, False] * 2, "attention.shared_kv_layers": 0,
+            "attention.head_count_kv": [2, 1] * 2, "embedding_length_per_layer_input": 0,
+        },
+        written_as="gemma4",
+    ),
+    "gemma4-26b": Family(
+        "gemma4_text",
+        {
+            **COMMON, **HEADS, **GEMMA4_ROPE, "num_hidden_layers": 4, "head_dim": 32, "global_head_dim": 64,
+            "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "enable_moe_block": True,
+            "hidden_size_per_layer_input": 0, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32,
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 30.0,
+        },
+        {
+            **GEMMA4, **CHOOSING, "attention.sliding_window_pattern": [True, False] * 2,
+            "attention.shared_kv_layers": 0, "attention.head_count_kv": [2, 1] * 2,
+            "embedding_length_per_layer_input": 0, "expert_feed_forward_length": 32, "final_logit_softcapping": 30.0,
+        },
+        written_as="gemma4",
     ),
     "phi3": Family(
         "phi3", {**COMMON, **HEADS, "pad_token_id": 0, "sliding_window": 12}, {"attention.sliding_window": 12}
@@ -161,6 +227,8 @@ def random_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.randn_like(buffer) * 0.2)
+        if name.endswith("layer_scalar"):
+            buffer.copy_(1 + torch.randn_like(buffer) * 0.2)
     model.tie_weights()
     return model
 
@@ -179,7 +247,7 @@ def write_gguf(
         "embedding_length": config.hidden_size,
         "feed_forward_length": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         "attention.head_count": heads,
-        **({"attention.head_count_kv": getattr(config, "num_key_value_heads", heads)} if heads else {}),
+        **({"attention.head_count_kv": config.to_dict().get("num_key_value_heads", heads)} if heads else {}),
         **family.metadata,
         **(extra or {}),
     }
@@ -251,7 +319,9 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
                 writer.add_tensor(expert_name, data, raw_dtype=gguf.GGMLQuantizationType[stored])
             continue
         name = name.replace("e_score_correction_bias", "e_score_correction.bias")
-        name += ".weight" if name.endswith("sinks") else ""
+        name += ".weight" if name.endswith(("sinks", "layer_scalar")) else ""
+        name = name.replace("router.scale", "router.proj.scale")
+        name = name.replace("router.per_expert_scale", "experts.down_proj.scale")
         base, suffix = name.rsplit(".", 1) if not name.endswith(("A_log", "mixer.D")) else (name, name[-5:])
         gguf_name = names.get_name(base) or names.get_name(base.removeprefix("model.").removeprefix("transformer."))
         assert gguf_name, name
@@ -274,6 +344,23 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
         data = gguf.quantize(np.ascontiguousarray(value), gguf.GGMLQuantizationType[stored])
         stored_name = gguf_name if base == name else f"{gguf_name}.{suffix}"
         writer.add_tensor(stored_name, data, raw_dtype=gguf.GGMLQuantizationType[stored])
+    if architecture == "gemma4":
+        _add_what_gemma4_does_not_need(writer, model.config, kind)
+
+
+def _add_what_gemma4_does_not_need(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
+    """Factors of full attention's frequencies, which its config says as well, and keys and values that nobody looks at."""
+    rope = config.rope_parameters["full_attention"]
+    half = config.per_layer_config["full_attention"].head_dim // 2
+    turned = int(half * rope["partial_rotary_factor"])
+    writer.add_tensor("rope_freqs.weight", np.array([1.0] * turned + [1e30] * (half - turned), np.float32))
+    for layer in range(config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0), config.num_hidden_layers):
+        one = config.per_layer_config[layer]
+        matrix = np.full((one.num_key_value_heads * one.head_dim, config.hidden_size), np.nan, np.float32)
+        for name in ("attn_k", "attn_v"):
+            data = gguf.quantize(matrix, gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(f"blk.{layer}.{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(f"blk.{layer}.attn_k_norm.weight", np.full(one.head_dim, np.nan, np.float32))
 
 
 def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str, np.ndarray]]:
@@ -282,6 +369,8 @@ def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str,
     if architecture == "gpt-oss" and not bias:
         value = value.swapaxes(1, 2)
     base, suffix = f"blk.{name.split('.')[2]}.ffn_", "_exps.bias" if bias else "_exps.weight"
+    if architecture == "gemma4":  # gates and ups in one
+        return [(f"{base}{'gate_up' if 'gate_up' in name else 'down'}{suffix}", value)]
     if "gate_up" not in name:
         return [(f"{base}down{suffix}", value)]
     half = value.shape[1] // 2

@@ -10,6 +10,7 @@ SUPPORTED = (
     "falcon",
     "gemma2",
     "gemma3",
+    "gemma4",
     "gpt-oss",
     "gpt2",
     "lfm2",
@@ -28,7 +29,6 @@ SUPPORTED = (
 
 NOT_YET = {
     "deci": "its layers differ from each other, which is not supported yet",
-    "gemma4": "its layers share keys and values; as a folder it runs",
     "mistral": "converters write Mistral's models as llama, so another tool made this file",
     "qwen35": "files hold the value heads of its linear attention in another order, by columns too; as a folder it runs",
     "qwen35moe": "files hold the value heads of its linear attention in another order, by columns too; as a folder it runs",

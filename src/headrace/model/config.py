@@ -18,6 +18,7 @@ from headrace.errors import CheckpointError, UnsupportedError, did_you_mean
 
 MODEL_TYPES = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "gpt-oss": "gpt_oss",
     "minimax-m2": "minimax_m2",
     "qwen2moe": "qwen2_moe",
@@ -129,6 +130,8 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
     values = dict(_FAMILIES.get(architecture, _plain)(checkpoint))
     if architecture in _WITHOUT_ROTATION:
         return values
+    if architecture == "gemma4":
+        return values | {"rope_parameters": _gemma4_rope(checkpoint, read_floats)}
     rope = _rope(checkpoint, read_floats)
     if architecture == "gemma3":
         local = {"rope_type": "default", "rope_theta": checkpoint.get("rope.freq_base_swa") or 10000.0}
@@ -178,6 +181,22 @@ def _rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> 
     return rope
 
 
+def _gemma4_rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:
+    """Frequencies that full attention leaves alone have an infinite factor in `rope_freqs.weight`; other layers turn all."""
+    factors = read_floats("rope_freqs.weight")
+    turned = [factor for factor in factors if factor == 1.0]
+    if factors[: len(turned)] != turned or any(factor < 1e20 for factor in factors[len(turned) :]):
+        raise UnsupportedError(f"{checkpoint.path}: `rope_freqs.weight` scales frequencies, which is not supported")
+    return {
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": len(turned) / max(1, len(factors)),
+            "rope_theta": checkpoint.get("rope.freq_base") or 1e6,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": checkpoint.get("rope.freq_base_swa") or 1e4},
+    }
+
+
 def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
     return {}
 
@@ -215,6 +234,51 @@ def _gemma(checkpoint: Checkpoint) -> dict[str, Any]:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if checkpoint.get(key) is not None:
             values[key] = checkpoint.get(key)  # type: ignore[assignment]
+    return values
+
+
+def _of_layers(checkpoint: Checkpoint, key: str) -> list[Any]:
+    """A value of every layer, where the file may give one for all of them."""
+    layers, values = checkpoint.number("block_count"), checkpoint.array(key)
+    if not values and layers <= len(checkpoint.tensors):
+        return [checkpoint.number(key)] * layers
+    if len(values) != layers:
+        raise CheckpointError(
+            f"{checkpoint.path}: metadata `{key}` has {len(values)} values for {layers} layers",
+            hint="the file was written by a broken converter; get it from another source",
+        )
+    return values
+
+
+def _gemma4(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Layers see a window or everything, with heads of their own each; the last ones may use the keys of earlier ones."""
+    sliding = _of_layers(checkpoint, "attention.sliding_window_pattern")
+    if not any(sliding) or all(sliding):
+        raise UnsupportedError(f"{checkpoint.path}: all layers are of one kind of attention, which is not supported")
+    full, local = sliding.index(False), sliding.index(True)
+    kv_heads, widths = (_of_layers(checkpoint, key) for key in ("attention.head_count_kv", "feed_forward_length"))
+    table, experts = checkpoint.tensors.get("per_layer_token_embd.weight"), checkpoint.number("expert_count", 0)
+    values = {
+        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in sliding],
+        "head_dim": checkpoint.number("attention.key_length_swa", _head_dim(checkpoint)),
+        "num_key_value_heads": kv_heads[local],
+        "num_global_key_value_heads": kv_heads[full],
+        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in checkpoint.tensors,
+        "num_kv_shared_layers": checkpoint.number("attention.shared_kv_layers", 0),
+        "intermediate_size": widths[0],
+        "use_double_wide_mlp": widths[-1] != widths[0],
+        "hidden_size_per_layer_input": checkpoint.number("embedding_length_per_layer_input", 0),
+        "final_logit_softcapping": checkpoint.get("final_logit_softcapping"),
+        "enable_moe_block": experts > 0,
+    }
+    if table is not None:
+        values["vocab_size_per_layer_input"] = table.rows
+    if experts:
+        values |= {
+            "num_experts": experts,
+            "top_k_experts": checkpoint.number("expert_used_count"),
+            "moe_intermediate_size": checkpoint.number("expert_feed_forward_length"),
+        }
     return values
 
 
@@ -286,6 +350,7 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "falcon": _falcon,
     "gemma2": _gemma,
     "gemma3": _gemma,
+    "gemma4": _gemma4,
     "gpt-oss": _mixture,
     "gpt2": _gpt2,
     "lfm2": _lfm2,
