@@ -30,13 +30,15 @@ _TURN_ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
     "<end_of_turn>",
+    "<turn|>",
+    "<|tool_response>",  # what follows is for the caller to say
     "<|end|>",
     "<|endoftext|>",
     "<|end_of_text|>",
     "</s>",
     "<eos>",
 )
-_CONTROL = 3
+_WHOLE = (3, 4)  # kinds of tokens that are never cut: control, and user-defined, as files of Gemma 4 have some ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +226,6 @@ def _end_ids(checkpoint: Checkpoint, tokens: Sequence[str], kinds: Sequence[obje
     ends |= {
         i
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-        if kind == _CONTROL and token in _TURN_ENDS
+        if kind in _WHOLE and token in _TURN_ENDS
     }
     return frozenset(i for i in ends if i is not None)
