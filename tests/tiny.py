@@ -354,13 +354,15 @@ def _add_what_gemma4_does_not_need(writer: gguf.GGUFWriter, config: Any, kind: s
     half = config.per_layer_config["full_attention"].head_dim // 2
     turned = int(half * rope["partial_rotary_factor"])
     writer.add_tensor("rope_freqs.weight", np.array([1.0] * turned + [1e30] * (half - turned), np.float32))
-    for layer in range(config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0), config.num_hidden_layers):
+    for layer in range(
+        config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0), config.num_hidden_layers
+    ):
         one = config.per_layer_config[layer]
-        matrix = np.full((one.num_key_value_heads * one.head_dim, config.hidden_size), np.nan, np.float32)
+        matrix = np.full((one.num_key_value_heads * one.head_dim, config.hidden_size), 1e4, np.float32)
         for name in ("attn_k", "attn_v"):
             data = gguf.quantize(matrix, gguf.GGMLQuantizationType[kind])
             writer.add_tensor(f"blk.{layer}.{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
-        writer.add_tensor(f"blk.{layer}.attn_k_norm.weight", np.full(one.head_dim, np.nan, np.float32))
+        writer.add_tensor(f"blk.{layer}.attn_k_norm.weight", np.full(one.head_dim, 1e4, np.float32))
 
 
 def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str, np.ndarray]]:

@@ -80,9 +80,13 @@ def test_quantised_logits_equal_transformers_own_loader(architecture: str, kind:
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [
-        ("mixtral", "Q8_0"), ("qwen2moe", "Q8_0"), ("qwen3moe", "Q8_0"), ("minimax-m2", "Q8_0"), ("gpt-oss", "MXFP4"),
+        ("mixtral", "Q8_0"),
+        ("qwen2moe", "Q8_0"),
+        ("qwen3moe", "Q8_0"),
+        ("minimax-m2", "Q8_0"),
+        ("gpt-oss", "MXFP4"),
         ("gemma4-26b", "Q8_0"),
-    ],  # fmt: skip
+    ],
 )
 def test_quantised_experts_equal_the_model_filled_with_what_they_decode_to(
     architecture: str, kind: str, tmp_path: Path

@@ -13,7 +13,9 @@ from headrace.model.tokenizer import Tokenizer
 
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>")
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>")
-TEMPLATE = "{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n{% endfor %}<|turn>model\n"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n{% endfor %}<|turn>model\n"
+)
 TEXTS = (
     "Hello, world!", "  two spaces\n\n\ttab and   more", "日本語 — ünïcödé 🙂", "x=1\nfor i in range(10):\n    print(i)\n\n\n",
     "<|turn>user\nhi<turn|>\n", "<|channel>thought\n<channel|>the answer", "", " ", "\n\n\n\n", "a<|tool_response>b",

@@ -224,8 +224,6 @@ def _token_id(checkpoint: Checkpoint, name: str, vocab_size: int) -> int | None:
 def _end_ids(checkpoint: Checkpoint, tokens: Sequence[str], kinds: Sequence[object]) -> frozenset[int]:
     ends = {_token_id(checkpoint, name, len(tokens)) for name in ("eos_token_id", "eot_token_id", "eom_token_id")}
     ends |= {
-        i
-        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-        if kind in _WHOLE and token in _TURN_ENDS
+        i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind in _WHOLE and token in _TURN_ENDS
     }
     return frozenset(i for i in ends if i is not None)
