@@ -200,6 +200,111 @@ FAMILIES = {
             "rope.scaling.original_context_length": 4096,
         },
     ),
+    "glm4moe": Family(
+        "glm4_moe",
+        {
+            **COMMON, **HEADS, "head_dim": 32, "num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1,
+            "moe_intermediate_size": 32, "first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True,
+            "routed_scaling_factor": 2.5, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+        },
+        {
+            **CHOOSING, "block_count": 4, "nextn_predict_layers": 1, "attention.key_length": 32,
+            "attention.value_length": 32, "rope.dimension_count": 16, "rope.freq_base": 1e6,
+            "expert_feed_forward_length": 32, "expert_shared_count": 1, "leading_dense_block_count": 1,
+            "expert_gating_func": 2, "expert_weights_scale": 2.5, "expert_weights_norm": True,
+            "expert_group_count": 1, "expert_group_used_count": 1,
+        },
+    ),
+    "glm4moe-air": Family(
+        "glm4_moe",
+        {
+            **COMMON, **HEADS, "head_dim": 16, "num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 2,
+            "moe_intermediate_size": 32, "first_k_dense_replace": 0, "n_group": 4, "topk_group": 2,
+            "norm_topk_prob": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        },
+        {
+            **CHOOSING, "attention.key_length": 16, "rope.dimension_count": 16, "rope.freq_base": 1e4,
+            "expert_feed_forward_length": 32, "expert_shared_count": 2, "leading_dense_block_count": 0,
+            "expert_gating_func": 2, "expert_weights_scale": 1.0, "expert_weights_norm": False,
+            "expert_group_count": 4, "expert_group_used_count": 2,
+        },
+        written_as="glm4moe",
+    ),
+    "seed_oss": Family(
+        "seed_oss", {**COMMON, **HEADS, "head_dim": 32, "rope_theta": 1e7},
+        {"attention.key_length": 32, "rope.freq_base": 1e7},
+    ),
+    "smollm3": Family(
+        "smollm3", {**COMMON, **HEADS, "num_hidden_layers": 5, "rope_theta": 5e6, "pad_token_id": 0},
+        {"rope.freq_base": 5e6, "rope.dimension_count": 16}, permute=True,
+    ),
+    "olmo2": Family("olmo2", {**COMMON, **HEADS, "rope_theta": 5e5}, {"rope.freq_base": 5e5}),
+    "olmo3": Family(
+        "olmo3",
+        {
+            **COMMON, **HEADS, "num_hidden_layers": 4, "sliding_window": 8, "max_position_embeddings": 512,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 5e5,
+                    "attention_factor": 1.3, "beta_fast": 30.0, "beta_slow": 1.5,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        },
+        {
+            "rope.freq_base": 5e5, "attention.sliding_window": 8, "rope.scaling.type": "yarn",
+            "attention.sliding_window_pattern": [True] * 3 + [False], "rope.scaling.factor": 8.0,
+            "rope.scaling.original_context_length": 64, "rope.scaling.yarn_attn_factor": 1.3,
+            "rope.scaling.yarn_beta_fast": 30.0, "rope.scaling.yarn_beta_slow": 1.5,
+        },
+        written_as="olmo2",
+    ),
+    "granite": Family(
+        "granite",
+        {
+            **COMMON, **HEADS, "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+            "logits_scaling": 2.0, "rope_theta": 1e6,
+        },
+        {
+            "attention.scale": 0.3, "embedding_scale": 3.0, "residual_scale": 0.5, "logit_scale": 2.0,
+            "rope.freq_base": 1e6, "rope.dimension_count": 16,
+        },
+        permute=True,
+    ),
+    "command-r": Family(
+        "cohere", {**COMMON, **HEADS, "logit_scale": 0.25, "use_qk_norm": True, "rope_theta": 8e6},
+        {"logit_scale": 0.25, "rope.freq_base": 8e6, "rope.scaling.type": "none"},
+    ),
+    "cohere2": Family(
+        "cohere2", {**COMMON, **HEADS, "num_hidden_layers": 5, "logit_scale": 0.25, "sliding_window": 8, "rope_theta": 5e4},
+        {
+            "logit_scale": 0.25, "attention.sliding_window": 8, "rope.freq_base": 5e4, "rope.dimension_count": 16,
+            "rope.scaling.type": "none",
+        },
+    ),
+    "exaone4": Family(
+        "exaone4",
+        {
+            **COMMON, **HEADS, "num_hidden_layers": 4, "head_dim": 32, "sliding_window": 8, "rope_theta": 1e6,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+        {
+            "attention.key_length": 32, "attention.sliding_window": 8, "rope.freq_base": 1e6,
+            "attention.sliding_window_pattern": [True] * 3 + [False],
+        },
+    ),
+    "exaone4-full": Family(
+        "exaone4",
+        {
+            **COMMON, **HEADS, "sliding_window": None, "layer_types": ["full_attention"] * 3, "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+        },
+        {"rope.freq_base": 1e6},
+        written_as="exaone4",
+    ),
     "minimax-m2": Family(
         "minimax_m2",
         {**COMMON, **HEADS, **OF_EIGHT, "head_dim": 32, "rotary_dim": 16},
@@ -256,6 +361,7 @@ def write_gguf(
             writer.add_array(f"{architecture}.{key}", value)
             continue
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add = writer.add_bool if isinstance(value, bool) else add
         (writer.add_string if isinstance(value, str) else add)(f"{architecture}.{key}", value)
     for eps in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"):
         if getattr(config, eps, None) is not None:
@@ -344,6 +450,9 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
         data = gguf.quantize(np.ascontiguousarray(value), gguf.GGMLQuantizationType[stored])
         stored_name = gguf_name if base == name else f"{gguf_name}.{suffix}"
         writer.add_tensor(stored_name, data, raw_dtype=gguf.GGMLQuantizationType[stored])
+    if family.metadata.get("nextn_predict_layers"):
+        for name, shape in (("attn_q", (128, 64)), ("nextn.eh_proj", (64, 128)), ("ffn_gate_exps", (8, 32, 64))):
+            writer.add_tensor(f"blk.{model.config.num_hidden_layers}.{name}.weight", np.zeros(shape, np.float32))
     if architecture == "gemma4":
         _add_what_gemma4_does_not_need(writer, model.config, kind)
 

@@ -3,26 +3,37 @@
 A test holds this list against transformers' own GGUF mapping.
 """
 
+import re
+
+from headrace.checkpoint.gguf import Checkpoint
 from headrace.errors import UnsupportedError, did_you_mean
 
 SUPPORTED = (
     "bloom",
+    "cohere2",
+    "command-r",
+    "exaone4",
     "falcon",
     "gemma2",
     "gemma3",
     "gemma4",
+    "glm4moe",
     "gpt-oss",
     "gpt2",
+    "granite",
     "lfm2",
     "llama",
     "mamba",
     "minimax-m2",
     "nemotron",
+    "olmo2",
     "phi3",
     "qwen2",
     "qwen2moe",
     "qwen3",
     "qwen3moe",
+    "seed_oss",
+    "smollm3",
     "stablelm",
     "starcoder2",
 )
@@ -44,3 +55,11 @@ def check_architecture(name: str, path: str) -> None:
         raise UnsupportedError(f"{path} is a {name} model: {NOT_YET[name]}", hint=f"supported: {', '.join(SUPPORTED)}")
     if name not in SUPPORTED:
         raise UnsupportedError(f"{path} has the unknown architecture `{name}`", hint=did_you_mean(name, SUPPORTED))
+
+
+def further_layers(checkpoint: Checkpoint) -> set[str]:
+    """Tensors of layers behind the last: heads that guess further tokens, which are not used."""
+    further = checkpoint.number("nextn_predict_layers", 0)
+    first = checkpoint.number("block_count") - further
+    layers = (re.match(r"^blk\.(\d+)\..*", name) for name in checkpoint.tensors) if further else ()
+    return {match[0] for match in layers if match is not None and int(match[1]) >= first}

@@ -19,6 +19,8 @@ from headrace.errors import CheckpointError, UnsupportedError, did_you_mean
 MODEL_TYPES = {
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
+    "command-r": "cohere",
+    "glm4moe": "glm4_moe",
     "gpt-oss": "gpt_oss",
     "minimax-m2": "minimax_m2",
     "qwen2moe": "qwen2_moe",
@@ -70,9 +72,9 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
     if checkpoint.config is not None:
         return _of_folder(checkpoint, checkpoint.config)
     architecture = checkpoint.architecture
-    mapped = architecture if architecture in GGUF_CONFIG_MAPPING else MODEL_TYPES[architecture]
+    mapped = architecture if architecture in GGUF_CONFIG_MAPPING else MODEL_TYPES.get(architecture, architecture)
     values: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(mapped, {}))
-    for key, renamed in GGUF_CONFIG_MAPPING[mapped].items():
+    for key, renamed in GGUF_CONFIG_MAPPING.get(mapped, GGUF_CONFIG_MAPPING["qwen3"]).items():  # words for any decoder
         value = checkpoint.get(key)
         if renamed is not None and value is not None:
             values[renamed] = value
@@ -93,9 +95,12 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
 
 
 def _model_type(checkpoint: Checkpoint) -> str:
-    """transformers' name for what GGUF calls the architecture. Mixtral's files call themselves llama, and have experts."""
+    """transformers' name for what GGUF calls the architecture. Mixtral's files call themselves llama and have experts, OLMo 3's
+    olmo2 and have a window."""
     if checkpoint.architecture == "llama" and checkpoint.number("expert_count", 0):
         return "mixtral"
+    if checkpoint.architecture == "olmo2" and checkpoint.number("attention.sliding_window", 0):
+        return "olmo3"
     return MODEL_TYPES.get(checkpoint.architecture, checkpoint.architecture)
 
 
@@ -135,6 +140,9 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
     rope = _rope(checkpoint, read_floats)
     if architecture == "gemma3":
         local = {"rope_type": "default", "rope_theta": checkpoint.get("rope.freq_base_swa") or 10000.0}
+        values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    elif _model_type(checkpoint) == "olmo3":
+        local = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
         values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     else:
         values["rope_parameters"] = rope
@@ -176,6 +184,9 @@ def _rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> 
     rope |= {"rope_type": kind, "factor": checkpoint.get("rope.scaling.factor")}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = original or checkpoint.number("context_length")
+        given = {"attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+        found = {name: checkpoint.get(f"rope.scaling.yarn_{key}") for name, key in given.items()}
+        rope |= {name: value for name, value in found.items() if value is not None}
         if checkpoint.architecture == "gpt-oss":
             rope["truncate"] = False
     return rope
@@ -324,6 +335,78 @@ def _starcoder2(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"use_bias": "blk.0.attn_q.bias" in checkpoint.tensors, "sliding_window": None}
 
 
+def _glm4moe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Heads that guess further tokens are stored as further layers."""
+    head_dim, experts = _head_dim(checkpoint), checkpoint.number("expert_count")
+    return {
+        "num_hidden_layers": checkpoint.number("block_count") - checkpoint.number("nextn_predict_layers", 0),
+        "num_mtp_layers": 0,
+        "head_dim": head_dim,
+        "partial_rotary_factor": checkpoint.number("rope.dimension_count", head_dim) / head_dim,
+        "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in checkpoint.tensors,
+        "first_k_dense_replace": checkpoint.number("leading_dense_block_count", 0),
+        "n_routed_experts": experts,
+        "num_experts_per_tok": checkpoint.number("expert_used_count"),
+        "moe_intermediate_size": checkpoint.number("expert_feed_forward_length"),
+        "n_shared_experts": checkpoint.number("expert_shared_count", 0),
+        "n_group": checkpoint.number("expert_group_count", 1),
+        "topk_group": checkpoint.number("expert_group_used_count", 1),
+        "routed_scaling_factor": checkpoint.get("expert_weights_scale") or 1.0,
+        "norm_topk_prob": checkpoint.get("expert_weights_norm") is True,
+    }
+
+
+def _granite(checkpoint: Checkpoint) -> dict[str, Any]:
+    if checkpoint.get("rope.scaling.finetuned") is False:
+        raise UnsupportedError(
+            f"{checkpoint.path}: attention of a granite model knows no positions, which is not supported"
+        )
+    scales = {
+        "attention_multiplier": "attention.scale",
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "logits_scaling": "logit_scale",
+    }
+    return _llama(checkpoint) | {name: checkpoint.get(key) or 1.0 for name, key in scales.items()}
+
+
+def _cohere(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Command R, and with a window (in three layers of four, which no metadata says) Command R7B and A."""
+    window = checkpoint.number("attention.sliding_window", 0)
+    return {
+        "logit_scale": checkpoint.get("logit_scale") or 1.0,
+        "layer_norm_eps": checkpoint.get("attention.layer_norm_epsilon") or 1e-5,
+        "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in checkpoint.tensors,
+    } | ({"sliding_window": window} if window else {})
+
+
+def _windowed(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where there is a window, the file says which layers have it."""
+    window = checkpoint.number("attention.sliding_window", 0)
+    layers = checkpoint.number("block_count") - checkpoint.number("nextn_predict_layers", 0)
+    values = {"head_dim": _head_dim(checkpoint), "num_hidden_layers": layers, "sliding_window": window or None}
+    if layers > len(checkpoint.tensors):
+        raise CheckpointError(f"{checkpoint.path}: {len(checkpoint.tensors)} tensors are too few for {layers} layers")
+    sliding = checkpoint.array("attention.sliding_window_pattern")[:layers] if window else [False] * layers
+    if len(sliding) != layers:
+        raise CheckpointError(
+            f"{checkpoint.path}: `attention.sliding_window_pattern` does not say which of {layers} layers have the window",
+            hint="the file was written by a broken converter; get it from another source",
+        )
+    return values | {"layer_types": ["sliding_attention" if one else "full_attention" for one in sliding]}
+
+
+def _seed_oss(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "head_dim": _head_dim(checkpoint),
+        "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
+        "attention_out_bias": "blk.0.attn_output.bias" in checkpoint.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in checkpoint.tensors,
+    }
+
+
 def _nemotron(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "head_dim": _head_dim(checkpoint),
@@ -347,20 +430,28 @@ def _qwen3(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
+    "cohere2": _cohere,
+    "command-r": _cohere,
+    "exaone4": _windowed,
     "falcon": _falcon,
     "gemma2": _gemma,
     "gemma3": _gemma,
     "gemma4": _gemma4,
+    "glm4moe": _glm4moe,
     "gpt-oss": _mixture,
     "gpt2": _gpt2,
+    "granite": _granite,
     "lfm2": _lfm2,
     "llama": _llama,
     "minimax-m2": _mixture,
     "nemotron": _nemotron,
+    "olmo2": _windowed,
     "phi3": _phi3,
     "qwen2moe": _mixture,
     "qwen3": _qwen3,
     "qwen3moe": _mixture,
+    "seed_oss": _seed_oss,
+    "smollm3": _llama,
     "stablelm": _stablelm,
     "starcoder2": _starcoder2,
 }

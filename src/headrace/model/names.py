@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from headrace.checkpoint import Checkpoint, Tensor
+from headrace.checkpoint.architectures import further_layers
 from headrace.checkpoint.encodings import Encoding, transposed
 from headrace.checkpoint.tensor import Slice, block_of
 from headrace.errors import CheckpointError, UnsupportedError
@@ -280,7 +281,8 @@ class GgufNames(_Made):
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel):
         super().__init__(checkpoint)
-        self._processor = TENSOR_PROCESSORS.get(checkpoint.architecture, TensorProcessor)(config=model.config.to_dict())
+        alike = "llama" if checkpoint.architecture in _PERMUTED else checkpoint.architecture
+        self._processor = TENSOR_PROCESSORS.get(alike, TensorProcessor)(config=model.config.to_dict())
         self._mapped = _gguf_names(checkpoint, model, self._processor)
         self._ignored = _ignored_names(checkpoint, model)
         self._of: dict[str, Tensor] = {}
@@ -376,7 +378,8 @@ class GgufNames(_Made):
         """See `Names.homeless`."""
         mapped = self._mapped.keys() | {f"{name}.weight" for name in self._mapped}
         left = self._checkpoint.tensors.keys() - mapped - self._used - _NOT_WEIGHTS
-        return sorted(name for name in left if name.rpartition(".")[0] not in self._ignored)
+        further = further_layers(self._checkpoint)
+        return sorted(name for name in left - further if name.rpartition(".")[0] not in self._ignored)
 
 
 def _table(checkpoint: Checkpoint) -> gguf.TensorNameMap:
@@ -412,6 +415,8 @@ def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: Tenso
     return found
 
 
+# Converters permute q and k of these as they do llama's.
+_PERMUTED = frozenset({"granite", "smollm3"})
 EMBEDDING = "token_embd.weight"
 # Read for the config, or derived from it; not weights of a module.
 _NOT_WEIGHTS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})

@@ -7,7 +7,7 @@ from itertools import chain, repeat
 from operator import mul
 
 from headrace.checkpoint import Checkpoint, Tensor
-from headrace.checkpoint.architectures import check_architecture
+from headrace.checkpoint.architectures import check_architecture, further_layers
 from headrace.checkpoint.tensor import Slice
 from headrace.errors import CheckpointError
 from headrace.plan.experts import Experts
@@ -108,7 +108,7 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     heads = checkpoint.number("attention.head_count", None if checkpoint.config is None else 1)
     head_dim = checkpoint.number("attention.key_length", hidden // max(1, heads))
     kv_heads = checkpoint.number("attention.head_count_kv", heads)
-    layers = checkpoint.number("block_count")
+    layers = checkpoint.number("block_count") - checkpoint.number("nextn_predict_layers", 0)
     if not heads and checkpoint.get("ssm.inner_size"):  # states and no attention
         heads = kv_heads = 1
     if min(heads, hidden, head_dim, kv_heads, layers) < 1:
@@ -177,7 +177,7 @@ def _unused(checkpoint: Checkpoint) -> set[str]:
     """What makes keys and values of layers that look at those of others: files hold it, and nobody reads it."""
     first = checkpoint.number("block_count") - _shared(checkpoint)
     found = (re.match(r"^blk\.(\d+)\.attn_[kv](_norm)?\.weight$", name) for name in checkpoint.tensors)
-    return {match[0] for match in found if match is not None and int(match[1]) >= first}
+    return {match[0] for match in found if match is not None and int(match[1]) >= first} | further_layers(checkpoint)
 
 
 def _is_small(tensor: Tensor, known: set[str]) -> bool:
@@ -207,8 +207,10 @@ def is_linear(tensor: Tensor) -> bool:
 def expert_tensors(checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
     """The matrices of routed experts, by layer; empty where the header counts no experts."""
     found: dict[str, list[Tensor]] = {}
-    count = checkpoint.number("expert_count", 0)
+    count, further = checkpoint.number("expert_count", 0), further_layers(checkpoint)
     for tensor in checkpoint.tensors.values() if count else ():
+        if tensor.name in further:
+            continue
         match = _EXPERTS.match(tensor.name)
         if match is not None and len(tensor.shape) >= 2:
             found.setdefault(match[1] or match[2], []).append(tensor)
