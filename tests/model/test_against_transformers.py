@@ -86,6 +86,7 @@ def test_quantised_logits_equal_transformers_own_loader(architecture: str, kind:
         ("minimax-m2", "Q8_0"),
         ("gpt-oss", "MXFP4"),
         ("gemma4-26b", "Q8_0"),
+        ("glm4moe", "Q8_0"),
     ],
 )
 def test_quantised_experts_equal_the_model_filled_with_what_they_decode_to(

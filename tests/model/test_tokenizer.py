@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from headrace.checkpoint import open_checkpoint
@@ -45,11 +46,17 @@ def backend() -> Backend:
 @pytest.fixture(scope="module")
 def ours(backend: Backend, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """From a file as llama.cpp's converter writes it for Gemma 4."""
-    path = tmp_path_factory.mktemp("tokenizer") / "gemma4.gguf"
+    return described(backend, "gemma4", None, tmp_path_factory.mktemp("tokenizer") / "gemma4.gguf")
+
+
+def described(backend: Backend, kind: str, pre: str | None, path: Path) -> Tokenizer:
+    """What is read from a file that describes this tokenizer."""
     tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
     kinds = [3 if t in CONTROL else 4 if t in VISIBLE else 6 if t.startswith("<0x") else 1 for t in tokens]
-    writer = gguf.GGUFWriter(path, "gemma4")
-    writer.add_tokenizer_model("gemma4")
+    writer = gguf.GGUFWriter(path, "gemma4" if kind == "gemma4" else "llama")
+    writer.add_tokenizer_model(kind)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_scores([-1000.0] * len(tokens))
     writer.add_token_types(kinds)
@@ -86,3 +93,42 @@ def test_gemma4s_turns_begin_with_one_beginning_token_and_end_where_the_model_st
     assert ours.encode("hi")[0] == number("<bos>")
     assert ours.end_ids == {number("<eos>"), number("<turn|>"), number("<|tool_response>")}
     assert "<|channel>" in ours.decode([number("<|channel>")])  # what a parser of channels needs to see
+
+
+def by(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+THREE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize(
+    ("pre", "cut", "words"),
+    [
+        ("command-r", pre_tokenizers.Digits(individual_digits=True), True),
+        ("refact", pre_tokenizers.Digits(individual_digits=True), True),
+        ("starcoder", pre_tokenizers.Digits(individual_digits=True), True),
+        ("exaone4", None, True),
+        ("glm4", by(THREE), False),
+        ("stablelm2", by(THREE.replace("{1,3}", "")), False),
+        ("seed-coder", by(THREE.replace("{1,3}", "").replace(r"\p{N}]+[\r\n]*", r"\p{N}\r\n]+")), False),
+    ],
+)
+def test_text_is_cut_as_it_was_when_the_merges_were_learned(pre: str, cut: Any, words: bool, tmp_path: Path) -> None:
+    backend = Backend(models.BPE())
+    bytes_last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    backend.decoder = decoders.ByteLevel()
+    text = "in 2024 and 12345, don't  stop();\r\n\n1999 2000 2024\n((a)))\n"
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )  # so merges cross all cuts
+    backend.train_from_iterator(
+        [text] * 9,
+        trainers.BpeTrainer(
+            vocab_size=400, show_progress=False, special_tokens=list(CONTROL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )  # fmt: skip
+    backend.pre_tokenizer = pre_tokenizers.Sequence([bytes_last] if cut is None else [cut, bytes_last])
+    ours = described(backend, "gpt2", pre, tmp_path / "tokenizer.gguf")
+    assert ours.encode(text, special=False) == backend.encode(text).ids

@@ -20,6 +20,7 @@ from headrace.plan.shape import shape_of
         ("gemma4", 2 * (2 * (2 * 32) + 2 * (2 * 64)), 8),
         ("gemma4-31b", 2 * (2 * (2 * 32) + 2 * (1 * 64)), 6),
         ("gemma4-26b", 2 * (2 * (2 * 32) + 2 * (1 * 64)), 6),
+        ("glm4moe", 2 * 3 * (2 * 32), 6),  # a fourth layer only guesses
         ("lfm2", 2 * (2 * 16), 2),
         ("llama", 2 * 3 * (2 * 16), 6),
     ],
@@ -32,7 +33,7 @@ def test_the_cache_is_counted_by_the_layers_that_have_one(
     assert shape.kv_bytes_per_token(8) == numbers + 4 * heads
 
 
-@pytest.mark.parametrize("architecture", ["gemma4", "gemma4-31b", "gemma4-26b", "qwen3moe", "llama"])
+@pytest.mark.parametrize("architecture", ["gemma4", "gemma4-31b", "gemma4-26b", "glm4moe", "qwen3moe", "llama"])
 def test_what_a_pass_multiplies_is_what_the_model_multiplies(architecture: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf"))
     pinned = dict.fromkeys(checkpoint.tensors, 0)

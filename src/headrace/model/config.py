@@ -156,7 +156,10 @@ def _head_dim(checkpoint: Checkpoint) -> int:
     heads = checkpoint.number("attention.head_count")
     if heads < 1:
         raise CheckpointError(f"{checkpoint.path}: the model has {heads} attention heads")
-    return checkpoint.number("attention.key_length", checkpoint.number("embedding_length") // heads)
+    width = checkpoint.number("attention.key_length", checkpoint.number("embedding_length") // heads)
+    if width < 1:
+        raise CheckpointError(f"{checkpoint.path}: attention heads are {width} wide")
+    return width
 
 
 def _rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:
@@ -253,9 +256,9 @@ def _of_layers(checkpoint: Checkpoint, key: str) -> list[Any]:
     layers, values = checkpoint.number("block_count"), checkpoint.array(key)
     if not values and layers <= len(checkpoint.tensors):
         return [checkpoint.number(key)] * layers
-    if len(values) != layers:
+    if len(values) != layers or not all(isinstance(value, int) for value in values):
         raise CheckpointError(
-            f"{checkpoint.path}: metadata `{key}` has {len(values)} values for {layers} layers",
+            f"{checkpoint.path}: metadata `{key}` has {len(values)} values for {layers} layers, or none that are numbers",
             hint="the file was written by a broken converter; get it from another source",
         )
     return values
