@@ -19,6 +19,17 @@ COMMON = {"vocab_size": VOCAB, "num_hidden_layers": 3, "hidden_size": 64, "inter
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 OF_EIGHT = {"num_experts_per_tok": 2, "num_local_experts": 8}
 CHOOSING = {"expert_count": 8, "expert_used_count": 2}
+GEMMA4_ROPE = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+}
+GEMMA4 = {
+    "attention.key_length": 64, "attention.value_length": 64, "attention.key_length_swa": 32,
+    "attention.value_length_swa": 32, "attention.sliding_window": 8, "rope.dimension_count": 64,
+    "rope.dimension_count_swa": 32, "rope.freq_base": 5e5, "rope.freq_base_swa": 2e4,
+}  # fmt: skip
 
 
 # Layers of linear attention, whose values have more heads than its keys, beside one of full attention.
@@ -78,6 +89,61 @@ FAMILIES = {
             "rope.scaling.type": "linear", "rope.scaling.factor": 8.0,
         },
         norm_plus_one=True,
+    ),
+    "gemma4": Family(
+        "gemma4_text",
+        {
+            **COMMON, **HEADS, **GEMMA4_ROPE, "num_hidden_layers": 6, "head_dim": 32, "global_head_dim": 64,
+            "sliding_window": 8, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 32, "use_double_wide_mlp": True,
+            "final_logit_softcapping": 30.0,
+        },
+        {
+            **GEMMA4, "attention.sliding_window_pattern": [True, False] * 3, "attention.shared_kv_layers": 2,
+            "embedding_length_per_layer_input": 32, "feed_forward_length": [96] * 4 + [192] * 2,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma4-31b": Family(
+        "gemma4_text",
+        {
+            **COMMON, **HEADS, **GEMMA4_ROPE, "num_hidden_layers": 4, "head_dim": 32, "global_head_dim": 64,
+            "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0,
+        },
+        {
+            **GEMMA4, "attention.sliding_window_pattern": [True, False] * 2, "attention.shared_kv_layers": 0,
+            "attention.head_count_kv": [2, 1] * 2, "embedding_length_per_layer_input": 0,
+        },
+        written_as="gemma4",
+    ),
+    "gemma4-unified": Family(
+        "gemma4_unified_text",
+        {
+            **COMMON, **HEADS, **GEMMA4_ROPE, "num_hidden_layers": 4, "head_dim": 32, "global_head_dim": 64,
+            "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1, "use_bidirectional_attention": None,
+        },
+        {
+            **GEMMA4, "attention.sliding_window_pattern": [True, False] * 2, "attention.shared_kv_layers": 0,
+            "attention.head_count_kv": [2, 1] * 2, "embedding_length_per_layer_input": 0,
+        },
+        written_as="gemma4",
+    ),
+    "gemma4-26b": Family(
+        "gemma4_text",
+        {
+            **COMMON, **HEADS, **GEMMA4_ROPE, "num_hidden_layers": 4, "head_dim": 32, "global_head_dim": 64,
+            "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "enable_moe_block": True,
+            "hidden_size_per_layer_input": 0, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32,
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 30.0,
+        },
+        {
+            **GEMMA4, **CHOOSING, "attention.sliding_window_pattern": [True, False] * 2,
+            "attention.shared_kv_layers": 0, "attention.head_count_kv": [2, 1] * 2,
+            "embedding_length_per_layer_input": 0, "expert_feed_forward_length": 32, "final_logit_softcapping": 30.0,
+        },
+        written_as="gemma4",
     ),
     "phi3": Family(
         "phi3", {**COMMON, **HEADS, "pad_token_id": 0, "sliding_window": 12}, {"attention.sliding_window": 12}
@@ -160,6 +226,111 @@ FAMILIES = {
             "rope.scaling.original_context_length": 4096,
         },
     ),
+    "glm4moe": Family(
+        "glm4_moe",
+        {
+            **COMMON, **HEADS, "head_dim": 32, "num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1,
+            "moe_intermediate_size": 32, "first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True,
+            "routed_scaling_factor": 2.5, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+        },
+        {
+            **CHOOSING, "block_count": 4, "nextn_predict_layers": 1, "attention.key_length": 32,
+            "attention.value_length": 32, "rope.dimension_count": 16, "rope.freq_base": 1e6,
+            "expert_feed_forward_length": 32, "expert_shared_count": 1, "leading_dense_block_count": 1,
+            "expert_gating_func": 2, "expert_weights_scale": 2.5, "expert_weights_norm": True,
+            "expert_group_count": 1, "expert_group_used_count": 1,
+        },
+    ),
+    "glm4moe-air": Family(
+        "glm4_moe",
+        {
+            **COMMON, **HEADS, "head_dim": 16, "num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 2,
+            "moe_intermediate_size": 32, "first_k_dense_replace": 0, "n_group": 4, "topk_group": 2,
+            "norm_topk_prob": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        },
+        {
+            **CHOOSING, "attention.key_length": 16, "rope.dimension_count": 16, "rope.freq_base": 1e4,
+            "expert_feed_forward_length": 32, "expert_shared_count": 2, "leading_dense_block_count": 0,
+            "expert_gating_func": 2, "expert_weights_scale": 1.0, "expert_weights_norm": False,
+            "expert_group_count": 4, "expert_group_used_count": 2,
+        },
+        written_as="glm4moe",
+    ),
+    "seed_oss": Family(
+        "seed_oss", {**COMMON, **HEADS, "head_dim": 32, "rope_theta": 1e7},
+        {"attention.key_length": 32, "rope.freq_base": 1e7},
+    ),
+    "smollm3": Family(
+        "smollm3", {**COMMON, **HEADS, "num_hidden_layers": 5, "rope_theta": 5e6, "pad_token_id": 0},
+        {"rope.freq_base": 5e6, "rope.dimension_count": 16}, permute=True,
+    ),
+    "olmo2": Family("olmo2", {**COMMON, **HEADS, "rope_theta": 5e5}, {"rope.freq_base": 5e5}),
+    "olmo3": Family(
+        "olmo3",
+        {
+            **COMMON, **HEADS, "num_hidden_layers": 4, "sliding_window": 8, "max_position_embeddings": 512,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 5e5,
+                    "attention_factor": 1.3, "beta_fast": 30.0, "beta_slow": 1.5,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        },
+        {
+            "rope.freq_base": 5e5, "attention.sliding_window": 8, "rope.scaling.type": "yarn",
+            "attention.sliding_window_pattern": [True] * 3 + [False], "rope.scaling.factor": 8.0,
+            "rope.scaling.original_context_length": 64, "rope.scaling.yarn_attn_factor": 1.3,
+            "rope.scaling.yarn_beta_fast": 30.0, "rope.scaling.yarn_beta_slow": 1.5,
+        },
+        written_as="olmo2",
+    ),
+    "granite": Family(
+        "granite",
+        {
+            **COMMON, **HEADS, "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+            "logits_scaling": 2.0, "rope_theta": 1e6,
+        },
+        {
+            "attention.scale": 0.3, "embedding_scale": 3.0, "residual_scale": 0.5, "logit_scale": 2.0,
+            "rope.freq_base": 1e6, "rope.dimension_count": 16,
+        },
+        permute=True,
+    ),
+    "command-r": Family(
+        "cohere", {**COMMON, **HEADS, "logit_scale": 0.25, "use_qk_norm": True, "rope_theta": 8e6},
+        {"logit_scale": 0.25, "rope.freq_base": 8e6, "rope.scaling.type": "none"},
+    ),
+    "cohere2": Family(
+        "cohere2", {**COMMON, **HEADS, "num_hidden_layers": 5, "logit_scale": 0.25, "sliding_window": 8, "rope_theta": 5e4},
+        {
+            "logit_scale": 0.25, "attention.sliding_window": 8, "rope.freq_base": 5e4, "rope.dimension_count": 16,
+            "rope.scaling.type": "none",
+        },
+    ),
+    "exaone4": Family(
+        "exaone4",
+        {
+            **COMMON, **HEADS, "num_hidden_layers": 4, "head_dim": 32, "sliding_window": 8, "rope_theta": 1e6,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+        {
+            "attention.key_length": 32, "attention.sliding_window": 8, "rope.freq_base": 1e6,
+            "attention.sliding_window_pattern": [True] * 3 + [False],
+        },
+    ),
+    "exaone4-full": Family(
+        "exaone4",
+        {
+            **COMMON, **HEADS, "sliding_window": None, "layer_types": ["full_attention"] * 3, "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+        },
+        {"rope.freq_base": 1e6},
+        written_as="exaone4",
+    ),
     "minimax-m2": Family(
         "minimax_m2",
         {**COMMON, **HEADS, **OF_EIGHT, "head_dim": 32, "rotary_dim": 16},
@@ -187,6 +358,8 @@ def random_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.randn_like(buffer) * 0.2)
+        if name.endswith("layer_scalar"):
+            buffer.copy_(1 + torch.randn_like(buffer) * 0.2)
     model.tie_weights()
     return model
 
@@ -213,7 +386,7 @@ def write_gguf(
         "embedding_length": config.hidden_size,
         "feed_forward_length": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         "attention.head_count": heads,
-        **({"attention.head_count_kv": getattr(config, "num_key_value_heads", heads)} if heads else {}),
+        **({"attention.head_count_kv": config.to_dict().get("num_key_value_heads", heads)} if heads else {}),
         **family.metadata,
         **(extra or {}),
     }
@@ -222,6 +395,7 @@ def write_gguf(
             writer.add_array(f"{architecture}.{key}", value)
             continue
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add = writer.add_bool if isinstance(value, bool) else add
         (writer.add_string if isinstance(value, str) else add)(f"{architecture}.{key}", value)
     for eps in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"):
         if getattr(config, eps, None) is not None:
@@ -287,7 +461,9 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
                 writer.add_tensor(expert_name, data, raw_dtype=gguf.GGMLQuantizationType[stored])
             continue
         name = name.replace("e_score_correction_bias", "e_score_correction.bias")
-        name += ".weight" if name.endswith("sinks") else ""
+        name += ".weight" if name.endswith(("sinks", "layer_scalar")) else ""
+        name = name.replace("router.scale", "router.proj.scale")
+        name = name.replace("router.per_expert_scale", "experts.down_proj.scale")
         name = name.replace("dt_bias", "dt_proj.bias") if ".linear_attn." in name else name
         base, suffix = name.rsplit(".", 1) if not name.endswith(("A_log", "mixer.D")) else (name, name[-5:])
         gguf_name = names.get_name(base) or names.get_name(base.removeprefix("model.").removeprefix("transformer."))
@@ -313,6 +489,28 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
         data = gguf.quantize(np.ascontiguousarray(value), gguf.GGMLQuantizationType[stored])
         stored_name = gguf_name if base == name else f"{gguf_name}.{suffix}"
         writer.add_tensor(stored_name, data, raw_dtype=gguf.GGMLQuantizationType[stored])
+    if family.metadata.get("nextn_predict_layers"):
+        for name, shape in (("attn_q", (128, 64)), ("nextn.eh_proj", (64, 128)), ("ffn_gate_exps", (8, 32, 64))):
+            writer.add_tensor(f"blk.{model.config.num_hidden_layers}.{name}.weight", np.zeros(shape, np.float32))
+    if architecture == "gemma4":
+        _add_what_gemma4_does_not_need(writer, model.config, kind)
+
+
+def _add_what_gemma4_does_not_need(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
+    """Factors of full attention's frequencies, which its config says as well, and keys and values that nobody looks at."""
+    rope = config.rope_parameters["full_attention"]
+    half = config.per_layer_config["full_attention"].head_dim // 2
+    turned = int(half * rope["partial_rotary_factor"])
+    writer.add_tensor("rope_freqs.weight", np.array([1.0] * turned + [1e30] * (half - turned), np.float32))
+    for layer in range(
+        config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0), config.num_hidden_layers
+    ):
+        one = config.per_layer_config[layer]
+        matrix = np.full((one.num_key_value_heads * one.head_dim, config.hidden_size), 1e4, np.float32)
+        for name in ("attn_k", "attn_v"):
+            data = gguf.quantize(matrix, gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(f"blk.{layer}.{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(f"blk.{layer}.attn_k_norm.weight", np.full(one.head_dim, 1e4, np.float32))
 
 
 def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str, np.ndarray]]:
@@ -321,6 +519,8 @@ def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str,
     if architecture == "gpt-oss" and not bias:
         value = value.swapaxes(1, 2)
     base, suffix = f"blk.{name.split('.')[2]}.ffn_", "_exps.bias" if bias else "_exps.weight"
+    if architecture == "gemma4":  # gates and ups in one
+        return [(f"{base}{'gate_up' if 'gate_up' in name else 'down'}{suffix}", value)]
     if "gate_up" not in name:
         return [(f"{base}down{suffix}", value)]
     half = value.shape[1] // 2

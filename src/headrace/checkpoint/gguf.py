@@ -118,6 +118,12 @@ class Checkpoint:
         return self.array("tokenizer.ggml.tokens") if self.config is None else tokens_of_json(self.path)
 
     @property
+    def layers(self) -> int:
+        """Layers that run: GGUF files count those that guess further tokens with them, configs do not."""
+        further = self.number("nextn_predict_layers", 0) if self.config is None else 0
+        return self.number("block_count") - further
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the token embedding."""
         if self.config is not None:

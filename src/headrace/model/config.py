@@ -20,6 +20,9 @@ from headrace.errors import CheckpointError, UnsupportedError, did_you_mean
 
 MODEL_TYPES = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "command-r": "cohere",
+    "glm4moe": "glm4_moe",
     "gpt-oss": "gpt_oss",
     "minimax-m2": "minimax_m2",
     "qwen2moe": "qwen2_moe",
@@ -73,9 +76,9 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
     if checkpoint.architecture in GGUF_CONFIG_ARCHS:
         return _by_transformers(checkpoint)
     architecture = checkpoint.architecture
-    mapped = architecture if architecture in GGUF_CONFIG_MAPPING else MODEL_TYPES[architecture]
+    mapped = architecture if architecture in GGUF_CONFIG_MAPPING else MODEL_TYPES.get(architecture, architecture)
     values: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(mapped, {}))
-    for key, renamed in GGUF_CONFIG_MAPPING[mapped].items():
+    for key, renamed in GGUF_CONFIG_MAPPING.get(mapped, GGUF_CONFIG_MAPPING["qwen3"]).items():  # words for any decoder
         value = checkpoint.get(key)
         if renamed is not None and value is not None:
             values[renamed] = value
@@ -119,9 +122,12 @@ def _made(checkpoint: Checkpoint, make: Callable[[], PreTrainedConfig]) -> PreTr
 
 
 def _model_type(checkpoint: Checkpoint) -> str:
-    """transformers' name for what GGUF calls the architecture. Mixtral's files call themselves llama, and have experts."""
+    """transformers' name for what GGUF calls the architecture. Mixtral's files call themselves llama and have experts, OLMo 3's
+    olmo2 and have a window."""
     if checkpoint.architecture == "llama" and checkpoint.number("expert_count", 0):
         return "mixtral"
+    if checkpoint.architecture == "olmo2" and checkpoint.number("attention.sliding_window", 0):
+        return "olmo3"
     return MODEL_TYPES.get(checkpoint.architecture, checkpoint.architecture)
 
 
@@ -156,9 +162,14 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
     values = dict(_FAMILIES.get(architecture, _plain)(checkpoint))
     if architecture in _WITHOUT_ROTATION:
         return values
+    if architecture == "gemma4":
+        return values | {"rope_parameters": _gemma4_rope(checkpoint, read_floats)}
     rope = _rope(checkpoint, read_floats)
     if architecture == "gemma3":
         local = {"rope_type": "default", "rope_theta": checkpoint.get("rope.freq_base_swa") or 10000.0}
+        values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    elif _model_type(checkpoint) == "olmo3":
+        local = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
         values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     else:
         values["rope_parameters"] = rope
@@ -172,7 +183,10 @@ def _head_dim(checkpoint: Checkpoint) -> int:
     heads = checkpoint.number("attention.head_count")
     if heads < 1:
         raise CheckpointError(f"{checkpoint.path}: the model has {heads} attention heads")
-    return checkpoint.number("attention.key_length", checkpoint.number("embedding_length") // heads)
+    width = checkpoint.number("attention.key_length", checkpoint.number("embedding_length") // heads)
+    if width < 1:
+        raise CheckpointError(f"{checkpoint.path}: attention heads are {width} wide")
+    return width
 
 
 def _rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:
@@ -200,9 +214,28 @@ def _rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> 
     rope |= {"rope_type": kind, "factor": checkpoint.get("rope.scaling.factor")}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = original or checkpoint.number("context_length")
+        given = {"attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+        found = {name: checkpoint.get(f"rope.scaling.yarn_{key}") for name, key in given.items()}
+        rope |= {name: value for name, value in found.items() if value is not None}
         if checkpoint.architecture == "gpt-oss":
             rope["truncate"] = False
     return rope
+
+
+def _gemma4_rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:
+    """Frequencies that full attention leaves alone have an infinite factor in `rope_freqs.weight`; other layers turn all."""
+    factors = read_floats("rope_freqs.weight")
+    turned = [factor for factor in factors if factor == 1.0]
+    if factors[: len(turned)] != turned or any(factor < 1e20 for factor in factors[len(turned) :]):
+        raise UnsupportedError(f"{checkpoint.path}: `rope_freqs.weight` scales frequencies, which is not supported")
+    return {
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": len(turned) / max(1, len(factors)),
+            "rope_theta": checkpoint.get("rope.freq_base") or 1e6,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": checkpoint.get("rope.freq_base_swa") or 1e4},
+    }
 
 
 def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -245,6 +278,51 @@ def _gemma(checkpoint: Checkpoint) -> dict[str, Any]:
     return values
 
 
+def _of_layers(checkpoint: Checkpoint, key: str) -> list[Any]:
+    """A value of every layer, where the file may give one for all of them."""
+    layers, values = checkpoint.number("block_count"), checkpoint.array(key)
+    if not values and layers <= len(checkpoint.tensors):
+        return [checkpoint.number(key)] * layers
+    if len(values) != layers or not all(isinstance(value, int) for value in values):
+        raise CheckpointError(
+            f"{checkpoint.path}: metadata `{key}` has {len(values)} values for {layers} layers, or none that are numbers",
+            hint="the file was written by a broken converter; get it from another source",
+        )
+    return values
+
+
+def _gemma4(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Layers see a window or everything, with heads of their own each; the last ones may use the keys of earlier ones."""
+    sliding = _of_layers(checkpoint, "attention.sliding_window_pattern")
+    if not any(sliding) or all(sliding):
+        raise UnsupportedError(f"{checkpoint.path}: all layers are of one kind of attention, which is not supported")
+    full, local = sliding.index(False), sliding.index(True)
+    kv_heads, widths = (_of_layers(checkpoint, key) for key in ("attention.head_count_kv", "feed_forward_length"))
+    table, experts = checkpoint.tensors.get("per_layer_token_embd.weight"), checkpoint.number("expert_count", 0)
+    values = {
+        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in sliding],
+        "head_dim": checkpoint.number("attention.key_length_swa", _head_dim(checkpoint)),
+        "num_key_value_heads": kv_heads[local],
+        "num_global_key_value_heads": kv_heads[full],
+        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in checkpoint.tensors,
+        "num_kv_shared_layers": checkpoint.number("attention.shared_kv_layers", 0),
+        "intermediate_size": widths[0],
+        "use_double_wide_mlp": widths[-1] != widths[0],
+        "hidden_size_per_layer_input": checkpoint.number("embedding_length_per_layer_input", 0),
+        "final_logit_softcapping": checkpoint.get("final_logit_softcapping"),
+        "enable_moe_block": experts > 0,
+    }
+    if table is not None:
+        values["vocab_size_per_layer_input"] = table.rows
+    if experts:
+        values |= {
+            "num_experts": experts,
+            "top_k_experts": checkpoint.number("expert_used_count"),
+            "moe_intermediate_size": checkpoint.number("expert_feed_forward_length"),
+        }
+    return values
+
+
 def _gpt2(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "n_positions": checkpoint.number("context_length"),
@@ -276,6 +354,78 @@ def _starcoder2(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"use_bias": "blk.0.attn_q.bias" in checkpoint.tensors, "sliding_window": None}
 
 
+def _glm4moe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Heads that guess further tokens are stored as further layers."""
+    head_dim, experts = _head_dim(checkpoint), checkpoint.number("expert_count")
+    return {
+        "num_hidden_layers": checkpoint.layers,
+        "num_mtp_layers": 0,
+        "head_dim": head_dim,
+        "partial_rotary_factor": checkpoint.number("rope.dimension_count", head_dim) / head_dim,
+        "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in checkpoint.tensors,
+        "first_k_dense_replace": checkpoint.number("leading_dense_block_count", 0),
+        "n_routed_experts": experts,
+        "num_experts_per_tok": checkpoint.number("expert_used_count"),
+        "moe_intermediate_size": checkpoint.number("expert_feed_forward_length"),
+        "n_shared_experts": checkpoint.number("expert_shared_count", 0),
+        "n_group": checkpoint.number("expert_group_count", 1),
+        "topk_group": checkpoint.number("expert_group_used_count", 1),
+        "routed_scaling_factor": checkpoint.get("expert_weights_scale") or 1.0,
+        "norm_topk_prob": checkpoint.get("expert_weights_norm") is True,
+    }
+
+
+def _granite(checkpoint: Checkpoint) -> dict[str, Any]:
+    if checkpoint.get("rope.scaling.finetuned") is False:
+        raise UnsupportedError(
+            f"{checkpoint.path}: attention of a granite model knows no positions, which is not supported"
+        )
+    scales = {
+        "attention_multiplier": "attention.scale",
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "logits_scaling": "logit_scale",
+    }
+    return _llama(checkpoint) | {name: checkpoint.get(key) or 1.0 for name, key in scales.items()}
+
+
+def _cohere(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Command R, and with a window (in three layers of four, which no metadata says) Command R7B and A."""
+    window = checkpoint.number("attention.sliding_window", 0)
+    return {
+        "logit_scale": checkpoint.get("logit_scale") or 1.0,
+        "layer_norm_eps": checkpoint.get("attention.layer_norm_epsilon") or 1e-5,
+        "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in checkpoint.tensors,
+    } | ({"sliding_window": window} if window else {})
+
+
+def _windowed(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where there is a window, the file says which layers have it."""
+    window = checkpoint.number("attention.sliding_window", 0)
+    layers = checkpoint.layers
+    values = {"head_dim": _head_dim(checkpoint), "num_hidden_layers": layers, "sliding_window": window or None}
+    if layers > len(checkpoint.tensors):
+        raise CheckpointError(f"{checkpoint.path}: {len(checkpoint.tensors)} tensors are too few for {layers} layers")
+    sliding = checkpoint.array("attention.sliding_window_pattern")[:layers] if window else [False] * layers
+    if len(sliding) != layers:
+        raise CheckpointError(
+            f"{checkpoint.path}: `attention.sliding_window_pattern` does not say which of {layers} layers have the window",
+            hint="the file was written by a broken converter; get it from another source",
+        )
+    return values | {"layer_types": ["sliding_attention" if one else "full_attention" for one in sliding]}
+
+
+def _seed_oss(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "head_dim": _head_dim(checkpoint),
+        "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
+        "attention_out_bias": "blk.0.attn_output.bias" in checkpoint.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in checkpoint.tensors,
+    }
+
+
 def _nemotron(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "head_dim": _head_dim(checkpoint),
@@ -299,18 +449,27 @@ def _qwen3(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
+    "cohere2": _cohere,
+    "command-r": _cohere,
+    "exaone4": _windowed,
     "falcon": _falcon,
     "gemma2": _gemma,
     "gemma3": _gemma,
+    "gemma4": _gemma4,
+    "glm4moe": _glm4moe,
     "gpt-oss": _mixture,
     "gpt2": _gpt2,
+    "granite": _granite,
     "llama": _llama,
     "minimax-m2": _mixture,
     "nemotron": _nemotron,
+    "olmo2": _windowed,
     "phi3": _phi3,
     "qwen2moe": _mixture,
     "qwen3": _qwen3,
     "qwen3moe": _mixture,
+    "seed_oss": _seed_oss,
+    "smollm3": _llama,
     "stablelm": _stablelm,
     "starcoder2": _starcoder2,
 }

@@ -303,8 +303,10 @@ class GgufNames(_Made):
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel):
         super().__init__(checkpoint)
-        self._processor = TENSOR_PROCESSORS.get(checkpoint.architecture, TensorProcessor)(config=model.config.to_dict())
+        alike = "llama" if checkpoint.architecture in _PERMUTED else checkpoint.architecture
+        self._processor = TENSOR_PROCESSORS.get(alike, TensorProcessor)(config=model.config.to_dict())
         self._mapped = _gguf_names(checkpoint, model, self._processor)
+        self._ignored = _ignored_names(checkpoint, model)
         self._of: dict[str, Tensor] = {}
         for name, parameter in self._mapped.items():
             tensor = checkpoint.tensors.get(name) or checkpoint.tensors.get(f"{name}.weight")
@@ -354,8 +356,10 @@ class GgufNames(_Made):
         match = re.search(r"\.layers\.(\d+)\..*\b(gate_up|up|down)_proj(_bias)?$", parameter)
         if match is None:
             return []
-        kinds = {"gate_up": ("gate", "up")}.get(match[2], (match[2],))
         suffix = "bias" if match[3] else "weight"
+        kinds = {"gate_up": ("gate", "up")}.get(match[2], (match[2],))
+        if f"blk.{match[1]}.ffn_{match[2]}_exps.{suffix}" in self._checkpoint.tensors:
+            kinds = (match[2],)
         names = [f"blk.{match[1]}.ffn_{kind}_exps.{suffix}" for kind in kinds]
         found = [self._checkpoint.tensors[name] for name in names if name in self._checkpoint.tensors]
         return found if len(found) == len(kinds) else []
@@ -395,19 +399,36 @@ class GgufNames(_Made):
     def homeless(self) -> list[str]:
         """See `Names.homeless`."""
         mapped = self._mapped.keys() | {f"{name}.weight" for name in self._mapped}
-        return sorted(self._checkpoint.tensors.keys() - mapped - self._used - _NOT_WEIGHTS)
+        left = self._checkpoint.tensors.keys() - mapped - self._used - _NOT_WEIGHTS
+        left = {name for name in left if layer_of(name) < self._checkpoint.layers}
+        return sorted(name for name in left if name.rpartition(".")[0] not in self._ignored)
+
+
+def _table(checkpoint: Checkpoint) -> gguf.TensorNameMap:
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == checkpoint.architecture)
+    return gguf.get_tensor_name_map(number, checkpoint.number("block_count"))
+
+
+def _ignored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
+    """What files hold and transformers' model has no use for, such as the keys of layers that use those of others."""
+    table = _table(checkpoint)
+    names = {table.get_name(f"model.{name}") for name in model._keys_to_ignore_on_load_unexpected or ()}
+    return {name for name in names if name is not None}
 
 
 def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
     """The parameter of every tensor name. transformers' own function asks for the whole table of names once per module."""
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == checkpoint.architecture)
-    table = gguf.get_tensor_name_map(number, checkpoint.number("block_count"))
+    table = _table(checkpoint)
     found: dict[str, str] = {}
     for parameter in model.state_dict():
         path = processor.preprocess_name(parameter).split(".")
         suffix = f".{path.pop()}" if path[-1] in ("weight", "bias") else ""
         if path[-1] == "e_score_correction_bias":  # a buffer of the block in the model, in files the bias of a name
             path[-1], suffix = "e_score_correction", ".bias"
+        if path[-2:] == ["router", "scale"]:  # of the router's input; files count scales to the matrices beside them
+            path[-1], suffix = "proj", ".scale"
+        if path[-2:] == ["router", "per_expert_scale"]:
+            path[-2:], suffix = ["experts", "down_proj"], ".scale"
         # Some files were converted from the model without its head, whose names lack the first word.
         names = (table.get_name(".".join(path[start:])) for start in range(len(path)))
         name = next((name for name in names if name is not None), None)
@@ -416,6 +437,8 @@ def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: Tenso
     return found
 
 
+# Converters permute q and k of these as they do llama's.
+_PERMUTED = frozenset({"granite", "smollm3"})
 EMBEDDING = "token_embd.weight"
 # Read for the config, or derived from it; not weights of a module.
 _NOT_WEIGHTS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Regex, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
@@ -30,13 +31,23 @@ _TURN_ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
     "<end_of_turn>",
+    "<turn|>",
+    "<|tool_response>",  # what follows is for the caller to say
     "<|end|>",
     "<|endoftext|>",
     "<|end_of_text|>",
     "</s>",
     "<eos>",
 )
-_CONTROL = 3
+# How text is cut before it is merged, by the names that converters give it, where transformers does not know them: like
+# one that it knows, at every digit first, or by a pattern.
+_CUT_LIKE = {"chatglm-bpe": "llama3", "glm4": "llama3", "stablelm2": "qwen2"}
+_CUT_AT_DIGITS = frozenset({"codeshell", "command-r", "exaone", "refact", "smollm", "starcoder"})
+_CUT_BY = {
+    "seed-coder": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+}
+_WHOLE = (3, 4)  # kinds of tokens that are never cut: control, and user-defined, as files of Gemma 4 have some ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +156,9 @@ def _of_gguf(checkpoint: Checkpoint) -> Vocabulary:
         backend, _ = convert_gguf_tokenizer(checkpoint.architecture, description)
     except Exception as error:  # whatever the untrusted vocabulary provokes in two libraries
         raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
+    cut = _cut(str(checkpoint.get("tokenizer.ggml.pre")))
+    if cut is not None and description["tokenizer_type"] == "gpt2":
+        backend.pre_tokenizer = cut
     kinds = checkpoint.array("tokenizer.ggml.token_type")
     bos_id = _token_id(checkpoint, "bos_token_id", len(tokens))
     flag = checkpoint.get("tokenizer.ggml.add_bos_token")
@@ -158,6 +172,17 @@ def _of_gguf(checkpoint: Checkpoint) -> Vocabulary:
         eos=_spelled(backend, _token_id(checkpoint, "eos_token_id", 1 << 31)),
         template=template if isinstance(template, str) else None,
     )
+
+
+def _cut(name: str) -> Any:
+    """What cuts text into words, if transformers does not know this name for it."""
+    if name in _CUT_AT_DIGITS:
+        first: Any = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    if name in _CUT_BY:
+        first = pre_tokenizers.Split(Regex(_CUT_BY[name]), behavior="isolated")
+        return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return None
 
 
 def _of_folder(checkpoint: Checkpoint) -> Vocabulary:
@@ -209,6 +234,9 @@ def _description(checkpoint: Checkpoint) -> dict[str, Any]:
         value = checkpoint.array(f"tokenizer.{key}") if key in arrays else checkpoint.get(f"tokenizer.{key}")
         if value is not None and value != []:
             description[name] = value
+    cut = description.get("pre_tokenizer_type")
+    if isinstance(cut, str):
+        description["pre_tokenizer_type"] = _CUT_LIKE.get(cut, cut)
     if "tokens" not in description or "tokenizer_type" not in description:
         raise CheckpointError(f"{checkpoint.path} holds no tokenizer", hint="get a file that was converted with one")
     return description
@@ -222,8 +250,6 @@ def _token_id(checkpoint: Checkpoint, name: str, vocab_size: int) -> int | None:
 def _end_ids(checkpoint: Checkpoint, tokens: Sequence[str], kinds: Sequence[object]) -> frozenset[int]:
     ends = {_token_id(checkpoint, name, len(tokens)) for name in ("eos_token_id", "eot_token_id", "eom_token_id")}
     ends |= {
-        i
-        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-        if kind == _CONTROL and token in _TURN_ENDS
+        i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind in _WHOLE and token in _TURN_ENDS
     }
     return frozenset(i for i in ends if i is not None)

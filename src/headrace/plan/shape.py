@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
+from operator import mul
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.architectures import check_architecture
@@ -31,14 +33,14 @@ class Shape:
     experts: Experts | None
     small_bytes: int
     layers: int
-    kv_layers: int  # of them, those that keep keys and values
     state_bytes: int  # what the others keep of a sequence
     hidden: int
     feed_forward: int
     attention_width: int
     kv_heads: int
     head_dim: int
-    value_dim: int
+    cached_heads: int  # that keep keys and values, over all layers
+    cached_numbers: int  # that these keep of one position
     context_limit: int
     one_by_one: bool = False
 
@@ -54,11 +56,10 @@ class Shape:
 
     def kv_bytes(self, context_tokens: int, bits: int) -> int:
         """Keys and values of one sequence in all layers; in 8 bits each head has a scale beside them. And its states."""
-        numbers = self.head_dim + self.value_dim
-        of_token = 2 * numbers if bits == 16 else numbers + 4
+        of_token = 2 * self.cached_numbers if bits == 16 else self.cached_numbers + 4 * self.cached_heads
         if self.one_by_one:  # fp32, and a copy while it grows
-            of_token = 2 * 4 * numbers
-        return context_tokens * self.kv_layers * self.kv_heads * of_token + self.state_bytes
+            of_token = 2 * 4 * self.cached_numbers
+        return context_tokens * of_token + self.state_bytes
 
     @property
     def decoding_core_s(self) -> float:
@@ -99,11 +100,11 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     """
     if checkpoint.config is None:
         check_architecture(checkpoint.architecture, checkpoint.path)
-    layers = checkpoint.number("block_count") - _guessing_layers(checkpoint)
+    layers = checkpoint.layers
     checkpoint = replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if layer_of(n) < layers})
     tensors = checkpoint.tensors
     stacks = expert_tensors(checkpoint)
-    named = {tensor.name for layer in stacks.values() for tensor in layer}
+    named = {tensor.name for layer in stacks.values() for tensor in layer} | _unused(checkpoint)
     linears = built.linears if built is not None else _linears(checkpoint, named)
     if not linears:
         raise CheckpointError(f"{checkpoint.path} has no weight matrices", hint="it is no language model")
@@ -121,6 +122,7 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
             hint="the file is damaged; get it from another source",
         )
     kv_layers = _kv_layers(checkpoint, layers) if attends else 0
+    cached_heads, cached_numbers = _cached(checkpoint, kv_layers, kv_heads, head_dim)
     known = {tensor.name for tensor in linears} | named
     # Once the model is built, its small tensors are in memory and counted with the process.
     small = 0 if built is not None else sum(4 * t.rows * t.columns for t in tensors.values() if _is_small(t, known))
@@ -130,22 +132,17 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
         experts=_experts(checkpoint, stacks, built, hidden),
         small_bytes=small,
         layers=layers,
-        kv_layers=kv_layers,
         state_bytes=(layers - kv_layers) * 2 * 4 * _state_numbers(checkpoint),
         hidden=hidden,
         feed_forward=max((t.outputs for t in linears if _is_wide(t)), default=hidden),
         attention_width=heads * head_dim,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        value_dim=checkpoint.number("attention.value_length", head_dim),
+        cached_heads=cached_heads,
+        cached_numbers=cached_numbers,
         context_limit=checkpoint.number("context_length", 1 << 20),
         one_by_one=kv_layers < layers if built is None else built.one_by_one,
     )
-
-
-def _guessing_layers(checkpoint: Checkpoint) -> int:
-    """Layers that guess further tokens: GGUF files count them with the others, configs do not. They do not run."""
-    return checkpoint.number("nextn_predict_layers", 0) if checkpoint.config is None else 0
 
 
 def _kv_layers(checkpoint: Checkpoint, layers: int) -> int:
@@ -171,10 +168,29 @@ def _state_numbers(checkpoint: Checkpoint) -> int:
     return checkpoint.number("ssm.inner_size") * checkpoint.number("ssm.state_size", 1)
 
 
-def _linears(checkpoint: Checkpoint, experts: set[str]) -> tuple[Tensor, ...]:
-    """By the header alone: the matrices that are neither tables nor experts."""
+def _cached(checkpoint: Checkpoint, kv_layers: int, kv_heads: int, head_dim: int) -> tuple[int, int]:
+    """How many heads keep keys and values, and how many numbers of one position: layers may differ, and share theirs."""
+    own = max(0, checkpoint.layers - _shared(checkpoint))
+    counts = [max(0, count) for count in checkpoint.array("attention.head_count_kv")[:own] if isinstance(count, int)]
+    windowed = checkpoint.array("attention.sliding_window_pattern")[:own]
+    full = head_dim + checkpoint.number("attention.value_length", head_dim)
+    key = checkpoint.number("attention.key_length_swa", head_dim)
+    local = key + checkpoint.number("attention.value_length_swa", full - head_dim)
+    listed = counts or [kv_heads] * len(windowed)
+    unlisted = kv_heads * max(0, min(own, kv_layers) - len(listed))
+    widths = (local if one else full for one in chain(windowed, repeat(False)))
+    return sum(listed) + unlisted, sum(map(mul, listed, widths)) + unlisted * full
+
+
+def _shared(checkpoint: Checkpoint) -> int:
+    """The last layers, which look at keys and values of others."""
+    return checkpoint.number("attention.shared_kv_layers", 0)
+
+
+def _linears(checkpoint: Checkpoint, others: set[str]) -> tuple[Tensor, ...]:
+    """By the header alone: the matrices that are neither tables nor others, which are experts or of no use."""
     tensors = checkpoint.tensors
-    linears = [t for t in tensors.values() if is_linear(t) and t.name not in experts]
+    linears = [t for t in tensors.values() if is_linear(t) and t.name not in others]
     if not any(_HEAD.search(name) for name in tensors):
         tables = [tensor for name, tensor in tensors.items() if _TOKEN_TABLE.search(name)]
         if not tables:
@@ -184,6 +200,13 @@ def _linears(checkpoint: Checkpoint, experts: set[str]) -> tuple[Tensor, ...]:
             )
         linears.append(tables[0])  # tied: gathered by row and multiplied as the head
     return tuple(linears)
+
+
+def _unused(checkpoint: Checkpoint) -> set[str]:
+    """What makes keys and values of layers that look at those of others: files hold it, and nobody reads it."""
+    first = checkpoint.layers - _shared(checkpoint)
+    found = (re.match(r"^blk\.(\d+)\.attn_[kv](_norm)?\.weight$", name) for name in checkpoint.tensors)
+    return {match[0] for match in found if match is not None and int(match[1]) >= first}
 
 
 def _is_small(tensor: Tensor, known: set[str]) -> bool:
@@ -200,7 +223,7 @@ _TOKEN_TABLE = re.compile(
     r"^token_embd\.weight|(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embeddings|tok_embeddings)\.weight"
 )
 _TABLE = re.compile(
-    r"^(token_embd|position_embd|token_types)\.weight|embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\."
+    r"^((per_layer_)?token_embd|position_embd|token_types)\.weight|embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\."
 )
 _EXPERTS = re.compile(r"^(blk\.\d+)\.ffn_\w+_exps\.weight$|^(.*(?<!shared_)experts)\.(?:\d+\.)?\w+(?:\.weight)?$")
 

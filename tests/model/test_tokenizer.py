@@ -1,0 +1,134 @@
+"""Tokenizers that a GGUF file describes, against the one that the file was made of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from headrace.checkpoint import open_checkpoint
+from headrace.model.tokenizer import Tokenizer
+
+CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>")
+VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>")
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n{% endfor %}<|turn>model\n"
+)
+TEXTS = (
+    "Hello, world!", "  two spaces\n\n\ttab and   more", "日本語 — ünïcödé 🙂", "x=1\nfor i in range(10):\n    print(i)\n\n\n",
+    "<|turn>user\nhi<turn|>\n", "<|channel>thought\n<channel|>the answer", "", " ", "\n\n\n\n", "a<|tool_response>b",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backend() -> Backend:
+    """A tokenizer as Gemma's are: BPE over characters with bytes to fall back on, spaces written as a sign of their own."""
+    made = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    first = [*CONTROL, *VISIBLE, *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.train_from_iterator(
+        [Path(__file__).read_text(encoding="utf-8")],
+        trainers.BpeTrainer(vocab_size=600, special_tokens=first, show_progress=False),
+    )
+    fresh = json.loads(made.to_str())
+    fresh["added_tokens"] = []  # bytes are no special tokens, they were only to have their numbers
+    made = Backend.from_str(json.dumps(fresh))
+    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
+    made.add_tokens([AddedToken(token, normalized=False) for token in VISIBLE])
+    return made
+
+
+@pytest.fixture(scope="module")
+def ours(backend: Backend, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """From a file as llama.cpp's converter writes it for Gemma 4."""
+    return described(backend, "gemma4", None, tmp_path_factory.mktemp("tokenizer") / "gemma4.gguf")
+
+
+def described(backend: Backend, kind: str, pre: str | None, path: Path) -> Tokenizer:
+    """What is read from a file that describes this tokenizer."""
+    tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
+    kinds = [3 if t in CONTROL else 4 if t in VISIBLE else 6 if t.startswith("<0x") else 1 for t in tokens]
+    writer = gguf.GGUFWriter(path, "gemma4" if kind == "gemma4" else "llama")
+    writer.add_tokenizer_model(kind)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-1000.0] * len(tokens))
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in json.loads(backend.to_str())["model"]["merges"]])
+    for name, token in (("bos", "<bos>"), ("eos", "<eos>"), ("unk", "<unk>"), ("pad", "<pad>")):
+        getattr(writer, f"add_{name}_token_id")(tokens.index(token))
+    writer.add_add_space_prefix(False)
+    writer.add_add_bos_token(True)
+    writer.add_chat_template(TEMPLATE)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Tokenizer(open_checkpoint(path))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_gemma4s_text_becomes_the_tokens_of_the_tokenizer_that_the_file_was_made_of(
+    ours: Tokenizer, backend: Backend, text: str
+) -> None:
+    expected = backend.encode(text).ids
+    assert ours.encode(text, special=False) == expected
+    assert ours.decode(expected) == backend.decode(expected)
+    stream = ours.stream()
+    assert "".join(stream.step(token) for token in expected) == backend.decode(expected)
+
+
+def test_gemma4s_turns_begin_with_one_beginning_token_and_end_where_the_model_stops(
+    ours: Tokenizer, backend: Backend
+) -> None:
+    number = backend.token_to_id
+    tokens = ours.chat([{"role": "user", "content": "hi"}])
+    assert tokens[:2] == [number("<bos>"), number("<|turn>")]
+    assert ours.encode("hi")[0] == number("<bos>")
+    assert ours.end_ids == {number("<eos>"), number("<turn|>"), number("<|tool_response>")}
+    assert "<|channel>" in ours.decode([number("<|channel>")])  # what a parser of channels needs to see
+
+
+def by(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+THREE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize(
+    ("pre", "cut", "words"),
+    [
+        ("command-r", pre_tokenizers.Digits(individual_digits=True), True),
+        ("refact", pre_tokenizers.Digits(individual_digits=True), True),
+        ("starcoder", pre_tokenizers.Digits(individual_digits=True), True),
+        ("exaone4", None, True),
+        ("glm4", by(THREE), False),
+        ("stablelm2", by(THREE.replace("{1,3}", "")), False),
+        ("seed-coder", by(THREE.replace("{1,3}", "").replace(r"\p{N}]+[\r\n]*", r"\p{N}\r\n]+")), False),
+    ],
+)
+def test_text_is_cut_as_it_was_when_the_merges_were_learned(pre: str, cut: Any, words: bool, tmp_path: Path) -> None:
+    backend = Backend(models.BPE())
+    bytes_last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    backend.decoder = decoders.ByteLevel()
+    text = "in 2024 and 12345, don't  stop();\r\n\n1999 2000 2024\n((a)))\n"
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )  # so merges cross all cuts
+    backend.train_from_iterator(
+        [text] * 9,
+        trainers.BpeTrainer(
+            vocab_size=400, show_progress=False, special_tokens=list(CONTROL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )  # fmt: skip
+    backend.pre_tokenizer = pre_tokenizers.Sequence([bytes_last] if cut is None else [cut, bytes_last])
+    ours = described(backend, "gpt2", pre, tmp_path / "tokenizer.gguf")
+    assert ours.encode(text, special=False) == backend.encode(text).ids

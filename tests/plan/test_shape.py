@@ -1,0 +1,47 @@
+"""The sizes that a plan is made from, by the header alone, against the model that is built from it."""
+
+from pathlib import Path
+
+import pytest
+from tiny import random_model, write_gguf
+
+from headrace.checkpoint import open_checkpoint
+from headrace.engine import Engine
+from headrace.engine.engine import StreamOptions
+from headrace.kernels import Kernels
+from headrace.model.order import LinearStep
+from headrace.plan.shape import shape_of
+
+
+@pytest.mark.parametrize(
+    ("architecture", "numbers", "heads"),
+    [
+        # (heads, width of a head): a window layer and a full one in turns; of six layers four have a cache of their own.
+        ("gemma4", 2 * (2 * (2 * 32) + 2 * (2 * 64)), 8),
+        ("gemma4-31b", 2 * (2 * (2 * 32) + 2 * (1 * 64)), 6),
+        ("gemma4-26b", 2 * (2 * (2 * 32) + 2 * (1 * 64)), 6),
+        ("glm4moe", 2 * 3 * (2 * 32), 6),  # a fourth layer only guesses
+        ("lfm2", 2 * (2 * 16), 2),
+        ("llama", 2 * 3 * (2 * 16), 6),
+    ],
+)
+def test_the_cache_is_counted_by_the_layers_that_have_one(
+    architecture: str, numbers: int, heads: int, tmp_path: Path
+) -> None:
+    shape = shape_of(open_checkpoint(write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf")))
+    assert shape.kv_bytes(1, 16) - shape.state_bytes == (8 if shape.one_by_one else 2) * numbers
+    assert shape.one_by_one or shape.kv_bytes(1, 8) == numbers + 4 * heads
+
+
+@pytest.mark.parametrize("architecture", ["gemma4", "gemma4-31b", "gemma4-26b", "glm4moe", "qwen3moe", "llama"])
+def test_what_a_pass_multiplies_is_what_the_model_multiplies(architecture: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf"))
+    pinned = dict.fromkeys(checkpoint.tensors, 0)
+    options = StreamOptions(
+        pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=1, expert_slots=4, expert_readers=1
+    )
+    with Engine(checkpoint, options, Kernels(1)) as engine:
+        multiplied = {tensor.name for step in engine.steps if isinstance(step, LinearStep) for tensor in step.tensors}
+    by_header = {tensor.name for tensor in shape_of(checkpoint).linears}
+    assert {name for name in by_header - multiplied if "ffn_gate_inp" not in name} == set()  # routers stay in memory
+    assert multiplied <= by_header
