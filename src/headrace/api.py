@@ -424,6 +424,7 @@ class Model:
                 "budget_bytes": self.plan.budget.nbytes,
                 "peak_bytes": peak_bytes(),
                 "pinned_bytes": self.plan.pinned_bytes,
+                "lent_bytes": self.plan.lent_bytes,
                 "streamed_bytes_per_pass": self.plan.streamed_bytes_per_pass,
                 "ring_bytes": self.plan.ring_bytes,
                 "interleaved_bytes": self.plan.interleaved_bytes,
@@ -573,6 +574,9 @@ def load(
         plans.append(replace(plan, reasons=(*plan.reasons, why)))
         return StreamOptions(
             pinned_rows=plan.pinned_rows,
+            lent_rows=plan.lent_rows,
+            lent_up_to_rows=request.verify_rows,
+            memory_limit_bytes=budget.nbytes,
             unit_bytes=plan.unit_bytes,
             slots=plan.ring_slots,
             readers=plan.readers,

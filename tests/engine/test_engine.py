@@ -51,6 +51,36 @@ def test_streamed_logits_equal_resident_ones_bit_for_bit(
         assert torch.equal(decode(engine), resident)
 
 
+@pytest.mark.parametrize(("limit", "lends"), [(None, True), (1 << 20, False)])
+def test_the_memory_of_prompts_holds_weights_between_them(tiny_llama: Path, limit: int | None, lends: bool) -> None:
+    """And not if the process has not given it back: its limit is the second case."""
+
+    def conversation(lent: float) -> tuple[torch.Tensor, list[bool], list[int]]:
+        checkpoint = open_checkpoint(tiny_llama)
+        rows = {tensor.name: tensor.rows for tensor in checkpoint.tensors.values()}
+        options = StreamOptions(
+            pinned_rows={name: int(0.3 * count) for name, count in rows.items()},
+            lent_rows={name: int(lent * count) for name, count in rows.items()},
+            memory_limit_bytes=limit,
+            unit_bytes=16 << 10,
+            slots=3,
+            readers=0,
+        )
+        logits, held = [], []
+        with Engine(checkpoint, options, Kernels(2)) as engine:
+            cache = engine.new_cache(160)
+            for tokens in (PROMPT * 3, [1], [2], [3], PROMPT * 3, [4], [5], [6]):
+                logits.append(engine.step([Rows(cache=cache, tokens=tokens)]))
+                held.append(engine.stream.lends)
+            return torch.cat(logits), held, [one.read_bytes for one in engine.passes]
+
+    plain, _, _ = conversation(0.0)
+    logits, held, read = conversation(0.4)
+    assert torch.equal(logits, plain)
+    assert held == [False, lends, lends, lends] * 2
+    assert (read[3] < read[4]) == lends
+
+
 def test_sequences_in_one_step_equal_sequences_alone(tiny_llama: Path) -> None:
     prompts = [PROMPT[:4], PROMPT[4:5], PROMPT[5:]]
     with make_engine(tiny_llama) as engine:

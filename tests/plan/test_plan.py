@@ -211,7 +211,10 @@ def test_pinned_and_streamed_are_all_weights(shape: Shape, machine: str, nbytes:
     assert all(0 <= rows <= matrices[name].rows for name, rows in plan.pinned_rows.items())
     assert plan.weights_bytes == sum(one.nbytes for one in matrices.values())
     assert plan.pinned_bytes == sum(rows * matrices[name].row_bytes for name, rows in plan.pinned_rows.items())
-    assert plan.pinned_bytes + plan.streamed_bytes_per_pass == plan.weights_bytes
+    assert plan.lent_bytes == sum(rows * matrices[name].row_bytes for name, rows in plan.lent_rows.items())
+    assert plan.held_bytes + plan.streamed_bytes_per_pass == plan.weights_bytes
+    assert plan.lent_bytes <= plan.activation_bytes
+    assert all(plan.pinned_rows[name] + rows <= matrices[name].rows for name, rows in plan.lent_rows.items())
 
 
 @PROPERTY
@@ -222,7 +225,7 @@ def test_what_is_streamed_has_a_ring_and_what_is_not_has_none(
     checkpoint, profile = model(**shape), PROFILES[machine]
     plan = planned(checkpoint, profile, nbytes, request)
 
-    if plan.streamed_bytes_per_pass:
+    if plan.pinned_bytes < plan.weights_bytes:
         widest = max(one.row_bytes for one in linears(checkpoint).values())
         assert plan.ring_slots >= 3
         assert plan.ring_bytes >= plan.ring_slots * (plan.unit_bytes + widest)
@@ -597,7 +600,8 @@ def test_the_plan_is_json_without_nan(shape: Shape, machine: str, nbytes: int, r
     values = json.loads(json.dumps(plan.as_json(), allow_nan=False))
 
     assert values == plan.as_json()
-    assert values["memory"]["pinned_bytes"] + values["memory"]["streamed_bytes_per_pass"] == plan.weights_bytes
+    parts = ("pinned_bytes", "lent_bytes", "streamed_bytes_per_pass")
+    assert sum(values["memory"][part] for part in parts) == plan.weights_bytes
     assert values["memory"]["budget_bytes"] == nbytes
     assert values["decode_s_per_token"] == asdict(plan.decode_s_per_token)
     assert [change["what"] for change in values["changes"]] == [change.what for change in plan.changes]

@@ -53,9 +53,11 @@ def read_pass(stream: WeightStream) -> Bytes:
     return got
 
 
-def layout_of(tensors: list[Tensor], share: float, unit_bytes: int) -> Layout:
+def layout_of(tensors: list[Tensor], share: float, unit_bytes: int, lent: float = 0.0) -> Layout:
     groups = [tensors[:2], *[[tensor] for tensor in tensors[2:]]]
-    return make_layout(groups, {t.name: int(share * t.rows) for t in tensors}, unit_bytes, read_bytes=20_000)
+    pinned = {t.name: int(share * t.rows) for t in tensors}
+    at_times = {t.name: int(lent * (t.rows - pinned[t.name])) for t in tensors}
+    return make_layout(groups, pinned, unit_bytes, read_bytes=20_000, lent_rows=at_times)
 
 
 SHAPES = [(7, 33), (64, 256), (1, 5000), (300, 40), (5, 1024)]
@@ -77,6 +79,42 @@ def test_every_pass_delivers_every_byte(
             assert read_pass(stream) == contents
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    share=st.floats(0, 1),
+    lent=st.floats(0, 1),
+    unit_bytes=st.integers(1, 60_000),
+    slots=st.integers(1, 9),
+    readers=st.integers(0, 4),
+    lends=st.lists(st.booleans(), min_size=2, max_size=6),
+)
+def test_every_pass_delivers_every_byte_whether_memory_is_lent_or_not(
+    tmp_path: Path, share: float, lent: float, unit_bytes: int, slots: int, readers: int, lends: list[bool]
+) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    with WeightStream(layout_of(tensors, share, unit_bytes, lent), slots=slots, readers=readers) as stream:
+        for one in lends:
+            stream.lend(one)
+            assert read_pass(stream) == contents
+
+
+def test_lent_rows_are_read_once_while_they_have_their_memory(tmp_path: Path) -> None:
+    tensors, _ = make_file(tmp_path / "w", SHAPES)
+    layout = layout_of(tensors, 0.3, 9000, lent=0.5)
+    rest = sum(unit.length for visit in layout.visits for _, unit in visit.streamed)
+    lent = sum(unit.length for visit in layout.visits for rows in visit.lent for unit in rows.units)
+    assert lent
+    assert layout.streamed_bytes == rest + lent
+    read = []
+    with WeightStream(layout, slots=4, readers=0) as stream:
+        for lends in (False, False, True, True, False, True):
+            before = stream.counters.read_bytes
+            stream.lend(lends)
+            read_pass(stream)
+            read.append(stream.counters.read_bytes - before)
+    assert read[1:] == [rest + lent, rest + lent, rest, rest + lent, rest + lent]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_serial_and_pipelined_streams_read_the_same_bytes(tmp_path: Path, share: float) -> None:
     tensors, contents = make_file(tmp_path / "w", SHAPES)
@@ -91,7 +129,7 @@ def test_serial_and_pipelined_streams_read_the_same_bytes(tmp_path: Path, share:
                 1, layout.streamed_units
             )
             if readers == 0:
-                pinned = sum(u.length for v in layout.visits for units in v.pinned for u in units)
+                pinned = sum(unit.length for visit in layout.visits for rows in visit.pinned for unit in rows.units)
                 assert stream.counters.read_bytes == pinned + 3 * layout.streamed_bytes
             else:
                 ahead = stream.counters.read_bytes - pinned - 3 * layout.streamed_bytes

@@ -187,6 +187,11 @@ def _print(plan: Plan, rows: list[tuple[str, str, str]], timeline: Timeline) -> 
             console.print(f"  {change.what}: {seconds(change.s_per_token)} per token ({gain:.1f}x)")
 
 
+def _held(plan: Plan) -> str:
+    share = f"{plan.held_bytes / plan.weights_bytes:.0%}, of every large tensor its share"
+    return f"{share}; {gigabytes(plan.lent_bytes)} of it between prompts" if plan.lent_bytes else share
+
+
 def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     """The plan as rows of (name, value, remark), for a terminal."""
     decode, ttft = plan.decode_s_per_token, plan.ttft_s
@@ -198,11 +203,7 @@ def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
         ("model", plan.model, f"{checkpoint.architecture}, {plan.type_bits:.2f} bits/weight ({', '.join(kinds)})"),
         ("memory", gib(plan.budget.nbytes), f"{plan.budget.reason}; floor {gib(plan.floor_bytes)}"),
         ("weights", gigabytes(plan.weights_bytes), "read in the first pass"),
-        (
-            "pinned",
-            gigabytes(plan.pinned_bytes),
-            f"{plan.pinned_bytes / plan.weights_bytes:.0%}, of every large tensor its share",
-        ),
+        ("pinned", gigabytes(plan.held_bytes), _held(plan)),
         *_expert_rows(plan),
         *_layout_rows(checkpoint),
         ("streamed", gigabytes(plan.streamed_bytes_per_pass), f"per pass, disk {gigabytes(plan.disk_bytes_per_s)}/s"),

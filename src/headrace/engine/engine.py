@@ -6,7 +6,7 @@ for a product, the weights of its place in the pass are taken from the stream as
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from headrace.model.matrix import Matrix
 from headrace.model.order import ExpertStep, LinearStep, Recorder
 from headrace.model.packed import PackedExperts
 from headrace.model.shell import Hooks, Way
+from headrace.process import release_unused, resident_bytes
 from headrace.stream import Arena, WeightFile, WeightStream
 from headrace.stream.decoded import FileSet
 from headrace.stream.experts import ExpertCounters, ExpertStream
@@ -70,6 +71,11 @@ class StreamOptions:
     interleaved_types: frozenset[str] = frozenset()  # brought into ggml's interleaved layout where pinned
     interleaved_in_place: bool = False  # rather than copied: no memory, but prompts take longer
     pinned_read_bytes: int = 4 << 20
+    lent_rows: Mapping[str, int] = field(
+        default_factory=dict
+    )  # behind the pinned ones: pinned while no prompt needs the memory
+    lent_up_to_rows: int = FEW_ROWS  # of a pass, all of them exact
+    memory_limit_bytes: int | None = None  # of the process, when memory is lent
     expert_slots: int = 0  # experts that fit into memory, where the model has any
     expert_readers: int = 4
     expert_scores: npt.NDArray[np.float32] | None = None  # how often each was chosen in earlier runs
@@ -128,7 +134,9 @@ class Engine:
             options.pinned_rows,
             options.unit_bytes,
             options.pinned_read_bytes,
+            options.lent_rows,
         )
+        self._options = options
         self.stream = WeightStream(
             self.layout,
             slots=options.slots,
@@ -215,6 +223,7 @@ class Engine:
         self._rows = sum(len(rows.tokens) for rows in batch)
         self._exact_rows = sum(len(rows.tokens) for rows in batch if rows.is_exact)
         self._share_cores(self._rows - self._exact_rows)
+        self._lend()
         before, start = self._counted(), time.perf_counter()
         self._step = self._visit = 0
         try:
@@ -257,6 +266,17 @@ class Engine:
             self._kernel_s + (self.experts.kernel_s if self.experts is not None else 0.0),
             experts,
         )
+
+    def _lend(self) -> None:
+        """Between prompts, their memory holds weights. Only if the system has really got it back from the allocator."""
+        options, stream = self._options, self.stream
+        lends = self._rows <= options.lent_up_to_rows and self._rows - self._exact_rows <= FEW_ROWS
+        if lends and not stream.lends and stream.layout.lent_bytes:
+            self.kernels.release()
+            release_unused()
+            limit = options.memory_limit_bytes
+            lends = limit is None or resident_bytes() + stream.layout.lent_bytes <= limit
+        stream.lend(lends)
 
     def _share_cores(self, shared_rows: int) -> None:
         """torch's small operations stay on one core while ggml works, whose threads wait by spinning on all of them."""

@@ -227,6 +227,10 @@ class Kernels:
         graph(address, plain.data_ptr())
         return plain
 
+    def release(self) -> None:
+        """Give up the scratch for unpacked weights, until they are many again."""
+        self._scratch = None
+
     def close(self) -> None:
         """Free ggml's graphs and the copies."""
         for graph in (*self._products.values(), *self._unpacks.values()):

@@ -66,5 +66,8 @@ class ReferenceKernels:
         """As `Kernels.unpack`."""
         return unpack(type_name, address, rows, columns)
 
+    def release(self) -> None:
+        """Nothing to give back."""
+
     def close(self) -> None:
         """Nothing to give back."""

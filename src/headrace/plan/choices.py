@@ -138,7 +138,7 @@ def _smaller_files(plan: Plan) -> list[Change]:
     """The next smaller quantisations: the same budget holds a larger share of fewer bytes. They need no low-bit copy."""
     smaller = [(name, bits) for name, bits in USUAL_FILES if bits < 0.92 * plan.type_bits][:2]
     expected = plan.expectation
-    cost, tokens, draft_s, room = plan.decode, expected.tokens_per_pass, expected.draft_s, plan.pinned_bytes
+    cost, tokens, draft_s, room = plan.decode, expected.tokens_per_pass, expected.draft_s, plan.held_bytes
     if plan.drafting.name == "self":
         cost, tokens, draft_s = plan.cost(plan.sequences), float(plan.sequences), 0.0
         room += plan.draft_bytes

@@ -26,8 +26,9 @@ def pass_units(plan: Plan, shape: Shape, rows: int) -> list[Unit]:
         woven = tensor.type in plan.interleaved_types
         rate = plan.profile.kernel(tensor.type, rows, interleaved=woven)
         compute_s = tensor.rows * tensor.columns / rate
-        pinned_share = plan.pinned_rows[tensor.name] / tensor.rows
-        streamed = (tensor.rows - plan.pinned_rows[tensor.name]) * tensor.row_bytes
+        held = plan.pinned_rows[tensor.name] + plan.lent_rows.get(tensor.name, 0)
+        pinned_share = held / tensor.rows
+        streamed = (tensor.rows - held) * tensor.row_bytes
         count = ceil(streamed / plan.unit_bytes)
         pinned_s = (compute_s * pinned_share + glue_s) / (count + 1)
         units.append(Unit(0.0, 0.0, pinned_s, pinned=True))

@@ -52,6 +52,8 @@ class Plan:
     weights_bytes: int
     pinned_rows: Mapping[str, int]
     pinned_bytes: int
+    lent_rows: Mapping[str, int]
+    lent_bytes: int  # pinned as well while no prompt needs the memory
     streamed_bytes_per_pass: int
     unit_bytes: int
     ring_slots: int
@@ -87,6 +89,11 @@ class Plan:
     changes: tuple[Change, ...] = ()
 
     @property
+    def held_bytes(self) -> int:
+        """Weights in memory while tokens are decoded."""
+        return self.pinned_bytes + self.lent_bytes
+
+    @property
     def decode(self) -> PassCost:
         """A pass that decodes, with the guesses it verifies."""
         return self.expectation.cost
@@ -106,7 +113,7 @@ class Plan:
         draft = "" if self.drafting.name == "none" else f", {self.draft_line()}"
         experts = f", {self.expert_line()}" if self.experts is not None else ""
         return (
-            f"{gib(self.budget.nbytes)} ({self.budget.reason}): pinned {gigabytes(self.pinned_bytes)}"
+            f"{gib(self.budget.nbytes)} ({self.budget.reason}): pinned {gigabytes(self.held_bytes)}"
             f" of {gigabytes(self.weights_bytes)}, {streamed}{experts}{draft}; {self.binding}-bound,"
             f" {seconds(self.decode_s_per_token.expected)} per token,"
             f" first token in {seconds(self.ttft_s.expected)} (rates {self.profile.source})"
@@ -156,6 +163,7 @@ class Plan:
                 "floor_bytes": self.floor_bytes,
                 "weights_bytes": self.weights_bytes,
                 "pinned_bytes": self.pinned_bytes,
+                "lent_bytes": self.lent_bytes,
                 "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
                 "ring_bytes": self.ring_bytes,
                 "interleaved_bytes": self.interleaved_bytes,
@@ -226,7 +234,7 @@ def plan_for(
         expectation = expect(drafting.chance, request.most_guesses, request.sequences, guess_s, cost)
         cold = weights if experts is None else replace(weights, experts=experts.with_cached(0))
         first = pass_cost(profile, disk, shape.weights_bytes, cold, shape.layers, min(rows, request.prompt_rows))
-        later = pass_cost(profile, disk, room.streamed, weights, shape.layers, rows)
+        later = pass_cost(profile, disk, room.streamed + room.lent, weights, shape.layers, rows)
         ttft = first.seconds + (passes - 1) * later.seconds
         answers = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
         return _Outlook(weights, expectation, first, ttft, ttft + answers * expectation.s_per_token)
@@ -252,6 +260,8 @@ def plan_for(
         weights_bytes=shape.weights_bytes,
         pinned_rows=room.pinned_rows,
         pinned_bytes=room.pinned,
+        lent_rows=room.lent_rows,
+        lent_bytes=room.lent,
         streamed_bytes_per_pass=room.streamed,
         unit_bytes=UNIT_BYTES,
         ring_slots=room.slots,

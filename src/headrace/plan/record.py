@@ -130,7 +130,7 @@ def make_record(
         machine=plan.profile.machine,
         model=plan.model,
         weights_bytes=plan.weights_bytes,
-        pinned_bytes=plan.pinned_bytes,
+        pinned_bytes=plan.held_bytes,
         streamed_bytes=plan.streamed_bytes_per_pass,
         budget_bytes=plan.budget.nbytes,
         layers=plan.layers,

@@ -29,7 +29,8 @@ TOKENIZER_BYTES_PER_TOKEN = 450
 TOKENIZER_BUILD_BYTES_PER_TOKEN = 1500
 DRAFT_PROMPT_ROWS = 128  # of a prompt in one pass of a draft model
 DRAFT_RUNTIME_BYTES = 24 * MIB  # modules of a draft model and its first passes
-MANY_ROWS_BYTES = 128 * MIB  # unpacked weights, oneDNN's copies and code, what the allocator keeps
+MANY_ROWS_BYTES = 64 * MIB  # unpacked weights, oneDNN's copies and code, what the allocator keeps
+KEPT_BYTES = 32 * MIB  # of what prompts took, the allocator and oneDNN keep so much
 MARGIN_BYTES = 24 * MIB
 MARGIN_SHARE = 0.01
 KV_BYTES = 2  # fp16
@@ -51,7 +52,9 @@ class Division:
     slot: int
     pinned_rows: Mapping[str, int]
     pinned: int
-    streamed: int  # per pass
+    lent_rows: Mapping[str, int]  # behind the pinned ones, in the memory of prompts while there is none
+    lent: int
+    streamed: int  # per pass that decodes
     expert_slots: int
     spare: int  # left over when everything is pinned
 
@@ -97,6 +100,8 @@ def divide(
     slots = 0 if fits else max(LEAST_SLOTS, min(RING_SLOTS, (room - activations) // slot))
     pinned_rows = _pin(shape, room - activations - slots * slot)
     pinned = sum(pinned_rows[tensor.name] * tensor.row_bytes for tensor in shape.linears)
+    lent_rows = _lend(shape, pinned_rows, activations - exact - KEPT_BYTES) if slots else {}
+    lent = sum(lent_rows.get(tensor.name, 0) * tensor.row_bytes for tensor in shape.linears)
     spare = room - activations - pinned - shape.page_slack_bytes if fits else 0
     expert_slots = 0
     if shape.experts is not None:  # every pass needs every byte of the trunk, but of the experts only some
@@ -115,7 +120,9 @@ def divide(
         slot=slot,
         pinned_rows=pinned_rows,
         pinned=pinned,
-        streamed=shape.weights_bytes - pinned,
+        lent_rows=lent_rows,
+        lent=lent,
+        streamed=shape.weights_bytes - pinned - lent,
         expert_slots=expert_slots,
         spare=spare,
     )
@@ -139,10 +146,11 @@ def _activations(shape: Shape, rows: int, context_tokens: int, exact: bool = Fal
 
     Exact rows may all need logits; of a prompt only the last row does.
     """
-    # Twice what the tensors alive at once would take: the allocator keeps holes, oneDNN copies its operands. 386 MiB were
-    # measured for 512 rows of an 8B shape.
-    narrow = 10 * shape.hidden
-    mlp = 8 * shape.feed_forward + _expert_numbers(shape.experts)
+    # Alive at once are three of the MLP's width and two or three of the model's; the rest is for the allocator's holes and
+    # oneDNN's copies. Measured and counted, MiB: 512 rows of an 8B shape 181 and 282, of a 1.5B one 165 and 190; 64 rows 53
+    # and 92, 36 and 80.
+    narrow = 5 * shape.hidden
+    mlp = 6 * shape.feed_forward + _expert_numbers(shape.experts)
     attention = 10 * shape.attention_width
     logits = (4 + (rows if exact else 0)) * shape.checkpoint.vocab_size * 4
     if rows <= FEW_ROWS or exact:
@@ -196,6 +204,15 @@ def _pin(shape: Shape, room: int) -> dict[str, int]:
         whole |= more
     rows = {tensor.name: _cut(tensor, share) for tensor in rest}
     return rows | {tensor.name: tensor.rows for tensor in shape.linears if tensor.name in whole}
+
+
+def _lend(shape: Shape, pinned_rows: Mapping[str, int], room: int) -> dict[str, int]:
+    """Rows behind the pinned ones that fit into so many bytes: the same share of all that streams."""
+    rest = {tensor.name: tensor.rows - pinned_rows[tensor.name] for tensor in shape.linears}
+    streamed = sum(rest[tensor.name] * tensor.row_bytes for tensor in shape.linears)
+    share = min(1.0, max(0, room - shape.page_slack_bytes) / max(1, streamed))
+    multiple = {tensor.name: max(ROW_MULTIPLE, tensor.row_multiple) for tensor in shape.linears}
+    return {name: int(share * rows) // multiple[name] * multiple[name] for name, rows in rest.items() if rows}
 
 
 def _cut(tensor: Tensor, share: float) -> int:

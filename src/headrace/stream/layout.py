@@ -3,6 +3,9 @@
 Every tensor is cut at its own row: the rows before the cut are pinned, those after it stream in units small enough for
 a slot of the ring. The same share of every tensor is pinned, so that the product with the pinned rows hides the reads
 of the others, tensor by tensor, and a machine that owns a range of rows is no special case.
+
+Behind the pinned rows some may be *lent* memory that others need at times: they are pinned while it is lent, and stream
+with the rest while it is not.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +25,7 @@ class Unit:
     start: int  # page-aligned offset in the file
     length: int  # page-aligned bytes to read
     delta: int  # bytes before the first row
-    pinned_at: int | None  # offset in the pinned arena; None: a slot of the ring
+    at: int | None  # offset in the arena of pinned or of lent rows; None: only ever in a slot of the ring
 
     @property
     def needed(self) -> int:
@@ -31,14 +34,24 @@ class Unit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Resident:
+    """Rows of a tensor that stay in an arena, and the reads that fill it."""
+
+    first: int
+    rows: int
+    address: int  # offset of row `first` in the arena
+    units: tuple[Unit, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Visit:
     """Tensors multiplied with the same activations, at one point of the pass."""
 
     tensors: tuple[Tensor, ...]
-    pinned: tuple[tuple[Unit, ...], ...]  # per tensor: reads that fill its pinned rows, once
-    pinned_rows: tuple[int, ...]
-    pinned_address: tuple[int, ...]  # per tensor: offset of row 0 in the pinned arena
-    streamed: tuple[tuple[int, Unit], ...]  # (index of the tensor, unit), in order
+    pinned: tuple[Resident, ...]  # per tensor
+    lent: tuple[Resident, ...]  # per tensor
+    streamed: tuple[tuple[int, Unit], ...]  # (index of the tensor, unit), in order: what is neither
+    streamed_unlent: tuple[tuple[int, Unit], ...]  # and the units of lent rows, while no memory is lent
 
     @property
     def in_order(self) -> bool:
@@ -52,21 +65,40 @@ class Layout:
 
     visits: tuple[Visit, ...]
     pinned_bytes: int
+    lent_bytes: int
     slot_bytes: int
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes read from the disk in every pass, page alignment included."""
-        return sum(unit.length for visit in self.visits for _, unit in visit.streamed)
+        """Bytes read from the disk in every pass while no memory is lent, page alignment included."""
+        return sum(unit.length for visit in self.visits for _, unit in visit.streamed_unlent)
 
     @property
     def streamed_units(self) -> int:
-        """Reads in every pass."""
-        return sum(len(visit.streamed) for visit in self.visits)
+        """Reads in such a pass."""
+        return sum(len(visit.streamed_unlent) for visit in self.visits)
+
+
+class _Arena:
+    """Where rows are laid out one tensor after another."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def place(self, tensor: Tensor, first: int, rows: int, read_bytes: int) -> Resident:
+        offset = tensor.offset + first * tensor.row_bytes
+        start, length = aligned(offset, rows * tensor.row_bytes)
+        base, self.nbytes = self.nbytes, self.nbytes + (length if rows else 0)
+        units = tuple(_units(tensor, first, first + rows, read_bytes, base - start))
+        return Resident(first=first, rows=rows, address=base + offset - start, units=units)
 
 
 def make_layout(
-    order: Sequence[Sequence[Tensor]], pinned_rows: Mapping[str, int], unit_bytes: int, read_bytes: int = 4 << 20
+    order: Sequence[Sequence[Tensor]],
+    pinned_rows: Mapping[str, int],
+    unit_bytes: int,
+    read_bytes: int = 4 << 20,
+    lent_rows: Mapping[str, int] | None = None,
 ) -> Layout:
     """Lay out a pass that visits groups of tensors in this order.
 
@@ -75,35 +107,37 @@ def make_layout(
         pinned_rows: rows to pin, by tensor name, from row 0 on.
         unit_bytes: the most a streamed unit may take, rows permitting.
         read_bytes: the most that one read of pinned rows takes.
+        lent_rows: rows behind the pinned ones that are pinned while memory for them is lent.
     """
     visits: list[Visit] = []
-    cursor = 0
+    fixed, lent = _Arena(), _Arena()
+    lent_rows = lent_rows or {}
     for group in order:
-        pinned, addresses, streamed = [], [], []
+        at_times, rest = [], []
+        pinned = tuple(fixed.place(tensor, 0, pinned_rows[tensor.name], read_bytes) for tensor in group)
         for index, tensor in enumerate(group):
-            rows = pinned_rows[tensor.name]
-            start, length = aligned(tensor.offset, rows * tensor.row_bytes)
-            addresses.append(cursor + tensor.offset - start)
-            pinned.append(tuple(_units(tensor, 0, rows, read_bytes, cursor)))
-            cursor += length if rows else 0
-            streamed += [(index, unit) for unit in _units(tensor, rows, tensor.rows, unit_bytes, None)]
+            first = pinned[index].rows
+            at_times.append(lent.place(tensor, first, lent_rows.get(tensor.name, 0), unit_bytes))
+            first += at_times[index].rows
+            rest += [(index, unit) for unit in _units(tensor, first, tensor.rows, unit_bytes, None)]
+        lent_units = [(index, unit) for index, rows in enumerate(at_times) for unit in rows.units]
         visits.append(
             Visit(
                 tensors=tuple(group),
-                pinned=tuple(pinned),
-                pinned_rows=tuple(pinned_rows[tensor.name] for tensor in group),
-                pinned_address=tuple(addresses),
-                streamed=tuple(streamed),
+                pinned=pinned,
+                lent=tuple(at_times),
+                streamed=tuple(rest),
+                streamed_unlent=tuple(sorted(lent_units + rest, key=lambda one: one[0])),
             )
         )
-    slot = max((unit.length for visit in visits for _, unit in visit.streamed), default=PAGE_BYTES)
-    return Layout(visits=tuple(visits), pinned_bytes=cursor, slot_bytes=slot)
+    slot = max((unit.length for visit in visits for _, unit in visit.streamed_unlent), default=PAGE_BYTES)
+    return Layout(visits=tuple(visits), pinned_bytes=fixed.nbytes, lent_bytes=lent.nbytes, slot_bytes=slot)
 
 
-def _units(tensor: Tensor, first: int, last: int, unit_bytes: int, pinned_base: int | None) -> Iterator[Unit]:
+def _units(tensor: Tensor, first: int, last: int, unit_bytes: int, base: int | None) -> Iterator[Unit]:
+    """Reads of rows; `base` is where the file's first byte would lie in the arena."""
     multiple = tensor.row_multiple
     step = max(1, (unit_bytes - 2 * PAGE_BYTES) // (multiple * tensor.row_bytes)) * multiple
-    base, _ = aligned(tensor.offset, 0)
     for row in range(first, last, step):
         rows = min(step, last - row)
         offset = tensor.offset + row * tensor.row_bytes
@@ -115,5 +149,5 @@ def _units(tensor: Tensor, first: int, last: int, unit_bytes: int, pinned_base: 
             start=start,
             length=length,
             delta=offset - start,
-            pinned_at=None if pinned_base is None else pinned_base + start - base,
+            at=None if base is None else base + start,
         )

@@ -24,3 +24,8 @@ class Arena:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def give_back(self) -> None:
+        """Let the system have the pages; what was in them is lost."""
+        with suppress(OSError, AttributeError):
+            self._map.madvise(mmap.MADV_DONTNEED)

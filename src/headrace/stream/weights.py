@@ -2,8 +2,8 @@
 
 The readers run ahead of the compute by as much as the ring holds, over the end of a pass into the next one, and while
 the engine samples. The reads of pinned rows are part of the first pass, so nothing is read twice and the first token
-waits for no loading phase. With no reader threads the consumer reads for itself: load, compute, release. That serial
-twin runs the same code and reads the same bytes.
+waits for no loading phase; rows that are lent memory come with the first pass after `lend`. With no reader threads the
+consumer reads for itself: load, compute, release. That serial twin runs the same code and reads the same bytes.
 
 What must never happen: a slot is overwritten while in use (a unit's number may exceed the released ones by the slots at
 most); a reader's error is lost (it is raised in the consumer); a consumer waits for ever (a silent disk is an error).
@@ -11,7 +11,7 @@ most); a reader's error is lost (it is raised in the consumer); a consumer waits
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -19,7 +19,7 @@ from headrace.checkpoint import Tensor
 from headrace.errors import ReadError
 from headrace.kernels import Piece
 from headrace.stream.files import File, WeightFile
-from headrace.stream.layout import Layout, Unit
+from headrace.stream.layout import Layout, Resident, Unit
 from headrace.stream.memory import Arena
 
 STALL_LIMIT_S = 60.0
@@ -55,9 +55,9 @@ def piece_of(tensor: Tensor, first: int, rows: int, address: int) -> Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    visit: int
     unit: Unit
-    number: int | None  # of its slot in the ring, counted over all passes; None: pinned
+    number: int | None  # of its slot in the ring, counted over all passes; None: it stays
+    arena: Arena | None = None  # where it stays
 
 
 class WeightStream:
@@ -87,6 +87,8 @@ class WeightStream:
         self._stall_limit_s = stall_limit_s
         self._settle = settle
         self._pinned = Arena(layout.pinned_bytes)
+        self._lent = Arena(layout.lent_bytes)
+        self.lends = False  # whether lent rows have their memory
         self._ring = Arena(slots * layout.slot_bytes if layout.streamed_units else 0)
         paths = {tensor.path for visit in layout.visits for tensor in visit.tensors}
         self._files = {path: file_of(path) for path in sorted(paths)}
@@ -98,6 +100,7 @@ class WeightStream:
         self._threads: list[threading.Thread] = []
         self._loaded: set[int] = set()  # ids of pinned units in memory
         self._complete: dict[int, list[Batch]] = {}  # pinned pieces of visits, once all are in memory
+        self._complete_lent: dict[int, list[Batch]] = {}
         self._error: BaseException | None = None
         self._next_visit = 0
         self._released = 0
@@ -124,16 +127,13 @@ class WeightStream:
         assert index == self._next_visit, f"visit {index} asked for, {self._next_visit} is next"
         self._next_visit = (index + 1) % len(self.layout.visits)
         self._start()
-        pinned = self._complete.get(index)
-        if pinned is None:
-            try:
-                pinned = self._complete[index] = self._pinned_batches(index)
-            except BaseException:
-                self._forget(index)  # an interrupt may have left pieces half settled: they are read again
-                raise
-        streamed = self.layout.visits[index].streamed
+        visit = self.layout.visits[index]
+        pinned = self._delivered(index, self._complete, visit.pinned, self._pinned, self._settle)
+        if self.lends:  # never settled: what a row's product is must not depend on what is lent
+            pinned = pinned + self._delivered(index, self._complete_lent, visit.lent, self._lent, None)
+        streamed = visit.streamed if self.lends else visit.streamed_unlent
         done = 0
-        if self.layout.visits[index].in_order:  # pinned rows are the first ones
+        if visit.in_order:  # pinned rows are the first ones
             yield from pinned
             done = len(pinned)
         for count, (i, unit) in enumerate(streamed):
@@ -149,6 +149,21 @@ class WeightStream:
                 self._released += 1
                 self._room.notify()
         yield from pinned[done:]
+
+    def lend(self, lends: bool) -> None:
+        """Give lent rows their memory, or take it back; between passes only. What had been read ahead is read again."""
+        if lends == self.lends or not self.layout.lent_bytes:
+            return
+        assert self._next_visit == 0, "memory is lent between passes"
+        self._stop()
+        if not lends:
+            self._loaded.difference_update(
+                id(unit) for visit in self.layout.visits for rows in visit.lent for unit in rows.units
+            )
+            self._complete_lent.clear()
+            self._lent.give_back()
+        self.lends = lends
+        self._begin_pass()
 
     def rewind(self) -> None:
         """Give up the pass in progress: the next visit is the first one again. What is pinned stays."""
@@ -187,33 +202,47 @@ class WeightStream:
         if self.spans is not None:
             self.spans.add("stall", label, start, end)
 
-    def _pinned_batches(self, index: int) -> list[Batch]:
-        """The pinned rows of a visit, once they have come: as one batch, or in slices where others stream beside them."""
+    def _delivered(
+        self,
+        index: int,
+        complete: dict[int, list[Batch]],
+        residents: Sequence[Resident],
+        arena: Arena,
+        settle: Callable[[Piece, int], Piece] | None,
+    ) -> list[Batch]:
+        """The rows of a visit that stay in an arena, once they have come."""
+        batches = complete.get(index)
+        if batches is None:
+            try:
+                batches = complete[index] = self._resident_batches(index, residents, arena, settle)
+            except BaseException:  # an interrupt may have left pieces half settled: they are read again
+                with self._arrived:
+                    self._loaded.difference_update(id(unit) for rows in residents for unit in rows.units)
+                raise
+        return batches
+
+    def _resident_batches(
+        self, index: int, residents: Sequence[Resident], arena: Arena, settle: Callable[[Piece, int], Piece] | None
+    ) -> list[Batch]:
+        """As one batch, or in slices where others stream beside them."""
         visit = self.layout.visits[index]
-        if any(visit.pinned_rows):
-            self._wait(lambda: self._pinned_ready(index), f"visit {index}")
+        units = [id(unit) for rows in residents for unit in rows.units]
+        if units:
+            self._wait(lambda: self._loaded.issuperset(units), f"visit {index}")
         pieces: Batch = []
-        for i, (tensor, rows) in enumerate(zip(visit.tensors, visit.pinned_rows, strict=True)):
-            base = self._pinned.address + visit.pinned_address[i]
+        for i, (tensor, found) in enumerate(zip(visit.tensors, residents, strict=True)):
             multiple = max(8, tensor.row_multiple)
-            step = (
-                SLICE_BYTES // tensor.row_bytes // multiple * multiple or multiple if visit.streamed else max(1, rows)
-            )
-            for first in range(0, rows, step):
-                address = base + first * tensor.row_bytes
-                pieces.append((i, piece_of(tensor, first, min(step, rows - first), address)))
-        if self._settle is not None:
-            pieces = [(i, self._settle(piece, visit.tensors[i].columns)) for i, piece in pieces]
-        if not visit.streamed:
+            step = max(1, found.rows)
+            if visit.streamed_unlent:
+                step = SLICE_BYTES // tensor.row_bytes // multiple * multiple or multiple
+            for row in range(0, found.rows, step):
+                address = arena.address + found.address + row * tensor.row_bytes
+                pieces.append((i, piece_of(tensor, found.first + row, min(step, found.rows - row), address)))
+        if settle is not None:
+            pieces = [(i, settle(piece, visit.tensors[i].columns)) for i, piece in pieces]
+        if not visit.streamed_unlent:
             return [pieces] if pieces else []
         return [[piece] for piece in pieces]
-
-    def _forget(self, index: int) -> None:
-        with self._arrived:
-            self._loaded.difference_update(id(unit) for units in self.layout.visits[index].pinned for unit in units)
-
-    def _pinned_ready(self, index: int) -> bool:
-        return all(id(unit) in self._loaded for units in self.layout.visits[index].pinned for unit in units)
 
     # -- the readers --------------------------------------------------------------------------------------------
 
@@ -227,18 +256,20 @@ class WeightStream:
         self._stopping = False
 
     def _sequence(self) -> Iterator[_Load]:
-        """All loads, for ever: pinned rows that were not issued yet and every streamed unit, pass after pass."""
+        """All loads, for ever: rows that stay and were not issued yet, and every streamed unit, pass after pass."""
         number = 0
         while True:
             before = number, len(self._issued)
-            for index, visit in enumerate(self.layout.visits):
-                for units in visit.pinned:
-                    for unit in units:
-                        if id(unit) not in self._issued:
-                            self._issued.add(id(unit))
-                            yield _Load(index, unit, None)
-                for _, unit in visit.streamed:
-                    yield _Load(index, unit, number)
+            for visit in self.layout.visits:
+                staying = [(unit, self._pinned) for rows in visit.pinned for unit in rows.units]
+                if self.lends:
+                    staying += [(unit, self._lent) for rows in visit.lent for unit in rows.units]
+                for unit, arena in staying:
+                    if id(unit) not in self._issued:
+                        self._issued.add(id(unit))
+                        yield _Load(unit, None, arena)
+                for _, unit in visit.streamed if self.lends else visit.streamed_unlent:
+                    yield _Load(unit, number)
                     number += 1
             if before == (number, len(self._issued)):
                 return  # everything is pinned
@@ -308,7 +339,8 @@ class WeightStream:
     def _target(self, load: _Load) -> memoryview:
         unit = load.unit
         if load.number is None:
-            assert unit.pinned_at is not None
-            return self._pinned.view[unit.pinned_at : unit.pinned_at + unit.length]
+            assert load.arena is not None
+            assert unit.at is not None
+            return load.arena.view[unit.at : unit.at + unit.length]
         start = load.number % self._slots * self.layout.slot_bytes
         return self._ring.view[start : start + unit.length]
