@@ -24,6 +24,7 @@ SUPPORTED = (
     "qwen3moe",
     "stablelm",
     "starcoder2",
+    "t5",
 )
 
 NOT_YET = {
@@ -32,9 +33,8 @@ NOT_YET = {
     "mistral": "converters write Mistral's models as llama, so another tool made this file",
     "qwen35": "files hold the value heads of its linear attention in another order, by columns too; as a folder it runs",
     "qwen35moe": "files hold the value heads of its linear attention in another order, by columns too; as a folder it runs",
-    "t5": "encoder-decoder models are not supported",
     "t5encoder": "encoders do not generate text",
-    "umt5": "encoder-decoder models are not supported",
+    "umt5": "converters write UMT5 models as t5, so another tool made this file",
 }
 
 

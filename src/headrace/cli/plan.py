@@ -134,7 +134,7 @@ def plan_command(
 ) -> None:
     """Print the plan for a model."""
     checkpoint = open_anywhere(model)
-    limit = checkpoint.number("context_length", 4096)
+    limit = checkpoint.context_limit(4096)
     context = ctx_size or min(prompt_tokens + tokens, limit)
     request = Request(
         context_tokens=context, prompt_tokens=min(prompt_tokens, context), sequences=batch, kv_bits=kv_bits

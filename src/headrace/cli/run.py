@@ -120,7 +120,7 @@ def _request(
     checkpoint: Checkpoint, text: str | None, prompt_tokens: int | None, max_tokens: int, ctx: int | None
 ) -> Request:
     """What to plan for; `prompt_tokens=None` guesses it from the text's bytes."""
-    limit = checkpoint.number("context_length", CHAT_CONTEXT)
+    limit = checkpoint.context_limit(CHAT_CONTEXT)
     if text is None:
         return Request(context_tokens=ctx or min(CHAT_CONTEXT, limit), prompt_tokens=CHAT_PROMPT)
     if prompt_tokens is None:

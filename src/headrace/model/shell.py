@@ -6,20 +6,20 @@ of its own; a tensor of the file that finds no place in the model means that the
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.encodings import Encoding
 from headrace.checkpoint.tensor import Slice
 from headrace.errors import CheckpointError, UnsupportedError
-from headrace.model.config import make_config
+from headrace.model.config import make_config, opening_of
 from headrace.model.matrix import Matrix
 from headrace.model.names import Names, names_of, tied_to
 from headrace.model.order import ExpertStep, LinearStep, Recorder, Step, record_steps
@@ -38,8 +38,8 @@ _OTHER_WAY = "use a GGUF file of the model with llama.cpp"
 _SMALL_TABLE_BYTES = 4 << 20
 
 
-# A way to run attention: its name, what a forward on meta is given, and whether that forward showed it to be right.
-Way: TypeAlias = tuple[str, Callable[[], dict[str, Any]], Callable[[], bool]]
+# A way to run attention: its name, what forwards on meta are given, and whether these showed it to be right.
+Way: TypeAlias = tuple[str, Callable[[], Iterator[dict[str, Any]]], Callable[[], bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,9 @@ class Shell:
     """A model without its large weights, and the order in which a pass asks for them."""
 
     model: PreTrainedModel
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...]  # of a pass that begins a text
     way: str  # how attention runs, one of those that the engine offered
+    opening: tuple[int, ...]  # the tokens of a prompt that are the decoder's, where an encoder reads the others
     made_path: str
     made: Sequence[tuple[Tensor, Encoding]]  # tensors on that path, besides the checkpoint's own
 
@@ -68,8 +69,16 @@ class Shell:
     @property
     def linears(self) -> tuple[Tensor, ...]:
         """What every pass multiplies, each tensor once."""
-        found = {t.name: t for step in self.steps if isinstance(step, LinearStep) for t in step.tensors}
-        return tuple(found.values())
+        return _tensors(step for step in self.steps if not step.once)
+
+    @property
+    def opening_linears(self) -> tuple[Tensor, ...]:
+        """What only a pass multiplies that begins a text."""
+        return _tensors(step for step in self.steps if step.once)
+
+
+def _tensors(steps: Iterable[Step]) -> tuple[Tensor, ...]:
+    return tuple({t.name: t for step in steps if isinstance(step, LinearStep) for t in step.tensors}.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +111,23 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
     _pack_experts(model, names)
     steps, way = _record(model, before, hooks)
     _scale_frequencies(checkpoint, model, hooks.read)
-    _gather_tables(model, names, hooks)
+    _gather_tables(model, names, tied, hooks)
     _fill(model, names, tied, hooks)
     _refuse_homeless(checkpoint, names)
     _fuse_norms(model)
-    return Shell(model=model, steps=steps, way=way, made_path=names.made_path, made=names.made)
+    return Shell(
+        model=model,
+        steps=steps,
+        way=way,
+        opening=opening_of(checkpoint),
+        made_path=names.made_path,
+        made=names.made,
+    )
 
 
 def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": implementation}
+    kind = AutoModelForSeq2SeqLM if checkpoint.has_encoder else AutoModelForCausalLM
     with torch.device("meta"):
         for attention in (
             implementation,
@@ -118,9 +135,7 @@ def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: s
             "eager",
         ):  # some models look their attention up in a table of their own
             try:
-                return AutoModelForCausalLM.from_config(
-                    config, attn_implementation=attention, trust_remote_code=False, **options
-                )
+                return kind.from_config(config, attn_implementation=attention, trust_remote_code=False, **options)  # type: ignore[no-any-return]
             except (KeyError, ValueError) as error:
                 refused = error
     raise UnsupportedError(
@@ -308,15 +323,15 @@ def _scale_frequencies(checkpoint: Checkpoint, model: PreTrainedModel, read: Cal
                 buffer /= factors
 
 
-def _gather_tables(model: PreTrainedModel, names: Names, hooks: Hooks) -> None:
+def _gather_tables(model: PreTrainedModel, names: Names, tied: Mapping[str, str], hooks: Hooks) -> None:
     """Of the token embedding and other large tables, rows are read as they are needed."""
-    main = model.get_input_embeddings()
+    main = model.get_input_embeddings().weight
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding):
             continue
-        if module is not main and module.weight.numel() * 4 < _SMALL_TABLE_BYTES:
+        if module.weight is not main and module.weight.numel() * 4 < _SMALL_TABLE_BYTES:
             continue
-        matrix = names.matrix(f"{name}.weight", tuple(module.weight.shape), False)
+        matrix = names.matrix(_owner(f"{name}.weight", names, tied), tuple(module.weight.shape), False)
         module.padding_idx = None  # only training uses it, and it indexes the whole table
         module.register_forward_pre_hook(GatheredEmbedding(_rows_of(matrix, hooks)))
 

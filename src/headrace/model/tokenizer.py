@@ -13,6 +13,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers.decoders import DecodeStream
+from tokenizers.models import Unigram
+from tokenizers.normalizers import Precompiled
 from transformers import AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     GGUF_TOKENIZER_MAPPING,
@@ -21,6 +23,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 
 from headrace.checkpoint import Checkpoint
 from headrace.errors import CheckpointError, UsageError
+from headrace.model.config import opening_of
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
@@ -37,6 +40,7 @@ _TURN_ENDS = (
     "<eos>",
 )
 _CONTROL = 3
+_BYTE = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +66,19 @@ class Tokenizer:
         self._backend, self._template_text = found.backend, found.template
         self.end_ids, self.bos_id, self.adds_bos = found.end_ids, found.bos_id, found.adds_bos
         self._bos, self._eos = found.bos, found.eos
+        self.opening = opening_of(checkpoint)
         del found
         gc.collect()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text, with the beginning token where the model wants one and the text has none."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        """Token ids of a text, with the beginning token where the model wants one and the text has none.
+
+        What an encoder reads is whole: it gets all that its tokenizer puts around a text, its end too.
+        """
+        whole = special and bool(self.opening)
+        ids: list[int] = self._backend.encode(text, add_special_tokens=whole).ids
+        if whole:
+            return ids
         if special and self.adds_bos and ids[:1] != [self.bos_id]:
             assert self.bos_id is not None
             return [self.bos_id, *ids]
@@ -82,17 +93,21 @@ class Tokenizer:
         return TextStream(self._backend)
 
     def prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
-        """Token ids of a prompt. A text is one user message where the model has a chat template, unless `raw`."""
+        """Token ids of a prompt. A text is one user message where the model has a chat template, unless `raw`.
+
+        After what an encoder reads come the tokens that its decoder begins with.
+        """
         if not isinstance(prompt, str):
             return self.chat(prompt)
         if raw or not self.has_chat_template:
-            return self.encode(prompt)
+            ids = self.encode(prompt)
+            return [*ids, *self.opening] if ids else []
         return self.chat([{"role": "user", "content": prompt}])
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the file says how a conversation is written."""
-        return self._template_text is not None
+        """Whether the file says how a conversation is written. For an encoder there are no conversations, only texts."""
+        return self._template_text is not None and not self.opening
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next answer begins.
@@ -100,6 +115,11 @@ class Tokenizer:
         Raises:
             UsageError: the model has no chat template, or it refuses the conversation.
         """
+        if self.opening:
+            raise UsageError(
+                f"{self._path} turns one text into another and holds no conversations: an encoder reads the prompt",
+                hint="give the whole task as a text, such as `translate English to German: ...`",
+            )
         if not self.has_chat_template:
             raise UsageError(f"{self._path} has no chat template", hint="use --raw with a prompt to complete")
         try:
@@ -146,6 +166,8 @@ def _of_gguf(checkpoint: Checkpoint) -> Vocabulary:
     except Exception as error:  # whatever the untrusted vocabulary provokes in two libraries
         raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
     kinds = checkpoint.array("tokenizer.ggml.token_type")
+    if description["tokenizer_type"] == "t5":
+        _complete_unigram(checkpoint, backend, description["scores"], kinds)
     bos_id = _token_id(checkpoint, "bos_token_id", len(tokens))
     flag = checkpoint.get("tokenizer.ggml.add_bos_token")
     template = checkpoint.get("tokenizer.chat_template")
@@ -158,6 +180,22 @@ def _of_gguf(checkpoint: Checkpoint) -> Vocabulary:
         eos=_spelled(backend, _token_id(checkpoint, "eos_token_id", 1 << 31)),
         template=template if isinstance(template, str) else None,
     )
+
+
+def _complete_unigram(checkpoint: Checkpoint, backend: Any, scores: Sequence[float], kinds: Sequence[object]) -> None:
+    """What transformers leaves out: normalisation, the unknown token where it is not T5's, tokens that are single bytes."""
+    unknown, charsmap = checkpoint.get("tokenizer.ggml.unknown_token_id"), checkpoint.array(_CHARSMAP)
+    try:
+        if unknown not in (None, 2) or _BYTE in kinds:
+            vocabulary = [(backend.id_to_token(i), score) for i, score in enumerate(scores)]
+            backend.model = Unigram(vocabulary, unk_id=unknown, byte_fallback=_BYTE in kinds)
+        if charsmap:
+            backend.normalizer = Precompiled(bytes(charsmap))
+    except Exception as error:  # whatever the untrusted vocabulary provokes in the library
+        raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
+
+
+_CHARSMAP = "tokenizer.ggml.precompiled_charsmap"
 
 
 def _of_folder(checkpoint: Checkpoint) -> Vocabulary:
