@@ -187,6 +187,13 @@ def _print(plan: Plan, rows: list[tuple[str, str, str]], timeline: Timeline) -> 
             console.print(f"  {change.what}: {seconds(change.s_per_token)} per token ({gain:.1f}x)")
 
 
+def _opening_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    if not plan.opening_bytes:
+        return []
+    streamed = gigabytes(plan.streamed_bytes_per_prompt)
+    return [("encoder", gigabytes(plan.opening_bytes), f"used once per prompt, {streamed} of it streamed then")]
+
+
 def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     """The plan as rows of (name, value, remark), for a terminal."""
     decode, ttft = plan.decode_s_per_token, plan.ttft_s
@@ -206,6 +213,7 @@ def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
         *_expert_rows(plan),
         *_layout_rows(checkpoint),
         ("streamed", gigabytes(plan.streamed_bytes_per_pass), f"per pass, disk {gigabytes(plan.disk_bytes_per_s)}/s"),
+        *_opening_rows(plan),
         ("KV cache", gib(plan.kv_bytes), f"{plan.sequences} x {plan.context_tokens} tokens in {plan.kv_bits} bits"),
         ("draft", plan.drafting.name, plan.reasons[-1]),
         ("buffers", gib(plan.ring_bytes + plan.activation_bytes), buffers),

@@ -61,7 +61,7 @@ def parameters_of(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
 def maker_of(model: PreTrainedModel) -> Callable[[], Any]:
     """Makes empty caches of the class that the model is written for."""
     if model.config.is_encoder_decoder:
-        config = model.get_decoder().config
+        config = getattr(model.get_decoder(), "config", model.config)
         return lambda: EncoderDecoderCache(DynamicCache(config=config), DynamicCache())
     module = inspect.getmodule(type(model))
     own = [

@@ -111,13 +111,14 @@ def opening_of(checkpoint: Checkpoint) -> tuple[int, ...]:
     """
     if not checkpoint.has_encoder:
         return ()
-    if checkpoint.config is None:
-        found = [checkpoint.get("decoder_start_token_id")]
+    values = checkpoint.config
+    if values is None:
+        found: list[Any] = [checkpoint.get("decoder_start_token_id")]
     else:
-        config = _of_folder(checkpoint, checkpoint.config)
+        config = _of_folder(checkpoint, values)
 
         def told(name: str) -> Any:
-            return checkpoint.generation.get(name, checkpoint.config.get(name, getattr(config, name, None)))
+            return checkpoint.generation.get(name, values.get(name, getattr(config, name, None)))
 
         start, forced = told("decoder_start_token_id"), told("forced_bos_token_id")
         found = [told("bos_token_id") if start is None else start, *([] if forced is None else [forced])]

@@ -135,7 +135,7 @@ def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: s
             "eager",
         ):  # some models look their attention up in a table of their own
             try:
-                return kind.from_config(config, attn_implementation=attention, trust_remote_code=False, **options)  # type: ignore[no-any-return]
+                return kind.from_config(config, attn_implementation=attention, trust_remote_code=False, **options)
             except (KeyError, ValueError) as error:
                 refused = error
     raise UnsupportedError(

@@ -41,6 +41,7 @@ _TURN_ENDS = (
 )
 _CONTROL = 3
 _BYTE = 6
+_UNKNOWN_OF_T5 = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,18 +185,16 @@ def _of_gguf(checkpoint: Checkpoint) -> Vocabulary:
 
 def _complete_unigram(checkpoint: Checkpoint, backend: Any, scores: Sequence[float], kinds: Sequence[object]) -> None:
     """What transformers leaves out: normalisation, the unknown token where it is not T5's, tokens that are single bytes."""
-    unknown, charsmap = checkpoint.get("tokenizer.ggml.unknown_token_id"), checkpoint.array(_CHARSMAP)
+    unknown = _token_id(checkpoint, "unknown_token_id", len(scores))
+    charsmap = [one for one in checkpoint.array("tokenizer.ggml.precompiled_charsmap") if isinstance(one, int)]
     try:
-        if unknown not in (None, 2) or _BYTE in kinds:
+        if unknown not in (None, _UNKNOWN_OF_T5) or _BYTE in kinds:
             vocabulary = [(backend.id_to_token(i), score) for i, score in enumerate(scores)]
             backend.model = Unigram(vocabulary, unk_id=unknown, byte_fallback=_BYTE in kinds)
         if charsmap:
-            backend.normalizer = Precompiled(bytes(charsmap))
+            backend.normalizer = Precompiled(bytes(byte % 256 for byte in charsmap))
     except Exception as error:  # whatever the untrusted vocabulary provokes in the library
         raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
-
-
-_CHARSMAP = "tokenizer.ggml.precompiled_charsmap"
 
 
 def _of_folder(checkpoint: Checkpoint) -> Vocabulary:

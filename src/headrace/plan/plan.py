@@ -95,6 +95,11 @@ class Plan:
         return self.expectation.cost
 
     @property
+    def pass_bytes(self) -> int:
+        """Bytes of the weights that every pass multiplies."""
+        return self.weights_bytes - self.opening_bytes
+
+    @property
     def binding(self) -> str:
         """What a decoded token waits for: disk, compute or drafting."""
         return self.expectation.binding
