@@ -91,14 +91,17 @@ def record_steps(
     """
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     with (
-        _products(linears, recorder.product), _meta_buffers(model), _kept_attributes(model), _unchecked_distributions(),
+        _products(linears, recorder.product), _on_meta(model), _kept_attributes(model), _unchecked_distributions(),
         torch.inference_mode(), torch.device("meta"),
     ):  # fmt: skip
         passes = []
         for given in forwards():
             model(**{"use_cache": False, **given})
             passes.append(recorder.take())
-    return passes[0] if len(passes) == 1 else _told_apart(*passes)
+    steps = passes[0] if len(passes) == 1 else _told_apart(*passes)
+    if any(step.once for step in steps) and not model.config.is_encoder_decoder:
+        raise RuntimeError("it asks for its weights in another order when it takes up a text")
+    return steps
 
 
 def _told_apart(first: Sequence[Step], later: Sequence[Step]) -> tuple[Step, ...]:
@@ -143,21 +146,24 @@ def _unchecked_distributions() -> Any:
 
 
 @contextmanager
-def _meta_buffers(model: nn.Module) -> Any:
-    """Some models make buffers of numbers while they are built; on meta like the rest, they do not mix devices."""
-    held = [
-        (module, key, buffer)
-        for module in model.modules()
-        for key, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_meta
+def _on_meta(model: nn.Module) -> Any:
+    """Some models make tables of numbers while they are built; on meta like the rest, they do not mix devices."""
+    tables: list[dict[str, Any]] = [
+        table for module in model.modules() for table in (module._buffers, module._parameters)
     ]
-    for module, key, buffer in held:
-        module._buffers[key] = buffer.to("meta")
+    held = [
+        (table, key, tensor)
+        for table in tables
+        for key, tensor in table.items()
+        if tensor is not None and not tensor.is_meta
+    ]
+    for table, key, tensor in held:
+        table[key] = tensor.to("meta")
     try:
         yield
     finally:
-        for module, key, buffer in held:
-            module._buffers[key] = buffer
+        for table, key, tensor in held:
+            table[key] = tensor
 
 
 @contextmanager
