@@ -54,6 +54,7 @@ _OTHERS = {
         _DECODER_HALF,
     ),
 }  # fmt: skip
+_OTHERS_WITH_ENCODER = {"fsmt": "a model that is given its whole answer for each token, cache or not"}
 # The 27B sizes scale queries by hidden_size / heads, the others by head_dim; no metadata says so (llama.cpp goes by the
 # number of layers as well).
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
@@ -145,9 +146,10 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
             f"{checkpoint.path}{reason}",
             hint=known if known and known.startswith("did") else "use a GGUF file of the model",
         )
-    if kind in _OTHERS and not checkpoint.has_encoder:
+    others = _OTHERS_WITH_ENCODER if checkpoint.has_encoder else _OTHERS
+    if kind in others:
         raise UnsupportedError(
-            f"{checkpoint.path} is a {kind} model: {_OTHERS[kind]}, which is not supported",
+            f"{checkpoint.path} is a {kind} model: {others[kind]}, which is not supported",
             hint="use a model that decodes with a cache, or a GGUF file with llama.cpp",
         )
     given = {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}

@@ -372,13 +372,15 @@ class GgufNames(_Made):
     def homeless(self) -> list[str]:
         """See `Names.homeless`."""
         mapped = self._mapped.keys() | {f"{name}.weight" for name in self._mapped}
-        return sorted(self._checkpoint.tensors.keys() - mapped - self._used - _NOT_WEIGHTS)
+        left = self._checkpoint.tensors.keys() - mapped - self._used - _NOT_WEIGHTS
+        return sorted(name for name in left if not _UNUSED_BIAS.search(name))
 
 
 def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
     """The parameter of every tensor name. transformers' own function asks for the whole table of names once per module."""
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == checkpoint.architecture)
-    table = gguf.get_tensor_name_map(number, checkpoint.number("block_count"))
+    blocks = checkpoint.number("block_count")
+    table = gguf.get_tensor_name_map(number, max(blocks, checkpoint.number("decoder_block_count", blocks)))
     found: dict[str, str] = {}
     for parameter in model.state_dict():
         path = processor.preprocess_name(parameter).split(".")
@@ -394,6 +396,7 @@ def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: Tenso
 
 
 EMBEDDING = "token_embd.weight"
+_UNUSED_BIAS = re.compile(r"^dec\.blk\.\d+\.cross_attn_rel_b\.weight$")  # the first T5s have one, and no program uses it
 # Read for the config, or derived from it; not weights of a module.
 _NOT_WEIGHTS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
