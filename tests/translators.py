@@ -26,6 +26,10 @@ BART = {
     "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 80, "max_position_embeddings": 64,
     "decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+BERT = {
+    "model_type": "bert", "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 96, "max_position_embeddings": 64,
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "t5": T5,
     "t5:gated": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
@@ -43,7 +47,30 @@ CASES: dict[str, dict[str, Any]] = {
     "blenderbot-small": BART,
     "mvp": BART,
     "plbart": BART,
+    "encoder-decoder": {
+        "encoder": BERT,
+        "decoder": {**BERT, "is_decoder": True, "add_cross_attention": True},
+        "decoder_start_token_id": 2,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    },
 }
+# What transformers has besides, and why it does not run.
+REFUSED = {
+    "fsmt": ({"langs": ["en", "de"], "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB}, "whole answer"),
+    "led": ({**BART, "attention_window": 8, "max_encoder_position_embeddings": 64}, "traced"),
+    "nllb-moe": ({**BART, "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2}, "traced"),
+    "switch_transformers": (
+        {**T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}, "traced",
+    ),
+    "seamless_m4t": (
+        {
+            "vocab_size": VOCAB, "hidden_size": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 96,
+            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 96,
+        },
+        "speech",
+    ),
+}  # fmt: skip
 UNTIED = ("t5:gated", "mt5")
 # As files: GGUF's t5 with the buckets' distance that no metadata carries.
 FILES = {
@@ -103,7 +130,9 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: str = "F32") -> Path:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5, max(config.num_layers, config.num_decoder_layers))
     held = {key: value for key, value in model.state_dict().items() if "embed_tokens" not in key}
     if not torch.equal(held["lm_head.weight"], held["shared.weight"]):
-        held["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.randn(8, config.num_heads)
+        held["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.randn(
+            8, config.num_heads
+        )
     else:
         del held["lm_head.weight"]
     for key, value in held.items():

@@ -1,12 +1,14 @@
 """Models with an encoder: their two streams, against transformers' own forward and its own greedy answers."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from corpus import write_folder
 from parity import divergence
 from tiny import VOCAB
-from translators import CASES, FILES, translator, write_gguf, write_translator
+from translators import CASES, FILES, REFUSED, translator, write_gguf, write_translator
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
@@ -137,6 +139,15 @@ def test_sequences_do_not_touch_each_other_and_the_same_text_can_be_read_again(t
         assert torch.equal(begun[0], engine.step([Rows(cache=first, tokens=texts[0])])[0])
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_would_go_wrong_are_refused(name: str, tmp_path: Path) -> None:
+    values, words = REFUSED[name]
+    with pytest.raises(HeadraceError, match=words) as refusal, opened(write_folder(translator(name, values), tmp_path)):
+        pass
+    assert name in str(refusal.value)
+    assert refusal.value.hint
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -147,8 +158,6 @@ def test_sequences_do_not_touch_each_other_and_the_same_text_can_be_read_again(t
     ],
 )
 def test_what_cannot_run_is_refused(values: dict[str, object], words: str, tmp_path: Path) -> None:
-    import json
-
     folder = write_translator(translator("t5", CASES["t5"]), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))

@@ -17,7 +17,7 @@ from headrace.errors import UnsupportedError
 
 # GGUF's key, and the names that configs have for it.
 _NAMES = {
-    "block_count": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "block_count": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "num_encoder_layers"),
     "embedding_length": ("hidden_size", "n_embd", "d_model"),
     "decoder_block_count": ("num_decoder_layers", "decoder_layers"),
     "attention.head_count": ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),

@@ -179,8 +179,7 @@ CHAT_HELP = (
 
 
 def _chat(model: "Model", settings: Settings) -> int:
-    if not model.tokenizer.has_chat_template:
-        raise UsageError("the model has no chat template", hint="give a prompt to complete")
+    model.tokenizer.check_chat()
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
     show.note(CHAT_HELP)

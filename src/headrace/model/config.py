@@ -54,7 +54,11 @@ _OTHERS = {
         _DECODER_HALF,
     ),
 }  # fmt: skip
-_OTHERS_WITH_ENCODER = {"fsmt": "a model that is given its whole answer for each token, cache or not"}
+_OTHERS_WITH_ENCODER = {
+    "fsmt": "a model that is given its whole answer for each token, cache or not",
+    "seamless_m4t": "a model of speech",
+    "seamless_m4t_v2": "a model of speech",
+}
 # The 27B sizes scale queries by hidden_size / heads, the others by head_dim; no metadata says so (llama.cpp goes by the
 # number of layers as well).
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}

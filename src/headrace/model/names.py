@@ -396,7 +396,9 @@ def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: Tenso
 
 
 EMBEDDING = "token_embd.weight"
-_UNUSED_BIAS = re.compile(r"^dec\.blk\.\d+\.cross_attn_rel_b\.weight$")  # the first T5s have one, and no program uses it
+_UNUSED_BIAS = re.compile(
+    r"^dec\.blk\.\d+\.cross_attn_rel_b\.weight$"
+)  # the first T5s have one, and no program uses it
 # Read for the config, or derived from it; not weights of a module.
 _NOT_WEIGHTS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 

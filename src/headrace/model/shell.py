@@ -195,7 +195,7 @@ def _pack_linears(
         matrix = names.matrix(
             _owner(f"{name}.weight", names, tied), tuple(module.weight.shape), isinstance(module, Conv1D)
         )
-        bias = module.bias if f"{name}.bias" in names else None
+        bias = module.bias if _owner(f"{name}.bias", names, tied) in names else None
         packed = PackedLinear(matrix, product, bias)
         model.set_submodule(name, packed)
         before[packed] = name, module

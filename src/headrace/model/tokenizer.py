@@ -110,12 +110,8 @@ class Tokenizer:
         """Whether the file says how a conversation is written. For an encoder there are no conversations, only texts."""
         return self._template_text is not None and not self.opening
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's next answer begins.
-
-        Raises:
-            UsageError: the model has no chat template, or it refuses the conversation.
-        """
+    def check_chat(self) -> None:
+        """Raise `UsageError` unless there can be a conversation."""
         if self.opening:
             raise UsageError(
                 f"{self._path} turns one text into another and holds no conversations: an encoder reads the prompt",
@@ -123,6 +119,14 @@ class Tokenizer:
             )
         if not self.has_chat_template:
             raise UsageError(f"{self._path} has no chat template", hint="use --raw with a prompt to complete")
+
+    def chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's next answer begins.
+
+        Raises:
+            UsageError: the model has no chat template, or it refuses the conversation.
+        """
+        self.check_chat()
         try:
             text = self._template.render(
                 messages=list(messages), add_generation_prompt=True, bos_token=self._bos, eos_token=self._eos

@@ -195,7 +195,7 @@ _TOKEN_TABLE = re.compile(
 )
 _TABLE = re.compile(
     r"^(token_embd|position_embd|token_types)\.weight|embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\.|"
-    r"^(model\.)?shared\.weight|attn_rel_b\.|relative_attention_bias\."
+    r"^(model\.)?shared\.weight|attn_rel_b\.|relative_attention_bias\.|^final_logits_bias$"
 )
 # Encoders, and the keys and values that decoders make of their results.
 _OPENING = re.compile(
