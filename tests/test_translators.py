@@ -12,7 +12,8 @@ from translators import CASES, FILES, translator, vocabulary, write_gguf, write_
 
 import headrace
 from headrace.checkpoint import open_checkpoint
-from headrace.errors import BudgetError, ContextError, UsageError
+from headrace.errors import BudgetError, CheckpointError, ContextError, UsageError
+from headrace.model import Tokenizer
 from headrace.plan import Budget, Request, guessed_profile, make_plan
 from headrace.plan.shape import shape_of
 
@@ -67,6 +68,19 @@ def test_the_prompt_ends_as_the_tokenizer_ends_texts_and_the_decoder_begins(path
         assert refusal.value.hint
         assert any("draft none: an encoder" in reason for reason in loaded.plan.reasons)
         assert loaded.plan.sequences == 1
+
+
+def test_the_unknown_token_is_the_one_that_the_file_names(model: PreTrainedModel, tmp_path: Path) -> None:
+    for unknown in (2, 3):
+        found = Tokenizer(open_checkpoint(write_gguf(model, tmp_path / f"{unknown}.gguf", unknown=unknown)))
+        assert found.encode("the é") == [*found.encode("the")[:-1], 3, unknown, 1]
+
+
+@pytest.mark.parametrize("charsmap", [b"abc", b"\x04\x00\x00\x00aaaa"])
+def test_a_damaged_normalisation_is_an_error(charsmap: bytes, model: PreTrainedModel, tmp_path: Path) -> None:
+    path = write_gguf(model, tmp_path / "t5.gguf", charsmap=charsmap)
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        Tokenizer(open_checkpoint(path)).encode("the house")
 
 
 def test_a_draft_is_refused(path: Path) -> None:

@@ -110,8 +110,10 @@ def write_translator(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def write_gguf(model: PreTrainedModel, path: Path, kind: str = "F32") -> Path:
-    """Write a T5 or UMT5 model as GGUF. `kind` is the format of the matrices."""
+def write_gguf(
+    model: PreTrainedModel, path: Path, kind: str = "F32", unknown: int = 2, charsmap: bytes | None = None
+) -> Path:
+    """Write a T5 or UMT5 model as GGUF. `kind` is the format of the matrices, `charsmap` SentencePiece's normalisation."""
     config = model.config
     writer = gguf.GGUFWriter(path, "t5")
     writer.add_context_length(512)
@@ -126,7 +128,7 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: str = "F32") -> Path:
     writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
     writer.add_relative_attn_buckets_count(config.relative_attention_num_buckets)
     writer.add_decoder_start_token_id(config.decoder_start_token_id)
-    _add_vocabulary(writer)
+    _add_vocabulary(writer, unknown, charsmap)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5, max(config.num_layers, config.num_decoder_layers))
     held = {key: value for key, value in model.state_dict().items() if "embed_tokens" not in key}
     if not torch.equal(held["lm_head.weight"], held["shared.weight"]):
@@ -147,7 +149,7 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: str = "F32") -> Path:
     return path
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
+def _add_vocabulary(writer: gguf.GGUFWriter, unknown: int, charsmap: bytes | None) -> None:
     tokens = vocabulary()
     first = len(tokens) - BLANKS
     writer.add_tokenizer_model("t5")
@@ -158,7 +160,9 @@ def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_add_space_prefix(True)
     writer.add_remove_extra_whitespaces(True)
     writer.add_eos_token_id(1)
-    writer.add_unk_token_id(2)
+    writer.add_unk_token_id(unknown)
+    if charsmap is not None:
+        writer.add_precompiled_charsmap(charsmap)
     writer.add_pad_token_id(0)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(True)

@@ -77,13 +77,23 @@ class Tokenizer:
         What an encoder reads is whole: it gets all that its tokenizer puts around a text, its end too.
         """
         whole = special and bool(self.opening)
-        ids: list[int] = self._backend.encode(text, add_special_tokens=whole).ids
+        ids = self._ids(text, whole)
         if whole:
             return ids
         if special and self.adds_bos and ids[:1] != [self.bos_id]:
             assert self.bos_id is not None
             return [self.bos_id, *ids]
         return ids
+
+    def _ids(self, text: str, whole: bool) -> list[int]:
+        try:
+            return list(self._backend.encode(text, add_special_tokens=whole).ids)
+        except BaseException as error:  # the library panics at damaged tables, beside Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise CheckpointError(
+                f"{self._path}: the tokenizer breaks at this text: {error}", hint="its tables are damaged"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without control tokens."""
