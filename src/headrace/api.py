@@ -151,6 +151,8 @@ class Model:
         self._scheduler = Scheduler(engine, slots, plan.prefill_rows, plan.most_guesses)
         if plan.most_guesses:
             self._scheduler.speculation = _speculation(plan, draft_engine)
+        # An encoder's positions and a decoder's are each counted for itself; elsewhere the context is the limit.
+        self._most_positions = checkpoint.positions_limit(1 << 30) if engine.opening else 1 << 30
         self._closed = False
         self._ttft_s: float | None = None
         self._prefilled = 0  # passes until the first token of all
@@ -248,6 +250,12 @@ class Model:
         tokens = self.tokenizer.prompt(prompt, raw=raw)
         if not tokens:
             raise UsageError("the prompt is empty", hint="give a prompt of at least one token")
+        if len(tokens) - len(self._engine.opening) > self._most_positions:
+            raise ContextError(
+                f"the prompt has {len(tokens) - len(self._engine.opening)} tokens, the model's encoder reads at most"
+                f" {self._most_positions}",
+                hint="give it a shorter text",
+            )
         if len(tokens) >= self.plan.context_tokens:
             raise ContextError(
                 f"the prompt has {len(tokens)} tokens, the context holds {self.plan.context_tokens}",
@@ -271,7 +279,7 @@ class Model:
                     if job is None:
                         exhausted = True
                         break
-                    room = self.plan.context_tokens - len(job.tokens)
+                    room = min(self.plan.context_tokens - len(job.tokens), self._most_positions)
                     most = room if job.max_tokens is None else min(room, job.max_tokens)
                     answer = scheduler.add(job.tokens, most, Sampler(job.sampling))
                     live[answer] = _Live(
@@ -337,7 +345,7 @@ class Model:
         """Call `on_progress` after every visit of a pass, until somebody takes the watch away."""
         if on_progress is None:
             return
-        first, read = len(self._engine.passes), self._engine.stream.counters.read_bytes
+        first, read = len(self._engine.passes), self._engine.read_bytes
 
         def tell(done: int, visits: int) -> None:
             left = sum(len(answer.pending) for answer in self._scheduler.answers)
@@ -348,7 +356,7 @@ class Model:
                     passes=number - 1 + max(1, -(-left // self.plan.prefill_rows)),
                     done=done,
                     visits=visits,
-                    read_bytes=self._engine.stream.counters.read_bytes - read,
+                    read_bytes=self._engine.read_bytes - read,
                     seconds=time.perf_counter() - start,
                 )
             )
@@ -534,7 +542,7 @@ def load(
     checkpoint = open_checkpoint(path)
     budget = budget_of(memory)
     profile = profile or load_profile() or guessed_profile()
-    context = context_tokens or min(4096, checkpoint.number("context_length", 4096))
+    context = context_tokens or min(4096, checkpoint.context_limit(4096))
     request = Request(
         context_tokens=context,
         prompt_tokens=min(prompt_tokens or 512, context),
@@ -565,9 +573,10 @@ def load(
 
     def decide(shell: Shell) -> StreamOptions:
         """Plan with what the process has really taken by now: everything is built, and no weights are in memory yet."""
-        nonlocal request
+        nonlocal request, why
         if shell.way == "model":
             request = replace(request, sequences=1, drafting=NO_DRAFT)
+            why = f"draft none: {'an encoder reads the prompt' if shell.opening else 'the model keeps a cache of its own'}"
         release_unused()
         taken = resident_bytes() + RUNTIME_GROWTH_BYTES
         plan = make_plan(checkpoint, profile, budget, request, runtime_bytes=taken, built=_built(shell))
@@ -579,6 +588,7 @@ def load(
             memory_limit_bytes=budget.nbytes,
             unit_bytes=plan.unit_bytes,
             slots=plan.ring_slots,
+            opening_slots=plan.opening_slots,
             readers=plan.readers,
             interleaved_types=plan.interleaved_types,
             interleaved_in_place=plan.interleaved_in_place,
@@ -609,7 +619,12 @@ def _scores(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
 
 def _built(shell: Shell) -> Built:
     """What the plan wants to know of a built model."""
-    return Built(linears=shell.linears, experts=shell.expert_slices, one_by_one=shell.way == "model")
+    return Built(
+        linears=shell.linears,
+        opening=shell.opening_linears,
+        experts=shell.expert_slices,
+        one_by_one=shell.way == "model",
+    )
 
 
 def _load_draft(original: Checkpoint, drafting: Drafting, profile: Profile) -> Engine | None:

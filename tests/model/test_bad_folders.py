@@ -95,7 +95,7 @@ FAULTS = {
         "code of its own", config(model_type="mymodel", auto_map={"AutoModelForCausalLM": "modeling_mine.MyModel"})
     ),
     "no model type": Fault("names no model_type", config(model_type=None)),
-    "an encoder and a decoder": Fault("encoder", config(model_type="t5", is_encoder_decoder=True)),
+    "an encoder of speech": Fault("whisper", config(model_type="whisper", is_encoder_decoder=True)),
     "an encoder alone": Fault("bert", config(model_type="bert")),
     "a model of pictures": Fault("vit", config(model_type="vit")),
     "an unknown quantisation": Fault("frobnicate", config(quantization_config={"quant_method": "frobnicate"})),
@@ -138,7 +138,7 @@ def test_models_that_do_not_write_from_left_to_right_are_refused_by_name(model_t
     assert refusal.value.hint
 
 
-@pytest.mark.parametrize("name", ["a missing shard", "an encoder and a decoder", "an unknown quantisation"])
+@pytest.mark.parametrize("name", ["a missing shard", "an encoder of speech", "an unknown quantisation"])
 def test_the_command_ends_with_a_message_and_code_1(name: str, tmp_path: Path) -> None:
     folder = spoilt(FAULTS[name], tmp_path / "model")
     result = subprocess.run(

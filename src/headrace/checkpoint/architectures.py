@@ -35,14 +35,14 @@ SUPPORTED = (
     "smollm3",
     "stablelm",
     "starcoder2",
+    "t5",
 )
 
 NOT_YET = {
     "deci": "transformers has no such model, and runs it by code that comes with the model",
     "mistral": "converters write Mistral's models as llama, so another tool made this file",
-    "t5": "encoder-decoder models are not supported",
     "t5encoder": "encoders do not generate text",
-    "umt5": "encoder-decoder models are not supported",
+    "umt5": "converters write UMT5 models as t5, so another tool made this file",
 }
 
 

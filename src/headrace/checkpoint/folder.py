@@ -17,9 +17,10 @@ from headrace.errors import UnsupportedError
 
 # GGUF's key, and the names that configs have for it.
 _NAMES = {
-    "block_count": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "block_count": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "num_encoder_layers"),
     "embedding_length": ("hidden_size", "n_embd", "d_model"),
-    "attention.head_count": ("num_attention_heads", "n_head", "n_heads"),
+    "decoder_block_count": ("num_decoder_layers", "decoder_layers"),
+    "attention.head_count": ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
     "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
     "attention.key_length": ("head_dim", "d_kv"),
     "attention.value_length": ("v_head_dim",),
@@ -77,15 +78,10 @@ def _check_config(path: str, config: Mapping[str, Any]) -> None:
             f"{path}: config.json names no model_type{remote}",
             hint="use a version of the model that transformers supports, or a GGUF file",
         )
-    if config.get("is_encoder_decoder"):
-        raise UnsupportedError(
-            f"{path} is a {config['model_type']} model with an encoder, which is not supported",
-            hint="use a model that only decodes",
-        )
 
 
 def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config")
+    text = config.get("text_config", config.get("decoder"))
     inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
     found: dict[str, Scalar] = {
         "general.architecture": str(inner.get("model_type") or config["model_type"]),

@@ -69,6 +69,24 @@ class Checkpoint:
         return str(name)
 
     @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder reads the prompt and a decoder writes the answer."""
+        if self.config is not None:
+            return self.config.get("is_encoder_decoder") is True
+        return self.get("decoder_start_token_id") is not None
+
+    def positions_limit(self, default: int) -> int:
+        """The most tokens that the model counts; `default` if nothing limits them, as relative positions do not."""
+        relative = self.metadata if self.config is None else self.config
+        if any(key.endswith(_RELATIVE_POSITIONS) for key in relative):
+            return default
+        return self.number("context_length", default)
+
+    def context_limit(self, default: int) -> int:
+        """The most tokens that prompt and answer may have together. An encoder and a decoder count each for itself."""
+        return self.positions_limit(default) * (2 if self.has_encoder else 1)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -119,9 +137,10 @@ class Checkpoint:
 
     @property
     def layers(self) -> int:
-        """Layers that run: GGUF files count those that guess further tokens with them, configs do not."""
+        """Layers that run, of encoder and decoder the more: GGUF files count those that guess further tokens with them."""
         further = self.number("nextn_predict_layers", 0) if self.config is None else 0
-        return self.number("block_count") - further
+        blocks = self.number("block_count")
+        return max(blocks, self.number("decoder_block_count", blocks)) - further
 
     @property
     def vocab_size(self) -> int:
@@ -134,6 +153,9 @@ class Checkpoint:
                 f"{self.path} has no tensor `token_embd.weight`", hint="is this a complete language model?"
             )
         return embedding.rows
+
+
+_RELATIVE_POSITIONS = ("relative_attention_num_buckets", "attention.relative_buckets_count")
 
 
 def tokens_of_json(path: str) -> list[Any]:

@@ -62,7 +62,7 @@ def _run(checkpoint: Checkpoint, requests: Sequence[BatchRequest], results: Resu
     budget = budget_of(settings.memory)
     from headrace.api import load  # torch and transformers: seconds
 
-    small = min(settings.ctx_size or 256, checkpoint.number("context_length", 256))
+    small = min(settings.ctx_size or 256, checkpoint.context_limit(256))
     with load(
         checkpoint.path,
         memory=budget,
@@ -89,7 +89,7 @@ def _size(
     settings: Settings,
 ) -> Request:
     """Room for the longest request, for as many as run best together."""
-    limit = checkpoint.number("context_length", 1 << 20)
+    limit = checkpoint.context_limit(1 << 20)
     lengths = [
         (len(tokenizer.prompt(request.prompt, raw=not request.chat)), request.max_tokens or settings.max_tokens)
         for request in requests

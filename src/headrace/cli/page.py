@@ -133,14 +133,14 @@ def plan_page(
     for count in (1, 4, 16):
         cost = plan.cost(count * plan.sequences)
         points[f"decode, {count * plan.sequences} rows"] = (
-            flop * count * plan.sequences / plan.weights_bytes,
+            flop * count * plan.sequences / plan.pass_bytes,
             flop * count * plan.sequences / cost.seconds,
         )
     points[f"prefill, {plan.prefill_rows} rows"] = (
-        flop * plan.prefill_rows / plan.weights_bytes,
+        flop * plan.prefill_rows / plan.pass_bytes,
         flop * plan.prefill_rows / plan.prefill.seconds,
     )
-    share = plan.streamed_bytes_per_pass / plan.weights_bytes
+    share = plan.streamed_bytes_per_pass / plan.pass_bytes
     roofs = {"memory, as the kernels read it": per_row}
     if share:
         roofs[f"disk, {share:.0%} of each pass streamed"] = plan.disk_bytes_per_s / share

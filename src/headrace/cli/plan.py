@@ -134,7 +134,7 @@ def plan_command(
 ) -> None:
     """Print the plan for a model."""
     checkpoint = open_anywhere(model)
-    limit = checkpoint.number("context_length", 4096)
+    limit = checkpoint.context_limit(4096)
     context = ctx_size or min(prompt_tokens + tokens, limit)
     request = Request(
         context_tokens=context, prompt_tokens=min(prompt_tokens, context), sequences=batch, kv_bits=kv_bits
@@ -192,6 +192,13 @@ def _held(plan: Plan) -> str:
     return f"{share}; {gigabytes(plan.lent_bytes)} of it between prompts" if plan.lent_bytes else share
 
 
+def _opening_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    if not plan.opening_bytes:
+        return []
+    streamed = gigabytes(plan.streamed_bytes_per_prompt)
+    return [("encoder", gigabytes(plan.opening_bytes), f"used once per prompt, {streamed} of it streamed then")]
+
+
 def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     """The plan as rows of (name, value, remark), for a terminal."""
     decode, ttft = plan.decode_s_per_token, plan.ttft_s
@@ -207,6 +214,7 @@ def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
         *_expert_rows(plan),
         *_layout_rows(checkpoint),
         ("streamed", gigabytes(plan.streamed_bytes_per_pass), f"per pass, disk {gigabytes(plan.disk_bytes_per_s)}/s"),
+        *_opening_rows(plan),
         ("KV cache", gib(plan.kv_bytes), f"{plan.sequences} x {plan.context_tokens} tokens in {plan.kv_bits} bits"),
         ("draft", plan.drafting.name, plan.reasons[-1]),
         ("buffers", gib(plan.ring_bytes + plan.activation_bytes), buffers),

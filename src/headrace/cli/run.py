@@ -120,7 +120,7 @@ def _request(
     checkpoint: Checkpoint, text: str | None, prompt_tokens: int | None, max_tokens: int, ctx: int | None
 ) -> Request:
     """What to plan for; `prompt_tokens=None` guesses it from the text's bytes."""
-    limit = checkpoint.number("context_length", CHAT_CONTEXT)
+    limit = checkpoint.context_limit(CHAT_CONTEXT)
     if text is None:
         return Request(context_tokens=ctx or min(CHAT_CONTEXT, limit), prompt_tokens=CHAT_PROMPT)
     if prompt_tokens is None:
@@ -179,8 +179,7 @@ CHAT_HELP = (
 
 
 def _chat(model: "Model", settings: Settings) -> int:
-    if not model.tokenizer.has_chat_template:
-        raise UsageError("the model has no chat template", hint="give a prompt to complete")
+    model.tokenizer.check_chat()
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
     show.note(CHAT_HELP)

@@ -21,14 +21,22 @@ from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import Entry, JoinedCache, KVCache, PackedAttention
 from headrace.engine.experts import ExpertProducts
 from headrace.engine.look_ahead import LookAhead
-from headrace.engine.model_cache import ModelCache, arguments_for, keeps_states, maker_of, parameters_of, sees_a_window
+from headrace.engine.model_cache import (
+    ModelCache,
+    arguments_for,
+    keeps_states,
+    maker_of,
+    parameters_of,
+    sees_a_window,
+    trial_of,
+)
 from headrace.engine.numbers import floats_of
 from headrace.engine.trace import PassStats, Trace
 from headrace.errors import ContextError, UnsupportedError
 from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels
 from headrace.model import PackedLinear, Shell, build_shell
 from headrace.model.matrix import Matrix
-from headrace.model.order import ExpertStep, LinearStep, Recorder
+from headrace.model.order import ExpertStep, LinearStep, Recorder, Step
 from headrace.model.packed import PackedExperts
 from headrace.model.shell import Hooks, Way
 from headrace.process import release_unused, resident_bytes
@@ -79,6 +87,7 @@ class StreamOptions:
     expert_slots: int = 0  # experts that fit into memory, where the model has any
     expert_readers: int = 4
     expert_scores: npt.NDArray[np.float32] | None = None  # how often each was chosen in earlier runs
+    opening_slots: int = 0  # of the ring for what only the beginning of a text asks for; 0: as many as the other's
 
 
 class Engine:
@@ -124,31 +133,53 @@ class Engine:
         self.model = shell.model
         self.steps = shell.steps
         self.way = shell.way
+        self.opening = shell.opening
         self._keeps_states = self.way == "model" and keeps_states(self.model)
         self._pending: dict[PackedLinear, tuple[torch.Tensor, torch.Tensor]] = {}
         if callable(options):
             options = options(shell)
-        self._visits = [step for step in shell.steps if isinstance(step, LinearStep)]
-        self.layout = make_layout(
-            [step.tensors for step in self._visits],
+        self._options = options
+        settle = partial(self._interleave, options) if options.interleaved_types else None
+        self._places: dict[Step, tuple[WeightStream, int]] = {}
+        self.stream = self._make_stream([step for step in shell.steps if not step.once], options, options.slots, settle)
+        self.layout = self.stream.layout
+        self._streams = [self.stream]
+        self._again = [step for step in shell.steps if not step.once]  # of a pass that takes up a text
+        if len(self._again) < len(shell.steps):
+            once = [step for step in shell.steps if step.once]
+            self._streams.append(self._make_stream(once, options, options.opening_slots or options.slots, None))
+        self.experts = self._make_experts(shell, options)
+        self._kernel_s = 0.0
+        self._order: Sequence[Step] = self.steps  # of the pass in progress
+        self._step = 0
+        self._rows = self._exact_rows = 0
+
+    def _make_stream(
+        self,
+        steps: Sequence[Step],
+        options: StreamOptions,
+        slots: int,
+        settle: Callable[[Piece, int], Piece] | None,
+    ) -> WeightStream:
+        """The weights of these steps of every pass, in order."""
+        linears = [step for step in steps if isinstance(step, LinearStep)]
+        layout = make_layout(
+            [step.tensors for step in linears],
             options.pinned_rows,
             options.unit_bytes,
             options.pinned_read_bytes,
             options.lent_rows,
         )
-        self._options = options
-        self.stream = WeightStream(
-            self.layout,
-            slots=options.slots,
+        stream = WeightStream(
+            layout,
+            slots=slots,
             readers=options.readers,
             file_of=self._files.__getitem__,
-            spans=trace,
-            settle=partial(self._interleave, options) if options.interleaved_types else None,
+            spans=self.trace,
+            settle=settle,
         )
-        self.experts = self._make_experts(shell, options)
-        self._kernel_s = 0.0
-        self._step = self._visit = 0  # of the pass in progress
-        self._rows = self._exact_rows = 0
+        self._places |= {step: (stream, visit) for visit, step in enumerate(linears)}
+        return stream
 
     def _make_experts(self, shell: Shell, options: StreamOptions) -> ExpertProducts | None:
         if not shell.experts:
@@ -180,7 +211,8 @@ class Engine:
 
     def close(self) -> None:
         """Stop the readers, close the files, free the kernels. Safe to call twice."""
-        self.stream.close()
+        for stream in self._streams:
+            stream.close()
         if self.experts is not None:
             self.experts.stream.close()
         self._files.close()
@@ -196,7 +228,8 @@ class Engine:
     def new_cache(self, capacity: int, bits: int = 16) -> "KVCache | ModelCache":
         """An empty cache for one sequence of at most `capacity` tokens, with keys and values in 16 or 8 bits."""
         if self.way == "model":
-            return ModelCache(maker_of(self.model), capacity, continues=not self._keeps_states)
+            continues, opening = not self._keeps_states, len(self.opening)
+            return ModelCache(maker_of(self.model), capacity, continues, opening)
         return KVCache(self.layers, capacity, bits)
 
     @property
@@ -225,12 +258,13 @@ class Engine:
         self._share_cores(self._rows - self._exact_rows)
         self._lend()
         before, start = self._counted(), time.perf_counter()
-        self._step = self._visit = 0
+        self._begin(self.steps)
         try:
             logits = self._forward_in_order(batch) if self.way != "model" else self._by_model(batch)
         except BaseException:
             self._pending.clear()
-            self.stream.rewind()
+            for stream in self._streams:
+                stream.rewind()
             for rows in batch:
                 rows.cache.abandon()
             raise
@@ -257,12 +291,16 @@ class Engine:
         )
         return logits
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that were read so far, without those of experts."""
+        return sum(stream.counters.read_bytes for stream in self._streams)
+
     def _counted(self) -> "_Counted":
         experts = ExpertCounters() if self.experts is None else replace(self.experts.stream.counters)
-        own = self.stream.counters
         return _Counted(
-            own.read_bytes + experts.read_bytes,
-            own.stall_s + experts.stall_s,
+            self.read_bytes + experts.read_bytes,
+            sum(stream.counters.stall_s for stream in self._streams) + experts.stall_s,
             self._kernel_s + (self.experts.kernel_s if self.experts is not None else 0.0),
             experts,
         )
@@ -284,9 +322,11 @@ class Engine:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 
+    @torch.inference_mode()
     def _by_model(self, batch: Sequence[Rows]) -> torch.Tensor:
         """As the model itself would: one sequence after another, each with a pass of its own. Where layers keep states,
-        rows that follow others go one by one: few models can take up a state with several rows."""
+        rows that follow others go one by one: few models can take up a state with several rows. Of a prompt that an encoder
+        reads, the decoder's rows are so few that they are exact in any case."""
         parts = []
         for rows in batch:
             cache, tokens = rows.cache, list(rows.tokens)
@@ -294,15 +334,19 @@ class Engine:
             step = 1 if cache.length and self._keeps_states else len(tokens)
             before, found = cache.length, []
             for first in range(0, len(tokens), step):
-                self._step = self._visit = 0
-                self._rows = step
-                self._exact_rows = step if rows.is_exact else 0
+                self._begin(self._again if cache.length else self.steps)
+                self._rows = step if cache.length else step - cache.opening
+                self._exact_rows = self._rows if rows.is_exact else 0
                 part = replace(rows, tokens=tokens[first : first + step], logits=min(step, rows.logits))
-                found.append(self._forward([part], ()))
+                arguments = arguments_for(self.model, cache, torch.tensor([part.tokens]))
+                found.append(self._logits(arguments, torch.arange(-part.logits, 0)))
                 cache.length += step
             cache.length = before
             parts.append(torch.cat(found)[-rows.logits :])
         return torch.cat(parts)
+
+    def _begin(self, order: Sequence[Step]) -> None:
+        self._order, self._step = order, 0
 
     def _forward_in_order(self, batch: Sequence[Rows]) -> torch.Tensor:
         """Exact rows first, as the kernels want them; the logits in the order of the batch."""
@@ -331,21 +375,19 @@ class Engine:
         for rows in batch:
             first += len(rows.tokens)
             wanted += range(first - rows.logits, first)
-        arguments: dict[str, Any] = {"position_ids": positions}
+        arguments: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
         if self.way == "packed":
             self._attention.begin(entries)
-        elif self.way == "joined":
+        else:
             joined = JoinedCache(entries)
             arguments |= {"past_key_values": joined, "attention_mask": joined.mask(), "use_cache": True}
-        else:
-            cache = batch[0].cache
-            assert isinstance(cache, ModelCache)
-            arguments = arguments_for(self.model, cache, len(batch[0].tokens))
-        keep = torch.tensor(wanted)
+        return self._logits(arguments, torch.tensor(wanted))
+
+    def _logits(self, arguments: dict[str, Any], keep: torch.Tensor) -> torch.Tensor:
+        """A forward; the logits of the rows in `keep`."""
         if "logits_to_keep" in parameters_of(self.model):
-            logits: torch.Tensor = self.model(input_ids=tokens, logits_to_keep=keep, **arguments).logits[0]
-            return logits
-        return self.model(input_ids=tokens, **arguments).logits[0, keep]  # type: ignore[no-any-return]
+            return self.model(logits_to_keep=keep, **arguments).logits[0]  # type: ignore[no-any-return]
+        return self.model(**arguments).logits[0, keep]  # type: ignore[no-any-return]
 
     # -- what the model's modules call ----------------------------------------------------------------------------
 
@@ -368,14 +410,14 @@ class Engine:
         # The head is given only the rows that need logits: few, so all of them are exact.
         exact = self._exact_rows if rows.shape[0] == self._rows else rows.shape[0]
         outputs = [rows.new_empty((rows.shape[0], tensor.outputs)) for tensor in tensors]
-        for pieces in self.stream.visit(self._visit):
+        stream, visit = self._places[step]
+        for pieces in stream.visit(visit):
             start = time.perf_counter()
             self.kernels.multiply(rows, pieces, outputs, exact)
             end = time.perf_counter()
             self._kernel_s += end - start
             if self.trace is not None:
                 self.trace.add("compute", tensors[0].name, start, end)
-        self._visit += 1
         found = dict(zip((tensor.name for tensor in tensors), outputs, strict=True))
         for member in step.linears:
             self._pending[member] = (x, _assembled(member.matrix, found).reshape(*x.shape[:-1], -1))
@@ -418,10 +460,10 @@ class Engine:
         return tuple(torch.cat(one, -2) for one in zip(*parts, strict=True))
 
     def _next_step(self) -> LinearStep | ExpertStep:
-        step = self.steps[self._step]
+        step = self._order[self._step]
         self._step += 1
         if self.on_visit is not None:
-            self.on_visit(self._step, len(self.steps))
+            self.on_visit(self._step, len(self._order))
         return step
 
     def _record(self, recorder: Recorder | None) -> None:
@@ -435,9 +477,10 @@ class Engine:
             yield "packed", _positions, lambda: bool(self._attention.layers) and not self._attention.strange
             if not sees_a_window(model):
                 yield "joined", _positions_and_mask, lambda: not self._attention.layers
-        model.config._attn_implementation = "eager"
-        make = maker_of(model)
-        yield "model", lambda: arguments_for(model, ModelCache(make, 2), 2), lambda: True
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._attn_implementation = "eager"
+        yield "model", partial(trial_of, model), lambda: True
 
     def _interleave(self, options: StreamOptions, piece: Piece, columns: int) -> Piece:
         if piece.type not in options.interleaved_types:
@@ -478,13 +521,15 @@ class Engine:
         return np.frombuffer(self._scratch.view[offset - start : offset - start + nbytes], np.uint8).copy()
 
 
-def _positions() -> dict[str, Any]:
+def _positions() -> Iterator[dict[str, Any]]:
     """Arguments of the forward on meta in which the order is recorded."""
-    return {"position_ids": torch.zeros((1, 2), dtype=torch.long)}
+    ids = torch.zeros((1, 2), dtype=torch.long)
+    yield {"input_ids": ids, "position_ids": ids}
 
 
-def _positions_and_mask() -> dict[str, Any]:
-    return _positions() | {"attention_mask": torch.zeros((1, 1, 2, 2))}
+def _positions_and_mask() -> Iterator[dict[str, Any]]:
+    for given in _positions():
+        yield given | {"attention_mask": torch.zeros((1, 1, 2, 2))}
 
 
 def _is_of_rows(value: Any, rows: int) -> bool:

@@ -6,20 +6,25 @@ cache has seen can be forgotten only where every layer keeps plain keys and valu
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 
 class ModelCache:
     """Speaks as `KVCache` does to those who schedule: a length, a capacity, and how to forget."""
 
-    def __init__(self, make: Callable[[], Any], capacity: int, continues: bool = True):
-        """`make` gives an empty cache of the model; `continues`: several rows may follow what it has seen."""
+    def __init__(self, make: Callable[[], Any], capacity: int, continues: bool = True, opening: int = 0):
+        """`make` gives an empty cache of the model; `continues`: several rows may follow what it has seen.
+
+        `opening`: of the first pass so many tokens, its last, are the decoder's, and the others the encoder's; 0: there is none.
+        """
         self.continues = continues
+        self.opening = opening
+        self.encoded: Any = None  # what the encoder made of its tokens
         self.capacity = capacity
         self.length = 0
         self.states: Any = make()
@@ -45,7 +50,7 @@ class ModelCache:
         self._reset()
 
     def _reset(self) -> None:
-        self.states, self.length = self._make(), 0
+        self.states, self.encoded, self.length = self._make(), None, 0
 
 
 def parameters_of(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
@@ -55,6 +60,9 @@ def parameters_of(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
 
 def maker_of(model: PreTrainedModel) -> Callable[[], Any]:
     """Makes empty caches of the class that the model is written for."""
+    if model.config.is_encoder_decoder:
+        config = getattr(model.get_decoder(), "config", model.config)
+        return lambda: EncoderDecoderCache(DynamicCache(config=config), DynamicCache())
     module = inspect.getmodule(type(model))
     own = [
         value
@@ -93,11 +101,24 @@ def keeps_states(model: PreTrainedModel) -> bool:
     return any(type(layer).__name__ not in plain for layer in cache.layers)
 
 
-def arguments_for(model: PreTrainedModel, cache: ModelCache, count: int) -> dict[str, Any]:
-    """Arguments of a forward over `count` new rows of one sequence."""
+def arguments_for(model: PreTrainedModel, cache: ModelCache, tokens: torch.Tensor) -> dict[str, Any]:
+    """Arguments of a forward over new tokens (1, rows) of one sequence. An encoder runs here, when the sequence begins."""
     known = parameters_of(model)
     name = "cache_params" if "cache_params" in known else "past_key_values"
     arguments: dict[str, Any] = {name: cache.states, "use_cache": True}
+    if cache.opening:
+        if cache.encoded is None:
+            cache.encoded = model.get_encoder()(input_ids=tokens[:, : -cache.opening])
+            tokens = tokens[:, -cache.opening :]
+        return arguments | {"encoder_outputs": cache.encoded, "decoder_input_ids": tokens}
     if "position_ids" in known:
-        arguments["position_ids"] = torch.arange(cache.length, cache.length + count)[None]
-    return arguments
+        arguments["position_ids"] = torch.arange(cache.length, cache.length + tokens.shape[1])[None]
+    return arguments | {"input_ids": tokens}
+
+
+def trial_of(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Arguments of two forwards: the beginning of a text, and its next token."""
+    cache = ModelCache(maker_of(model), 4, opening=int(model.config.is_encoder_decoder))
+    for count in (3 if cache.opening else 2, 1):
+        yield arguments_for(model, cache, torch.zeros((1, count), dtype=torch.long))
+        cache.length += count

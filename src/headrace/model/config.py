@@ -12,7 +12,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from headrace.checkpoint import Checkpoint
 from headrace.checkpoint.gguf import ArrayRef
@@ -56,6 +59,11 @@ _OTHERS = {
         _DECODER_HALF,
     ),
 }  # fmt: skip
+_OTHERS_WITH_ENCODER = {
+    "fsmt": "a model that is given its whole answer for each token, cache or not",
+    "seamless_m4t": "a model of speech",
+    "seamless_m4t_v2": "a model of speech",
+}
 # The 27B sizes scale queries by hidden_size / heads, the others by head_dim; no metadata says so (llama.cpp goes by the
 # number of layers as well).
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
@@ -128,23 +136,57 @@ def _model_type(checkpoint: Checkpoint) -> str:
         return "mixtral"
     if checkpoint.architecture == "olmo2" and checkpoint.number("attention.sliding_window", 0):
         return "olmo3"
+    if checkpoint.architecture == "t5" and "enc.blk.1.attn_rel_b.weight" in checkpoint.tensors:
+        return "umt5"  # biases of positions in every layer
     return MODEL_TYPES.get(checkpoint.architecture, checkpoint.architecture)
+
+
+def opening_of(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The tokens that a decoder begins with when an encoder reads the prompt; none where there is no encoder.
+
+    Raises:
+        CheckpointError: nothing says what they are.
+    """
+    if not checkpoint.has_encoder:
+        return ()
+    values = checkpoint.config
+    if values is None:
+        found: list[Any] = [checkpoint.get("decoder_start_token_id")]
+    else:
+        config = _of_folder(checkpoint, values)
+
+        def told(name: str) -> Any:
+            return checkpoint.generation.get(name, values.get(name, getattr(config, name, None)))
+
+        start, forced = told("decoder_start_token_id"), told("forced_bos_token_id")
+        found = [told("bos_token_id") if start is None else start, *([] if forced is None else [forced])]
+    tokens = tuple(token for token in found if isinstance(token, int) and 0 <= token < checkpoint.vocab_size)
+    if len(tokens) != len(found):
+        raise CheckpointError(
+            f"{checkpoint.path}: the decoder is to begin with the tokens {found}, of a vocabulary of {checkpoint.vocab_size}",
+            hint="`decoder_start_token_id` in config.json or generation_config.json says which token it is",
+        )
+    return tokens
 
 
 def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedConfig:
     """The config as it is written, if transformers has a language model for it."""
     kind = values["model_type"]
-    if kind not in CONFIG_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    writers = (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if checkpoint.has_encoder else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+    if kind not in CONFIG_MAPPING_NAMES or kind not in writers:
         own_code = " needs code of its own, which headrace does not run" if values.get("auto_map") else ""
         reason = own_code or f" is a {kind} model, of which transformers has no language model that generates text"
-        known = did_you_mean(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        known = did_you_mean(kind, writers)
         raise UnsupportedError(
             f"{checkpoint.path}{reason}",
             hint=known if known and known.startswith("did") else "use a GGUF file of the model",
         )
-    if kind in _OTHERS:
+    others = _OTHERS_WITH_ENCODER if checkpoint.has_encoder else _OTHERS
+    if kind in others:
         raise UnsupportedError(
-            f"{checkpoint.path} is a {kind} model: {_OTHERS[kind]}, which is not supported",
+            f"{checkpoint.path} is a {kind} model: {others[kind]}, which is not supported",
             hint="use a model that decodes with a cache, or a GGUF file with llama.cpp",
         )
     given = {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
@@ -176,7 +218,7 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
     return values
 
 
-_WITHOUT_ROTATION = ("bloom", "mamba")
+_WITHOUT_ROTATION = ("bloom", "mamba", "t5")
 
 
 def _head_dim(checkpoint: Checkpoint) -> int:
@@ -444,6 +486,13 @@ def _phi3(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _t5(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "num_decoder_layers": checkpoint.number("decoder_block_count", checkpoint.number("block_count")),
+        "feed_forward_proj": "gated-gelu" if "enc.blk.0.ffn_gate.weight" in checkpoint.tensors else "relu",
+    }
+
+
 def _qwen3(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"head_dim": _head_dim(checkpoint), "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors}
 
@@ -472,4 +521,5 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "smollm3": _llama,
     "stablelm": _stablelm,
     "starcoder2": _starcoder2,
+    "t5": _t5,
 }

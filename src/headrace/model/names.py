@@ -400,13 +400,14 @@ class GgufNames(_Made):
         """See `Names.homeless`."""
         mapped = self._mapped.keys() | {f"{name}.weight" for name in self._mapped}
         left = self._checkpoint.tensors.keys() - mapped - self._used - _NOT_WEIGHTS
-        left = {name for name in left if layer_of(name) < self._checkpoint.layers}
+        left = {name for name in left if layer_of(name) < self._checkpoint.layers and not _UNUSED_BIAS.search(name)}
         return sorted(name for name in left if name.rpartition(".")[0] not in self._ignored)
 
 
 def _table(checkpoint: Checkpoint) -> gguf.TensorNameMap:
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == checkpoint.architecture)
-    return gguf.get_tensor_name_map(number, checkpoint.number("block_count"))
+    blocks = checkpoint.number("block_count")
+    return gguf.get_tensor_name_map(number, max(blocks, checkpoint.number("decoder_block_count", blocks)))
 
 
 def _ignored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
@@ -440,6 +441,9 @@ def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: Tenso
 # Converters permute q and k of these as they do llama's.
 _PERMUTED = frozenset({"granite", "smollm3"})
 EMBEDDING = "token_embd.weight"
+_UNUSED_BIAS = re.compile(
+    r"^dec\.blk\.\d+\.cross_attn_rel_b\.weight$"
+)  # the first T5s have one, and no program uses it
 # Read for the config, or derived from it; not weights of a module.
 _NOT_WEIGHTS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 

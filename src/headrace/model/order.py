@@ -4,9 +4,9 @@ Linears that are called one after another with the same activations are one step
 families, and the engine asserts at run time that it holds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +23,9 @@ class LinearStep:
     """Linears that share their activations."""
 
     linears: tuple[PackedLinear, ...]
+    once: bool = (
+        False  # asked for when a text begins, and not when it goes on: an encoder, and what is made of its results
+    )
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -36,6 +39,7 @@ class ExpertStep:
     """A layer's routed experts."""
 
     experts: PackedExperts
+    once: bool = False
 
 
 Step: TypeAlias = LinearStep | ExpertStep
@@ -57,11 +61,12 @@ class Recorder:
         self.calls.append((packed, None))
         return torch.empty_like(hidden)
 
-    def steps(self) -> tuple[Step, ...]:
-        """The calls, those on the same activations together."""
+    def take(self) -> tuple[Step, ...]:
+        """The calls since the last time, those on the same activations together."""
+        calls, self.calls = self.calls, []
         steps: list[list[PackedLinear] | PackedExperts] = []
         last: Any = None
-        for called, x in self.calls:
+        for called, x in calls:
             if isinstance(called, PackedExperts):
                 steps.append(called)
             elif x is last and isinstance(steps[-1], list) and called not in steps[-1]:
@@ -73,11 +78,12 @@ class Recorder:
 
 
 def record_steps(
-    model: PreTrainedModel, recorder: Recorder, arguments: Callable[[], dict[str, Any]]
+    model: PreTrainedModel, recorder: Recorder, forwards: Callable[[], Iterator[dict[str, Any]]]
 ) -> tuple[Step, ...]:
-    """The steps of a pass.
+    """The steps of a pass that begins a text.
 
-    Where the model keeps its own cache, a second forward takes it up, as decoding does: it must go the same way.
+    `forwards` gives the arguments of one forward, or of a second as well that takes up the text, as decoding does: it must
+    go the same way, but for steps that only the beginning asks for.
 
     Raises:
         WeightAskedError: a module wants the weight of a packed linear itself.
@@ -85,28 +91,31 @@ def record_steps(
     """
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     with (
-        _products(linears, recorder.product), _meta_buffers(model), _kept_attributes(model), _unchecked_distributions(),
+        _products(linears, recorder.product), _on_meta(model), _kept_attributes(model), _unchecked_distributions(),
         torch.inference_mode(), torch.device("meta"),
     ):  # fmt: skip
-        ids = torch.zeros((1, 2), dtype=torch.long)
-        given = {"use_cache": False, **arguments()}
-        model(input_ids=ids, **given)
-        if given["use_cache"]:
-            _check_second(model, recorder, given)
-    return recorder.steps()
-
-
-def _check_second(model: PreTrainedModel, recorder: Recorder, given: dict[str, Any]) -> None:
-    """Decode one token after a first forward, on the same cache. What it records is taken away again."""
-    first = [called for called, _ in recorder.calls]
-    steps, calls = recorder.steps(), recorder.calls
-    recorder.calls = []
-    one = {name: value[:, :1] if name == "position_ids" else value for name, value in given.items()}
-    model(input_ids=torch.zeros((1, 1), dtype=torch.long), **one)
-    second, again = [called for called, _ in recorder.calls], recorder.steps()
-    recorder.calls = calls
-    if first != second or [_members(step) for step in steps] != [_members(step) for step in again]:
+        passes = []
+        for given in forwards():
+            model(**{"use_cache": False, **given})
+            passes.append(recorder.take())
+    steps = passes[0] if len(passes) == 1 else _told_apart(*passes)
+    if any(step.once for step in steps) and not model.config.is_encoder_decoder:
         raise RuntimeError("it asks for its weights in another order when it takes up a text")
+    return steps
+
+
+def _told_apart(first: Sequence[Step], later: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps of the first pass; those that the later one leaves out are marked."""
+    found: list[Step] = []
+    left = [_members(step) for step in reversed(later)]
+    for step in first:
+        again = bool(left) and _members(step) == left[-1]
+        found.append(step if again else replace(step, once=True))
+        if again:
+            left.pop()
+    if left:
+        raise RuntimeError("it asks for its weights in another order when it takes up a text")
+    return tuple(found)
 
 
 def _members(step: Step) -> tuple[PackedLinear | PackedExperts, ...]:
@@ -137,21 +146,24 @@ def _unchecked_distributions() -> Any:
 
 
 @contextmanager
-def _meta_buffers(model: nn.Module) -> Any:
-    """Some models make buffers of numbers while they are built; on meta like the rest, they do not mix devices."""
-    held = [
-        (module, key, buffer)
-        for module in model.modules()
-        for key, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_meta
+def _on_meta(model: nn.Module) -> Any:
+    """Some models make tables of numbers while they are built; on meta like the rest, they do not mix devices."""
+    tables: list[dict[str, Any]] = [
+        table for module in model.modules() for table in (module._buffers, module._parameters)
     ]
-    for module, key, buffer in held:
-        module._buffers[key] = buffer.to("meta")
+    held = [
+        (table, key, tensor)
+        for table in tables
+        for key, tensor in table.items()
+        if tensor is not None and not tensor.is_meta
+    ]
+    for table, key, tensor in held:
+        table[key] = tensor.to("meta")
     try:
         yield
     finally:
-        for module, key, buffer in held:
-            module._buffers[key] = buffer
+        for table, key, tensor in held:
+            table[key] = tensor
 
 
 @contextmanager

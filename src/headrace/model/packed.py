@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from headrace.model.matrix import Matrix
 
@@ -18,6 +19,23 @@ class WeightAskedError(Exception):
     def __init__(self, linear: "PackedLinear"):
         super().__init__("the weight of a packed linear was asked for")
         self.linear = linear
+
+
+class AbsentWeight:
+    """Stands where a packed linear would have its weight. It says what it would be; asked for numbers, it raises."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, linear: "PackedLinear"):
+        self._linear = linear
+
+    def __getattr__(self, name: str) -> Any:
+        raise WeightAskedError(self._linear)
+
+    @classmethod
+    def __torch_function__(cls, _function: Any, _types: Any, given: Any = (), named: Any = None) -> Any:
+        raise WeightAskedError(next(one._linear for one in tree_leaves((given, named)) if isinstance(one, cls)))
 
 
 class PackedLinear(nn.Module):
@@ -40,9 +58,9 @@ class PackedLinear(nn.Module):
     forward = __call__
 
     @property
-    def weight(self) -> torch.Tensor:
-        """There is none: raises `WeightAskedError`."""
-        raise WeightAskedError(self)
+    def weight(self) -> AbsentWeight:
+        """There is none: whoever wants more than its type meets `WeightAskedError`."""
+        return AbsentWeight(self)
 
     def extra_repr(self) -> str:
         """Shape and quantisation, for printing the model."""

@@ -6,20 +6,21 @@ of its own; a tensor of the file that finds no place in the model means that the
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.encodings import Encoding
 from headrace.checkpoint.tensor import Slice
 from headrace.errors import CheckpointError, UnsupportedError
-from headrace.model.config import make_config
+from headrace.model.config import make_config, opening_of
 from headrace.model.matrix import Matrix
 from headrace.model.names import Names, names_of, tied_to
 from headrace.model.order import ExpertStep, LinearStep, Recorder, Step, record_steps
@@ -38,8 +39,8 @@ _OTHER_WAY = "use a GGUF file of the model with llama.cpp"
 _SMALL_TABLE_BYTES = 4 << 20
 
 
-# A way to run attention: its name, what a forward on meta is given, and whether that forward showed it to be right.
-Way: TypeAlias = tuple[str, Callable[[], dict[str, Any]], Callable[[], bool]]
+# A way to run attention: its name, what forwards on meta are given, and whether these showed it to be right.
+Way: TypeAlias = tuple[str, Callable[[], Iterator[dict[str, Any]]], Callable[[], bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,9 @@ class Shell:
     """A model without its large weights, and the order in which a pass asks for them."""
 
     model: PreTrainedModel
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...]  # of a pass that begins a text
     way: str  # how attention runs, one of those that the engine offered
+    opening: tuple[int, ...]  # the tokens of a prompt that are the decoder's, where an encoder reads the others
     made_path: str
     made: Sequence[tuple[Tensor, Encoding]]  # tensors on that path, besides the checkpoint's own
 
@@ -68,8 +70,16 @@ class Shell:
     @property
     def linears(self) -> tuple[Tensor, ...]:
         """What every pass multiplies, each tensor once."""
-        found = {t.name: t for step in self.steps if isinstance(step, LinearStep) for t in step.tensors}
-        return tuple(found.values())
+        return _tensors(step for step in self.steps if not step.once)
+
+    @property
+    def opening_linears(self) -> tuple[Tensor, ...]:
+        """What only a pass multiplies that begins a text."""
+        return _tensors(step for step in self.steps if step.once)
+
+
+def _tensors(steps: Iterable[Step]) -> tuple[Tensor, ...]:
+    return tuple({t.name: t for step in steps if isinstance(step, LinearStep) for t in step.tensors}.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,20 +107,28 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
     _refuse_what_would_go_wrong(checkpoint, model)
     names = names_of(checkpoint, model)
     tied = tied_to(model)
-    _fill_buffers(model)
+    derived = _fill_derived(model, names, tied)
     before = _pack_linears(model, names, tied, hooks.product)
     _pack_experts(model, names)
     steps, way = _record(model, before, hooks)
     _scale_frequencies(checkpoint, model, hooks.read)
-    _gather_tables(model, names, hooks)
-    _fill(model, names, tied, hooks)
+    _gather_tables(model, names, tied, derived, hooks)
+    _fill(model, names, tied, derived, hooks)
     _refuse_homeless(checkpoint, names)
     _fuse_norms(model)
-    return Shell(model=model, steps=steps, way=way, made_path=names.made_path, made=names.made)
+    return Shell(
+        model=model,
+        steps=steps,
+        way=way,
+        opening=opening_of(checkpoint),
+        made_path=names.made_path,
+        made=names.made,
+    )
 
 
 def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": implementation}
+    kind = AutoModelForSeq2SeqLM if checkpoint.has_encoder else AutoModelForCausalLM
     with torch.device("meta"):
         for attention in (
             implementation,
@@ -118,9 +136,7 @@ def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: s
             "eager",
         ):  # some models look their attention up in a table of their own
             try:
-                return AutoModelForCausalLM.from_config(
-                    config, attn_implementation=attention, trust_remote_code=False, **options
-                )
+                return kind.from_config(config, attn_implementation=attention, trust_remote_code=False, **options)
             except (KeyError, ValueError) as error:
                 refused = error
     raise UnsupportedError(
@@ -179,7 +195,7 @@ def _pack_linears(
         matrix = names.matrix(
             _owner(f"{name}.weight", names, tied), tuple(module.weight.shape), isinstance(module, Conv1D)
         )
-        bias = module.bias if f"{name}.bias" in names else None
+        bias = module.bias if _owner(f"{name}.bias", names, tied) in names else None
         packed = PackedLinear(matrix, product, bias)
         model.set_submodule(name, packed)
         before[packed] = name, module
@@ -272,26 +288,42 @@ def _fuse_norms(model: PreTrainedModel) -> None:
                 model.set_submodule(name, norm)
 
 
-def _fill_buffers(model: PreTrainedModel) -> None:
-    """Compute what is in no checkpoint (rotary frequencies, scales) by the model's own initialisation.
+def _fill_derived(model: PreTrainedModel, names: Names, tied: Mapping[str, str]) -> set[str]:
+    """Compute what is in no checkpoint by the model's own initialisation: rotary frequencies, scales, and what the model
+    says may be missing (sines of positions, biases that are zero). Returns the names of the latter.
 
     A module's buffers may be filled by one that it lies in, so all those above are asked as well; each by the innermost
     model around it, which is the one that knows it.
     """
+    may_be_missing = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     persistent = set(model.state_dict())
+    missing = {
+        name
+        for name in persistent
+        if name not in names and name not in tied and any(pattern.search(name) for pattern in may_be_missing)
+    }
     owners: list[str] = []
     for name, module in model.named_modules():
         meta = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
-        own = [key for key in meta if (f"{name}.{key}" if name else key) not in persistent]
+        own = [key for key in meta if _within(name, key) not in persistent - missing]
         for key in own:
             module._buffers[key] = torch.empty_like(module._buffers[key], device="cpu")
-        if own:
+        drawn = [key for key in module._parameters if _within(name, key) in missing]
+        for key in drawn:
+            empty = torch.empty_like(module._parameters[key], device="cpu")
+            module._parameters[key] = nn.Parameter(empty, requires_grad=False)
+        if own or drawn:
             owners.append(name)
     models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     for name, module in model.named_modules():
         if any(owner == name or not name or owner.startswith(f"{name}.") for owner in owners):
             around = max((m for m in models if not m or m == name or name.startswith(f"{m}.")), key=len)
             models[around]._init_weights(module)
+    return missing
+
+
+def _within(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key
 
 
 def _scale_frequencies(checkpoint: Checkpoint, model: PreTrainedModel, read: Callable[[Tensor], torch.Tensor]) -> None:
@@ -308,15 +340,17 @@ def _scale_frequencies(checkpoint: Checkpoint, model: PreTrainedModel, read: Cal
                 buffer /= factors
 
 
-def _gather_tables(model: PreTrainedModel, names: Names, hooks: Hooks) -> None:
+def _gather_tables(
+    model: PreTrainedModel, names: Names, tied: Mapping[str, str], derived: set[str], hooks: Hooks
+) -> None:
     """Of the token embedding and other large tables, rows are read as they are needed."""
-    main = model.get_input_embeddings()
+    main = model.get_input_embeddings().weight
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding):
+        if not isinstance(module, nn.Embedding) or f"{name}.weight" in derived:
             continue
-        if module is not main and module.weight.numel() * 4 < _SMALL_TABLE_BYTES:
+        if module.weight is not main and module.weight.numel() * 4 < _SMALL_TABLE_BYTES:
             continue
-        matrix = names.matrix(f"{name}.weight", tuple(module.weight.shape), False)
+        matrix = names.matrix(_owner(f"{name}.weight", names, tied), tuple(module.weight.shape), False)
         module.padding_idx = None  # only training uses it, and it indexes the whole table
         module.register_forward_pre_hook(GatheredEmbedding(_rows_of(matrix, hooks)))
 
@@ -331,8 +365,8 @@ def _rows_of(matrix: Matrix, hooks: Hooks) -> Callable[[torch.Tensor], torch.Ten
     return lambda rows: hooks.gather(tensor, rows + first)
 
 
-def _fill(model: PreTrainedModel, names: Names, tied: Mapping[str, str], hooks: Hooks) -> None:
-    """Read every small tensor: all parameters but packed ones, and buffers that checkpoints hold.
+def _fill(model: PreTrainedModel, names: Names, tied: Mapping[str, str], derived: set[str], hooks: Hooks) -> None:
+    """Read every small tensor: all parameters but packed and derived ones, and buffers that checkpoints hold.
 
     Those that are not on meta too: some models draw numbers in a way that the meta device does not catch.
     """
@@ -341,12 +375,12 @@ def _fill(model: PreTrainedModel, names: Names, tied: Mapping[str, str], hooks: 
             continue
         packed = getattr(module, "packed", None)
         for key, parameter in list(module._parameters.items()):
-            if parameter is None or (packed is not None and parameter.dim() == 3):
+            if parameter is None or (packed is not None and parameter.dim() == 3) or _within(name, key) in derived:
                 continue
-            full = _owner(f"{name}.{key}" if name else key, names, tied)
+            full = _owner(_within(name, key), names, tied)
             module._parameters[key] = nn.Parameter(names.value(full, parameter.shape, hooks.read), requires_grad=False)
         for key, buffer in list(module._buffers.items()):
-            full = f"{name}.{key}" if name else key
+            full = _within(name, key)
             if buffer is not None and (buffer.is_meta or full in names):
                 value = names.value(full, buffer.shape, hooks.read)
                 module._buffers[key] = value.to(buffer.dtype)

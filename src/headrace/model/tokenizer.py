@@ -14,6 +14,8 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Regex, pre_tokenizers
 from tokenizers.decoders import DecodeStream
+from tokenizers.models import Unigram
+from tokenizers.normalizers import Precompiled
 from transformers import AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     GGUF_TOKENIZER_MAPPING,
@@ -22,6 +24,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 
 from headrace.checkpoint import Checkpoint
 from headrace.errors import CheckpointError, UsageError
+from headrace.model.config import opening_of
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
@@ -48,6 +51,8 @@ _CUT_BY = {
     r"|\s+(?!\S)|\s+",
 }
 _WHOLE = (3, 4)  # kinds of tokens that are never cut: control, and user-defined, as files of Gemma 4 have some ends
+_BYTE = 6
+_UNKNOWN_OF_T5 = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +78,33 @@ class Tokenizer:
         self._backend, self._template_text = found.backend, found.template
         self.end_ids, self.bos_id, self.adds_bos = found.end_ids, found.bos_id, found.adds_bos
         self._bos, self._eos = found.bos, found.eos
+        self.opening = opening_of(checkpoint)
         del found
         gc.collect()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text, with the beginning token where the model wants one and the text has none."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        """Token ids of a text, with the beginning token where the model wants one and the text has none.
+
+        What an encoder reads is whole: it gets all that its tokenizer puts around a text, its end too.
+        """
+        whole = special and bool(self.opening)
+        ids = self._ids(text, whole)
+        if whole:
+            return ids
         if special and self.adds_bos and ids[:1] != [self.bos_id]:
             assert self.bos_id is not None
             return [self.bos_id, *ids]
         return ids
+
+    def _ids(self, text: str, whole: bool) -> list[int]:
+        try:
+            return list(self._backend.encode(text, add_special_tokens=whole).ids)
+        except BaseException as error:  # the library panics at damaged tables, beside Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise CheckpointError(
+                f"{self._path}: the tokenizer breaks at this text: {error}", hint="its tables are damaged"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without control tokens."""
@@ -93,17 +115,31 @@ class Tokenizer:
         return TextStream(self._backend)
 
     def prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
-        """Token ids of a prompt. A text is one user message where the model has a chat template, unless `raw`."""
+        """Token ids of a prompt. A text is one user message where the model has a chat template, unless `raw`.
+
+        After what an encoder reads come the tokens that its decoder begins with.
+        """
         if not isinstance(prompt, str):
             return self.chat(prompt)
         if raw or not self.has_chat_template:
-            return self.encode(prompt)
+            ids = self.encode(prompt)
+            return [*ids, *self.opening] if ids else []
         return self.chat([{"role": "user", "content": prompt}])
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the file says how a conversation is written."""
-        return self._template_text is not None
+        """Whether the file says how a conversation is written. For an encoder there are no conversations, only texts."""
+        return self._template_text is not None and not self.opening
+
+    def check_chat(self) -> None:
+        """Raise `UsageError` unless there can be a conversation."""
+        if self.opening:
+            raise UsageError(
+                f"{self._path} turns one text into another and holds no conversations: an encoder reads the prompt",
+                hint="give the whole task as a text, such as `translate English to German: ...`",
+            )
+        if not self.has_chat_template:
+            raise UsageError(f"{self._path} has no chat template", hint="use --raw with a prompt to complete")
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next answer begins.
@@ -111,8 +147,7 @@ class Tokenizer:
         Raises:
             UsageError: the model has no chat template, or it refuses the conversation.
         """
-        if not self.has_chat_template:
-            raise UsageError(f"{self._path} has no chat template", hint="use --raw with a prompt to complete")
+        self.check_chat()
         try:
             text = self._template.render(
                 messages=list(messages), add_generation_prompt=True, bos_token=self._bos, eos_token=self._eos
@@ -160,6 +195,8 @@ def _of_gguf(checkpoint: Checkpoint) -> Vocabulary:
     if cut is not None and description["tokenizer_type"] == "gpt2":
         backend.pre_tokenizer = cut
     kinds = checkpoint.array("tokenizer.ggml.token_type")
+    if description["tokenizer_type"] == "t5":
+        _complete_unigram(checkpoint, backend, description["scores"], kinds)
     bos_id = _token_id(checkpoint, "bos_token_id", len(tokens))
     flag = checkpoint.get("tokenizer.ggml.add_bos_token")
     template = checkpoint.get("tokenizer.chat_template")
@@ -183,6 +220,20 @@ def _cut(name: str) -> Any:
         first = pre_tokenizers.Split(Regex(_CUT_BY[name]), behavior="isolated")
         return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     return None
+
+
+def _complete_unigram(checkpoint: Checkpoint, backend: Any, scores: Sequence[float], kinds: Sequence[object]) -> None:
+    """What transformers leaves out: normalisation, the unknown token where it is not T5's, tokens that are single bytes."""
+    unknown = _token_id(checkpoint, "unknown_token_id", len(scores))
+    charsmap = [one for one in checkpoint.array("tokenizer.ggml.precompiled_charsmap") if isinstance(one, int)]
+    try:
+        if unknown not in (None, _UNKNOWN_OF_T5) or _BYTE in kinds:
+            vocabulary = [(backend.id_to_token(i), score) for i, score in enumerate(scores)]
+            backend.model = Unigram(vocabulary, unk_id=unknown, byte_fallback=_BYTE in kinds)
+        if charsmap:
+            backend.normalizer = Precompiled(bytes(byte % 256 for byte in charsmap))
+    except Exception as error:  # whatever the untrusted vocabulary provokes in the library
+        raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
 
 
 def _of_folder(checkpoint: Checkpoint) -> Vocabulary:

@@ -85,7 +85,7 @@ def choose_sequences(
     More sequences share a pass; their caches take memory from pinned weights, and their rows take compute.
     """
     best, least = None, float("inf")
-    for count in sorted({min(most, count) for count in SEQUENCES}):
+    for count in sorted({min(most, count) for count in ((1,) if checkpoint.has_encoder else SEQUENCES)}):
         wanted = replace(request, sequences=count)
         try:
             drafting, _ = choose_drafting(checkpoint, profile, budget, wanted, options)

@@ -23,6 +23,12 @@ class PassCost:
     compute_s: float
     reading: float = 0.0  # share of the disk's seconds for which the cores are busy with reading
 
+    def __add__(self, other: "PassCost") -> "PassCost":
+        """Both, one after the other."""
+        return PassCost(
+            disk_s=self.disk_s + other.disk_s, compute_s=self.compute_s + other.compute_s, reading=self.reading
+        )
+
     @property
     def seconds(self) -> float:
         """Length of the pass: the disk's, or that of the cores, which compute and read."""

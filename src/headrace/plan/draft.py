@@ -57,6 +57,13 @@ def drafting_options(checkpoint: Checkpoint, name: str) -> list[Drafting]:
         UsageError: no such file, another vocabulary, or nothing to make a smaller copy of.
         CheckpointError: the draft model's file is damaged.
     """
+    if checkpoint.has_encoder:
+        if name not in ("none", "auto"):
+            raise UsageError(
+                f"{checkpoint.name} has an encoder: its decoder keeps a cache of its own, in which guesses cannot be taken back",
+                hint="use --draft none",
+            )
+        return [NO_DRAFT]
     fixed = {"none": NO_DRAFT, "prompt": LOOKUP}
     if name in fixed:
         return [fixed[name]]
@@ -86,6 +93,11 @@ def _model(checkpoint: Checkpoint, path: str) -> Drafting:
             f"there is no draft model {path}", hint="use none, prompt, self, auto, a .gguf file or a folder"
         )
     draft = open_checkpoint(path)
+    if draft.has_encoder:
+        raise UsageError(
+            f"{path} has an encoder: it cannot go on with what another model writes",
+            hint="use a model that only decodes",
+        )
     ours, theirs = checkpoint.tokens(), draft.tokens()
     common = min(len(ours), len(theirs))
     if not common or ours[:common] != theirs[:common]:

@@ -55,8 +55,11 @@ class Plan:
     lent_rows: Mapping[str, int]
     lent_bytes: int  # pinned as well while no prompt needs the memory
     streamed_bytes_per_pass: int
+    opening_bytes: int  # of these weights, what only a pass needs that begins a text: an encoder
+    streamed_bytes_per_prompt: int  # of these, in that pass
     unit_bytes: int
     ring_slots: int
+    opening_slots: int  # of a second ring, for an encoder
     ring_bytes: int
     readers: int
     threads: int
@@ -99,6 +102,11 @@ class Plan:
         return self.expectation.cost
 
     @property
+    def pass_bytes(self) -> int:
+        """Bytes of the weights that every pass multiplies."""
+        return self.weights_bytes - self.opening_bytes
+
+    @property
     def binding(self) -> str:
         """What a decoded token waits for: disk, compute or drafting."""
         return self.expectation.binding
@@ -110,6 +118,8 @@ class Plan:
             if self.streamed_bytes_per_pass
             else "nothing streamed"
         )
+        if self.streamed_bytes_per_prompt:
+            streamed += f" and {gigabytes(self.streamed_bytes_per_prompt)} once per prompt"
         draft = "" if self.drafting.name == "none" else f", {self.draft_line()}"
         experts = f", {self.expert_line()}" if self.experts is not None else ""
         return (
@@ -165,6 +175,7 @@ class Plan:
                 "pinned_bytes": self.pinned_bytes,
                 "lent_bytes": self.lent_bytes,
                 "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
+                "streamed_bytes_per_prompt": self.streamed_bytes_per_prompt,
                 "ring_bytes": self.ring_bytes,
                 "interleaved_bytes": self.interleaved_bytes,
                 "kv_bytes": self.kv_bytes,
@@ -233,7 +244,12 @@ def plan_for(
 
         expectation = expect(drafting.chance, request.most_guesses, request.sequences, guess_s, cost)
         cold = weights if experts is None else replace(weights, experts=experts.with_cached(0))
-        first = pass_cost(profile, disk, shape.weights_bytes, cold, shape.layers, min(rows, request.prompt_rows))
+        decoded = 1 if shape.opening else min(rows, request.prompt_rows)
+        first = pass_cost(profile, disk, shape.weights_bytes, cold, shape.layers, decoded)
+        if shape.opening:
+            read = replace(weights, plain=shape.opening_weights, interleaved={}, experts=None)
+            layers = checkpoint.number("block_count")
+            first += pass_cost(profile, disk, shape.opening_bytes, read, layers, request.prompt_rows)
         later = pass_cost(profile, disk, room.streamed + room.lent, weights, shape.layers, rows)
         ttft = first.seconds + (passes - 1) * later.seconds
         answers = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
@@ -244,7 +260,7 @@ def plan_for(
     expectation, first, ttft = best.expectation, best.first, best.ttft_s
     reasons = [
         budget.reason,
-        f"{room.slots} ring slots of {gib(room.slot)}" if room.slots else "everything is pinned, no ring",
+        _rings(room),
         f"{passes} weight pass{'es' if passes > 1 else ''} of up to {rows} rows for {request.prompt_rows} prompt tokens",
     ]
     if types:
@@ -257,15 +273,18 @@ def plan_for(
         type_bits=8 * shape.all_bytes / _count(shape),
         budget=budget,
         floor_bytes=room.floor,
-        weights_bytes=shape.weights_bytes,
+        weights_bytes=shape.weights_bytes + shape.opening_bytes,
         pinned_rows=room.pinned_rows,
         pinned_bytes=room.pinned,
         lent_rows=room.lent_rows,
         lent_bytes=room.lent,
         streamed_bytes_per_pass=room.streamed,
+        opening_bytes=shape.opening_bytes,
+        streamed_bytes_per_prompt=room.opening_streamed,
         unit_bytes=UNIT_BYTES,
         ring_slots=room.slots,
-        ring_bytes=room.slots * room.slot,
+        opening_slots=room.opening_slots,
+        ring_bytes=(room.slots + room.opening_slots) * room.slot,
         readers=READERS,
         threads=profile.threads,
         bf16_many_rows=profile.bf16_pays,
@@ -299,7 +318,16 @@ def plan_for(
 
 def _count(shape: Shape) -> int:
     """Weights of the model, experts included."""
-    return sum(shape.weights.values()) + (sum(shape.experts.weights.values()) if shape.experts is not None else 0)
+    dense = sum(shape.weights.values()) + sum(shape.opening_weights.values())
+    return dense + (sum(shape.experts.weights.values()) if shape.experts is not None else 0)
+
+
+def _rings(room: Division) -> str:
+    slots = room.slots + room.opening_slots
+    if not slots:
+        return "everything is pinned, no ring"
+    apart = f", {room.opening_slots} of them for what is read once per prompt" if room.opening_slots else ""
+    return f"{slots} ring slots of {gib(room.slot)}{apart}"
 
 
 def _spread(expected: float, profile: Profile) -> Range:

@@ -3,7 +3,7 @@
 budget = runtime + small tensors + KV caches + draft model + activations + ring + margin + pinned weights
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -14,7 +14,7 @@ from headrace.plan.experts import Experts, most_slots
 from headrace.plan.memory import Budget
 from headrace.plan.profile import Profile
 from headrace.plan.request import Request
-from headrace.plan.shape import Shape
+from headrace.plan.shape import Shape, page_slack
 from headrace.units import MIB, gib, option
 
 UNIT_BYTES = 2 * MIB
@@ -49,12 +49,14 @@ class Division:
     activations: int
     prefill_rows: int
     slots: int
+    opening_slots: int  # of a ring for what is multiplied once for a prompt
     slot: int
     pinned_rows: Mapping[str, int]
     pinned: int
     lent_rows: Mapping[str, int]  # behind the pinned ones, in the memory of prompts while there is none
     lent: int
     streamed: int  # per pass that decodes
+    opening_streamed: int  # once for a prompt
     expert_slots: int
     spare: int  # left over when everything is pinned
 
@@ -75,12 +77,15 @@ def divide(
     runtime = runtime_bytes or profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BYTES_PER_TOKEN
     kv = shape.kv_bytes(request.context_tokens, request.kv_bits) * request.sequences
     draft_bytes = _draft_bytes(draft, request, known_runtime=runtime_bytes is not None) if draft is not None else 0
-    slot = UNIT_BYTES + max(tensor.row_bytes * tensor.row_multiple for tensor in shape.linears)
+    slot = UNIT_BYTES + max(tensor.row_bytes * tensor.row_multiple for tensor in (*shape.linears, *shape.opening))
     margin = MARGIN_BYTES + int(MARGIN_SHARE * budget.nbytes)
     base = runtime + shape.small_bytes + kv + draft_bytes + margin
     few_experts = _least_experts(shape.experts)
-    least = base - margin + MARGIN_BYTES + LEAST_SLOTS * slot + few_experts
+    least_rings = LEAST_SLOTS * slot * (2 if shape.opening else 1)
+    least = base - margin + MARGIN_BYTES + least_rings + few_experts
     exact = _activations(shape, request.verify_rows, request.context_tokens, exact=True)
+    if shape.opening:  # an encoder takes its prompt whole
+        exact = max(exact, _activations(shape, max(FEW_ROWS, request.prompt_rows), request.context_tokens))
     if request.kv_bits < 16:  # unpacked for one layer at a time
         exact += 2 * request.context_tokens * shape.kv_heads * shape.head_dim * KV_BYTES
     floor = ceil((least + exact) / (1 - MARGIN_SHARE))
@@ -92,23 +97,29 @@ def divide(
             hint=_floor_hint(floor, kv),
         )
     room = budget.nbytes - base - few_experts
-    rows = _prefill_rows(shape, request, budget.nbytes, room - LEAST_SLOTS * slot)
+    rows = _prefill_rows(shape, request, budget.nbytes, room - least_rings)
     activations = max(exact, _activations(shape, rows, request.context_tokens))
     if budget.pinned_limit_bytes is not None:
         room = min(room, activations + RING_SLOTS * slot + budget.pinned_limit_bytes)
-    fits = room - activations >= shape.weights_bytes + shape.page_slack_bytes
-    slots = 0 if fits else max(LEAST_SLOTS, min(RING_SLOTS, (room - activations) // slot))
-    pinned_rows = _pin(shape, room - activations - slots * slot)
-    pinned = sum(pinned_rows[tensor.name] * tensor.row_bytes for tensor in shape.linears)
-    lent_rows = _lend(shape, pinned_rows, activations - exact - KEPT_BYTES) if slots else {}
+    room -= activations
+    fits = room >= shape.weights_bytes + shape.opening_bytes + shape.page_slack_bytes
+    opening_slots = 0 if fits or not shape.opening else _slots(room // 2, slot)
+    left = room - opening_slots * slot
+    slots = 0 if left >= shape.weights_bytes + shape.page_slack_bytes else _slots(left, slot)
+    pinned_rows = _pin(shape.linears, left - slots * slot)
+    pinned = _pinned_bytes(shape.linears, pinned_rows)
+    if pinned == shape.weights_bytes:
+        slots = 0
+    lent_rows = _lend(shape, pinned_rows, activations - exact - KEPT_BYTES) if slots and not shape.opening else {}
     lent = sum(lent_rows.get(tensor.name, 0) * tensor.row_bytes for tensor in shape.linears)
-    spare = room - activations - pinned - shape.page_slack_bytes if fits else 0
+    # Every pass needs every byte of these, so the encoder gets what they leave.
+    opening_rows = _pin(shape.opening, left - slots * slot - pinned - page_slack(shape.linears))
+    opening_pinned = _pinned_bytes(shape.opening, opening_rows)
+    spare = room - pinned - opening_pinned - shape.page_slack_bytes if fits else 0
     expert_slots = 0
     if shape.experts is not None:  # every pass needs every byte of the trunk, but of the experts only some
         expert_slots = most_slots(shape.experts, few_experts + spare)
         spare = 0
-    if pinned == shape.weights_bytes:
-        slots = 0
     return Division(
         floor=floor,
         runtime=runtime + shape.small_bytes,
@@ -117,15 +128,26 @@ def divide(
         activations=activations,
         prefill_rows=rows,
         slots=slots,
+        opening_slots=opening_slots if opening_pinned < shape.opening_bytes else 0,
         slot=slot,
-        pinned_rows=pinned_rows,
-        pinned=pinned,
+        pinned_rows={**opening_rows, **pinned_rows},
+        pinned=pinned + opening_pinned,
         lent_rows=lent_rows,
         lent=lent,
         streamed=shape.weights_bytes - pinned - lent,
+        opening_streamed=shape.opening_bytes - opening_pinned,
         expert_slots=expert_slots,
         spare=spare,
     )
+
+
+def _slots(room: int, slot: int) -> int:
+    """Of a ring in this room."""
+    return max(LEAST_SLOTS, min(RING_SLOTS, room // slot))
+
+
+def _pinned_bytes(tensors: Sequence[Tensor], pinned_rows: Mapping[str, int]) -> int:
+    return sum(pinned_rows[tensor.name] * tensor.row_bytes for tensor in tensors)
 
 
 def _least_experts(experts: Experts | None) -> int:
@@ -157,6 +179,8 @@ def _activations(shape: Shape, rows: int, context_tokens: int, exact: bool = Fal
         return rows * 4 * (narrow + max(mlp, attention)) + logits
     # Many rows: weights unpacked beside them, and the cache repeated for grouped heads, in fp16.
     repeated = 2 * context_tokens * shape.attention_width * KV_BYTES + rows * context_tokens
+    if shape.opening:  # every row of an encoder sees every other: biases, scores and their softmax, in fp32
+        repeated += 4 * 4 * rows**2 * (shape.attention_width // shape.head_dim)
     return rows * 4 * (narrow + max(mlp, attention)) + logits + repeated + MANY_ROWS_BYTES
 
 
@@ -172,7 +196,7 @@ def _expert_numbers(experts: Experts | None) -> int:
 def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) -> int:
     """As many prompt rows per pass as fit into an eighth of the budget: passes cost more than pins until then.
 
-    A model that keeps states of its own takes a prompt whole.
+    A model that keeps states of its own takes a prompt whole, and so does an encoder.
     """
     if shape.one_by_one:
         return max(FEW_ROWS, request.prompt_rows)
@@ -186,16 +210,16 @@ def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) 
     return rows if _activations(shape, rows, request.context_tokens) <= limit else FEW_ROWS
 
 
-def _pin(shape: Shape, room: int) -> dict[str, int]:
+def _pin(tensors: Sequence[Tensor], room: int) -> dict[str, int]:
     """Rows to pin by tensor: the same share of each, except that small rests are pinned too."""
-    room = max(0, room)
-    if room >= shape.weights_bytes + shape.page_slack_bytes:
-        return {tensor.name: tensor.rows for tensor in shape.linears}
-    room = max(0, room - shape.page_slack_bytes)
+    total = sum(tensor.nbytes for tensor in tensors)
+    room = max(0, room - page_slack(tensors))
+    if room >= total:
+        return {tensor.name: tensor.rows for tensor in tensors}
     whole: set[str] = set()
     while True:
-        rest = [tensor for tensor in shape.linears if tensor.name not in whole]
-        spent = shape.weights_bytes - sum(tensor.nbytes for tensor in rest)
+        rest = [tensor for tensor in tensors if tensor.name not in whole]
+        spent = total - sum(tensor.nbytes for tensor in rest)
         share = max(0.0, (room - spent) / max(1, sum(tensor.nbytes for tensor in rest)))
         more = {t.name for t in rest if (1 - share) * t.nbytes < SMALLEST_READ_BYTES}
         cost = sum(t.nbytes for t in rest if t.name in more)
@@ -203,7 +227,7 @@ def _pin(shape: Shape, room: int) -> dict[str, int]:
             break
         whole |= more
     rows = {tensor.name: _cut(tensor, share) for tensor in rest}
-    return rows | {tensor.name: tensor.rows for tensor in shape.linears if tensor.name in whole}
+    return rows | {tensor.name: tensor.rows for tensor in tensors if tensor.name in whole}
 
 
 def _lend(shape: Shape, pinned_rows: Mapping[str, int], room: int) -> dict[str, int]:

@@ -20,16 +20,21 @@ class Built:
     """What is known once the model has been built: which tensors a pass multiplies, and how it keeps what it has seen."""
 
     linears: tuple[Tensor, ...]
+    opening: tuple[Tensor, ...] = ()  # what only the beginning of a text multiplies
     experts: Sequence[Sequence[Sequence[Slice]]]  # of every expert of every layer, its slices
     one_by_one: bool  # sequences do not share passes, and keys and values are kept in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a model. `linears` are the matrices that every pass multiplies, a tied head included."""
+    """The sizes of a model. `linears` are the matrices that every pass multiplies, a tied head included.
+
+    `opening` are those that are multiplied once for a prompt: an encoder, and what makes keys and values of its results.
+    """
 
     checkpoint: Checkpoint
     linears: tuple[Tensor, ...]
+    opening: tuple[Tensor, ...]
     experts: Experts | None
     small_bytes: int
     layers: int
@@ -50,9 +55,14 @@ class Shape:
         return sum(tensor.nbytes for tensor in self.linears)
 
     @property
+    def opening_bytes(self) -> int:
+        """Bytes of what is multiplied once for a prompt."""
+        return sum(tensor.nbytes for tensor in self.opening)
+
+    @property
     def all_bytes(self) -> int:
-        """Bytes of these and of all experts."""
-        return self.weights_bytes + (self.experts.nbytes if self.experts is not None else 0)
+        """Bytes of both and of all experts."""
+        return self.weights_bytes + self.opening_bytes + (self.experts.nbytes if self.experts is not None else 0)
 
     def kv_bytes(self, context_tokens: int, bits: int) -> int:
         """Keys and values of one sequence in all layers; in 8 bits each head has a scale beside them. And its states."""
@@ -80,15 +90,29 @@ class Shape:
     @property
     def page_slack_bytes(self) -> int:
         """What pinned rows may take beside their own bytes, because reads begin and end at pages."""
-        return 2 * _PAGE_BYTES * len(self.linears)
+        return page_slack(self.linears) + page_slack(self.opening)
 
     @property
     def weights(self) -> dict[str, int]:
         """Weights that every pass multiplies, by type."""
-        counts: dict[str, int] = {}
-        for tensor in self.linears:
-            counts[tensor.type] = counts.get(tensor.type, 0) + tensor.rows * tensor.columns
-        return counts
+        return _by_type(self.linears)
+
+    @property
+    def opening_weights(self) -> dict[str, int]:
+        """Weights that are multiplied once for a prompt, by type."""
+        return _by_type(self.opening)
+
+
+def page_slack(tensors: Sequence[Tensor]) -> int:
+    """What the pinned rows of these tensors may take beside their own bytes."""
+    return 2 * _PAGE_BYTES * len(tensors)
+
+
+def _by_type(tensors: Sequence[Tensor]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        counts[tensor.type] = counts.get(tensor.type, 0) + tensor.rows * tensor.columns
+    return counts
 
 
 def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
@@ -106,6 +130,10 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     stacks = expert_tensors(checkpoint)
     named = {tensor.name for layer in stacks.values() for tensor in layer} | _unused(checkpoint)
     linears = built.linears if built is not None else _linears(checkpoint, named)
+    opening = built.opening if built is not None else ()
+    if built is None and checkpoint.has_encoder:
+        opening = tuple(tensor for tensor in linears if _OPENING.search(tensor.name))
+        linears = tuple(tensor for tensor in linears if not _OPENING.search(tensor.name))
     if not linears:
         raise CheckpointError(f"{checkpoint.path} has no weight matrices", hint="it is no language model")
     hidden = checkpoint.number("embedding_length")
@@ -113,6 +141,7 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     head_dim = checkpoint.number("attention.key_length", hidden // max(1, heads))
     kv_heads = checkpoint.number("attention.head_count_kv", heads)
     attends = heads > 0 or not _state_numbers(checkpoint)
+    layers = checkpoint.number("decoder_block_count", layers)
     if not attends:
         heads = kv_heads = 1
     if min(heads, hidden, head_dim, kv_heads, layers) < 1:
@@ -123,25 +152,26 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
         )
     kv_layers = _kv_layers(checkpoint, layers) if attends else 0
     cached_heads, cached_numbers = _cached(checkpoint, kv_layers, kv_heads, head_dim)
-    known = {tensor.name for tensor in linears} | named
+    known = {tensor.name for tensor in (*linears, *opening)} | named
     # Once the model is built, its small tensors are in memory and counted with the process.
     small = 0 if built is not None else sum(4 * t.rows * t.columns for t in tensors.values() if _is_small(t, known))
     return Shape(
         checkpoint=checkpoint,
         linears=linears,
+        opening=opening,
         experts=_experts(checkpoint, stacks, built, hidden),
         small_bytes=small,
         layers=layers,
         state_bytes=(layers - kv_layers) * 2 * 4 * _state_numbers(checkpoint),
         hidden=hidden,
-        feed_forward=max((t.outputs for t in linears if _is_wide(t)), default=hidden),
+        feed_forward=max((t.outputs for t in (*linears, *opening) if _is_wide(t)), default=hidden),
         attention_width=heads * head_dim,
         kv_heads=kv_heads,
         head_dim=head_dim,
         cached_heads=cached_heads,
         cached_numbers=cached_numbers,
-        context_limit=checkpoint.number("context_length", 1 << 20),
-        one_by_one=kv_layers < layers if built is None else built.one_by_one,
+        context_limit=checkpoint.context_limit(1 << 20),
+        one_by_one=checkpoint.has_encoder or (kv_layers < layers if built is None else built.one_by_one),
     )
 
 
@@ -220,10 +250,16 @@ def _is_wide(tensor: Tensor) -> bool:
 # Names of GGUF files and those of Hugging Face's models.
 _HEAD = re.compile(r"^output\.weight|(^|\.)(lm_head|embed_out|output_projection)\.weight")
 _TOKEN_TABLE = re.compile(
-    r"^token_embd\.weight|(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embeddings|tok_embeddings)\.weight"
+    r"^token_embd\.weight|(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embeddings|tok_embeddings)\.weight|"
+    r"^(model\.)?shared\.weight"
 )
 _TABLE = re.compile(
-    r"^((per_layer_)?token_embd|position_embd|token_types)\.weight|embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\."
+    r"^((per_layer_)?token_embd|position_embd|token_types)\.weight|embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\.|"
+    r"^(model\.)?shared\.weight|attn_rel_b\.|relative_attention_bias\.|^final_logits_bias$"
+)
+# Encoders, and the keys and values that decoders make of their results.
+_OPENING = re.compile(
+    r"^enc\.|\.cross_attn_[kv]\.|(^|\.)encoder\.|\.(EncDecAttention|encoder_attn|cross_attn)\.(k|v|key|value)(_proj)?\."
 )
 _EXPERTS = re.compile(r"^(blk\.\d+)\.ffn_\w+_exps\.weight$|^(.*(?<!shared_)experts)\.(?:\d+\.)?\w+(?:\.weight)?$")
 
