@@ -26,7 +26,7 @@ from headrace.engine.engine import StreamOptions
 from headrace.errors import HeadraceError
 from headrace.kernels import FEW_ROWS, Kernels, Piece
 from headrace.plan.profile import Profile, load_profile, machine_name, profile_path, save_profile
-from headrace.plan.rooms import READERS, RING_SLOTS, UNIT_BYTES
+from headrace.plan.rooms import MOST_RING_SLOTS, READERS, UNIT_BYTES
 from headrace.plan.shape import is_linear
 from headrace.process import release_unused, resident_bytes
 from headrace.stream import Arena, WeightStream
@@ -118,7 +118,7 @@ def _stream_rate(tensors: Sequence[Tensor], total_bytes: int, rounds: int) -> fl
         chosen.append(tensors[len(chosen)])
     layout = make_layout([[t] for t in chosen], {t.name: 0 for t in chosen}, UNIT_BYTES)
     rates = []
-    with WeightStream(layout, slots=RING_SLOTS, readers=READERS) as stream:
+    with WeightStream(layout, slots=MOST_RING_SLOTS, readers=READERS) as stream:
         for round_ in range(rounds + 1):
             start = time.perf_counter()
             for visit in range(len(layout.visits)):

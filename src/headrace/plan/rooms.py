@@ -19,9 +19,11 @@ from headrace.units import MIB, gib, option
 
 UNIT_BYTES = 2 * MIB
 RING_SLOTS = 16
+MOST_RING_SLOTS = 48  # where they take no more than this share of the memory for weights (docs/LEARNED.md)
+RING_SHARE = 1 / 16
 LEAST_SLOTS = 3
 LEAST_EXPERT_SLOTS = 4
-READERS = 3
+READERS = 4
 # A tensor whose streamed rest would be smaller than this is pinned whole: a read has a price beside its bytes.
 SMALLEST_READ_BYTES = 512 << 10
 TOKENIZER_BYTES_PER_TOKEN = 450
@@ -100,7 +102,7 @@ def divide(
     rows = _prefill_rows(shape, request, budget.nbytes, room - least_rings)
     activations = max(exact, _activations(shape, rows, request.context_tokens))
     if budget.pinned_limit_bytes is not None:
-        room = min(room, activations + RING_SLOTS * slot + budget.pinned_limit_bytes)
+        room = min(room, activations + _slots(budget.pinned_limit_bytes, slot) * slot + budget.pinned_limit_bytes)
     room -= activations
     fits = room >= shape.weights_bytes + shape.opening_bytes + shape.page_slack_bytes
     opening_slots = 0 if fits or not shape.opening else _slots(room // 2, slot)
@@ -143,7 +145,8 @@ def divide(
 
 def _slots(room: int, slot: int) -> int:
     """Of a ring in this room."""
-    return max(LEAST_SLOTS, min(RING_SLOTS, room // slot))
+    most = max(RING_SLOTS, min(MOST_RING_SLOTS, int(RING_SHARE * room) // slot))
+    return max(LEAST_SLOTS, min(most, room // slot))
 
 
 def _pinned_bytes(tensors: Sequence[Tensor], pinned_rows: Mapping[str, int]) -> int:
