@@ -30,9 +30,22 @@ under a mask; `model`, as transformers would, one sequence at a time.
 |---|---|---|---|---|
 """
 REFUSED_HEAD = """
+## With an encoder
+
+T5, mT5, UMT5, LongT5, BART, mBART, Pegasus, Marian, M2M100, Blenderbot, MVP and PLBart run as folders, T5 and UMT5 as GGUF:
+the prompt goes to the encoder, which is read once for it. `tests/engine/test_encoder_decoder.py` holds them to transformers.
+T5Gemma, LED, BigBird-Pegasus, ProphetNet, Switch, NLLB-MoE and speech models are refused.
+
+## As GGUF
+
+`checkpoint/architectures.py` lists the names that run, `tests/model/test_against_transformers.py` holds each to the
+transformers model that a tiny file was made of. That is transformers' own mapping of GGUF but Deci, for which it has no
+model, and further ones (Gemma 4 with its mixtures, GLM 4.5, OLMo 2 and 3, Granite, SmolLM3, Command R, EXAONE 4, Seed-OSS).
+
 ## Refused
 
-Language models that transformers has and that do not run here. They are refused before anything is read.
+Language models that transformers has and that do not run here. They are refused before anything is read. Half of an encoder-
+decoder is refused, the whole is not.
 
 | Model type | Reason |
 |---|---|
