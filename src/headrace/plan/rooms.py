@@ -184,7 +184,8 @@ def _activations(shape: Shape, rows: int, context_tokens: int, exact: bool = Fal
     repeated = 2 * context_tokens * shape.attention_width * KV_BYTES + rows * context_tokens
     if shape.opening:  # every row of an encoder sees every other: biases, scores and their softmax, in fp32
         repeated += 4 * 4 * rows**2 * (shape.attention_width // shape.head_dim)
-    return rows * 4 * (narrow + max(mlp, attention)) + logits + repeated + MANY_ROWS_BYTES
+    unpacked = MANY_ROWS_BYTES if shape.experts is None else 2 * MANY_ROWS_BYTES  # once left 18 MiB of 5000
+    return rows * 4 * (narrow + max(mlp, attention)) + logits + repeated + unpacked
 
 
 def _expert_numbers(experts: Experts | None) -> int:
