@@ -52,8 +52,12 @@ def test_streamed_logits_equal_resident_ones_bit_for_bit(
 
 
 @pytest.mark.parametrize(("limit", "lends"), [(None, True), (1 << 20, False)])
-def test_the_memory_of_prompts_holds_weights_between_them(tiny_llama: Path, limit: int | None, lends: bool) -> None:
-    """And not if the process has not given it back: its limit is the second case."""
+def test_the_memory_of_prompts_holds_weights_between_them(
+    tiny_llama: Path, limit: int | None, lends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not if the process has not given it back: its limit is the second case. Memory is collected once after a prompt."""
+    collected: list[int] = []
+    monkeypatch.setattr("headrace.engine.engine.release_unused", lambda: collected.append(1))
 
     def conversation(lent: float) -> tuple[torch.Tensor, list[bool], list[int]]:
         checkpoint = open_checkpoint(tiny_llama)
@@ -79,6 +83,7 @@ def test_the_memory_of_prompts_holds_weights_between_them(tiny_llama: Path, limi
     assert torch.equal(logits, plain)
     assert held == [False, lends, lends, lends] * 2
     assert (read[3] < read[4]) == lends
+    assert len(collected) == 2
 
 
 def test_sequences_in_one_step_equal_sequences_alone(tiny_llama: Path) -> None:

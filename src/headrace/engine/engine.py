@@ -79,9 +79,8 @@ class StreamOptions:
     interleaved_types: frozenset[str] = frozenset()  # brought into ggml's interleaved layout where pinned
     interleaved_in_place: bool = False  # rather than copied: no memory, but prompts take longer
     pinned_read_bytes: int = 4 << 20
-    lent_rows: Mapping[str, int] = field(
-        default_factory=dict
-    )  # behind the pinned ones: pinned while no prompt needs the memory
+    # Rows behind the pinned ones, pinned while no prompt needs the memory.
+    lent_rows: Mapping[str, int] = field(default_factory=dict)
     lent_up_to_rows: int = FEW_ROWS  # of a pass, all of them exact
     memory_limit_bytes: int | None = None  # of the process, when memory is lent
     expert_slots: int = 0  # experts that fit into memory, where the model has any
@@ -139,6 +138,7 @@ class Engine:
         if callable(options):
             options = options(shell)
         self._options = options
+        self._lends: bool | None = None  # whether memory was lent after the last prompt; None: not yet looked
         settle = partial(self._interleave, options) if options.interleaved_types else None
         self._places: dict[Step, tuple[WeightStream, int]] = {}
         self.stream = self._make_stream([step for step in shell.steps if not step.once], options, options.slots, settle)
@@ -309,12 +309,14 @@ class Engine:
         """Between prompts, their memory holds weights. Only if the system has really got it back from the allocator."""
         options, stream = self._options, self.stream
         lends = self._rows <= options.lent_up_to_rows and self._rows - self._exact_rows <= FEW_ROWS
-        if lends and not stream.lends and stream.layout.lent_bytes:
+        if lends and self._lends is None and stream.layout.lent_bytes:  # once after a prompt: collecting takes a while
             self.kernels.release()
             release_unused()
             limit = options.memory_limit_bytes
-            lends = limit is None or resident_bytes() + stream.layout.lent_bytes <= limit
-        stream.lend(lends)
+            self._lends = limit is None or resident_bytes() + stream.layout.lent_bytes <= limit
+        if not lends:
+            self._lends = None
+        stream.lend(bool(self._lends))
 
     def _share_cores(self, shared_rows: int) -> None:
         """torch's small operations stay on one core while ggml works, whose threads wait by spinning on all of them."""

@@ -23,9 +23,8 @@ class LinearStep:
     """Linears that share their activations."""
 
     linears: tuple[PackedLinear, ...]
-    once: bool = (
-        False  # asked for when a text begins, and not when it goes on: an encoder, and what is made of its results
-    )
+    # Asked for when a text begins, and not when it goes on: an encoder, and what is made of its results.
+    once: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
