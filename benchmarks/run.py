@@ -212,9 +212,7 @@ def main() -> None:
     for row in rows:
         path = paths[row.name]
         assert path is not None
-        results.append(
-            measure(row, path, arguments.llama, 1 if row.name.startswith("70b") else arguments.rounds, profile)
-        )
+        results.append(measure(row, path, arguments.llama, arguments.rounds, profile))
         arguments.out.write_text(json.dumps({"profile": vars(profile), "results": results}, indent=1, default=dict))
     print(table(results))
 

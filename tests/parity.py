@@ -20,10 +20,7 @@ _OWN_EXPERTS = "its experts are multiplied in a way of their own"
 _BY_NUMBERS = "which weights it asks for depends on the numbers that it computes"
 _NO_CACHE = "transformers keeps no cache for it, so each token would read the whole text anew"
 REFUSED = {
-    "dbrx": _OWN_EXPERTS,
     "jetmoe": _OWN_EXPERTS,
-    "llama4_text": _OWN_EXPERTS,
-    "longcat_flash": _OWN_EXPERTS,
     "openai-gpt": _NO_CACHE,
     "qwen4_exp_text": _BY_NUMBERS,
     "recurrent_gemma": "its state lies in its modules, where sequences would share it",

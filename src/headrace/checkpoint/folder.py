@@ -21,7 +21,7 @@ _NAMES = {
     "embedding_length": ("hidden_size", "n_embd", "d_model"),
     "decoder_block_count": ("num_decoder_layers", "decoder_layers"),
     "attention.head_count": ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
-    "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+    "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads"),
     "attention.key_length": ("head_dim", "d_kv"),
     "attention.value_length": ("v_head_dim",),
     "feed_forward_length": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "expansion_ratio"),
@@ -32,6 +32,7 @@ _NAMES = {
         "num_experts_per_tok",
         "num_experts_per_token",
         "moe_topk",
+        "moe_top_k",
         "top_k_experts",
         "moe_k",
         "top_k",
@@ -83,6 +84,9 @@ def _check_config(path: str, config: Mapping[str, Any]) -> None:
 def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
     text = config.get("text_config", config.get("decoder"))
     inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+    for part in ("attn_config", "ffn_config"):  # DBRX's
+        if isinstance(inner.get(part), Mapping):
+            inner = {**inner[part], **inner}
     found: dict[str, Scalar] = {
         "general.architecture": str(inner.get("model_type") or config["model_type"]),
         "general.name": Path(path).resolve().name if Path(path).exists() else path.rstrip("/").split("/")[-1],

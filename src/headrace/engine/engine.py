@@ -28,6 +28,7 @@ from headrace.engine.model_cache import (
     maker_of,
     parameters_of,
     sees_a_window,
+    sees_chunks,
     trial_of,
 )
 from headrace.engine.numbers import floats_of
@@ -475,7 +476,7 @@ class Engine:
 
     def _ways(self, model: PreTrainedModel) -> Iterator[Way]:
         """Ways to run attention, the best first: each layer's on our caches, on all of them joined, the model's own."""
-        if not keeps_states(model):
+        if not keeps_states(model) and not sees_chunks(model):
             yield "packed", _positions, lambda: bool(self._attention.layers) and not self._attention.strange
             if not sees_a_window(model):
                 yield "joined", _positions_and_mask, lambda: not self._attention.layers

@@ -51,22 +51,25 @@ class ExpertProducts:
         rows, chosen = ids.shape
         hidden = hidden.contiguous()
         order = ids.reshape(-1).argsort(stable=True)  # pairs of a row and an expert, expert after expert
-        sizes = torch.bincount(ids.reshape(-1), minlength=packed.count).numpy()
-        if len(sizes) > packed.count:
+        choices = packed.count + packed.identities
+        sizes = torch.bincount(ids.reshape(-1), minlength=choices).numpy()
+        if len(sizes) > choices:
             raise CheckpointError(
-                f"the router of layer {packed.index} chose expert {len(sizes) - 1} of {packed.count}",
+                f"the router of layer {packed.index} chose expert {len(sizes) - 1} of {choices}",
                 hint="router and experts are of different models",
             )
         owners = order // chosen  # the row of each pair
         firsts = [0, *sizes.cumsum().tolist()]
         pairs = hidden.new_empty((rows * chosen, hidden.shape[1]))
+        idle = slice(firsts[packed.count], None)
+        pairs[idle] = hidden[owners[idle]]
         self.look_ahead.judge(packed.index, sizes)
 
         def read_ahead() -> None:
             for layer, guessed in self.look_ahead.guess(packed.index, hidden):
                 self.stream.expect(layer, guessed)
 
-        for ready in self.stream.fetch(packed.index, sizes, rows, read_ahead):
+        for ready in self.stream.fetch(packed.index, sizes[: packed.count], rows, read_ahead):
             start = time.perf_counter()
             for first in range(0, len(ready), EXPERTS_TOGETHER):
                 members = []

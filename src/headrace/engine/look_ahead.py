@@ -64,5 +64,6 @@ class LookAhead:
             guess = scores.topk(self._right.shape[1], -1).indices.numpy()
             self._guesses[layer + distance, distance] = guess
             worth = np.unique(guess[:, : self.ranks(distance)])
+            worth = worth[worth < self._layers[layer + distance].count]  # the others have no weights
             if len(worth):
                 yield layer + distance, worth.tolist()

@@ -87,6 +87,11 @@ def sees_a_window(model: PreTrainedModel) -> bool:
     return bool(getattr(config, "sliding_window", None)) or "local" in getattr(config, "attention_layers", ())
 
 
+def sees_chunks(model: PreTrainedModel) -> bool:
+    """Whether some layers look back to the beginning of a chunk only, which no argument of their attention says."""
+    return "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
+
+
 def keeps_states(model: PreTrainedModel) -> bool:
     """Whether some layer remembers other things than keys and values."""
     if "past_key_values" not in parameters_of(model):

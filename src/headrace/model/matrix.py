@@ -63,6 +63,11 @@ def matrix_of(
     return Matrix(tuple(slices), None if ordered else torch.from_numpy(places), input_order)
 
 
+def below_one_another(matrices: Sequence[Matrix]) -> Matrix:
+    """Matrices of the same inputs as one, none of them in another order than it is stored."""
+    return Matrix(tuple(part for matrix in matrices for part in matrix.slices))
+
+
 def part_of(tensor: Tensor, index: int, count: int) -> Tensor:
     """One of `count` equal matrices that lie one after another in a tensor."""
     shape = tensor.shape[1:] if len(tensor.shape) > 2 else (tensor.shape[0] // count, tensor.shape[1])

@@ -214,6 +214,8 @@ class ConvertedNames(_Made):
         tensors = [self._tensors[name] for _, name in group.members]
         outputs, inputs = reversed(shape) if outputs_last else shape
         numbers, columns = self._numbers(group)[parameter], {tensor.inputs for tensor in tensors}
+        if numbers.ndim > 2 and len(numbers) > count > 1:
+            numbers = numbers[:count]  # of a parameter with room for experts that have no weights
         if (
             numbers.size == count * outputs
             and columns == {inputs}

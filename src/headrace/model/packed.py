@@ -99,14 +99,24 @@ class PackedExperts:
     """The routed experts of one layer: for each the matrices that lead up to the gate, and down from it."""
 
     def __init__(
-        self, index: int, module: Any, up: tuple[Matrix, ...], down: tuple[Matrix, ...], router: Router | None
+        self,
+        index: int,
+        module: Any,
+        up: tuple[Matrix, ...],
+        down: tuple[Matrix, ...],
+        router: Router | None,
+        identities: int = 0,
     ):
-        """`index` counts layers with experts; `module` is transformers' own, which has the gate and the biases."""
+        """`index` counts layers with experts; `module` is transformers' own, which has the gate and the biases.
+
+        A router may choose so many `identities` besides: further experts that give back what they are given.
+        """
         self.index = index
         self.module = module
         self.router = router
         self.up = up
         self.down = down
+        self.identities = identities
 
     @property
     def count(self) -> int:

@@ -21,7 +21,8 @@ from headrace.checkpoint.encodings import Encoding
 from headrace.checkpoint.tensor import Slice
 from headrace.errors import CheckpointError, UnsupportedError
 from headrace.model.config import make_config, opening_of
-from headrace.model.matrix import Matrix
+from headrace.model.matrix import Matrix, below_one_another
+from headrace.model.mixtures import Mixture, adopt_mixtures, mixture_of
 from headrace.model.names import Names, names_of, tied_to
 from headrace.model.order import ExpertStep, LinearStep, Recorder, Step, record_steps
 from headrace.model.packed import (
@@ -104,16 +105,17 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
     config = make_config(checkpoint, lambda name: [float(x) for x in hooks.read(_find(checkpoint, name)).flatten()])
     config.use_cache = False
     model = _on_meta(checkpoint, config, hooks.implementation).eval().requires_grad_(False)
+    adopt_mixtures(model, hooks.implementation)
     _refuse_what_would_go_wrong(checkpoint, model)
     names = names_of(checkpoint, model)
     tied = tied_to(model)
     derived = _fill_derived(model, names, tied)
     before = _pack_linears(model, names, tied, hooks.product)
-    _pack_experts(model, names)
+    elsewhere = derived | _pack_experts(model, names)
     steps, way = _record(model, before, hooks)
     _scale_frequencies(checkpoint, model, hooks.read)
     _gather_tables(model, names, tied, derived, hooks)
-    _fill(model, names, tied, derived, hooks)
+    _fill(model, names, tied, elsewhere, hooks)
     _refuse_homeless(checkpoint, names)
     _fuse_norms(model)
     return Shell(
@@ -157,6 +159,12 @@ def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) 
             f"{checkpoint.path}: transformers' {kind} model keeps no cache, so each token would read the whole text anew",
             hint=_OTHER_WAY,
         )
+    packed = {
+        id(module.get_parameter(stack.parameter))
+        for module in model.modules()
+        if (mixture := mixture_of(module)) is not None
+        for stack in mixture.stacks
+    }
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.main_input_name in _NOT_TEXT:
             raise UnsupportedError(
@@ -164,9 +172,8 @@ def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) 
                 " which are not supported",
                 hint="use the text-only model of the family, or a GGUF file of its language model",
             )
-        own = [parameter for parameter in module._parameters.values() if parameter is not None and parameter.dim() > 1]
-        kept = _holds_experts(module) or "Shared" in type(module).__name__
-        if own and "Expert" in type(module).__name__ and not kept:
+        own = [one for one in module._parameters.values() if one is not None and one.dim() > 1 and id(one) not in packed]
+        if own and "Expert" in type(module).__name__ and "Shared" not in type(module).__name__ and not mixture_of(module):
             raise UnsupportedError(
                 f"{checkpoint.path}: the {kind} model multiplies its experts in a way of its own"
                 f" (`{type(module).__name__}`), which is not supported",
@@ -188,7 +195,9 @@ def _pack_linears(
 ) -> dict[PackedLinear, tuple[str, nn.Module]]:
     """Replace every linear; what was there before is returned by what took its place."""
     before: dict[PackedLinear, tuple[str, nn.Module]] = {}
-    kept = {found[0] for name, module in model.named_modules() if (found := _router(model, name, module)) is not None}
+    mixtures = ((name, mixture_of(module)) for name, module in model.named_modules())
+    routers = [_router(model, name, mixture) for name, mixture in mixtures if mixture is not None]
+    kept = {found[0] for found in routers if found is not None}
     for name, module in list(model.named_modules()):
         if type(module).forward not in (nn.Linear.forward, Conv1D.forward) or module in kept:
             continue
@@ -202,19 +211,12 @@ def _pack_linears(
     return before
 
 
-def _holds_experts(module: nn.Module) -> bool:
-    """Whether transformers' experts interface was put around this module's class."""
-    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
-
-
-def _router(model: PreTrainedModel, name: str, module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+def _router(model: PreTrainedModel, name: str, mixture: Mixture) -> tuple[nn.Module, nn.Module] | None:
     """Of a module of experts: (what holds one row of weights for each expert, the module around both). It is kept in memory."""
-    if not _holds_experts(module):
-        return None
     owner = model.get_submodule(name.rpartition(".")[0])
     for candidate in owner.modules():
         weight = candidate._parameters.get("weight")
-        if weight is not None and weight.dim() == 2 and weight.shape[0] == module.num_experts:
+        if weight is not None and weight.dim() == 2 and weight.shape[0] == mixture.choices:
             return candidate, owner
     return None
 
@@ -224,28 +226,21 @@ def _owner(parameter: str, names: Names, tied: Mapping[str, str]) -> str:
     return parameter if parameter in names or parameter not in tied else tied[parameter]
 
 
-def _pack_experts(model: PreTrainedModel, names: Names) -> None:
-    """Tell every module of routed experts where its matrices lie. Its parameters stay on meta, untouched."""
-    count = 0
+def _pack_experts(model: PreTrainedModel, names: Names) -> set[str]:
+    """Tell every module of routed experts where its matrices lie. Its parameters stay on meta, untouched; returns their names."""
+    count, taken = 0, set()
     for name, module in model.named_modules():
-        if not _holds_experts(module):
+        mixture = mixture_of(module)
+        if mixture is None:
             continue
-        last, turns = bool(module.is_transposed), not module.is_concatenated
-        stacks = {
-            key: names.stack(f"{name}.{key}", tuple(parameter.shape), last, turns and key == "gate_up_proj")
-            for key, parameter in module._parameters.items()
-            if parameter is not None and parameter.dim() == 3
-        }
-        up = stacks.get("gate_up_proj") or stacks.get("up_proj")
-        if up is None or "down_proj" not in stacks or len(stacks) != 2:
-            raise UnsupportedError(
-                f"`{name}` holds its experts as {', '.join(stacks) or 'nothing'}, which is not supported",
-                hint=_OTHER_WAY,
-            )
-        found = _router(model, name, module)
-        router = None if found is None else Router(*found)
-        module.packed = PackedExperts(count, module, up, stacks["down_proj"], router)
+        stacks = [names.stack(f"{name}.{one.parameter}", one.shape, one.outputs_last, one.interleaved) for one in mixture.stacks]
+        *ups, down = stacks
+        up = ups[0] if len(ups) == 1 else tuple(below_one_another(parts) for parts in zip(*ups, strict=True))
+        found = _router(model, name, mixture)
+        module.packed = PackedExperts(count, module, up, down, None if found is None else Router(*found), mixture.identities)
+        taken |= {f"{name}.{one.parameter}" for one in mixture.stacks}
         count += 1
+    return taken
 
 
 def _record(
@@ -352,6 +347,8 @@ def _gather_tables(
             continue
         matrix = names.matrix(_owner(f"{name}.weight", names, tied), tuple(module.weight.shape), False)
         module.padding_idx = None  # only training uses it, and it indexes the whole table
+        empty = torch.empty((0, module.embedding_dim))  # some models ask the table where it lies
+        module._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
         module.register_forward_pre_hook(GatheredEmbedding(_rows_of(matrix, hooks)))
 
 
@@ -365,17 +362,16 @@ def _rows_of(matrix: Matrix, hooks: Hooks) -> Callable[[torch.Tensor], torch.Ten
     return lambda rows: hooks.gather(tensor, rows + first)
 
 
-def _fill(model: PreTrainedModel, names: Names, tied: Mapping[str, str], derived: set[str], hooks: Hooks) -> None:
-    """Read every small tensor: all parameters but packed and derived ones, and buffers that checkpoints hold.
+def _fill(model: PreTrainedModel, names: Names, tied: Mapping[str, str], elsewhere: set[str], hooks: Hooks) -> None:
+    """Read every small tensor: all parameters but those elsewhere, packed or derived, and buffers that checkpoints hold.
 
     Those that are not on meta too: some models draw numbers in a way that the meta device does not catch.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module._forward_pre_hooks:
             continue
-        packed = getattr(module, "packed", None)
         for key, parameter in list(module._parameters.items()):
-            if parameter is None or (packed is not None and parameter.dim() == 3) or _within(name, key) in derived:
+            if parameter is None or _within(name, key) in elsewhere:
                 continue
             full = _owner(_within(name, key), names, tied)
             module._parameters[key] = nn.Parameter(names.value(full, parameter.shape, hooks.read), requires_grad=False)

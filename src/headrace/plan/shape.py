@@ -261,7 +261,7 @@ _TABLE = re.compile(
 _OPENING = re.compile(
     r"^enc\.|\.cross_attn_[kv]\.|(^|\.)encoder\.|\.(EncDecAttention|encoder_attn|cross_attn)\.(k|v|key|value)(_proj)?\."
 )
-_EXPERTS = re.compile(r"^(blk\.\d+)\.ffn_\w+_exps\.weight$|^(.*(?<!shared_)experts)\.(?:\d+\.)?\w+(?:\.weight)?$")
+_EXPERTS = re.compile(r"^(blk\.\d+)\.ffn_\w+_exps\.weight$|^(.*(?<!shared_)experts)\.(?:\d+\.|mlp\.)?\w+(?:\.weight)?$")
 
 
 def is_linear(tensor: Tensor) -> bool:

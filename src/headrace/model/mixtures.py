@@ -1,0 +1,138 @@
+"""Where the routed experts of a model are, and how their matrices are stored.
+
+transformers calls one function for the routed experts of nearly all families. A few multiply theirs in code of their own;
+they are given here the forward that they would have with that function. Weights keep their names and places.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The matrices of all experts of a layer, in one parameter."""
+
+    parameter: str  # its name below the module of experts
+    shape: tuple[int, ...]  # (experts, outputs, inputs)
+    outputs_last: bool = False  # the shape is (experts, inputs, outputs)
+    interleaved: bool = False  # gates and ups take turns
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The routed experts of a layer."""
+
+    up: tuple[Stack, ...]  # what leads up to the gate, one under another
+    down: Stack
+    identities: int = 0  # further experts, after the others, that give back what they are given
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """All of them."""
+        return (*self.up, self.down)
+
+    @property
+    def choices(self) -> int:
+        """How many experts a router chooses among."""
+        return self.down.shape[0] + self.identities
+
+
+def mixture_of(module: nn.Module) -> Mixture | None:
+    """How the routed experts of this module are stored; None: it has none that can be multiplied where they lie."""
+    found: Any = getattr(module, "mixture", None)
+    if found is not None:
+        return found if isinstance(found, Mixture) else None
+    if not (hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")):
+        return None  # transformers' interface was not put around its class
+    stacks = {
+        key: Stack(key, tuple(parameter.shape), bool(module.is_transposed), not module.is_concatenated)
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3
+    }
+    up, down = stacks.get("gate_up_proj") or stacks.get("up_proj"), stacks.get("down_proj")
+    return Mixture((up,), down) if up is not None and down is not None and len(stacks) == 2 else None
+
+
+def adopt_mixtures(model: PreTrainedModel, implementation: str) -> None:
+    """Give the experts that are multiplied in code of the model's own to `implementation`, as registered with transformers."""
+    for module in list(model.modules()):
+        adopt = _OWN.get(type(module).__name__)
+        if adopt is not None:
+            adopt(module, partial(_multiply, implementation))
+
+
+# Multiplies hidden (rows, hidden) with the experts of a module, ids and weights (rows, chosen).
+Multiply = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _multiply(
+    implementation: str, experts: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    out: torch.Tensor = ALL_EXPERTS_FUNCTIONS[implementation](experts, hidden, ids, weights)
+    return out
+
+
+def _describe(module: Any, mixture: Mixture, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Tell of a module with gates and without biases what transformers' interface would."""
+
+    def apply_gate(raised: torch.Tensor) -> torch.Tensor:
+        gate, up = raised.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    module.mixture = mixture
+    module.num_experts = mixture.down.shape[0]
+    module.has_gate, module.has_bias, module.has_post_expert_norm = True, False, False
+    module._apply_gate = apply_gate
+
+
+def _llama4(block: Any, multiply: Multiply) -> None:
+    """Llama 4 multiplies every row with every expert, most of them by zero; its weights are of what goes in."""
+    experts = block.experts
+    up, down = (Stack(name, tuple(getattr(experts, name).shape), True) for name in ("gate_up_proj", "down_proj"))
+    _describe(experts, Mixture((up,), down), experts.act_fn)
+
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = hidden.reshape(-1, block.hidden_dim)
+        scores, logits = block.router(hidden)
+        weights, ids = scores.topk(block.top_k, dim=-1)
+        pairs = (hidden.unsqueeze(1) * weights.unsqueeze(-1)).flatten(0, 1)
+        routed = multiply(experts, pairs, ids.view(-1, 1), torch.ones_like(weights).view(-1, 1))
+        return block.shared_expert(hidden) + routed.view(-1, block.top_k, block.hidden_dim).sum(1), logits
+
+    block.forward = forward
+
+
+def _dbrx(experts: Any, multiply: Multiply) -> None:
+    """DBRX keeps all experts under one another, and what leads down from the gate with its inputs as rows."""
+    shape = experts.num_experts, experts.ffn_hidden_size, experts.hidden_size
+    mixture = Mixture((Stack("mlp.w1", shape), Stack("mlp.v1", shape)), Stack("mlp.w2", shape, outputs_last=True))
+    _describe(experts, mixture, experts.mlp.activation_fn)
+
+    def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return multiply(experts, hidden.reshape(-1, experts.hidden_size), ids, weights).view_as(hidden)
+
+    experts.forward = forward
+
+
+def _longcat_flash(experts: Any, multiply: Multiply) -> None:
+    """LongCat-Flash lets a router choose experts that do nothing. Those have no weights, though its parameter has room for them."""
+    if experts.gate_up_proj is None:
+        return
+    count, (_, *shape) = experts.num_routed_experts, experts.gate_up_proj.shape
+    up, down = Stack("gate_up_proj", (count, *shape)), Stack("down_proj", tuple(experts.down_proj.shape))
+    _describe(experts, Mixture((up,), down, identities=experts.zero_expert_num), experts.act_fn)
+    experts.forward = partial(multiply, experts)
+
+
+_OWN: dict[str, Callable[[Any, Multiply], None]] = {
+    "Llama4TextMoe": _llama4,
+    "DbrxExperts": _dbrx,
+    "LongcatFlashExperts": _longcat_flash,
+}
