@@ -48,6 +48,18 @@ STATES = {
 }  # fmt: skip
 
 
+# Latent attention, and its names in files.
+LATENT = {
+    **COMMON, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 64, "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32, "v_head_dim": 24, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+}  # fmt: skip
+LATENT_IN_FILES = {
+    **CHOOSING, "attention.kv_lora_rank": 64, "rope.dimension_count": 16, "leading_dense_block_count": 1,
+    "expert_feed_forward_length": 32, "expert_shared_count": 1, "rope.freq_base": 1e4,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Family:
     model_type: str
@@ -240,6 +252,39 @@ FAMILIES = {
             "expert_feed_forward_length": 32, "expert_shared_count": 1, "leading_dense_block_count": 1,
             "expert_gating_func": 2, "expert_weights_scale": 2.5, "expert_weights_norm": True,
             "expert_group_count": 1, "expert_group_used_count": 1,
+        },
+    ),
+    "deepseek2": Family(  # V3 as it is converted now
+        "deepseek_v3",
+        {**LATENT, "q_lora_rank": 32, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+         "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0,
+         }},
+        {
+            **LATENT_IN_FILES, "attention.head_count_kv": 1, "attention.q_lora_rank": 32, "attention.key_length": 80,
+            "attention.value_length": 64, "attention.key_length_mla": 48, "attention.value_length_mla": 24,
+            "expert_gating_func": 2, "expert_group_count": 4, "expert_group_used_count": 2, "expert_weights_scale": 2.5,
+            "expert_weights_norm": True, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 16, "rope.scaling.yarn_log_multiplier": 0.1,
+        },
+    ),
+    "deepseek2-lite": Family(  # V2 Lite as it was converted at first
+        "deepseek_v2",
+        {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy", "rope_theta": 1e4},
+        {**LATENT_IN_FILES, "attention.head_count_kv": 4, "attention.key_length": 48, "attention.value_length": 24},
+        written_as="deepseek2",
+    ),
+    "llama4": Family(
+        "llama4_text",
+        {
+            **COMMON, **HEADS, **OF_EIGHT, "num_experts_per_tok": 1, "head_dim": 32, "intermediate_size": 48,
+            "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2, "rope_theta": 5e5, "num_hidden_layers": 4,
+        },
+        {
+            **CHOOSING, "expert_used_count": 1, "attention.key_length": 32, "rope.dimension_count": 32,
+            "feed_forward_length": 96, "expert_feed_forward_length": 48, "interleave_moe_layer_step": 2,
+            "rope.freq_base": 5e5,
         },
     ),
     "glm4moe-air": Family(
@@ -469,6 +514,12 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
         gguf_name = names.get_name(base) or names.get_name(base.removeprefix("model.").removeprefix("transformer."))
         assert gguf_name, name
         value = parameter.numpy().astype(np.float32)
+        if ".kv_b_proj." in name and "attention.key_length_mla" in family.metadata:
+            for half, part in _halves(value, model.config):
+                data = gguf.quantize(np.ascontiguousarray(part), gguf.GGMLQuantizationType[kind])
+                stored_name = gguf_name.replace("kv_b", half) + ".weight"
+                writer.add_tensor(stored_name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+            continue
         if architecture == "gpt2" and value.ndim == 2 and (".h." in name):
             value = value.T
         if architecture == "bloom" and "query_key_value" in name:
@@ -516,7 +567,7 @@ def _add_what_gemma4_does_not_need(writer: gguf.GGUFWriter, config: Any, kind: s
 def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str, np.ndarray]]:
     """A stack of experts under llama.cpp's names, (experts, outputs, inputs); gates and ups in tensors of their own."""
     bias = name.endswith("_bias")
-    if architecture == "gpt-oss" and not bias:
+    if architecture in ("gpt-oss", "llama4") and not bias:
         value = value.swapaxes(1, 2)
     base, suffix = f"blk.{name.split('.')[2]}.ffn_", "_exps.bias" if bias else "_exps.weight"
     if architecture == "gemma4":  # gates and ups in one
@@ -526,6 +577,13 @@ def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str,
     half = value.shape[1] // 2
     gate, up = (value[:, ::2], value[:, 1::2]) if architecture == "gpt-oss" else (value[:, :half], value[:, half:])
     return [(f"{base}gate{suffix}", gate), (f"{base}up{suffix}", up)]
+
+
+def _halves(value: np.ndarray, config: Any) -> list[tuple[str, np.ndarray]]:
+    """What makes keys of latent vectors, each head's turned, and what makes values."""
+    heads = value.reshape(config.num_attention_heads, -1, value.shape[1])
+    keys, values = np.split(heads, [config.qk_nope_head_dim], 1)
+    return [("k_b", keys.swapaxes(1, 2)), ("v_b", values)]
 
 
 def _tiled(name: str, value: np.ndarray, config: Any) -> np.ndarray:

@@ -12,7 +12,9 @@ NOT_ARCHITECTURES = {"general", "tokenizer"}
 # Known to transformers only as a case in its code: it loads it by the mapping of t5.
 UNLISTED = {"t5encoder"}
 # Known to transformers as models only: their files need no more than names and a config.
-OURS = {"cohere2", "command-r", "exaone4", "glm4moe", "granite", "olmo2", "seed_oss", "smollm3"}
+OURS = {
+    "cohere2", "command-r", "deepseek2", "exaone4", "glm4moe", "granite", "llama4", "olmo2", "seed_oss", "smollm3",
+}  # fmt: skip
 
 
 def plain(name: str) -> str:

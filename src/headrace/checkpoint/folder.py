@@ -98,6 +98,9 @@ def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any
     rotary, plain = inner.get("qk_rope_head_dim"), inner.get("qk_nope_head_dim")
     if isinstance(rotary, int) and isinstance(plain, int):  # latent attention: keys are wider than values
         found["attention.key_length"] = rotary + plain
+        rank = inner.get("kv_lora_rank")
+        if isinstance(rank, int):
+            found |= {"attention.kv_lora_rank": rank, "rope.dimension_count": rotary}
     heads, width, keys = (inner.get(f"linear_{name}") for name in ("num_value_heads", "value_head_dim", "key_head_dim"))
     if isinstance(heads, int) and isinstance(width, int) and isinstance(keys, int):  # the state of linear attention
         found["ssm.inner_size"], found["ssm.state_size"] = heads * width, keys

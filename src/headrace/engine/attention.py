@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from headrace.engine import latents
+from headrace.engine.latents import Turns
+
 KV_DTYPE = torch.float16
 
 
@@ -153,11 +156,26 @@ class PackedAttention:
         self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
         self.layers: list[int] = []  # that called while the order was recorded
         self.strange: set[str] = set()  # what they asked for that is not done here
+        self._turns: dict[torch.nn.Module, Turns | None] = {}  # of a layer that is about to attend to latent vectors
 
     def begin(self, batch: Sequence[Entry]) -> None:
         """The sequences of the next forward; one that shares the beginning of another comes after it."""
         self._batch = batch
         self._masks = {}
+
+    def take(
+        self, layer: torch.nn.Module, turns: Turns | None, vectors: torch.Tensor, rotated: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next call is of a layer that makes keys and values from vectors: what it is then given as such.
+
+        Args:
+            layer: the module that will call.
+            turns: its matrix; None while the order is recorded.
+            vectors: of the new rows, (1, 1, rows, rank).
+            rotated: the part of their keys that knows where they are, (1, 1, rows, width).
+        """
+        self._turns[layer] = turns
+        return rotated, vectors
 
     def __call__(
         self,
@@ -181,7 +199,15 @@ class PackedAttention:
             if key.shape[2] != query.shape[2]:
                 self.strange.add("keys beyond those of the rows")
             self._note(module, attention_mask, others)
-            return query.new_empty((*query.shape[:3], value.shape[3])).transpose(1, 2), None
+            width: Any = value.shape[3]
+            if module in self._turns:
+                del self._turns[module]
+                width = module.v_head_dim
+                if softcap is not None or s_aux is not None:
+                    self.strange.add("latent vectors, with scores that are capped or have sinks")
+            return query.new_empty((*query.shape[:3], width)).transpose(1, 2), None
+        if module in self._turns:
+            return self._latent(module, query[0], key, value, scaling, sliding_window), None
         out = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
         layer: int = module.layer_idx  # type: ignore[assignment]
         for cache, part, exact in self._batch:
@@ -189,6 +215,36 @@ class PackedAttention:
             attend = self._row_by_row if exact else self._all_rows
             attend(query[0, :, part], cache, layer, out[0, part], scaling, sliding_window, softcap, s_aux)
         return out, None
+
+    def _latent(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        rotated: torch.Tensor,
+        vectors: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Query (heads, rows, width) over latent vectors: (1, rows, heads, value width)."""
+        turns = self._turns.pop(module)
+        assert turns is not None
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        out = query.new_empty((1, query.shape[1], query.shape[0], turns.values.shape[1]))
+        for cache, part, exact in self._batch:
+            cache.put(layer, rotated[0, :, part], vectors[0, :, part])
+            start, rows = cache.length, part.stop - part.start
+            places, seen = (held[0].float() for held in cache.get(layer, start + rows))
+            if not exact:
+                mask = self._mask(start, rows, window or 0)
+                latents.attend(query[:, part], seen, places, turns, mask, scaling, out[0, part])
+                continue
+            for row in range(rows):  # each alone, so that its result does not depend on the rows beside it
+                at = part.start + row
+                visible = slice(max(0, start + row + 1 - window) if window else 0, start + row + 1)
+                latents.attend(
+                    query[:, at : at + 1], seen[visible], places[visible], turns, None, scaling, out[0, at : at + 1]
+                )
+        return out
 
     def _note(self, module: torch.nn.Module, mask: torch.Tensor | None, others: dict[str, Any]) -> None:
         """A call on meta, while the order is recorded: remember who called and what is out of the ordinary."""

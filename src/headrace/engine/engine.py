@@ -31,6 +31,7 @@ from headrace.engine.model_cache import (
     sees_chunks,
     trial_of,
 )
+from headrace.engine.latents import makes_keys, turns_of
 from headrace.engine.numbers import floats_of
 from headrace.engine.trace import PassStats, Trace
 from headrace.errors import ContextError, UnsupportedError
@@ -118,6 +119,7 @@ class Engine:
         ALL_EXPERTS_FUNCTIONS.register(self._name, self._experts)
         self._files = FileSet(checkpoint.paths, checkpoint.made, open_file)
         self._scratch = Arena(1 << 20)
+        self._plain = torch.empty(0)  # the matrix of latent attention in the layer at hand
         shell = build_shell(
             checkpoint,
             Hooks(
@@ -140,7 +142,14 @@ class Engine:
             options = options(shell)
         self._options = options
         self._lends: bool | None = None  # whether memory was lent after the last prompt; None: not yet looked
-        settle = partial(self._interleave, options) if options.interleaved_types else None
+        latent = [module.kv_b_proj.matrix for module in self.model.modules() if makes_keys(module)]
+        if self.way != "packed" and any(matrix.keys_turned for matrix in latent):
+            raise UnsupportedError(
+                f"{checkpoint.path}: the model computes attention itself, which needs `attn_kv_b` in one tensor",
+                hint="use a file that an older version of llama.cpp converted, or the model's folder",
+            )
+        unpacked = {tensor.name for matrix in latent for tensor in matrix.tensors}
+        settle = partial(self._interleave, options, unpacked) if options.interleaved_types else None
         self._places: dict[Step, tuple[WeightStream, int]] = {}
         self.stream = self._make_stream([step for step in shell.steps if not step.once], options, options.slots, settle)
         self.layout = self.stream.layout
@@ -160,7 +169,7 @@ class Engine:
         steps: Sequence[Step],
         options: StreamOptions,
         slots: int,
-        settle: Callable[[Piece, int], Piece] | None,
+        settle: Callable[[Piece, Tensor], Piece] | None,
     ) -> WeightStream:
         """The weights of these steps of every pass, in order."""
         linears = [step for step in steps if isinstance(step, LinearStep)]
@@ -425,6 +434,30 @@ class Engine:
         for member in step.linears:
             self._pending[member] = (x, _assembled(member.matrix, found).reshape(*x.shape[:-1], -1))
 
+    def _unexpanded(
+        self, layer: Any, vectors: torch.Tensor, rotated: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes the place of a layer's `expand_kv`: its attention is given the vectors as they are kept, and the matrix."""
+        linear: PackedLinear = layer.kv_b_proj
+        if self._recorder is not None:
+            linear(vectors)
+            return self._attention.take(layer, None, vectors, rotated)
+        step = self._next_step()
+        assert isinstance(step, LinearStep), "linears were called in another order than they were traced"
+        assert step.linears == (linear,), "linears were called in another order than they were traced"
+        sizes = [tensor.rows * tensor.columns for tensor in step.tensors]
+        if self._plain.numel() < sum(sizes):
+            self._plain = torch.empty(sum(sizes))
+        flat = torch.split(self._plain[: sum(sizes)], sizes)
+        outputs = [one.view(tensor.outputs, -1) for one, tensor in zip(flat, step.tensors, strict=True)]
+        stream, visit = self._places[step]
+        for pieces in stream.visit(visit):
+            start = time.perf_counter()
+            self.kernels.unpack_all(pieces, outputs)
+            self._kernel_s += time.perf_counter() - start
+        found = dict(zip((tensor.name for tensor in step.tensors), outputs, strict=True))
+        return self._attention.take(layer, turns_of(layer, linear.matrix, found), vectors, rotated)
+
     def _experts(
         self, module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *_: Any, **__: Any
     ) -> torch.Tensor:
@@ -477,7 +510,12 @@ class Engine:
     def _ways(self, model: PreTrainedModel) -> Iterator[Way]:
         """Ways to run attention, the best first: each layer's on our caches, on all of them joined, the model's own."""
         if not keeps_states(model) and not sees_chunks(model):
+            layers = [module for module in model.modules() if makes_keys(module)]
+            for layer in layers:
+                layer.expand_kv = partial(self._unexpanded, layer)
             yield "packed", _positions, lambda: bool(self._attention.layers) and not self._attention.strange
+            for layer in layers:
+                del layer.expand_kv
             if not sees_a_window(model):
                 yield "joined", _positions_and_mask, lambda: not self._attention.layers
         for module in model.modules():
@@ -485,10 +523,10 @@ class Engine:
                 module.config._attn_implementation = "eager"
         yield "model", partial(trial_of, model), lambda: True
 
-    def _interleave(self, options: StreamOptions, piece: Piece, columns: int) -> Piece:
-        if piece.type not in options.interleaved_types:
+    def _interleave(self, options: StreamOptions, unpacked: set[str], piece: Piece, tensor: Tensor) -> Piece:
+        if piece.type not in options.interleaved_types or tensor.name in unpacked:
             return piece
-        return self.kernels.interleave(piece, columns, options.interleaved_in_place)
+        return self.kernels.interleave(piece, tensor.columns, options.interleaved_in_place)
 
     def _unpack(self, tensor: Tensor) -> torch.Tensor:
         """A small tensor read whole: fp32, in its shape."""

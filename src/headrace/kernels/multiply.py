@@ -17,7 +17,7 @@ from headrace.kernels import interleaved
 from headrace.kernels.ggml_graph import Operands, Part, Products, Unpack, Workspace
 from headrace.kernels.interleaved import ACTIVATION_ROWS, Interleaving
 from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES
-from headrace.kernels.piece import Piece
+from headrace.kernels.piece import Piece, unpack_pieces
 
 # Weights unpacked at a time: 16 MiB of fp32, which keeps torch's products wide and the scratch small.
 UNPACK_WEIGHTS = 4 << 20
@@ -226,6 +226,10 @@ class Kernels:
             )
         graph(address, plain.data_ptr())
         return plain
+
+    def unpack_all(self, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
+        """For every (i, piece), fill its rows of `outputs[i]`, fp32 (rows of the tensor, columns), with the weights."""
+        unpack_pieces(self.unpack, pieces, outputs)
 
     def release(self) -> None:
         """Give up the scratch for unpacked weights, until they are many again."""

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import torch
 
-from headrace.kernels.piece import Piece
+from headrace.kernels.piece import Piece, unpack_pieces
 
 
 def unpack(type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
@@ -65,6 +65,10 @@ class ReferenceKernels:
     def unpack(self, type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
         """As `Kernels.unpack`."""
         return unpack(type_name, address, rows, columns)
+
+    def unpack_all(self, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
+        """As `Kernels.unpack_all`."""
+        unpack_pieces(unpack, pieces, outputs)
 
     def release(self) -> None:
         """Nothing to give back."""

@@ -26,6 +26,7 @@ MODEL_TYPES = {
     "gemma4": "gemma4_text",
     "command-r": "cohere",
     "glm4moe": "glm4_moe",
+    "llama4": "llama4_text",
     "gpt-oss": "gpt_oss",
     "minimax-m2": "minimax_m2",
     "qwen2moe": "qwen2_moe",
@@ -66,6 +67,7 @@ _OTHERS_WITH_ENCODER = {
 }
 # The 27B sizes scale queries by hidden_size / heads, the others by head_dim; no metadata says so (llama.cpp goes by the
 # number of layers as well).
+_SOFTMAX, _SIGMOID = 1, 2  # of a router's scores, `expert_gating_func`
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 
@@ -134,6 +136,8 @@ def _model_type(checkpoint: Checkpoint) -> str:
     olmo2 and have a window."""
     if checkpoint.architecture == "llama" and checkpoint.number("expert_count", 0):
         return "mixtral"
+    if checkpoint.architecture == "deepseek2":
+        return "deepseek_v3" if checkpoint.number("expert_gating_func", _SOFTMAX) == _SIGMOID else "deepseek_v2"
     if checkpoint.architecture == "olmo2" and checkpoint.number("attention.sliding_window", 0):
         return "olmo3"
     if checkpoint.architecture == "t5" and "enc.blk.1.attn_rel_b.weight" in checkpoint.tensors:
@@ -207,6 +211,11 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
     if architecture == "gemma4":
         return values | {"rope_parameters": _gemma4_rope(checkpoint, read_floats)}
     rope = _rope(checkpoint, read_floats)
+    if architecture == "deepseek2":  # rotated is a part of a head that has a width of its own
+        rope.pop("partial_rotary_factor", None)
+        logarithm = checkpoint.get("rope.scaling.yarn_log_multiplier")
+        if rope["rope_type"] == "yarn" and isinstance(logarithm, float):
+            rope |= dict.fromkeys(("mscale", "mscale_all_dim"), 10 * logarithm)
     if architecture == "gemma3":
         local = {"rope_type": "default", "rope_theta": checkpoint.get("rope.freq_base_swa") or 10000.0}
         values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
@@ -418,6 +427,55 @@ def _glm4moe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _deepseek2(checkpoint: Checkpoint) -> dict[str, Any]:
+    """DeepSeek V2 and V3, and what is built like them. Newer files tell the widths of heads apart from those of what is kept."""
+    rotated = checkpoint.number("rope.dimension_count")
+    keys = checkpoint.number("attention.key_length_mla", _head_dim(checkpoint))
+    groups = checkpoint.number("expert_group_count", 1)
+    values = {
+        "num_hidden_layers": checkpoint.layers,
+        "num_key_value_heads": checkpoint.number("attention.head_count"),
+        "num_mtp_layers": 0,
+        "q_lora_rank": checkpoint.get("attention.q_lora_rank"),
+        "kv_lora_rank": checkpoint.number("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": keys - rotated,
+        "v_head_dim": checkpoint.number("attention.value_length_mla", checkpoint.number("attention.value_length")),
+        "first_k_dense_replace": checkpoint.number("leading_dense_block_count", 0),
+        "n_routed_experts": checkpoint.number("expert_count", 0),
+        "num_experts_per_tok": checkpoint.number("expert_used_count", 0),
+        "moe_intermediate_size": checkpoint.number("expert_feed_forward_length", 0),
+        "n_shared_experts": checkpoint.number("expert_shared_count", 0),
+        "n_group": groups,
+        "topk_group": checkpoint.number("expert_group_used_count", 1),
+        "routed_scaling_factor": checkpoint.get("expert_weights_scale") or 1.0,
+        "norm_topk_prob": checkpoint.get("expert_weights_norm") is True,
+    }
+    if _model_type(checkpoint) == "deepseek_v2":
+        values["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
+    return values
+
+
+def _llama4(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Scout and Maverick. That Scout normalises queries and keys, no metadata says."""
+    experts = checkpoint.number("expert_count", 0)
+    if not experts or checkpoint.get("attention.sliding_window") == 0:
+        raise UnsupportedError(f"{checkpoint.path}: a llama4 model without experts or chunks is not supported")
+    return {
+        "head_dim": _head_dim(checkpoint),
+        "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
+        "use_qk_norm": experts != _LLAMA4_WITHOUT_NORMS,
+        "intermediate_size": checkpoint.number("expert_feed_forward_length"),
+        "intermediate_size_mlp": checkpoint.number("feed_forward_length"),
+        "interleave_moe_layer_step": checkpoint.number("interleave_moe_layer_step", 1),
+        "num_local_experts": experts,
+        "num_experts_per_tok": checkpoint.number("expert_used_count"),
+    }
+
+
+_LLAMA4_WITHOUT_NORMS = 128  # experts, as Maverick has
+
+
 def _granite(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.get("rope.scaling.finetuned") is False:
         raise UnsupportedError(
@@ -500,6 +558,7 @@ def _qwen3(checkpoint: Checkpoint) -> dict[str, Any]:
 _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "cohere2": _cohere,
     "command-r": _cohere,
+    "deepseek2": _deepseek2,
     "exaone4": _windowed,
     "falcon": _falcon,
     "gemma2": _gemma,
@@ -510,6 +569,7 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "gpt2": _gpt2,
     "granite": _granite,
     "llama": _llama,
+    "llama4": _llama4,
     "minimax-m2": _mixture,
     "nemotron": _nemotron,
     "olmo2": _windowed,

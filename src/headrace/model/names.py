@@ -321,10 +321,17 @@ class GgufNames(_Made):
                 hint="the file is incomplete; get it from another source",
             )
         self._of.setdefault("lm_head.weight", embedding)
+        self._halves = {  # what makes keys and what makes values of latent vectors, where they are stored apart
+            parameter: tuple(checkpoint.tensors[name.replace("kv_b", half)] for half in ("k_b", "v_b"))
+            for name, parameter in self._mapped.items()
+            if name.endswith(".attn_kv_b.weight")
+            and parameter not in self._of
+            and all(name.replace("kv_b", half) in checkpoint.tensors for half in ("k_b", "v_b"))
+        }
         self._used: set[str] = set()
 
     def __contains__(self, parameter: str) -> bool:
-        return parameter in self._of or bool(self._expert_tensors(parameter))
+        return parameter in self._of or parameter in self._halves or bool(self._expert_tensors(parameter))
 
     def _find(self, parameter: str) -> Tensor:
         tensor = self._of.get(parameter)
@@ -334,12 +341,23 @@ class GgufNames(_Made):
         return tensor
 
     def matrix(self, parameter: str, shape: Sequence[int], outputs_last: bool) -> Matrix:
-        """See `Names.matrix`. Converters to GGUF store every matrix with its outputs as rows."""
+        """See `Names.matrix`. Converters to GGUF store every matrix with its outputs as rows, but for the keys' half of one."""
+        if parameter in self._halves:
+            return self._of_halves(parameter, shape)
         tensor = self._find(parameter)
         expected = (shape[1], shape[0]) if outputs_last else tuple(shape)
         if (tensor.rows, tensor.columns) != expected:
             raise self._contradiction(parameter, tensor.shape, expected)
         return Matrix((Slice(tensor, 0, tensor.rows),), self._row_order(tensor))
+
+    def _of_halves(self, parameter: str, shape: Sequence[int]) -> Matrix:
+        """(heads, rank, key width) and (heads, value width, rank) as one matrix."""
+        keys, values = halves = self._halves[parameter]
+        self._used.update(tensor.name for tensor in halves)
+        fits = len(keys.shape) == len(values.shape) == 3 and keys.shape[0] == values.shape[0]
+        if not fits or (keys.shape[0] * (keys.shape[2] + values.shape[1]), keys.shape[1]) != tuple(shape):
+            raise self._contradiction(parameter, keys.shape + values.shape, shape)
+        return Matrix(tuple(Slice(tensor, 0, tensor.rows) for tensor in halves), keys_turned=True)
 
     def _row_order(self, tensor: Tensor) -> torch.Tensor | None:
         """Where each output row lies in the file: what transformers does to the weight, done to the row numbers."""

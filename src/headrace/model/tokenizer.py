@@ -46,10 +46,27 @@ _TURN_ENDS = (
 # one that it knows, at every digit first, or by a pattern.
 _CUT_LIKE = {"chatglm-bpe": "llama3", "glm4": "llama3", "stablelm2": "qwen2"}
 _CUT_AT_DIGITS = frozenset({"codeshell", "command-r", "exaone", "refact", "smollm", "starcoder"})
-_CUT_BY = {
-    "seed-coder": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+",
-}
+_NOT_HAN = r"&&[^\p{Han}]"
+_UPPER, _LOWER = (rf"[\p{{{case}}}\p{{Lm}}\p{{Lo}}\p{{M}}{_NOT_HAN}]" for case in ("Lu}\\p{Lt", "Ll"))
+_ENDING, _SPACES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_CUT_BY = {  # one after another
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
+    "deepseek-llm": (
+        r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}+",
+    ),
+    "deepseek-v3": (
+        r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES,
+    ),
+    "kimi-k2": (
+        rf"\p{{Han}}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}?"
+        rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
+    ),
+    "seed-coder": (
+        rf"{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",
+    ),
+}  # fmt: skip
 _WHOLE = (3, 4)  # kinds of tokens that are never cut: control, and user-defined, as files of Gemma 4 have some ends
 _BYTE = 6
 _UNKNOWN_OF_T5 = 2
@@ -217,8 +234,8 @@ def _cut(name: str) -> Any:
         first: Any = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     if name in _CUT_BY:
-        first = pre_tokenizers.Split(Regex(_CUT_BY[name]), behavior="isolated")
-        return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _CUT_BY[name]]
+        return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     return None
 
 

@@ -32,6 +32,7 @@ TOKENIZER_BUILD_BYTES_PER_TOKEN = 1500
 DRAFT_PROMPT_ROWS = 128  # of a prompt in one pass of a draft model
 DRAFT_RUNTIME_BYTES = 24 * MIB  # modules of a draft model and its first passes
 MANY_ROWS_BYTES = 64 * MIB  # unpacked weights, oneDNN's copies and code, what the allocator keeps
+LATENT_BYTES = 32 * MIB  # of heads whose scores are computed together
 KEPT_BYTES = 32 * MIB  # of what prompts took, the allocator and oneDNN keep so much
 MARGIN_BYTES = 24 * MIB
 MARGIN_SHARE = 0.01
@@ -177,11 +178,15 @@ def _activations(shape: Shape, rows: int, context_tokens: int, exact: bool = Fal
     narrow = 5 * shape.hidden
     mlp = 6 * shape.feed_forward + _expert_numbers(shape.experts)
     attention = 10 * shape.attention_width
+    # Latent attention: a layer's matrix unpacked, vectors of all positions in fp32, and a group of heads at work.
+    latent = 4 * (shape.latent_numbers + context_tokens * shape.head_dim) if shape.latent_numbers else 0
     logits = (4 + (rows if exact else 0)) * shape.checkpoint.vocab_size * 4
     if rows <= FEW_ROWS or exact:
-        return rows * 4 * (narrow + max(mlp, attention)) + logits
+        return rows * 4 * (narrow + max(mlp, attention)) + logits + latent
     # Many rows: weights unpacked beside them, and the cache repeated for grouped heads, in fp16.
     repeated = 2 * context_tokens * shape.attention_width * KV_BYTES + rows * context_tokens
+    if shape.latent_numbers:
+        repeated = latent + LATENT_BYTES + rows * context_tokens
     if shape.opening:  # every row of an encoder sees every other: biases, scores and their softmax, in fp32
         repeated += 4 * 4 * rows**2 * (shape.attention_width // shape.head_dim)
     unpacked = MANY_ROWS_BYTES if shape.experts is None else 2 * MANY_ROWS_BYTES  # once left 18 MiB of 5000

@@ -42,6 +42,7 @@ class Shape:
     hidden: int
     feed_forward: int
     attention_width: int
+    latent_numbers: int  # of a layer's matrix that makes keys and values from latent vectors; 0: there is none
     kv_heads: int
     head_dim: int
     cached_heads: int  # that keep keys and values, over all layers
@@ -139,7 +140,15 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     hidden = checkpoint.number("embedding_length")
     heads = checkpoint.number("attention.head_count", None if checkpoint.config is None else 1)
     head_dim = checkpoint.number("attention.key_length", hidden // max(1, heads))
+    head_dim = checkpoint.number("attention.key_length_mla", head_dim)
     kv_heads = checkpoint.number("attention.head_count_kv", heads)
+    rank, rotated = checkpoint.number("attention.kv_lora_rank", 0), checkpoint.number("rope.dimension_count", 0)
+    latent = 0
+    attention_width = heads * head_dim
+    if rank:  # of a position, all heads keep one vector and what is rotated
+        values = checkpoint.number("attention.value_length_mla", checkpoint.number("attention.value_length", head_dim))
+        latent = heads * (head_dim - rotated + values) * rank
+        kv_heads, head_dim = 1, rank + rotated
     attends = heads > 0 or not _state_numbers(checkpoint)
     layers = checkpoint.number("decoder_block_count", layers)
     if not attends:
@@ -151,7 +160,10 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
             hint="the file is damaged; get it from another source",
         )
     kv_layers = _kv_layers(checkpoint, layers) if attends else 0
-    cached_heads, cached_numbers = _cached(checkpoint, kv_layers, kv_heads, head_dim)
+    if rank:
+        cached_heads, cached_numbers = kv_layers, kv_layers * head_dim
+    else:
+        cached_heads, cached_numbers = _cached(checkpoint, kv_layers, kv_heads, head_dim)
     known = {tensor.name for tensor in (*linears, *opening)} | named
     # Once the model is built, its small tensors are in memory and counted with the process.
     small = 0 if built is not None else sum(4 * t.rows * t.columns for t in tensors.values() if _is_small(t, known))
@@ -165,7 +177,8 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
         state_bytes=(layers - kv_layers) * 2 * 4 * _state_numbers(checkpoint),
         hidden=hidden,
         feed_forward=max((t.outputs for t in (*linears, *opening) if _is_wide(t)), default=hidden),
-        attention_width=heads * head_dim,
+        attention_width=attention_width,
+        latent_numbers=latent,
         kv_heads=kv_heads,
         head_dim=head_dim,
         cached_heads=cached_heads,
@@ -261,12 +274,14 @@ _TABLE = re.compile(
 _OPENING = re.compile(
     r"^enc\.|\.cross_attn_[kv]\.|(^|\.)encoder\.|\.(EncDecAttention|encoder_attn|cross_attn)\.(k|v|key|value)(_proj)?\."
 )
+_LATENT = re.compile(r"\.attn_[kv]_b\.weight$")  # of every head one after another
 _EXPERTS = re.compile(r"^(blk\.\d+)\.ffn_\w+_exps\.weight$|^(.*(?<!shared_)experts)\.(?:\d+\.|mlp\.)?\w+(?:\.weight)?$")
 
 
 def is_linear(tensor: Tensor) -> bool:
     """Whether a tensor is multiplied in every pass, by its name and shape: a matrix, and not a table of embeddings."""
-    return (len(tensor.shape) == 2 or tensor.slabs > 0) and not _TABLE.search(tensor.name)
+    plain = len(tensor.shape) == 2 or tensor.slabs > 0 or _LATENT.search(tensor.name)
+    return bool(plain) and not _TABLE.search(tensor.name)
 
 
 def expert_tensors(checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
@@ -277,7 +292,7 @@ def expert_tensors(checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
         match = _EXPERTS.match(tensor.name)
         if match is not None and len(tensor.shape) >= 2:
             found.setdefault(match[1] or match[2], []).append(tensor)
-        elif len(tensor.shape) == 3 and tensor.shape[0] == count and not tensor.slabs:
+        elif len(tensor.shape) == 3 and tensor.shape[0] == count and not is_linear(tensor):
             found.setdefault(tensor.name.rsplit(".", 2)[0], []).append(tensor)
     return found
 

@@ -72,11 +72,11 @@ class WeightStream:
         file_of: Callable[[str], File] = WeightFile,
         spans: Spans | None = None,
         stall_limit_s: float = STALL_LIMIT_S,
-        settle: Callable[[Piece, int], Piece] | None = None,
+        settle: Callable[[Piece, Tensor], Piece] | None = None,
     ):
         """`readers=0` is the serial twin. `slots` is the size of the ring in units. `file_of` gives the open file of a path.
 
-        `settle` is called once with each pinned piece (and its columns) when it has come; what it returns is delivered
+        `settle` is called once with each pinned piece (and its tensor) when it has come; what it returns is delivered
         from then on.
         """
         self.layout = layout
@@ -208,7 +208,7 @@ class WeightStream:
         complete: dict[int, list[Batch]],
         residents: Sequence[Resident],
         arena: Arena,
-        settle: Callable[[Piece, int], Piece] | None,
+        settle: Callable[[Piece, Tensor], Piece] | None,
     ) -> list[Batch]:
         """The rows of a visit that stay in an arena, once they have come."""
         batches = complete.get(index)
@@ -222,7 +222,7 @@ class WeightStream:
         return batches
 
     def _resident_batches(
-        self, index: int, residents: Sequence[Resident], arena: Arena, settle: Callable[[Piece, int], Piece] | None
+        self, index: int, residents: Sequence[Resident], arena: Arena, settle: Callable[[Piece, Tensor], Piece] | None
     ) -> list[Batch]:
         """As one batch, or in slices where others stream beside them."""
         visit = self.layout.visits[index]
@@ -239,7 +239,7 @@ class WeightStream:
                 address = arena.address + found.address + row * tensor.row_bytes
                 pieces.append((i, piece_of(tensor, found.first + row, min(step, found.rows - row), address)))
         if settle is not None:
-            pieces = [(i, settle(piece, visit.tensors[i].columns)) for i, piece in pieces]
+            pieces = [(i, settle(piece, visit.tensors[i])) for i, piece in pieces]
         if not visit.streamed_unlent:
             return [pieces] if pieces else []
         return [[piece] for piece in pieces]

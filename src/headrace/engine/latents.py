@@ -1,0 +1,86 @@
+"""Latent attention: of a position a layer keeps one short vector, from which the keys and values of all its heads are made.
+
+DeepSeek's models and their descendants make both by one matrix, `kv_b_proj`. Kept as they are used, keys and values of
+DeepSeek V3 take 5 MB a position, the vectors that they are made from 70 KB. Nor is the matrix multiplied with the vector of
+every position: with its parts K_h and V_h for head h, the query q and the weights a_i of the positions,
+
+    (K_h c_i) . q = c_i . (K_h^T q)            sum of a_i (V_h c_i) = V_h (sum of a_i c_i)
+
+so the query of each row is turned instead, and its result.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from headrace.model.matrix import Matrix
+from headrace.model.packed import PackedLinear
+
+# Heads are taken together as far as their queries, scores and results have no more numbers than this: 32 MiB of fp32.
+NUMBERS_TOGETHER = 8 << 20
+
+
+class Turns(NamedTuple):
+    """The two parts of a layer's matrix, in fp32: (heads, key width, rank) and (heads, value width, rank)."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def makes_keys(module: nn.Module) -> bool:
+    """Whether this layer makes keys and values from latent vectors, as transformers writes it for all such families."""
+    return hasattr(type(module), "expand_kv") and isinstance(getattr(module, "kv_b_proj", None), PackedLinear)
+
+
+def turns_of(layer: Any, matrix: Matrix, found: Mapping[str, torch.Tensor]) -> Turns:
+    """The parts of a layer's `kv_b_proj` from its tensors, unpacked: each (rows, columns) in fp32."""
+    keys, values = layer.qk_nope_head_dim, layer.v_head_dim
+    parts = [found[part.tensor.name][part.first : part.first + part.rows] for part in matrix.slices]
+    if matrix.keys_turned:
+        turned, straight = parts
+        rank = straight.shape[1]
+        return Turns(turned.view(-1, rank, keys).transpose(1, 2), straight.view(-1, values, rank))
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if matrix.order is not None:
+        rows = rows.index_select(0, matrix.order)
+    heads = rows.view(-1, keys + values, rows.shape[1])
+    return Turns(heads[:, :keys], heads[:, keys:])
+
+
+def attend(
+    query: torch.Tensor,
+    vectors: torch.Tensor,
+    rotated: torch.Tensor,
+    turns: Turns,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    out: torch.Tensor,
+) -> None:
+    """Attention of some rows over the positions of one sequence.
+
+    Args:
+        query: (heads, rows, key width + rotated width), fp32.
+        vectors: of the positions, (positions, rank), fp32.
+        rotated: what of their keys knows where they are, one for all heads, (positions, rotated width), fp32.
+        turns: the layer's.
+        mask: True where a row may look, (rows, positions); None: everywhere.
+        scaling: of the scores; None: one by the root of the query's width.
+        out: (rows, heads, value width), is filled.
+    """
+    heads, rows, width = query.shape
+    plain = turns.keys.shape[1]
+    scale = width**-0.5 if scaling is None else scaling
+    together = max(1, NUMBERS_TOGETHER // (rows * (2 * vectors.shape[0] + 3 * vectors.shape[1])))
+    for first in range(0, heads, together):
+        part = slice(first, min(heads, first + together))
+        own = query[part]
+        turned = own[..., :plain] @ turns.keys[part]
+        scores = turned.flatten(0, 1) @ vectors.T
+        scores += own[..., plain:].flatten(0, 1) @ rotated.T
+        scores = scores.mul_(scale).view(len(own), rows, -1)
+        if mask is not None:
+            scores.masked_fill_(~mask, -torch.inf)
+        seen = (scores.softmax(-1).flatten(0, 1) @ vectors).view(len(own), rows, -1)
+        out[:, part] = (seen @ turns.values[part].transpose(1, 2)).transpose(0, 1)
