@@ -25,7 +25,6 @@ REFUSED = {
     "qwen4_exp_text": _BY_NUMBERS,
     "recurrent_gemma": "its state lies in its modules, where sequences would share it",
     "rwkv": _NO_CACHE,
-    "zaya": "its layers ask for their weights in another order once there is a text to take up",
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from headrace.units import GIB, MIB
 
-SCHEMA = 2
+SCHEMA = 3
 # Of the time that the disk takes, how much the cores lose to it: 0.4 on two cores of a virtual machine (docs/accuracy.md).
 READING = 0.3
 

@@ -36,7 +36,6 @@ LATENT_BYTES = 32 * MIB  # of heads whose scores are computed together
 KEPT_BYTES = 32 * MIB  # of what prompts took, the allocator and oneDNN keep so much
 MARGIN_BYTES = 24 * MIB
 MARGIN_SHARE = 0.01
-KV_BYTES = 2  # fp16
 ROW_CHUNK = 64
 ROW_MULTIPLE = 8  # of pinned rows: what an interleaved layout takes
 
@@ -89,8 +88,6 @@ def divide(
     exact = _activations(shape, request.verify_rows, request.context_tokens, exact=True)
     if shape.opening:  # an encoder takes its prompt whole
         exact = max(exact, _activations(shape, max(FEW_ROWS, request.prompt_rows), request.context_tokens))
-    if request.kv_bits < 16:  # unpacked for one layer at a time
-        exact += 2 * request.context_tokens * shape.kv_heads * shape.head_dim * KV_BYTES
     floor = ceil((least + exact) / (1 - MARGIN_SHARE))
     if runtime_bytes is None:
         floor = max(floor, profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BUILD_BYTES_PER_TOKEN)
@@ -178,19 +175,18 @@ def _activations(shape: Shape, rows: int, context_tokens: int, exact: bool = Fal
     narrow = 5 * shape.hidden
     mlp = 6 * shape.feed_forward + _expert_numbers(shape.experts)
     attention = 10 * shape.attention_width
-    # Latent attention: a layer's matrix unpacked, vectors of all positions in fp32, and a group of heads at work.
-    latent = 4 * (shape.latent_numbers + context_tokens * shape.head_dim) if shape.latent_numbers else 0
+    # Keys and values of one layer in fp32, and of latent attention its matrix.
+    widths = shape.head_dim if shape.latent_numbers else 2 * shape.kv_heads * shape.head_dim
+    wide = 4 * (shape.latent_numbers + context_tokens * widths)
     logits = (4 + (rows if exact else 0)) * shape.checkpoint.vocab_size * 4
     if rows <= FEW_ROWS or exact:
-        return rows * 4 * (narrow + max(mlp, attention)) + logits + latent
-    # Many rows: weights unpacked beside them, and the cache repeated for grouped heads, in fp16.
-    repeated = 2 * context_tokens * shape.attention_width * KV_BYTES + rows * context_tokens
-    if shape.latent_numbers:
-        repeated = latent + LATENT_BYTES + rows * context_tokens
+        return rows * 4 * (narrow + max(mlp, attention)) + logits + wide
+    # Many rows: weights unpacked beside them, and a mask.
+    masked = wide + rows * context_tokens + (LATENT_BYTES if shape.latent_numbers else 0)
     if shape.opening:  # every row of an encoder sees every other: biases, scores and their softmax, in fp32
-        repeated += 4 * 4 * rows**2 * (shape.attention_width // shape.head_dim)
+        masked += 4 * 4 * rows**2 * (shape.attention_width // shape.head_dim)
     unpacked = MANY_ROWS_BYTES if shape.experts is None else 2 * MANY_ROWS_BYTES  # once left 18 MiB of 5000
-    return rows * 4 * (narrow + max(mlp, attention)) + logits + repeated + unpacked
+    return rows * 4 * (narrow + max(mlp, attention)) + logits + masked + unpacked
 
 
 def _expert_numbers(experts: Experts | None) -> int:
