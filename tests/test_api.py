@@ -33,8 +33,9 @@ def test_stream_yields_a_piece_per_token_and_then_why_it_ended(model: headrace.M
 
 
 def test_generate_is_the_text_of_the_stream(model: headrace.Model) -> None:
-    streamed = "".join(piece.text for piece in model.stream("hello", max_tokens=8, sampling=GREEDY))
-    assert model.generate("hello", max_tokens=8, sampling=GREEDY).text == streamed
+    # A prompt so short that it goes through the kernels of single rows both times; the second time most of it is known.
+    streamed = "".join(piece.text for piece in model.stream("hello", raw=True, max_tokens=8, sampling=GREEDY))
+    assert model.generate("hello", raw=True, max_tokens=8, sampling=GREEDY).text == streamed
 
 
 def test_a_continued_conversation_computes_only_what_is_new(model: headrace.Model) -> None:

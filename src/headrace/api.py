@@ -588,6 +588,7 @@ def load(
             memory_limit_bytes=budget.nbytes,
             unit_bytes=plan.unit_bytes,
             slots=plan.ring_slots,
+            lent_slots=plan.lent_slots,
             opening_slots=plan.opening_slots,
             readers=plan.readers,
             interleaved_types=plan.interleaved_types,

@@ -68,6 +68,7 @@ def test_the_memory_of_prompts_holds_weights_between_them(
             memory_limit_bytes=limit,
             unit_bytes=16 << 10,
             slots=3,
+            lent_slots=2 if lent else 0,
             readers=0,
         )
         logits, held = [], []

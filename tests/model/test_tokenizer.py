@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from headrace.checkpoint import open_checkpoint
-from headrace.model.tokenizer import Tokenizer
+from headrace.model.tokenizer import Tokenizer, _cut
 
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>")
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>")
@@ -132,3 +132,18 @@ def test_text_is_cut_as_it_was_when_the_merges_were_learned(pre: str, cut: Any, 
     backend.pre_tokenizer = pre_tokenizers.Sequence([bytes_last] if cut is None else [cut, bytes_last])
     ours = described(backend, "gpt2", pre, tmp_path / "tokenizer.gguf")
     assert ours.encode(text, special=False) == backend.encode(text).ids
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("deepseek-coder", ["it", "'", "s", " ", "世界", "ab", " ", "1", "2", "3", "4", "!", "x", "\n", "y"]),
+        ("deepseek-llm", ["it", "'", "s", " ", "世界", "ab", " ", "1234", "!", "x", "\n", "y"]),
+        ("deepseek-v3", ["it", "'s", " ", "世界", "ab", " ", "123", "4", "!x", "\n", "y"]),
+        ("kimi-k2", ["it's", " ", "世界", "ab", " ", "123", "4", "!x", "\n", "y"]),
+    ],
+)
+def test_text_is_cut_by_several_patterns_one_after_another(pre: str, words: list[str]) -> None:
+    text = "".join(words)
+    assert text == "it's 世界ab 1234!x\ny"
+    assert [text[slice(*place)] for _, place in _cut(pre).pre_tokenize_str(text)] == words

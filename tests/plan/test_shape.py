@@ -20,6 +20,8 @@ from headrace.plan.shape import shape_of
         ("gemma4", 2 * (2 * (2 * 32) + 2 * (2 * 64)), 8),
         ("gemma4-31b", 2 * (2 * (2 * 32) + 2 * (1 * 64)), 6),
         ("gemma4-26b", 2 * (2 * (2 * 32) + 2 * (1 * 64)), 6),
+        ("deepseek2", 3 * (64 + 16), 3),  # one vector and what is rotated, for all heads
+        ("deepseek2-lite", 3 * (64 + 16), 3),
         ("glm4moe", 2 * 3 * (2 * 32), 6),  # a fourth layer only guesses
         ("lfm2", 2 * (2 * 16), 2),
         ("llama", 2 * 3 * (2 * 16), 6),
@@ -33,7 +35,10 @@ def test_the_cache_is_counted_by_the_layers_that_have_one(
     assert shape.one_by_one or shape.kv_bytes(1, 8) == numbers + 4 * heads
 
 
-@pytest.mark.parametrize("architecture", ["gemma4", "gemma4-31b", "gemma4-26b", "glm4moe", "qwen3moe", "llama"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["deepseek2", "deepseek2-lite", "gemma4", "gemma4-31b", "gemma4-26b", "glm4moe", "llama", "llama4", "qwen3moe"],
+)
 def test_what_a_pass_multiplies_is_what_the_model_multiplies(architecture: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf"))
     pinned = dict.fromkeys(checkpoint.tensors, 0)

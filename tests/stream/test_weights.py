@@ -291,10 +291,10 @@ def test_settled_pieces_are_delivered_and_read_again_after_an_interrupt(tmp_path
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     calls = 0
 
-    def settle(piece: Piece, columns: int) -> Piece:
+    def settle(piece: Piece, tensor: Tensor) -> Piece:
         nonlocal calls
         calls += 1
-        nbytes = piece.rows * columns * 4
+        nbytes = piece.rows * tensor.columns * 4
         flipped = bytes(255 - byte for byte in ctypes.string_at(piece.address, nbytes))
         ctypes.memmove(piece.address, flipped[: nbytes // 2], nbytes // 2)
         if calls == 3:

@@ -369,9 +369,9 @@ def _attend(
     heads, rows, width = query.shape
     groups = heads // len(keys)
     if softcap is None and sinks is None:
-        shared = (one.unsqueeze(1).expand(-1, groups, -1, -1) for one in (keys, values))
+        keys, values = (one.unsqueeze(1).expand(-1, groups, -1, -1) for one in (keys, values))
         own = query.reshape(len(keys), groups, rows, width)
-        return scaled_dot_product_attention(own, *shared, attn_mask=mask, scale=scaling).view(heads, rows, -1)
+        return scaled_dot_product_attention(own, keys, values, attn_mask=mask, scale=scaling).view(heads, rows, -1)
     scores = query.reshape(len(keys), groups * rows, width) @ keys.transpose(1, 2)
     scores = scores.view(heads, rows, -1).mul_(scaling or width**-0.5)
     if softcap is not None:

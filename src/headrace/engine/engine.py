@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import Entry, JoinedCache, KVCache, PackedAttention
 from headrace.engine.experts import ExpertProducts
+from headrace.engine.latents import makes_keys, turns_of
 from headrace.engine.look_ahead import LookAhead
 from headrace.engine.model_cache import (
     ModelCache,
@@ -31,7 +32,6 @@ from headrace.engine.model_cache import (
     sees_chunks,
     trial_of,
 )
-from headrace.engine.latents import makes_keys, turns_of
 from headrace.engine.numbers import floats_of
 from headrace.engine.trace import PassStats, Trace
 from headrace.errors import ContextError, UnsupportedError
@@ -77,6 +77,7 @@ class StreamOptions:
     pinned_rows: Mapping[str, int]
     unit_bytes: int
     slots: int
+    lent_slots: int = 0  # of these, what the ring has only while memory is lent
     readers: int
     interleaved_types: frozenset[str] = frozenset()  # brought into ggml's interleaved layout where pinned
     interleaved_in_place: bool = False  # rather than copied: no memory, but prompts take longer
@@ -183,6 +184,7 @@ class Engine:
         stream = WeightStream(
             layout,
             slots=slots,
+            lent_slots=options.lent_slots if slots == options.slots else 0,
             readers=options.readers,
             file_of=self._files.__getitem__,
             spans=self.trace,
@@ -319,11 +321,11 @@ class Engine:
         """Between prompts, their memory holds weights. Only if the system has really got it back from the allocator."""
         options, stream = self._options, self.stream
         lends = self._rows <= options.lent_up_to_rows and self._rows - self._exact_rows <= FEW_ROWS
-        if lends and self._lends is None and stream.layout.lent_bytes:  # once after a prompt: collecting takes a while
+        if lends and self._lends is None and stream.lendable_bytes:  # once after a prompt: collecting takes a while
             self.kernels.release()
             release_unused()
             limit = options.memory_limit_bytes
-            self._lends = limit is None or resident_bytes() + stream.layout.lent_bytes <= limit
+            self._lends = limit is None or resident_bytes() + stream.lendable_bytes <= limit
         if not lends:
             self._lends = None
         stream.lend(bool(self._lends))

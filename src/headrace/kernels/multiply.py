@@ -6,6 +6,7 @@ by its dot products from two rows on (3.5 at 16 rows, 8 interleaved); unpacking 
 """
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeAlias
@@ -17,7 +18,8 @@ from headrace.kernels import interleaved
 from headrace.kernels.ggml_graph import Operands, Part, Products, Unpack, Workspace
 from headrace.kernels.interleaved import ACTIVATION_ROWS, Interleaving
 from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES
-from headrace.kernels.piece import Piece, unpack_pieces
+from headrace.kernels.piece import Piece
+from headrace.kernels.unpacking import unpack_pieces
 
 # Scratch for unpacked weights, which keeps torch's products wide; and the rows of them that oneDNN likes multiples of: with
 # 292 of 14336 columns bf16 products ran at 348 GFLOP/s, with 256 at 401, with 512 at 418.
@@ -47,7 +49,10 @@ class Kernels:
         self._products: dict[tuple[object, ...], Products] = {}
         self._unpacks: dict[tuple[str, int, int], Unpack] = {}
         self._scratch: torch.Tensor | None = None
-        self._half: torch.Tensor | None = None
+        self._half: torch.Tensor | None = None  # unpacked weights
+        self._room = torch.empty(0, dtype=torch.bfloat16)
+        self._activations_half = self._room
+        self._source: weakref.ref[torch.Tensor] | None = None  # of which these are the activations
         self._copies: list[torch.Tensor] = []
 
     def interleave(self, piece: Piece, columns: int, in_place: bool = False) -> Piece:
@@ -104,7 +109,8 @@ class Kernels:
                 self._few_rows(x, woven, outputs)
             pieces = [(i, piece) for i, piece in pieces if not piece.only_interleaved]
             for i, piece in pieces:
-                self._many_rows(x[exact_rows:], piece, outputs[i][exact_rows:])
+                many = self._activations(x, exact_rows, piece.type)
+                self._many_rows(many, piece, outputs[i][exact_rows:])
         if exact_rows and pieces:
             self._few_rows(x[:exact_rows], pieces, [output[:exact_rows] for output in outputs])
 
@@ -122,7 +128,7 @@ class Kernels:
             elif exact or x.shape[0] <= FEW_ROWS:
                 few.append((x, x.shape[1], 0, piece, output, 0))
             else:
-                self._many_rows(x, piece, output)
+                self._many_rows(self._activations(x, 0, piece.type), piece, output)
         for start in range(0, len(few), _MOST_PARTS):
             self._run(few[start : start + _MOST_PARTS])
 
@@ -199,16 +205,28 @@ class Kernels:
         columns = x.shape[1]
         block, size = block_of(piece.type)
         row_bytes = columns // block * size
-        half = self.bf16_many_rows and piece.type not in PRECISE_TYPES
+        half = x.dtype == torch.bfloat16
         step = max(1, UNPACK_BYTES // (2 if half else 4) // columns)
         step = step // TILE_ROWS * TILE_ROWS or step
-        x = x.bfloat16() if half else x
         for start in range(0, piece.rows, step):
             rows = min(step, piece.rows - start)
             plain = self._plain(piece.type, piece.address + start * row_bytes, rows, columns, half)
             target = output[:, piece.first + start : piece.first + start + rows]
             product = torch.mm(x, plain.T)
             target.add_(product) if add else target.copy_(product)
+
+    def _activations(self, x: torch.Tensor, first: int, type_name: str) -> torch.Tensor:
+        """The rows of x from `first` on as torch multiplies them with such weights: in bf16 made once for all pieces."""
+        if not self.bf16_many_rows or type_name in PRECISE_TYPES:
+            return x[first:]
+        if self._source is None or self._source() is not x or len(self._activations_half) != len(x) - first:
+            self._source = weakref.ref(x)
+            count = (len(x) - first) * x.shape[1]
+            if self._room.numel() < count:
+                self._room = torch.empty(count, dtype=torch.bfloat16)
+            self._activations_half = self._room[:count].view(-1, x.shape[1])
+            self._activations_half.copy_(x[first:])
+        return self._activations_half
 
     def _plain(self, type_name: str, address: int, rows: int, columns: int, half: bool) -> torch.Tensor:
         """Packed rows in fp32, or in bf16: by few rows at a time then, which stay in the cores' caches in between."""
@@ -248,7 +266,8 @@ class Kernels:
 
     def release(self) -> None:
         """Give up the scratch for unpacked weights, until they are many again."""
-        self._scratch = self._half = None
+        self._scratch = self._half = self._source = None
+        self._room = self._activations_half = torch.empty(0, dtype=torch.bfloat16)
 
     def close(self) -> None:
         """Free ggml's graphs and the copies."""
@@ -272,7 +291,7 @@ _SLAB_BYTES = 1 << 20
 def _multiplies_bf16() -> bool:
     """Whether oneDNN has products in bf16 here. Where it has none, torch's own take hundreds of times as long."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return bool(torch.backends.mkldnn.is_available() and supported is not None and supported())
+    return bool(torch._C.has_mkldnn and supported is not None and supported())
 
 
 def _view(address: int, nbytes: int) -> torch.Tensor:

@@ -1,9 +1,7 @@
 """A piece of a packed weight, as the stream delivers it and the kernels take it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
 
 from headrace.checkpoint.tensor import block_of
 
@@ -34,19 +32,3 @@ class Piece:
         nbytes = self.slab_rows * (self.slab_columns // block * size)
         for index in range(self.rows // self.slab_rows):
             yield Piece(self.type, self.slab_rows, self.address + index * nbytes, 0)
-
-
-def unpack_pieces(
-    unpack: Callable[[str, int, int, int], torch.Tensor],
-    pieces: Sequence[tuple[int, Piece]],
-    outputs: Sequence[torch.Tensor],
-) -> None:
-    """For every (i, piece), fill its part of `outputs[i]` (rows, columns) by `unpack` (type, address, rows, columns)."""
-    for i, piece in pieces:
-        if piece.slab_rows:
-            width = piece.slab_columns
-            for number, slab in enumerate(piece.slabs(), piece.first // piece.slab_rows):
-                outputs[i][:, number * width : (number + 1) * width] = unpack(slab.type, slab.address, slab.rows, width)
-        else:
-            plain = unpack(piece.type, piece.address, piece.rows, outputs[i].shape[1])
-            outputs[i][piece.first : piece.first + piece.rows] = plain

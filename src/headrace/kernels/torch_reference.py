@@ -10,7 +10,8 @@ import gguf
 import numpy as np
 import torch
 
-from headrace.kernels.piece import Piece, unpack_pieces
+from headrace.kernels.piece import Piece
+from headrace.kernels.unpacking import unpack_pieces
 
 
 def unpack(type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:

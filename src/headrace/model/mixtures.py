@@ -122,7 +122,7 @@ def _dbrx(experts: Any, multiply: Multiply) -> None:
 
 
 def _longcat_flash(experts: Any, multiply: Multiply) -> None:
-    """LongCat-Flash lets a router choose experts that do nothing. Those have no weights, though its parameter has room for them."""
+    """LongCat-Flash lets a router choose experts that do nothing. They have no weights, though a parameter has room for them."""
     if experts.gate_up_proj is None:
         return
     count, (_, *shape) = experts.num_routed_experts, experts.gate_up_proj.shape

@@ -48,8 +48,13 @@ class Names(Protocol):
     def matrix(self, parameter: str, shape: Sequence[int], outputs_last: bool) -> Matrix:
         """The matrix of a linear. `shape` is the parameter's, `outputs_last` says that it is (inputs, outputs)."""
 
-    def stack(self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool) -> tuple[Matrix, ...]:
-        """The matrices of all experts. `interleaved`: gates and ups take turns in the model, where the file has two tensors."""
+    def stack(
+        self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool, spare: int = 0
+    ) -> tuple[Matrix, ...]:
+        """The matrices of all experts. `interleaved`: gates and ups take turns in the model, where the file has two tensors.
+
+        `spare`: for so many further experts, which have no weights, there may be room.
+        """
 
     def value(self, parameter: str, shape: Sequence[int], read: Read) -> torch.Tensor:
         """A small parameter itself, fp32."""
@@ -202,20 +207,24 @@ class ConvertedNames(_Made):
         """See `Names.matrix`."""
         return self._matrices(parameter, 1, shape, outputs_last)[0]
 
-    def stack(self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool) -> tuple[Matrix, ...]:
+    def stack(
+        self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool, spare: int = 0
+    ) -> tuple[Matrix, ...]:
         """See `Names.stack`. Folders store gates and ups as the model has them, or transformers' conversion makes them so."""
-        return self._matrices(parameter, shape[0], shape[1:], outputs_last)
+        return self._matrices(parameter, shape[0], shape[1:], outputs_last, spare)
 
-    def _matrices(self, parameter: str, count: int, shape: Sequence[int], outputs_last: bool) -> tuple[Matrix, ...]:
-        """The matrices of a parameter of `count` times this shape."""
+    def _matrices(
+        self, parameter: str, count: int, shape: Sequence[int], outputs_last: bool, spare: int = 0
+    ) -> tuple[Matrix, ...]:
+        """The matrices of a parameter of `count` times this shape, and perhaps `spare` more, which nobody uses."""
         group = self._of.get(parameter)
         if group is None:
             raise self._missing(parameter)
         tensors = [self._tensors[name] for _, name in group.members]
         outputs, inputs = reversed(shape) if outputs_last else shape
         numbers, columns = self._numbers(group)[parameter], {tensor.inputs for tensor in tensors}
-        if numbers.ndim > 2 and len(numbers) > count > 1:
-            numbers = numbers[:count]  # of a parameter with room for experts that have no weights
+        if spare and len(numbers) == count + spare:
+            numbers = numbers[:count]
         if (
             numbers.size == count * outputs
             and columns == {inputs}
@@ -384,7 +393,9 @@ class GgufNames(_Made):
         found = [self._checkpoint.tensors[name] for name in names if name in self._checkpoint.tensors]
         return found if len(found) == len(kinds) else []
 
-    def stack(self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool) -> tuple[Matrix, ...]:
+    def stack(
+        self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool, spare: int = 0
+    ) -> tuple[Matrix, ...]:
         """See `Names.stack`."""
         tensors = self._expert_tensors(parameter)
         if not tensors:

@@ -7,6 +7,7 @@ families, and the engine asserts at run time that it holds.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -26,7 +27,7 @@ class LinearStep:
     # Asked for when a text begins, and not when it goes on: an encoder, and what is made of its results.
     once: bool = False
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         """What is multiplied, each tensor once though several linears may be cut from it."""
         found = {tensor.name: tensor for linear in self.linears for tensor in linear.matrix.tensors}

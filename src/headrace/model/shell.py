@@ -172,8 +172,15 @@ def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) 
                 " which are not supported",
                 hint="use the text-only model of the family, or a GGUF file of its language model",
             )
-        own = [one for one in module._parameters.values() if one is not None and one.dim() > 1 and id(one) not in packed]
-        if own and "Expert" in type(module).__name__ and "Shared" not in type(module).__name__ and not mixture_of(module):
+        own = [
+            one for one in module._parameters.values() if one is not None and one.dim() > 1 and id(one) not in packed
+        ]
+        if (
+            own
+            and "Expert" in type(module).__name__
+            and "Shared" not in type(module).__name__
+            and not mixture_of(module)
+        ):
             raise UnsupportedError(
                 f"{checkpoint.path}: the {kind} model multiplies its experts in a way of its own"
                 f" (`{type(module).__name__}`), which is not supported",
@@ -233,11 +240,15 @@ def _pack_experts(model: PreTrainedModel, names: Names) -> set[str]:
         mixture = mixture_of(module)
         if mixture is None:
             continue
-        stacks = [names.stack(f"{name}.{one.parameter}", one.shape, one.outputs_last, one.interleaved) for one in mixture.stacks]
-        *ups, down = stacks
+        *ups, down = (
+            names.stack(f"{name}.{one.parameter}", one.shape, one.outputs_last, one.interleaved, mixture.identities)
+            for one in mixture.stacks
+        )
         up = ups[0] if len(ups) == 1 else tuple(below_one_another(parts) for parts in zip(*ups, strict=True))
         found = _router(model, name, mixture)
-        module.packed = PackedExperts(count, module, up, down, None if found is None else Router(*found), mixture.identities)
+        module.packed = PackedExperts(
+            count, module, up, down, None if found is None else Router(*found), mixture.identities
+        )
         taken |= {f"{name}.{one.parameter}" for one in mixture.stacks}
         count += 1
     return taken

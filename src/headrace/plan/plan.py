@@ -59,6 +59,7 @@ class Plan:
     streamed_bytes_per_prompt: int  # of these, in that pass
     unit_bytes: int
     ring_slots: int
+    lent_slots: int  # of these, what the ring has only while no prompt needs the memory
     opening_slots: int  # of a second ring, for an encoder
     ring_bytes: int
     readers: int
@@ -284,7 +285,8 @@ def plan_for(
         unit_bytes=UNIT_BYTES,
         ring_slots=room.slots,
         opening_slots=room.opening_slots,
-        ring_bytes=(room.slots + room.opening_slots) * room.slot,
+        lent_slots=room.lent_slots,
+        ring_bytes=(room.slots - room.lent_slots + room.opening_slots) * room.slot,
         readers=READERS,
         threads=profile.threads,
         bf16_many_rows=profile.bf16_pays,

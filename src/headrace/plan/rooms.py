@@ -51,6 +51,7 @@ class Division:
     activations: int
     prefill_rows: int
     slots: int
+    lent_slots: int  # of these, in the memory of prompts
     opening_slots: int  # of a ring for what is multiplied once for a prompt
     slot: int
     pinned_rows: Mapping[str, int]
@@ -106,14 +107,17 @@ def divide(
     opening_slots = 0 if fits or not shape.opening else _slots(room // 2, slot)
     left = room - opening_slots * slot
     slots = 0 if left >= shape.weights_bytes + shape.page_slack_bytes else _slots(left, slot)
-    pinned_rows = _pin(shape.linears, left - slots * slot)
+    to_lend = 0 if shape.opening else max(0, activations - exact - KEPT_BYTES)
+    lent_slots = min(max(0, slots - RING_SLOTS), to_lend // slot)  # prompts are computed, not waited for
+    own_ring = (slots - lent_slots) * slot
+    pinned_rows = _pin(shape.linears, left - own_ring)
     pinned = _pinned_bytes(shape.linears, pinned_rows)
     if pinned == shape.weights_bytes:
-        slots = 0
-    lent_rows = _lend(shape, pinned_rows, activations - exact - KEPT_BYTES) if slots and not shape.opening else {}
+        slots = lent_slots = own_ring = 0
+    lent_rows = _lend(shape, pinned_rows, to_lend - lent_slots * slot) if slots and not shape.opening else {}
     lent = sum(lent_rows.get(tensor.name, 0) * tensor.row_bytes for tensor in shape.linears)
     # Every pass needs every byte of these, so the encoder gets what they leave.
-    opening_rows = _pin(shape.opening, left - slots * slot - pinned - page_slack(shape.linears))
+    opening_rows = _pin(shape.opening, left - own_ring - pinned - page_slack(shape.linears))
     opening_pinned = _pinned_bytes(shape.opening, opening_rows)
     spare = room - pinned - opening_pinned - shape.page_slack_bytes if fits else 0
     expert_slots = 0
@@ -128,6 +132,7 @@ def divide(
         activations=activations,
         prefill_rows=rows,
         slots=slots,
+        lent_slots=lent_slots,
         opening_slots=opening_slots if opening_pinned < shape.opening_bytes else 0,
         slot=slot,
         pinned_rows={**opening_rows, **pinned_rows},

@@ -70,11 +70,13 @@ class WeightStream:
         slots: int,
         readers: int,
         file_of: Callable[[str], File] = WeightFile,
+        lent_slots: int = 0,
         spans: Spans | None = None,
         stall_limit_s: float = STALL_LIMIT_S,
         settle: Callable[[Piece, Tensor], Piece] | None = None,
     ):
-        """`readers=0` is the serial twin. `slots` is the size of the ring in units. `file_of` gives the open file of a path.
+        """`readers=0` is the serial twin. `slots` is the size of the ring in units, `lent_slots` of them only while memory is
+        lent. `file_of` gives the open file of a path.
 
         `settle` is called once with each pinned piece (and its tensor) when it has come; what it returns is delivered
         from then on.
@@ -82,7 +84,9 @@ class WeightStream:
         self.layout = layout
         self.counters = StreamCounters()
         self.spans = spans
-        self._slots = slots
+        self._most_slots = slots
+        self._slots = slots - lent_slots  # at the moment
+        self._lent_slots = lent_slots
         self._readers = readers
         self._stall_limit_s = stall_limit_s
         self._settle = settle
@@ -150,9 +154,14 @@ class WeightStream:
                 self._room.notify()
         yield from pinned[done:]
 
+    @property
+    def lendable_bytes(self) -> int:
+        """The memory that `lend` gives to weights."""
+        return self.layout.lent_bytes + self._lent_slots * self.layout.slot_bytes
+
     def lend(self, lends: bool) -> None:
-        """Give lent rows their memory, or take it back; between passes only. What had been read ahead is read again."""
-        if lends == self.lends or not self.layout.lent_bytes:
+        """Give lent rows and slots their memory, or take it back; between passes only. What had been read ahead is read again."""
+        if lends == self.lends or not self.lendable_bytes:
             return
         assert self._next_visit == 0, "memory is lent between passes"
         self._stop()
@@ -162,7 +171,9 @@ class WeightStream:
             )
             self._complete_lent.clear()
             self._lent.give_back()
+            self._ring.give_back()
         self.lends = lends
+        self._slots = self._most_slots if lends else self._most_slots - self._lent_slots
         self._begin_pass()
 
     def rewind(self) -> None:

@@ -1,0 +1,117 @@
+"""Latent attention: what is kept of a position are the vectors that keys and values are made from."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import random_model, write_gguf
+
+from headrace.checkpoint import open_checkpoint
+from headrace.engine import Engine, Rows
+from headrace.engine.attention import KVCache
+from headrace.engine.engine import StreamOptions
+from headrace.errors import CheckpointError
+from headrace.kernels import Kernels, ReferenceKernels
+from headrace.kernels.piece import Piece
+
+PROMPT = [5, 17, 99, 3, 250, 41, 7, 7, 12, 130, 64, 2, 9]
+KINDS = [("deepseek2", "F32"), ("deepseek2", "Q8_0"), ("deepseek2-lite", "Q4_0")]
+
+
+def opened(path: Path, share: float = 0.5, woven: bool = False) -> Engine:
+    checkpoint = open_checkpoint(path)
+    options = StreamOptions(
+        pinned_rows={tensor.name: int(share * tensor.rows) // 8 * 8 for tensor in checkpoint.tensors.values()},
+        unit_bytes=16 << 10, slots=3, readers=2, expert_slots=24, expert_readers=1,
+        interleaved_types=frozenset({"Q4_0"} if woven else ()), interleaved_in_place=woven,
+    )  # fmt: skip
+    return Engine(checkpoint, options, Kernels(2))
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: "-".join(kind), scope="module")
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    architecture, kind = request.param
+    return write_gguf(random_model(architecture), architecture, tmp_path_factory.mktemp("mla") / "tiny.gguf", kind)
+
+
+def alone(engine: Engine, tokens: list[int], bits: int = 16) -> torch.Tensor:
+    """Logits of every row, computed one by one."""
+    cache = engine.new_cache(64, bits)
+    return torch.cat([engine.step([Rows(cache=cache, tokens=[token])]) for token in tokens])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_streamed_logits_equal_resident_ones_bit_for_bit(path: Path, share: float) -> None:
+    with opened(path, 1.0) as engine:
+        resident = alone(engine, PROMPT)
+    with opened(path, share) as engine:
+        assert torch.equal(alone(engine, PROMPT), resident)
+
+
+def test_exact_rows_do_not_depend_on_the_rows_beside_them(path: Path) -> None:
+    with opened(path) as engine:
+        expected = alone(engine, PROMPT)
+        first, second = engine.new_cache(64), engine.new_cache(64)
+        together = engine.step(
+            [Rows(cache=first, tokens=PROMPT, logits=13), Rows(cache=second, tokens=PROMPT[:4], logits=4)]
+        )
+        assert torch.equal(together, torch.cat([expected, expected[:4]]))
+        first.truncate(6)
+        assert torch.equal(engine.step([Rows(cache=first, tokens=PROMPT[6:], logits=7)]), expected[6:])
+        shared = engine.new_cache(64)
+        shared.share(first, 9)
+        assert torch.equal(engine.step([Rows(cache=shared, tokens=PROMPT[9:], logits=4)]), expected[9:])
+
+
+def test_many_rows_and_8_bits_give_nearly_the_same(path: Path) -> None:
+    with opened(path) as engine:
+        expected = alone(engine, PROMPT)
+        small = alone(engine, PROMPT, 8)
+        assert 0 < float((small - expected).norm() / expected.norm()) < 0.1
+        many = engine.step([Rows(cache=engine.new_cache(64), tokens=PROMPT * 3, logits=39, exact=False)])
+        close = (many[:13].argmax(-1) == expected.argmax(-1)).float().mean()
+        assert close > 0.7  # a row that chooses another expert is far away
+
+
+def test_its_matrix_keeps_the_layout_that_it_is_unpacked_from(tmp_path: Path) -> None:
+    path = write_gguf(random_model("deepseek2-lite"), "deepseek2-lite", tmp_path / "tiny.gguf", "Q4_0")
+    with opened(path, 1.0) as engine:
+        plain = alone(engine, PROMPT)
+    with opened(path, 1.0, woven=True) as engine:
+        close = (alone(engine, PROMPT).argmax(-1) == plain.argmax(-1)).float().mean()
+        assert close > 0.7
+
+
+def test_a_position_takes_one_vector_and_what_is_rotated(path: Path) -> None:
+    with opened(path) as engine:
+        cache = engine.new_cache(64)
+        engine.step([Rows(cache=cache, tokens=PROMPT)])
+        assert isinstance(cache, KVCache)
+        rotated, vectors = cache.get(0, 13)
+        assert rotated.shape == (1, 13, 16)
+        assert vectors.shape == (1, 13, 64)
+
+
+def test_halves_of_other_sizes_than_the_model_are_refused(tmp_path: Path) -> None:
+    model = random_model("deepseek2")
+    extra = {"attention.value_length_mla": 20}
+    path = write_gguf(model, "deepseek2", tmp_path / "tiny.gguf", extra=extra)
+    with pytest.raises(CheckpointError, match="kv_b_proj"):
+        opened(path)
+
+
+@pytest.mark.parametrize("kernels", [Kernels(1), ReferenceKernels(1)])
+def test_weights_are_unpacked_to_where_they_belong(kernels: Kernels | ReferenceKernels) -> None:
+    rows = np.arange(12, dtype=np.float32).reshape(4, 3)
+    slabs = np.arange(100, 116, dtype=np.float32).reshape(2, 4, 2)  # of a (4, 4) matrix, two columns each
+    plain, turned = torch.empty(4, 3), torch.empty(4, 4)
+    pieces = [
+        (0, Piece("F32", 1, rows[3:].ctypes.data, 3)),
+        (1, Piece("F32", 4, slabs[1:].ctypes.data, 4, slab_rows=4, slab_columns=2)),
+        (0, Piece("F32", 3, rows.ctypes.data, 0)),
+        (1, Piece("F32", 4, slabs.ctypes.data, 0, slab_rows=4, slab_columns=2)),
+    ]
+    kernels.unpack_all(pieces, [plain, turned])
+    assert torch.equal(plain, torch.from_numpy(rows))
+    assert torch.equal(turned, torch.from_numpy(np.concatenate(list(slabs), 1)))
