@@ -291,7 +291,7 @@ _SLAB_BYTES = 1 << 20
 def _multiplies_bf16() -> bool:
     """Whether oneDNN has products in bf16 here. Where it has none, torch's own take hundreds of times as long."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return bool(torch._C.has_mkldnn and supported is not None and supported())
+    return bool(torch._C._has_mkldnn and supported is not None and supported())
 
 
 def _view(address: int, nbytes: int) -> torch.Tensor:
