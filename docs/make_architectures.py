@@ -40,7 +40,8 @@ T5Gemma, LED, BigBird-Pegasus, ProphetNet, Switch, NLLB-MoE and speech models ar
 
 `checkpoint/architectures.py` lists the names that run, `tests/model/test_against_transformers.py` holds each to the
 transformers model that a tiny file was made of. That is transformers' own mapping of GGUF but Deci, for which it has no
-model, and further ones (Gemma 4 with its mixtures, GLM 4.5, OLMo 2 and 3, Granite, SmolLM3, Command R, EXAONE 4, Seed-OSS).
+model, and further ones (Gemma 4 with its mixtures, DeepSeek V2 and V3 and what is converted as they are, Llama 4, GLM 4.5,
+OLMo 2 and 3, Granite, SmolLM3, Command R, EXAONE 4, Seed-OSS).
 
 ## Refused
 
