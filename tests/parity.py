@@ -8,9 +8,11 @@ from corpus import CASES, VOCAB, tiny_model, write_folder
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
+from headrace.engine.attention import KVCache
 from headrace.engine.engine import StreamOptions
 from headrace.kernels import Kernels, ReferenceKernels
 from headrace.model import Shell
+from headrace.model.order import LinearStep
 
 TOKENS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
 # One pass of many rows, then single rows, several on top of others, single ones again.
@@ -35,6 +37,8 @@ class Outcome:
     way: str
     same: bool
     divergence: float
+    multiplied: frozenset[str]  # names of tensors
+    kept: int | None  # numbers that were kept of a position, where the engine keeps them
 
 
 def outcome_of(name: str, folder: Path) -> Outcome:
@@ -43,8 +47,14 @@ def outcome_of(name: str, folder: Path) -> Outcome:
     write_folder(model, folder)
     with torch.inference_mode():
         expected = model(TOKENS).logits[0]
-    ours, way = streamed(folder, Kernels(1))
-    return Outcome(way, same_choice(ours, expected), divergence(ours, expected))
+    with opened(folder, Kernels(1)) as engine:
+        ours, cache = logits_of(engine, PARTS)
+        steps = [step for step in engine.steps if isinstance(step, LinearStep)]
+        multiplied = frozenset(tensor.name for step in steps for tensor in step.tensors)
+        kept = None
+        if isinstance(cache, KVCache):
+            kept = sum(one.shape[0] * one.shape[2] for layer in range(engine.layers) for one in cache.get(layer, 1))
+        return Outcome(engine.way, same_choice(ours, expected), divergence(ours, expected), multiplied, kept)
 
 
 def opened(path: Path, kernels: Kernels | ReferenceKernels, share: float = 0.5) -> Engine:
@@ -64,11 +74,16 @@ def streamed(
 ) -> tuple[torch.Tensor, str]:
     """Logits of every row of TOKENS in steps of these many rows, and the way in which attention ran."""
     with opened(path, kernels, share) as engine:
-        cache, tokens, rows = engine.new_cache(64, 32), TOKENS[0].tolist(), []
-        for count in parts:
-            rows.append(engine.step([Rows(cache=cache, tokens=tokens[:count], logits=count)]))
-            tokens = tokens[count:]
-        return torch.cat(rows), engine.way
+        return logits_of(engine, parts)[0], engine.way
+
+
+def logits_of(engine: Engine, parts: tuple[int, ...]) -> tuple[torch.Tensor, object]:
+    """Logits of every row of TOKENS in steps of these many rows, and the cache."""
+    cache, tokens, rows = engine.new_cache(64, 32), TOKENS[0].tolist(), []
+    for count in parts:
+        rows.append(engine.step([Rows(cache=cache, tokens=tokens[:count], logits=count)]))
+        tokens = tokens[count:]
+    return torch.cat(rows), cache
 
 
 def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:

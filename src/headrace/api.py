@@ -625,6 +625,7 @@ def _built(shell: Shell) -> Built:
         opening=shell.opening_linears,
         experts=shell.expert_slices,
         one_by_one=shell.way == "model",
+        cached=shell.cached,
     )
 
 

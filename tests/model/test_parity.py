@@ -9,9 +9,11 @@ import torch
 from corpus import CASES, tiny_model, write_folder
 from parity import REFUSED, TOKENS, divergence, opened, outcome_of, streamed
 
+from headrace.checkpoint import open_checkpoint
 from headrace.engine import Rows
 from headrace.errors import HeadraceError
 from headrace.kernels import Kernels
+from headrace.plan.shape import shape_of
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 sys.path.insert(0, str(DOCS))
@@ -19,6 +21,8 @@ sys.path.insert(0, str(DOCS))
 from make_architectures import TARGET, refusals, row  # noqa: E402
 
 PAGE = TARGET.read_text()
+# Of these the header alone does not tell what layers keep; the model does, once it is built.
+KEEPS_OTHERS = {"gemma4_text:experts", "gemma4_unified_text", "longcat_flash", "mimo_v2_flash"}
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in REFUSED])
@@ -28,6 +32,10 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     assert outcome.divergence < 1e-3
     assert outcome.same
     assert row(name, outcome) in PAGE, "run `python docs/make_architectures.py`"
+    # By the header alone: nothing that is multiplied may be missing from the plan, nor anything that is kept of a position.
+    shape = shape_of(open_checkpoint(tmp_path / "model"))
+    assert outcome.multiplied <= {tensor.name for tensor in shape.linears}
+    assert outcome.kept is None or name in KEEPS_OTHERS or outcome.kept == shape.cached_numbers
 
 
 @pytest.mark.parametrize(

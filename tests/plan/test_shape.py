@@ -10,7 +10,7 @@ from headrace.engine import Engine
 from headrace.engine.engine import StreamOptions
 from headrace.kernels import Kernels
 from headrace.model.order import LinearStep
-from headrace.plan.shape import shape_of
+from headrace.plan.shape import Built, shape_of
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,18 @@ def test_the_cache_is_counted_by_the_layers_that_have_one(
 
 @pytest.mark.parametrize(
     "architecture",
-    ["deepseek2", "deepseek2-lite", "gemma4", "gemma4-31b", "gemma4-26b", "glm4moe", "llama", "llama4", "qwen3moe"],
+    [
+        "deepseek2",
+        "deepseek2-lite",
+        "falcon",
+        "gemma4",
+        "gemma4-31b",
+        "gemma4-26b",
+        "glm4moe",
+        "llama",
+        "llama4",
+        "qwen3moe",
+    ],
 )
 def test_what_a_pass_multiplies_is_what_the_model_multiplies(architecture: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf"))
@@ -50,3 +61,10 @@ def test_what_a_pass_multiplies_is_what_the_model_multiplies(architecture: str, 
     by_header = {tensor.name for tensor in shape_of(checkpoint).linears}
     assert {name for name in by_header - multiplied if "ffn_gate_inp" not in name} == set()  # routers stay in memory
     assert multiplied <= by_header
+
+
+def test_once_the_model_is_built_it_says_what_its_layers_keep(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_gguf(random_model("llama"), "llama", tmp_path / "tiny.gguf"))
+    built = Built(linears=shape_of(checkpoint).linears, experts=(), one_by_one=False, cached=((2, 40), (1, 30)))
+    shape = shape_of(checkpoint, built)
+    assert (shape.cached_heads, shape.cached_numbers) == (3, 70)

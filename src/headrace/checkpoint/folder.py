@@ -41,6 +41,9 @@ _NAMES = {
 }
 
 
+_LAYERS = ("layers_block_type", "layer_types")  # lists of all layers
+
+
 def open_folder(path: str, open_source: OpenSource = LocalSource) -> Checkpoint:
     """Read the headers of a Hugging Face folder, or of the one .safetensors file in it that is named.
 
@@ -95,6 +98,11 @@ def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any
         value = next((inner[name] for name in names if isinstance(inner.get(name), int)), None)
         if value is not None and not isinstance(value, bool):
             found[key] = value
+    kinds = next((inner[key] for key in _LAYERS if isinstance(inner.get(key), list)), [])
+    if "block_count" not in found and kinds:
+        found["block_count"] = len(kinds)
+    if inner.get("multi_query") is True and not inner.get("new_decoder_architecture"):  # Falcon
+        found["attention.head_count_kv"] = 1
     rotary, plain = inner.get("qk_rope_head_dim"), inner.get("qk_nope_head_dim")
     if isinstance(rotary, int) and isinstance(plain, int):  # latent attention: keys are wider than values
         found["attention.key_length"] = rotary + plain

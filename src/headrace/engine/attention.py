@@ -197,7 +197,8 @@ class PackedAttention:
     def __init__(self) -> None:
         self._batch: Sequence[Entry] = ()
         self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
-        self.layers: list[int] = []  # that called while the order was recorded
+        # That called while the order was recorded: how many heads keep keys and values, and how many numbers of a position.
+        self.layers: dict[int, tuple[int, int]] = {}
         self.strange: set[str] = set()  # what they asked for that is not done here
         self._room = Room()
         self._turns: dict[torch.nn.Module, Turns | None] = {}  # of a layer that is about to attend to latent vectors
@@ -242,7 +243,7 @@ class PackedAttention:
         if query.is_meta:
             if key.shape[2] != query.shape[2]:
                 self.strange.add("keys beyond those of the rows")
-            self._note(module, attention_mask, others)
+            self._note(module, attention_mask, others, key, value)
             width: Any = value.shape[3]
             if module in self._turns:
                 del self._turns[module]
@@ -291,13 +292,20 @@ class PackedAttention:
                 )
         return out
 
-    def _note(self, module: torch.nn.Module, mask: torch.Tensor | None, others: dict[str, Any]) -> None:
+    def _note(
+        self,
+        module: torch.nn.Module,
+        mask: torch.Tensor | None,
+        others: dict[str, Any],
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> None:
         """A call on meta, while the order is recorded: remember who called and what is out of the ordinary."""
         layer = getattr(module, "layer_idx", None)
         if not isinstance(layer, int) or layer < 0 or layer in self.layers:
             self.strange.add("layers that share a place in the cache")
         else:
-            self.layers.append(layer)
+            self.layers[layer] = key.shape[1], key.shape[1] * (key.shape[3] + value.shape[3])
         if mask is not None:
             self.strange.add("a mask of its own")
         asked = {name for name, value in others.items() if value is not None and value is not False}

@@ -130,6 +130,7 @@ class Engine:
                 gather=self._gather,
                 record=self._record,
                 ways=self._ways,
+                cached=lambda: tuple(self._attention.layers.values()),
             ),
         )
         self._files.add(shell.made_path, shell.made)
@@ -507,7 +508,7 @@ class Engine:
     def _record(self, recorder: Recorder | None) -> None:
         self._recorder = recorder
         if recorder is not None:
-            self._attention.layers, self._attention.strange = [], set()
+            self._attention.layers, self._attention.strange = {}, set()
 
     def _ways(self, model: PreTrainedModel) -> Iterator[Way]:
         """Ways to run attention, the best first: each layer's on our caches, on all of them joined, the model's own."""

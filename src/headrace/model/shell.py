@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -51,6 +52,9 @@ class Shell:
     model: PreTrainedModel
     steps: tuple[Step, ...]  # of a pass that begins a text
     way: str  # how attention runs, one of those that the engine offered
+    cached: tuple[
+        tuple[int, int], ...
+    ]  # heads and numbers kept of a position, by layer; empty: the model keeps them itself
     opening: tuple[int, ...]  # the tokens of a prompt that are the decoder's, where an encoder reads the others
     made_path: str
     made: Sequence[tuple[Tensor, Encoding]]  # tensors on that path, besides the checkpoint's own
@@ -93,6 +97,8 @@ class Hooks:
     gather: Callable[[Tensor, torch.Tensor], torch.Tensor]  # rows of a table
     record: Callable[[Recorder | None], None]  # while the order is recorded, experts go to this recorder
     ways: Callable[[PreTrainedModel], Iterator[Way]]  # to run attention, the best first
+    # Of each layer whose attention came to the engine while the order was recorded: heads and numbers kept of a position.
+    cached: Callable[[], tuple[tuple[int, int], ...]]
 
 
 def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
@@ -122,6 +128,7 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
         model=model,
         steps=steps,
         way=way,
+        cached=hooks.cached() if way == "packed" else (),
         opening=opening_of(checkpoint),
         made_path=names.made_path,
         made=names.made,
@@ -206,7 +213,7 @@ def _pack_linears(
     routers = [_router(model, name, mixture) for name, mixture in mixtures if mixture is not None]
     kept = {found[0] for found in routers if found is not None}
     for name, module in list(model.named_modules()):
-        if type(module).forward not in (nn.Linear.forward, Conv1D.forward) or module in kept:
+        if module in kept or not (type(module).forward is Conv1D.forward or _multiplies(type(module))):
             continue
         matrix = names.matrix(
             _owner(f"{name}.weight", names, tied), tuple(module.weight.shape), isinstance(module, Conv1D)
@@ -216,6 +223,20 @@ def _pack_linears(
         model.set_submodule(name, packed)
         before[packed] = name, module
     return before
+
+
+@cache
+def _multiplies(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class are linears, whatever they are called: by what one of them computes."""
+    if not issubclass(kind, nn.Linear) or kind.forward is nn.Linear.forward:
+        return issubclass(kind, nn.Linear)
+    x = torch.randn((2, 3), generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.device("cpu"):
+            one: nn.Linear = kind(3, 2)
+        return torch.allclose(one(x), nn.functional.linear(x, one.weight, one.bias), atol=1e-6)
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
+        return False
 
 
 def _router(model: PreTrainedModel, name: str, mixture: Mixture) -> tuple[nn.Module, nn.Module] | None:

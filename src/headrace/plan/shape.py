@@ -23,6 +23,7 @@ class Built:
     opening: tuple[Tensor, ...] = ()  # what only the beginning of a text multiplies
     experts: Sequence[Sequence[Sequence[Slice]]]  # of every expert of every layer, its slices
     one_by_one: bool  # sequences do not share passes, and keys and values are kept in fp32
+    cached: Sequence[tuple[int, int]] = ()  # of each layer, heads that keep keys and values, and numbers of a position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,8 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     head_dim = checkpoint.number("attention.key_length", hidden // max(1, heads))
     head_dim = checkpoint.number("attention.key_length_mla", head_dim)
     kv_heads = checkpoint.number("attention.head_count_kv", heads)
+    if checkpoint.architecture == "falcon" and kv_heads > 1:
+        kv_heads = heads  # it keeps keys of groups once for each head
     rank, rotated = checkpoint.number("attention.kv_lora_rank", 0), checkpoint.number("rope.dimension_count", 0)
     latent = 0
     attention_width = heads * head_dim
@@ -160,7 +163,9 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
             hint="the file is damaged; get it from another source",
         )
     kv_layers = _kv_layers(checkpoint, layers) if attends else 0
-    if rank:
+    if built is not None and built.cached:
+        cached_heads, cached_numbers = (sum(column) for column in zip(*built.cached, strict=True))
+    elif rank:
         cached_heads, cached_numbers = kv_layers, kv_layers * head_dim
     else:
         cached_heads, cached_numbers = _cached(checkpoint, kv_layers, kv_heads, head_dim)
@@ -261,14 +266,14 @@ def _is_wide(tensor: Tensor) -> bool:
 
 
 # Names of GGUF files and those of Hugging Face's models.
-_HEAD = re.compile(r"^output\.weight|(^|\.)(lm_head|embed_out|output_projection)\.weight")
+_HEAD = re.compile(r"^output\.weight|(^|\.)(lm_head|embed_out|unembed|output_projection)\.weight")
 _TOKEN_TABLE = re.compile(
-    r"^token_embd\.weight|(^|\.)(embed_tokens|wte|word_embeddings|embed_in|embeddings|tok_embeddings)\.weight|"
-    r"^(model\.)?shared\.weight"
+    r"^token_embd\.weight|(^|\.)(embed_tokens|embed|wte|word_embeddings|embed_in|embeddings|tok_embeddings)\.weight|"
+    r"^(model\.)?shared\.weight|^transformer\.w\.weight"
 )
 _TABLE = re.compile(
-    r"^((per_layer_)?token_embd|position_embd|token_types)\.weight|embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\.|"
-    r"^(model\.)?shared\.weight|attn_rel_b\.|relative_attention_bias\.|^final_logits_bias$"
+    r"^((per_layer_)?token_embd|position_embd|token_types)\.weight|(?<!un)embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\.|"
+    r"^(model\.)?shared\.weight|^transformer\.w\.weight|attn_rel_b\.|relative_attention_bias\.|^final_logits_bias$"
 )
 # Encoders, and the keys and values that decoders make of their results.
 _OPENING = re.compile(
