@@ -98,7 +98,7 @@ def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any
         value = next((inner[name] for name in names if isinstance(inner.get(name), int)), None)
         if value is not None and not isinstance(value, bool):
             found[key] = value
-    kinds = next((inner[key] for key in _LAYERS if isinstance(inner.get(key), list)), [])
+    kinds: list[Any] = next((inner[key] for key in _LAYERS if isinstance(inner.get(key), list)), [])
     if "block_count" not in found and kinds:
         found["block_count"] = len(kinds)
     if inner.get("multi_query") is True and not inner.get("new_decoder_architecture"):  # Falcon

@@ -213,7 +213,8 @@ def _pack_linears(
     routers = [_router(model, name, mixture) for name, mixture in mixtures if mixture is not None]
     kept = {found[0] for found in routers if found is not None}
     for name, module in list(model.named_modules()):
-        if module in kept or not (type(module).forward is Conv1D.forward or _multiplies(type(module))):
+        kind: Any = type(module)
+        if module in kept or not (kind.forward is Conv1D.forward or _multiplies(kind)):
             continue
         matrix = names.matrix(
             _owner(f"{name}.weight", names, tied), tuple(module.weight.shape), isinstance(module, Conv1D)
