@@ -9,8 +9,9 @@ from tiny import random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
-from headrace.engine.attention import KVCache
+from headrace.engine.attention import Entry, KVCache, PackedAttention
 from headrace.engine.engine import StreamOptions
+from headrace.engine.latents import Turns
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, ReferenceKernels
 from headrace.kernels.piece import Piece
@@ -99,6 +100,26 @@ def test_halves_of_other_sizes_than_the_model_are_refused(tmp_path: Path) -> Non
     path = write_gguf(model, "deepseek2", tmp_path / "tiny.gguf", extra=extra)
     with pytest.raises(CheckpointError, match="kv_b_proj"):
         opened(path)
+
+
+def test_a_window_is_the_same_for_many_rows_and_for_each_alone() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Module()
+    layer.layer_idx = 0
+    turns = Turns(torch.randn(2, 8, 16), torch.randn(2, 6, 16))
+    query, vectors, rotated = torch.randn(1, 2, 25, 12), torch.randn(1, 1, 25, 16), torch.randn(1, 1, 25, 4)
+    results = []
+    for exact in (False, True):
+        attention, cache, found = PackedAttention(), KVCache(1, 64, 32), []
+        for first, last in ((0, 20), (20, 25)):
+            attention._room.take(64 * 20).fill_(torch.nan)  # what nobody has filled
+            attention.begin([Entry(cache, slice(0, last - first), exact)])
+            part = slice(first, last)
+            key, value = attention.take(layer, turns, vectors[:, :, part], rotated[:, :, part])
+            found.append(attention(layer, query[:, :, part], key, value, None, 0.3, sliding_window=4)[0])
+            cache.length = last
+        results.append(torch.cat(found, 1))
+    assert torch.allclose(*results, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernels", [Kernels(1), ReferenceKernels(1)])

@@ -281,8 +281,8 @@ class PackedAttention:
             first = max(0, start + 1 - window) if window else 0
             places, seen = (held[0] for held in cache.floats(layer, first, start + rows, self._room))
             if not exact:
-                mask = self._mask(start, rows, window or 0)
-                latents.attend(query[:, part], seen, places, turns, mask, scaling, out[0, part])
+                mask = self._mask(start, rows, window or 0)[:, first:]
+                latents.attend(query[:, part], seen[first:], places[first:], turns, mask, scaling, out[0, part])
                 continue
             for row in range(rows):  # each alone, so that its result does not depend on the rows beside it
                 at = part.start + row
