@@ -147,7 +147,7 @@ DENSE: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 32,
         },
     },
-    "minicpm3": {**COMMON, **LATENT_Q, "num_key_value_heads": 4},
+    "minicpm3": {"dim_model_base": 16, **COMMON, **LATENT_Q, "num_key_value_heads": 4},
     "ministral": {**HEADED, **WINDOWED},
     "ministral3": HEADED,
     "mistral": {**HEADED, "sliding_window": 8},
