@@ -153,13 +153,15 @@ class Engine:
         unpacked = {tensor.name for matrix in latent for tensor in matrix.tensors}
         settle = partial(self._interleave, options, unpacked) if options.interleaved_types else None
         self._places: dict[Step, tuple[WeightStream, int]] = {}
-        self.stream = self._make_stream([step for step in shell.steps if not step.once], options, options.slots, settle)
+        self.stream = self._make_stream(
+            [step for step in shell.steps if not step.once], options, options.slots, options.lent_slots, settle
+        )
         self.layout = self.stream.layout
         self._streams = [self.stream]
         self._again = [step for step in shell.steps if not step.once]  # of a pass that takes up a text
         if len(self._again) < len(shell.steps):
             once = [step for step in shell.steps if step.once]
-            self._streams.append(self._make_stream(once, options, options.opening_slots or options.slots, None))
+            self._streams.append(self._make_stream(once, options, options.opening_slots or options.slots, 0, None))
         self.experts = self._make_experts(shell, options)
         self._kernel_s = 0.0
         self._order: Sequence[Step] = self.steps  # of the pass in progress
@@ -171,6 +173,7 @@ class Engine:
         steps: Sequence[Step],
         options: StreamOptions,
         slots: int,
+        lent_slots: int,
         settle: Callable[[Piece, Tensor], Piece] | None,
     ) -> WeightStream:
         """The weights of these steps of every pass, in order."""
@@ -185,7 +188,7 @@ class Engine:
         stream = WeightStream(
             layout,
             slots=slots,
-            lent_slots=options.lent_slots if slots == options.slots else 0,
+            lent_slots=lent_slots,
             readers=options.readers,
             file_of=self._files.__getitem__,
             spans=self.trace,

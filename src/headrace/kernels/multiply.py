@@ -36,8 +36,8 @@ class Kernels:
 
         Args:
             threads: cores to use.
-            bf16_many_rows: whether torch multiplies quantised weights in bf16 (with fp32 sums) where rows are many; only done
-                where the processor can.
+            bf16_many_rows: whether torch multiplies quantised weights in bf16 (fp32 sums, rounded to bf16) where rows are
+                many; only done where the processor can.
             row_invariant: a row's result must not depend on the rows beside it. Only interleaved weights have a faster
                 kernel for a single row that breaks this, in the last bits.
         """

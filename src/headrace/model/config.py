@@ -26,8 +26,8 @@ MODEL_TYPES = {
     "gemma4": "gemma4_text",
     "command-r": "cohere",
     "glm4moe": "glm4_moe",
-    "llama4": "llama4_text",
     "gpt-oss": "gpt_oss",
+    "llama4": "llama4_text",
     "minimax-m2": "minimax_m2",
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
@@ -67,8 +67,8 @@ _OTHERS_WITH_ENCODER = {
 }
 # The 27B sizes scale queries by hidden_size / heads, the others by head_dim; no metadata says so (llama.cpp goes by the
 # number of layers as well).
-_SOFTMAX, _SIGMOID = 1, 2  # of a router's scores, `expert_gating_func`
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
+_SOFTMAX, _SIGMOID = 1, 2  # of a router's scores, `expert_gating_func`
 
 
 def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> PreTrainedConfig:
