@@ -557,9 +557,7 @@ def load(
         request = replace(size_for(tokenizer), kv_bits=kv_bits)
         drafting, why = choose_drafting(checkpoint, profile, budget, request, options)
     request = replace(request, drafting=drafting)
-    kernels, reason = make_kernels(
-        profile.threads, profile.bf16_pays, row_invariant=request.sequences > 1 or request.most_guesses > 0
-    )
+    kernels, reason = make_kernels(profile.threads, profile.bf16_pays, request.row_invariant, profile.tiled)
     if reason != "ggml":
         warnings.warn(reason, stacklevel=2)
     spans = Trace() if trace else None
@@ -591,6 +589,7 @@ def load(
             lent_slots=plan.lent_slots,
             opening_slots=plan.opening_slots,
             readers=plan.readers,
+            tiles_exactly=plan.tiles_exactly,
             interleaved_types=plan.interleaved_types,
             interleaved_in_place=plan.interleaved_in_place,
             expert_slots=plan.expert_slots,
@@ -648,7 +647,7 @@ def _load_draft(original: Checkpoint, drafting: Drafting, profile: Profile) -> E
         interleaved_in_place=True,
         pinned_read_bytes=1 << 20,
     )
-    kernels, _ = make_kernels(profile.threads, profile.bf16_pays, row_invariant=False)
+    kernels, _ = make_kernels(profile.threads, profile.bf16_pays, row_invariant=False, tiled=profile.tiled)
     return Engine(draft, options, kernels)
 
 

@@ -25,6 +25,7 @@ from headrace.engine import Engine, Rows
 from headrace.engine.engine import StreamOptions
 from headrace.errors import HeadraceError
 from headrace.kernels import FEW_ROWS, Kernels, Piece
+from headrace.kernels.ggml import takes_super_blocks
 from headrace.plan.profile import Profile, load_profile, machine_name, profile_path, save_profile
 from headrace.plan.rooms import MOST_RING_SLOTS, READERS, UNIT_BYTES
 from headrace.plan.shape import is_linear
@@ -60,7 +61,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     say("kernels")
     kernels = Kernels(threads, row_invariant=False)
     types = dict.fromkeys([*_types_of(target), *USUAL_TYPES])
-    packed = {kind: _measure_kernel(kernels, kind) for kind in types}
+    packed = {kind: {**_measure_kernel(kernels, kind), **_measure_tiles(threads, kind)} for kind in types}
     woven = {
         kind: _measure_kernel(kernels, kind, interleaved=True) for kind in types if kind in kernels.interleaving.types
     }
@@ -171,6 +172,25 @@ def _measure_kernel(kernels: Kernels, kind: str, interleaved: bool = False) -> M
             kernels.multiply(x, [(0, pieces[i % copies])], [out])
 
         rates[str(rows)] = WEIGHT_ROWS * COLUMNS / _median_s(work, 5 if rows == 1 else ROUNDS)
+    return rates
+
+
+def _measure_tiles(threads: int, kind: str) -> Mapping[str, float]:
+    """Weights per second of products with many rows through ggml's tiles; none for a format that has no tiles."""
+    if not takes_super_blocks(kind):
+        return {}
+    weight_rows = 1024
+    arena, _ = _packed(kind, weight_rows, 1)
+    kernels = Kernels(threads, tiled=[kind])
+    rates = {}
+    for rows in PRODUCT_ROWS:
+        x, out = torch.randn(rows, COLUMNS), torch.empty(rows, weight_rows)
+
+        def work(_: int, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
+            kernels.multiply(x, [(0, Piece(kind, weight_rows, arena.address, 0))], [out])
+
+        rates[str(rows)] = weight_rows * COLUMNS / _median_s(work)
+    kernels.close()
     return rates
 
 

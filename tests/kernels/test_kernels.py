@@ -3,13 +3,13 @@
 import ctypes
 import sys
 
-import ggml
 import gguf
 import pytest
 import torch
 
 from headrace.checkpoint.tensor import COMPUTABLE, block_of
 from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels, make_kernels, torch_reference
+from headrace.kernels.ggml import library, type_number
 from headrace.kernels.limits import PRECISE_TYPES
 
 COLUMNS, ROWS = 512, 24
@@ -24,9 +24,7 @@ def quantised(kind: str) -> torch.Tensor:
     packed = torch.zeros(ROWS * COLUMNS // block * size, dtype=torch.uint8)
     importance = (ctypes.c_float * COLUMNS)(*[1.0] * COLUMNS)
     source = ctypes.cast(weights.data_ptr(), ctypes.POINTER(ctypes.c_float))
-    ggml.ggml_quantize_chunk(
-        getattr(ggml, f"GGML_TYPE_{kind}"), source, packed.data_ptr(), 0, ROWS, COLUMNS, importance
-    )
+    library().ggml_quantize_chunk(type_number(kind), source, packed.data_ptr(), 0, ROWS, COLUMNS, importance)
     return packed
 
 

@@ -79,6 +79,7 @@ class StreamOptions:
     slots: int
     lent_slots: int = 0  # of these, what the ring has only while memory is lent
     readers: int
+    tiles_exactly: bool = False  # how exact rows stay independent (`Kernels`)
     interleaved_types: frozenset[str] = frozenset()  # brought into ggml's interleaved layout where pinned
     interleaved_in_place: bool = False  # rather than copied: no memory, but prompts take longer
     pinned_read_bytes: int = 4 << 20
@@ -143,6 +144,7 @@ class Engine:
         if callable(options):
             options = options(shell)
         self._options = options
+        self.kernels.tiles_exactly = options.tiles_exactly
         self._lends: bool | None = None  # whether memory was lent after the last prompt; None: not yet looked
         latent = [module.kv_b_proj.matrix for module in self.model.modules() if makes_keys(module)]
         if self.way != "packed" and any(matrix.keys_turned for matrix in latent):

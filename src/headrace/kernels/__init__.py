@@ -1,12 +1,15 @@
 """How packed weights multiply: rows of activations times rows of weights that stay in their file's own format.
 
-Two paths behind one call. Few rows: ggml's dot products on the packed blocks; a row's result does not depend on the
-rows beside it. Many rows: blocks of weights are unpacked and multiplied by torch; faster from a measured number of rows
-on, and not row-invariant. `torch_reference` is the slow twin of both.
+Three paths behind one call. Few rows: ggml's dot products on the packed blocks; a row's result does not depend on the
+rows beside it. Many rows: ggml's tiles, which unpack some weights for all rows at once, for the formats in which that was
+measured to be faster; of the others blocks of weights are unpacked and multiplied by torch, which is not row-invariant.
+`torch_reference` is the slow twin of all.
 """
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from headrace.errors import HeadraceError
 from headrace.kernels.limits import FEW_ROWS
 from headrace.kernels.piece import Piece
 
@@ -18,16 +21,17 @@ __all__ = ["FEW_ROWS", "Kernels", "Piece", "ReferenceKernels", "make_kernels"]
 
 
 def make_kernels(
-    threads: int, bf16_many_rows: bool = True, row_invariant: bool = True
+    threads: int, bf16_many_rows: bool = True, row_invariant: bool = True, tiled: Collection[str] = ()
 ) -> "tuple[Kernels | ReferenceKernels, str]":
-    """(kernels, why these): ggml's, or the slow twin where ggml is not installed. Arguments as for `Kernels`."""
+    """(kernels, why these): ggml's, or the slow twin where no build of ggml runs. Arguments as for `Kernels`."""
     try:
         from headrace.kernels.multiply import Kernels
-    except ImportError as error:
+
+        return Kernels(threads, bf16_many_rows, row_invariant, tiled), "ggml"
+    except (ImportError, HeadraceError) as error:
         from headrace.kernels.torch_reference import ReferenceKernels
 
         return ReferenceKernels(threads), f"ggml cannot be loaded ({error}): slow kernels, expect 20 times the time"
-    return Kernels(threads, bf16_many_rows, row_invariant), "ggml"
 
 
 def __getattr__(name: str) -> Any:

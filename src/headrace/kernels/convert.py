@@ -7,9 +7,10 @@ guesses does not need the best: scales from the smallest and the largest weight 
 import ctypes
 from typing import Any
 
-import ggml
 import numpy as np
 import numpy.typing as npt
+
+from headrace.kernels.ggml import library, type_number
 
 # Weights converted at a time: 1 MiB of fp32 between the two formats stays in the cache.
 _CHUNK_WEIGHTS = 1 << 18
@@ -17,7 +18,8 @@ _CHUNK_WEIGHTS = 1 << 18
 
 def convert(source_type: str, source: int, target_type: str, target: int, rows: int, columns: int) -> None:
     """Write `rows` packed rows at `source` to `target` in another format, rounded to nearest, without an importance matrix."""
-    from_type, to_type = (getattr(ggml, f"GGML_TYPE_{name}") for name in (source_type, target_type))
+    ggml = library()
+    from_type, to_type = type_number(source_type), type_number(target_type)
     from_bytes, to_bytes = (int(ggml.ggml_row_size(kind, columns)) for kind in (from_type, to_type))
     step = max(1, _CHUNK_WEIGHTS // columns)
     plain = np.empty(step * columns, np.float32)

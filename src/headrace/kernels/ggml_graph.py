@@ -8,77 +8,88 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import ggml
-
+from headrace.kernels.ggml import InitParams, Tensor, library, type_number
 from headrace.kernels.interleaved import Interleaving
 
 # Of ggml's bookkeeping: for a graph, and for each product in it (three tensors, one node, two leaves).
 _GRAPH_BYTES = 16 << 10
 _PRODUCT_BYTES = 2 << 10
+# How long threads without work spin before they sleep, in ggml's measure of some 2 ms.
+_SPIN = 1
 
 
-def ggml_type(name: str) -> int:
-    """ggml's number for a quantisation, by its name in the GGUF file."""
-    return int(getattr(ggml, f"GGML_TYPE_{name}"))
+class Workers:
+    """The threads that compute, and the scratch they ask for: shared by graphs that run one after another.
 
+    Those that `spin` start at once, where waking takes some 30 us; but they are in the way of torch's threads.
+    """
 
-class Workspace:
-    """Scratch that ggml asks for, shared by all graphs because they run one after another."""
-
-    def __init__(self) -> None:
+    def __init__(self, threads: int, spin: bool) -> None:
+        self.threads = threads
+        parameters = library().ggml_threadpool_params_default(threads)
+        parameters.poll = _SPIN if spin else 0
+        self.pool = library().ggml_threadpool_new(ctypes.byref(parameters))
         self._reserve(1)
 
     def _reserve(self, nbytes: int) -> None:
-        self._nbytes = nbytes
-        self._pointer = ctypes.cast((ctypes.c_uint8 * nbytes)(), ctypes.POINTER(ctypes.c_uint8))
+        self._scratch = (ctypes.c_uint8 * nbytes)()
+        self._address = ctypes.addressof(self._scratch)
 
-    def at_least(self, nbytes: int) -> Any:
-        """A pointer to so many bytes."""
-        if self._nbytes < nbytes:
+    def scratch(self, nbytes: int) -> int:
+        """The address of so many bytes."""
+        if len(self._scratch) < nbytes:
             self._reserve(nbytes)
-        return self._pointer
+        return self._address
+
+    def close(self) -> None:
+        """End the threads."""
+        if self.pool is not None:
+            library().ggml_threadpool_free(self.pool)
+            self.pool = None
 
 
 class Graph:
     """One small ggml graph over memory that the caller owns. Freed with `close`."""
 
-    def __init__(self, workspace: Workspace, nodes: int = 1) -> None:
+    def __init__(self, workers: Workers, nodes: int = 1) -> None:
         size = _GRAPH_BYTES + nodes * _PRODUCT_BYTES
-        parameters = ggml.ggml_init_params(mem_size=size, mem_buffer=None, no_alloc=True)
-        self._context = ggml.ggml_init(parameters)
-        self._graph = ggml.ggml_new_graph_custom(self._context, 16 + 3 * nodes, False)
-        self._workspace = workspace
+        self._ggml = library()
+        self._context = self._ggml.ggml_init(InitParams(size, None, True))
+        self._graph = self._ggml.ggml_new_graph_custom(self._context, 16 + 3 * nodes, False)
+        self._workers = workers
 
     def leaf(self, type_name: str, columns: int, rows: int) -> Any:
         """A new (rows, columns) tensor whose data pointer is set later."""
-        return ggml.ggml_new_tensor_2d(self._context, ggml_type(type_name), columns, rows)
+        return self._ggml.ggml_new_tensor_2d(self._context, type_number(type_name), columns, rows)
 
-    def plan(self, outputs: Sequence[Any], threads: int) -> None:
-        """Fix the outputs and the number of threads."""
+    def plan(self, outputs: Sequence[Any], dots: bool = False) -> None:
+        """Fix the outputs; `dots`: every product by dot products, whatever the number of rows."""
         for output in outputs:
-            ggml.ggml_build_forward_expand(self._graph, output)
-        self._plan = ggml.ggml_graph_plan(self._graph, threads, None)
+            self._ggml.ggml_build_forward_expand(self._graph, output)
+        self._plan = self._ggml.ggml_graph_plan(self._graph, self._workers.threads, self._workers.pool)
+        self._plan.use_ref = dots
         self._plan_pointer = ctypes.byref(self._plan)
 
     def compute(self) -> None:
         """Run the graph on the data its tensors point to now."""
-        self._plan.work_data = self._workspace.at_least(self._plan.work_size)
-        status = ggml.ggml_graph_compute(self._graph, self._plan_pointer)
+        self._plan.work_data = self._workers.scratch(self._plan.work_size)
+        status = self._ggml.ggml_graph_compute(self._graph, self._plan_pointer)
         assert status == 0, f"ggml_graph_compute returned {status}"
 
     def close(self) -> None:
         """Give ggml's context back."""
         if self._context is not None:
-            ggml.ggml_free(self._context)
+            self._ggml.ggml_free(self._context)
             self._context = None
 
 
 class Part(NamedTuple):
-    """One product: the weight's format, rows and columns, the bytes between rows of x and of the result, the layout."""
+    """One product: the weight's format, rows and columns, x's format, the bytes between rows of x and of the result."""
 
     type: str
     rows: int
     columns: int
+    x_type: str
     x_stride: int
     stride: int
     interleaved: bool
@@ -94,27 +105,30 @@ class Operands(NamedTuple):
 
 
 class Products(Graph):
-    """x @ w.T for several packed `w`, each with an x of its own: results of shape (rows of x, rows of w) in fp32."""
+    """x @ w.T for several packed `w`, each with an x of its own: results of shape (rows of x, rows of w) in fp32.
+
+    With `dots` a row's result does not depend on the number of rows.
+    """
 
     def __init__(
-        self, parts: Sequence[Part], most_rows: int, threads: int, workspace: Workspace, interleaving: Interleaving
+        self, parts: Sequence[Part], most_rows: int, dots: bool, workers: Workers, interleaving: Interleaving
     ):
-        super().__init__(workspace, len(parts))
-        self._parts: list[tuple[Any, Any, Any]] = []
+        super().__init__(workers, len(parts))
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
         outputs = []
         for part in parts:
-            x = self.leaf("F32", part.columns, most_rows)
+            x = self.leaf(part.x_type, part.columns, most_rows)
             weight = self.leaf(part.type, part.columns, part.rows)
             if part.interleaved:
                 interleaving.mark(part.type, weight.contents)
-            result = ggml.ggml_mul_mat(self._context, weight, x)
+            result = self._ggml.ggml_mul_mat(self._context, weight, x)
             outputs.append(result)
             for tensor, stride in ((x.contents, part.x_stride), (result.contents, part.stride)):
                 tensor.nb[1] = stride
                 tensor.nb[2] = tensor.nb[3] = stride * most_rows
             self._parts.append((weight.contents, x.contents, result.contents))
         self._rows = [most_rows] * len(parts)
-        self.plan(outputs, threads)
+        self.plan(outputs, dots)
 
     def __call__(self, operands: Sequence[Operands]) -> None:
         """Multiply what lies at these addresses."""
@@ -128,17 +142,23 @@ class Products(Graph):
         self.compute()
 
 
-class Unpack(Graph):
-    """Packed rows to fp32, on several threads."""
+class Cast(Graph):
+    """Rows in one format to another, on several threads."""
 
-    def __init__(self, type_name: str, columns: int, rows: int, threads: int, workspace: Workspace):
-        super().__init__(workspace)
-        packed = self.leaf(type_name, columns, rows)
-        plain = ggml.ggml_cast(self._context, packed, ggml.GGML_TYPE_F32)
-        self._packed, self._plain = packed.contents, plain.contents
-        self.plan([plain], threads)
+    def __init__(self, source_type: str, target_type: str, columns: int, rows: int, workers: Workers):
+        super().__init__(workers)
+        source = self.leaf(source_type, columns, rows)
+        target = self._ggml.ggml_cast(self._context, source, type_number(target_type))
+        self._tensors: tuple[Tensor, Tensor] = source.contents, target.contents
+        self._rows = rows
+        self.plan([target])
 
-    def __call__(self, packed: int, plain: int) -> None:
-        """Unpack what lies at `packed` to `plain`."""
-        self._packed.data, self._plain.data = packed, plain
+    def __call__(self, source: int, target: int, rows: int) -> None:
+        """Write the rows at `source` to `target`."""
+        for tensor, address in zip(self._tensors, (source, target), strict=True):
+            tensor.data = address
+            if self._rows != rows:
+                tensor.ne[1] = rows
+                tensor.nb[2] = tensor.nb[3] = tensor.nb[1] * rows
+        self._rows = rows
         self.compute()

@@ -11,7 +11,7 @@ in such a buffer lends them to tensors over memory of ours.
 import ctypes
 from typing import Any
 
-import ggml
+from headrace.kernels.ggml import InitParams, library, type_number
 
 # Rows that are woven together, and rows of activations that one call of the kernel for several takes.
 ROWS = 8
@@ -33,12 +33,11 @@ class Interleaving:
         self._context = None
         if kind is None:
             return
+        ggml = library()
         ggml.ggml_log_set(_silent, None)  # it reports every tensor on stderr
-        parameters = ggml.ggml_init_params(mem_size=16 << 10, mem_buffer=None, no_alloc=True)
-        self._context = ggml.ggml_init(parameters)
+        self._context = ggml.ggml_init(InitParams(16 << 10, None, True))
         tensors = {
-            name: ggml.ggml_new_tensor_2d(self._context, getattr(ggml, f"GGML_TYPE_{name}"), 256, ROWS)
-            for name in _CANDIDATES
+            name: ggml.ggml_new_tensor_2d(self._context, type_number(name), 256, ROWS) for name in _CANDIDATES
         }
         self._buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, kind)
         for name, tensor in tensors.items():
@@ -60,9 +59,9 @@ class Interleaving:
 
     def copy(self, type_name: str, rows: int, columns: int, source: int, target: int) -> None:
         """Write the interleaved form of packed rows at `source` to `target`; both take the same bytes."""
-        parameters = ggml.ggml_init_params(mem_size=4 << 10, mem_buffer=None, no_alloc=True)
-        context = ggml.ggml_init(parameters)
-        tensor = ggml.ggml_new_tensor_2d(context, getattr(ggml, f"GGML_TYPE_{type_name}"), columns, rows)
+        ggml = library()
+        context = ggml.ggml_init(InitParams(4 << 10, None, True))
+        tensor = ggml.ggml_new_tensor_2d(context, type_number(type_name), columns, rows)
         self.mark(type_name, tensor.contents)
         tensor.contents.data = target
         ggml.ggml_backend_tensor_set(tensor, source, 0, ggml.ggml_nbytes(tensor))
@@ -71,13 +70,14 @@ class Interleaving:
     def close(self) -> None:
         """Free what was lent."""
         if self._buffer:
-            ggml.ggml_backend_buffer_free(self._buffer)
-            ggml.ggml_free(self._context)
+            library().ggml_backend_buffer_free(self._buffer)
+            library().ggml_free(self._context)
         self._buffer, self._lent = None, {}
 
 
 def _buffer_type() -> int | None:
     """ggml's buffer type for interleaved weights, or None where this build has none."""
+    ggml = library()
     registry = ggml.ggml_backend_cpu_reg()
     address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
     if not address:

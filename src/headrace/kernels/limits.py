@@ -4,6 +4,10 @@
 # decoded, within this limit.
 FEW_ROWS = 16
 
+# From so many rows on ggml has kernels that unpack a tile of weights for all of them at once, for most formats of 256
+# weights a block. They add up in another order than the dot products do, so a row's last bits differ.
+TILE_ROWS = 8
+
 # Experts of a layer that are multiplied together: what they work on lies in memory at the same time.
 EXPERTS_TOGETHER = 16
 

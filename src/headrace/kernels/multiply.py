@@ -7,7 +7,7 @@ by its dot products from two rows on (3.5 at 16 rows, 8 interleaved); unpacking 
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -15,44 +15,57 @@ import torch
 
 from headrace.checkpoint.tensor import block_of
 from headrace.kernels import interleaved
-from headrace.kernels.ggml_graph import Operands, Part, Products, Unpack, Workspace
+from headrace.kernels.ggml import takes_super_blocks
+from headrace.kernels.ggml_graph import Cast, Operands, Part, Products, Workers
 from headrace.kernels.interleaved import ACTIVATION_ROWS, Interleaving
-from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES
+from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES, TILE_ROWS
 from headrace.kernels.piece import Piece
 from headrace.kernels.unpacking import unpack_pieces
 
 # Scratch for unpacked weights, which keeps torch's products wide; and the rows of them that oneDNN likes multiples of: with
 # 292 of 14336 columns bf16 products ran at 348 GFLOP/s, with 256 at 401, with 512 at 418.
 UNPACK_BYTES = 16 << 20
-TILE_ROWS = 256
+UNPACKED_ROWS = 256
 CACHED_WEIGHTS = 256 << 10  # and of those that become bf16, between the two steps: 1 MiB
 
 
 class Kernels:
     """Runs products on `threads` cores. Owns ggml's graphs and the scratch for unpacked weights."""
 
-    def __init__(self, threads: int, bf16_many_rows: bool = True, row_invariant: bool = True):
+    def __init__(
+        self,
+        threads: int,
+        bf16_many_rows: bool = True,
+        row_invariant: bool = True,
+        tiled: Collection[str] = (),
+        tiles_exactly: bool = False,
+    ):
         """What is fixed for all products.
 
         Args:
             threads: cores to use.
             bf16_many_rows: whether torch multiplies quantised weights in bf16 (fp32 sums, rounded to bf16) where rows are
                 many; only done where the processor can.
-            row_invariant: a row's result must not depend on the rows beside it. Only interleaved weights have a faster
-                kernel for a single row that breaks this, in the last bits.
+            row_invariant: an exact row's result must not depend on the number of rows. Kernels that are faster for one
+                row, or for many, break this in the last bits.
+            tiled: the formats of which many rows go through ggml's tiles, in 8 bits, and not through torch.
+            tiles_exactly: how exact rows of these stay independent: all go through tiles, however few, instead of through
+                dot products, however many.
         """
         self.threads = threads
         self.bf16_many_rows = bf16_many_rows and _multiplies_bf16()
         self.row_invariant = row_invariant
+        self.tiled = frozenset(kind for kind in tiled if takes_super_blocks(kind))
+        self.tiles_exactly = tiles_exactly
         self.interleaving = Interleaving()
-        self._workspace = Workspace()
+        self._few_workers, self._many_workers = Workers(threads, spin=True), Workers(threads, spin=False)
         self._products: dict[tuple[object, ...], Products] = {}
-        self._unpacks: dict[tuple[str, int, int], Unpack] = {}
+        self._casts: dict[tuple[str, str, int, bool], Cast] = {}
         self._scratch: torch.Tensor | None = None
         self._half: torch.Tensor | None = None  # unpacked weights
-        self._room = torch.empty(0, dtype=torch.bfloat16)
-        self._activations_half = self._room
-        self._source: weakref.ref[torch.Tensor] | None = None  # of which these are the activations
+        self._activations_half = _Prepared()
+        self._activations_8 = _Prepared()
+        self._padded_results = torch.empty(0)
         self._copies: list[torch.Tensor] = []
 
     def interleave(self, piece: Piece, columns: int, in_place: bool = False) -> Piece:
@@ -108,11 +121,26 @@ class Kernels:
             if woven:
                 self._few_rows(x, woven, outputs)
             pieces = [(i, piece) for i, piece in pieces if not piece.only_interleaved]
-            for i, piece in pieces:
+            tiled, others = self._divide(pieces, exact=False)
+            if tiled:
+                self._tiles(x, range(exact_rows, len(x)), tiled, outputs)
+            for i, piece in others:
                 many = self._activations(x, exact_rows, piece.type)
                 self._many_rows(many, piece, outputs[i][exact_rows:])
         if exact_rows and pieces:
-            self._few_rows(x[:exact_rows], pieces, [output[:exact_rows] for output in outputs])
+            if self.tiles_exactly if self.row_invariant else exact_rows >= TILE_ROWS:
+                tiled, pieces = self._divide(pieces, exact=True)
+                if tiled:
+                    self._tiles(x, range(exact_rows), tiled, outputs)
+            if pieces:
+                self._few_rows(x[:exact_rows], pieces, [output[:exact_rows] for output in outputs])
+
+    def _divide(self, pieces: "_Pieces", exact: bool) -> tuple["_Pieces", "_Pieces"]:
+        """(those that go through tiles, the others)."""
+        tiled = [
+            (i, p) for i, p in pieces if p.type in self.tiled and not p.slab_rows and not (exact and p.interleaved)
+        ]
+        return tiled, [pair for pair in pieces if pair not in tiled] if tiled else pieces
 
     def multiply_each(self, jobs: Sequence[tuple[torch.Tensor, Piece, torch.Tensor]], exact: bool) -> None:
         """As `multiply`, for pieces that each have activations and an output of their own: those of experts.
@@ -121,16 +149,21 @@ class Kernels:
             jobs: (x (rows, columns), piece, output (rows, rows of the piece)), fp32, their rows contiguous.
             exact: every row independently of the others; else those of many rows go through torch's products.
         """
-        few: list[_Job] = []
+        dots: list[_Job] = []
+        others: list[_Job] = []
         for x, piece, output in jobs:
+            invariant = exact and self.row_invariant
             if piece.slab_rows:
                 self.multiply(x, [(0, piece)], [output], None if not exact else x.shape[0])
+            elif not invariant and x.shape[0] >= TILE_ROWS and piece.type in self.tiled:
+                others.append(_job(x, piece, output))
             elif exact or x.shape[0] <= FEW_ROWS:
-                few.append((x, x.shape[1], 0, piece, output, 0))
+                (dots if self.row_invariant else others).append(_job(x, piece, output))
             else:
                 self._many_rows(self._activations(x, 0, piece.type), piece, output)
-        for start in range(0, len(few), _MOST_PARTS):
-            self._run(few[start : start + _MOST_PARTS])
+        for some, by_dots in ((dots, True), (others, False)):
+            for start in range(0, len(some), _MOST_PARTS):
+                self._run(some[start : start + _MOST_PARTS], by_dots)
 
     def _few_rows(self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
         for i, piece in pieces:
@@ -141,34 +174,58 @@ class Kernels:
         if missing and (self.row_invariant or x.shape[0] > 1) and any(p.interleaved for _, p in whole):
             self._padded(x, missing, whole, outputs)
         elif whole:
-            self._run([(x, x.shape[1], 0, p, outputs[i], 4 * p.first) for i, p in whole])
+            self._run([_job(x, p, outputs[i], 4 * p.first) for i, p in whole], self.row_invariant)
 
-    def _run(self, jobs: Sequence["_Job"]) -> None:
+    def _tiles(self, x: torch.Tensor, which: range, pieces: "_Pieces", outputs: Sequence[torch.Tensor]) -> None:
+        """These rows of x, padded to as many as ggml takes for tiles."""
+        rows = max(len(which), TILE_ROWS)
+        packed, x_stride = self._eight_bits(x, which, rows)
+        sizes = [rows * p.rows if len(which) < rows else 0 for _, p in pieces]  # of results, where there are more than asked
+        if self._padded_results.numel() < sum(sizes):
+            self._padded_results = torch.empty(sum(sizes))
+        padded = self._padded_results[: sum(sizes)].split(sizes)
+        jobs = []
+        for (i, p), result in zip(pieces, padded, strict=True):
+            stride = 4 * (p.rows if len(which) < rows else outputs[i].stride(0))
+            to = result.data_ptr() if len(which) < rows else outputs[i].data_ptr() + which.start * stride + 4 * p.first
+            part = Part(p.type, p.rows, x.shape[1], _ROWS_8_BITS, x_stride, stride, interleaved=False)
+            jobs.append((part, Operands(p.address, packed, to, rows)))
+        self._run(jobs, dots=False)
+        if len(which) < rows:
+            for (i, p), result in zip(pieces, padded, strict=True):
+                outputs[i][which.start : which.stop, p.first : p.first + p.rows] = result.view(rows, -1)[: len(which)]
+
+    def _eight_bits(self, x: torch.Tensor, which: range, rows: int) -> tuple[int, int]:
+        """(address, bytes a row) of these rows of x as ggml's tiles take them, with room for `rows`."""
+        columns = x.shape[1]
+        block, size = block_of(_ROWS_8_BITS)
+        stride = columns // block * size
+        kept = self._activations_8
+        if not kept.are_of(x, which.start):
+            buffer = kept.room(rows * stride, torch.uint8)
+            cast = self._cast("F32", _ROWS_8_BITS, columns, len(which) > FEW_ROWS)
+            cast(x.data_ptr() + 4 * which.start * columns, buffer.data_ptr(), len(which))
+            kept.keep(x, which.start, buffer)
+        return kept.value.data_ptr(), stride
+
+    def _run(self, jobs: Sequence["_Job"], dots: bool) -> None:
         """Compute products in one graph, kept by their shapes."""
-        parts = tuple(
-            [
-                Part(
-                    p.type,
-                    p.slab_rows or p.rows,
-                    columns,
-                    4 * x.stride(0),
-                    4 * out.stride(0),
-                    p.interleaved is not None,
-                )
-                for x, columns, _, p, out, _ in jobs
-            ]
-        )
-        most_rows = 1 << (max([x.shape[0] for x, *_ in jobs]) - 1).bit_length()
-        key = (most_rows, parts)
+        parts = tuple([part for part, _ in jobs])
+        most_rows = 1 << (max([operands.rows for _, operands in jobs]) - 1).bit_length()
+        key = (most_rows, dots, parts)
         graph = self._products.get(key)
         if graph is None:
-            graph = self._products[key] = Products(parts, most_rows, self.threads, self._workspace, self.interleaving)
-        graph(
-            [
-                Operands(p.interleaved or p.address, x.data_ptr() + at, out.data_ptr() + to, x.shape[0])
-                for x, _, at, p, out, to in jobs
-            ]
-        )
+            workers = self._many_workers if most_rows > FEW_ROWS else self._few_workers
+            graph = self._products[key] = Products(parts, most_rows, dots, workers, self.interleaving)
+        graph([operands for _, operands in jobs])
+
+    def _cast(self, source_type: str, target_type: str, columns: int, many: bool) -> Cast:
+        key = (source_type, target_type, columns, many)
+        cast = self._casts.get(key)
+        if cast is None:
+            workers = self._many_workers if many else self._few_workers
+            cast = self._casts[key] = Cast(source_type, target_type, columns, 1, workers)
+        return cast
 
     def _slabs(self, x: torch.Tensor, piece: Piece, output: torch.Tensor) -> None:
         """Products with the slabs of a piece, added up one after another: the sum does not depend on the cuts."""
@@ -176,7 +233,7 @@ class Kernels:
         for index, slab in enumerate(piece.slabs()):
             number = piece.first // piece.slab_rows + index
             part = output if number == 0 else torch.empty_like(output)
-            self._run([(x, width, 4 * number * width, slab, part, 0)])
+            self._run([_job(x[:, number * width : (number + 1) * width], slab, part)], self.row_invariant)
             if number:
                 output += part
 
@@ -207,7 +264,7 @@ class Kernels:
         row_bytes = columns // block * size
         half = x.dtype == torch.bfloat16
         step = max(1, UNPACK_BYTES // (2 if half else 4) // columns)
-        step = step // TILE_ROWS * TILE_ROWS or step
+        step = step // UNPACKED_ROWS * UNPACKED_ROWS or step
         for start in range(0, piece.rows, step):
             rows = min(step, piece.rows - start)
             plain = self._plain(piece.type, piece.address + start * row_bytes, rows, columns, half)
@@ -219,14 +276,11 @@ class Kernels:
         """The rows of x from `first` on as torch multiplies them with such weights: in bf16 made once for all pieces."""
         if not self.bf16_many_rows or type_name in PRECISE_TYPES:
             return x[first:]
-        if self._source is None or self._source() is not x or len(self._activations_half) != len(x) - first:
-            self._source = weakref.ref(x)
-            count = (len(x) - first) * x.shape[1]
-            if self._room.numel() < count:
-                self._room = torch.empty(count, dtype=torch.bfloat16)
-            self._activations_half = self._room[:count].view(-1, x.shape[1])
-            self._activations_half.copy_(x[first:])
-        return self._activations_half
+        kept = self._activations_half
+        if not kept.are_of(x, first):
+            rows = kept.room((len(x) - first) * x.shape[1], torch.bfloat16).view(-1, x.shape[1])
+            kept.keep(x, first, rows.copy_(x[first:]))
+        return kept.value
 
     def _plain(self, type_name: str, address: int, rows: int, columns: int, half: bool) -> torch.Tensor:
         """Packed rows in fp32, or in bf16: by few rows at a time then, which stay in the cores' caches in between."""
@@ -252,12 +306,7 @@ class Kernels:
         if self._scratch is None or self._scratch.numel() < rows * columns:
             self._scratch = torch.empty(rows * columns, dtype=torch.float32)
         plain = self._scratch[: rows * columns].view(rows, columns)
-        graph = self._unpacks.get((type_name, rows, columns))
-        if graph is None:
-            graph = self._unpacks[type_name, rows, columns] = Unpack(
-                type_name, columns, rows, self.threads, self._workspace
-            )
-        graph(address, plain.data_ptr())
+        self._cast(type_name, "F32", columns, many=True)(address, plain.data_ptr(), rows)
         return plain
 
     def unpack_all(self, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
@@ -266,23 +315,61 @@ class Kernels:
 
     def release(self) -> None:
         """Give up the scratch for unpacked weights, until they are many again."""
-        self._scratch = self._half = self._source = None
-        self._room = self._activations_half = torch.empty(0, dtype=torch.bfloat16)
+        self._scratch = self._half = None
+        self._padded_results = torch.empty(0)
+        self._activations_half, self._activations_8 = _Prepared(), _Prepared()
 
     def close(self) -> None:
         """Free ggml's graphs and the copies."""
-        for graph in (*self._products.values(), *self._unpacks.values()):
+        for graph in (*self._products.values(), *self._casts.values()):
             graph.close()
         self._products.clear()
-        self._unpacks.clear()
-        self._scratch = self._half = None
+        self._casts.clear()
+        self.release()
         self._copies.clear()
         self.interleaving.close()
+        self._few_workers.close()
+        self._many_workers.close()
 
 
-# x, its columns, bytes from its start; the piece; the output and bytes from its start.
-_Job: TypeAlias = tuple[torch.Tensor, int, int, Piece, torch.Tensor, int]
+class _Prepared:
+    """Activations in another format, made once for all pieces that multiply them."""
 
+    def __init__(self) -> None:
+        self._source: weakref.ref[torch.Tensor] | None = None
+        self._first = 0
+        self._room = torch.empty(0)
+        self.value = self._room
+
+    def are_of(self, x: torch.Tensor, first: int) -> bool:
+        """Whether they are those of x from this row on."""
+        return self._source is not None and self._source() is x and self._first == first
+
+    def room(self, numbers: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for so many numbers, the same as the last time if it is large enough."""
+        if self._room.numel() < numbers:
+            self._source, self.value = None, torch.empty(0)
+            self._room = torch.empty(numbers, dtype=dtype)
+        return self._room[:numbers]
+
+    def keep(self, x: torch.Tensor, first: int, value: torch.Tensor) -> None:
+        """Remember what they were made of."""
+        self._source, self._first, self.value = weakref.ref(x), first, value
+
+
+def _job(x: torch.Tensor, piece: Piece, output: torch.Tensor, to: int = 0) -> "_Job":
+    """x times the piece to `output`, which begins so many bytes further."""
+    rows = piece.slab_rows or piece.rows
+    part = Part(
+        piece.type, rows, x.shape[1], "F32", 4 * x.stride(0), 4 * output.stride(0), piece.interleaved is not None
+    )
+    return part, Operands(piece.interleaved or piece.address, x.data_ptr(), output.data_ptr() + to, x.shape[0])
+
+
+_Job: TypeAlias = tuple[Part, Operands]
+_Pieces: TypeAlias = Sequence[tuple[int, Piece]]
+
+_ROWS_8_BITS = "Q8_K"  # in which ggml's tiles take activations
 _MOST_PARTS = 32  # products in one graph
 _ALIGNMENT = 64
 _SLAB_BYTES = 1 << 20

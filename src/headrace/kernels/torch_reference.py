@@ -34,6 +34,7 @@ class ReferenceKernels:
 
     def __init__(self, threads: int):
         self.threads = threads
+        self.tiles_exactly = False  # every row is computed alike anyway
 
     def interleave(self, piece: Piece, columns: int, in_place: bool = False) -> Piece:
         """As `Kernels.interleave`: there is no other layout here."""

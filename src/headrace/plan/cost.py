@@ -10,7 +10,7 @@ the probe; they overlap, but reading takes time of the cores (`plan.fit`).
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES
+from headrace.kernels.limits import FEW_ROWS, TILE_ROWS
 from headrace.plan.experts import LAYER_S, Experts, average_weights
 from headrace.plan.profile import Profile
 
@@ -53,6 +53,8 @@ class Weights:
     decoding_core_s_per_byte: float = 0.0  # of one core, for what is not stored as it is multiplied
     read_share: float = 1.0  # bytes read from the disk for each byte that arrives; not of experts
     experts: Experts | None = None  # of which a pass multiplies those that its rows choose
+    row_invariant: bool = False  # exact rows do not depend on their number: by dot products, or else
+    tiles_exactly: bool = False  # all through tiles, where the format has them (`kernels`)
 
 
 def compute_seconds(profile: Profile, weights: Weights, layers: int, rows: int, exact: bool | None = None) -> float:
@@ -71,21 +73,24 @@ def compute_seconds(profile: Profile, weights: Weights, layers: int, rows: int, 
         if exact or weights.in_place:
             seconds += count / profile.kernel(kind, rows, interleaved=True)
         else:
-            seconds += _unpacked(profile, kind, count, rows)
+            seconds += _many(profile, kind, count, rows)
     for kind, count in weights.plain.items():
-        seconds += count / profile.kernel(kind, rows) if exact else _unpacked(profile, kind, count, rows)
-    return seconds + (expert_seconds(profile, weights.experts, rows) if weights.experts is not None else 0.0)
+        seconds += count / exact_rate(profile, weights, kind, rows) if exact else _many(profile, kind, count, rows)
+    if weights.experts is not None:
+        seconds += expert_seconds(profile, weights.experts, rows, exact and weights.row_invariant)
+    return seconds
 
 
-def expert_seconds(profile: Profile, experts: Experts, rows: int) -> float:
+def expert_seconds(profile: Profile, experts: Experts, rows: int, dots: bool) -> float:
     """Seconds of compute for the experts that so many rows choose: each expert multiplies those rows that chose it."""
     touched = max(experts.touched(rows), 1e-9)
     each = max(1, round(rows * experts.per_token / touched))  # rows of an expert
     kernels = 0.0
     for kind, count in average_weights(experts).items():
-        kernels += (
-            count / profile.kernel(kind, each) if each <= FEW_ROWS else _unpacked(profile, kind, int(count), each)
-        )
+        if dots:
+            kernels += count / profile.dots(kind, each)
+        else:
+            kernels += count / profile.kernel(kind, each) if each <= FEW_ROWS else _many(profile, kind, count, each)
     return experts.layers * (LAYER_S + touched * kernels)
 
 
@@ -94,10 +99,20 @@ def layer_seconds(profile: Profile, layers: int, rows: int) -> float:
     return layers * (profile.layer_s + (rows - 1) * profile.layer_row_s)
 
 
-def _unpacked(profile: Profile, kind: str, count: int, rows: int) -> float:
-    """Unpacking, and torch's product."""
-    precise = kind in PRECISE_TYPES or not profile.bf16_pays
-    return count / profile.unpack(kind) + 2 * count * rows / profile.product(rows, precise)
+def exact_rate(profile: Profile, weights: Weights, kind: str, rows: int) -> float:
+    """Weights per second of exact rows, not interleaved."""
+    if not weights.row_invariant:
+        return profile.kernel(kind, rows)
+    if weights.tiles_exactly and kind in profile.tiled:
+        return profile.kernel(kind, max(rows, TILE_ROWS))
+    return profile.dots(kind, rows)
+
+
+def _many(profile: Profile, kind: str, count: float, rows: int) -> float:
+    """Seconds of so many weights through tiles, or unpacked and multiplied by torch."""
+    if kind in profile.tiled:
+        return count / profile.kernel(kind, max(rows, TILE_ROWS))
+    return count * profile.unpacked_s(kind, rows)
 
 
 def pass_cost(

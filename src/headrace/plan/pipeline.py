@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 
 from headrace.forecast.schedule import Timeline, Unit, simulate
-from headrace.plan.cost import expert_seconds, layer_seconds
+from headrace.plan.cost import exact_rate, expert_seconds, layer_seconds
 from headrace.plan.experts import Experts
 from headrace.plan.plan import Plan
 from headrace.plan.shape import Shape
@@ -24,7 +24,8 @@ def pass_units(plan: Plan, shape: Shape, rows: int) -> list[Unit]:
     units: list[Unit] = []
     for tensor in shape.linears:
         woven = tensor.type in plan.interleaved_types
-        rate = plan.profile.kernel(tensor.type, rows, interleaved=woven)
+        woven_rate = plan.profile.kernel(tensor.type, rows, interleaved=True)
+        rate = woven_rate if woven else exact_rate(plan.profile, plan.weights, tensor.type, rows)
         compute_s = tensor.rows * tensor.columns / rate
         held = plan.pinned_rows[tensor.name] + plan.lent_rows.get(tensor.name, 0)
         pinned_share = held / tensor.rows
@@ -46,7 +47,7 @@ def _with_experts(units: Sequence[Unit], plan: Plan, experts: Experts, rows: int
     That experts are known only when the router has chosen is left out: most are foreseen (`engine.look_ahead`).
     """
     read_s = experts.missed_bytes(rows) / experts.layers / plan.disk_bytes_per_s
-    compute_s = expert_seconds(plan.profile, experts, rows) / experts.layers
+    compute_s = expert_seconds(plan.profile, experts, rows, plan.weights.row_invariant) / experts.layers
     share = max(1, len(units) // experts.layers)
     for layer in range(experts.layers):
         last = len(units) if layer == experts.layers - 1 else (layer + 1) * share

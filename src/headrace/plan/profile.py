@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headrace.kernels.limits import PRECISE_TYPES, TILE_ROWS
 from headrace.units import GIB, MIB
 
-SCHEMA = 3
+SCHEMA = 4
+MANY_ROWS = 512  # of a prompt: at which ways to multiply are compared
 # Of the time that the disk takes, how much the cores lose to it: 0.4 on two cores of a virtual machine (docs/accuracy.md).
 READING = 0.3
 
@@ -65,6 +67,26 @@ class Profile:
         table = table or self.kernel_weights_per_s.get(type_name) or _slowest(self.kernel_weights_per_s)
         most = max(map(int, table))  # beyond, every row takes the same time
         return _interpolated(table, rows) * min(1.0, most / rows)
+
+    def dots(self, type_name: str, rows: int) -> float:
+        """Weights per second of the packed product where every row has dot products of its own."""
+        few = min(rows, TILE_ROWS // 2)
+        return self.kernel(type_name, few) * few / rows
+
+    @property
+    def tiled(self) -> frozenset[str]:
+        """Formats of which ggml multiplies many rows faster than unpacking and torch do."""
+        rows = MANY_ROWS
+        return frozenset(
+            kind
+            for kind, rates in self.kernel_weights_per_s.items()
+            if str(rows) in rates and 1 / self.kernel(kind, rows) < self.unpacked_s(kind, rows)
+        )
+
+    def unpacked_s(self, type_name: str, rows: int) -> float:
+        """Seconds for each weight to be unpacked and multiplied with so many rows by torch."""
+        precise = type_name in PRECISE_TYPES or not self.bf16_pays
+        return 1 / self.unpack(type_name) + 2 * rows / self.product(rows, precise)
 
     @property
     def types_to_interleave(self) -> frozenset[str]:

@@ -29,6 +29,11 @@ class Request:
         return min(self.drafting.most_guesses, max(0, MOST_VERIFY_ROWS // self.sequences - 1))
 
     @property
+    def row_invariant(self) -> bool:
+        """Whether what one row computes must not depend on the number of rows: with guesses, or with others."""
+        return self.sequences > 1 or self.most_guesses > 0
+
+    @property
     def verify_rows(self) -> int:
         """The most exact rows of a pass: of every sequence its token and all guesses."""
         return max(FEW_ROWS, self.sequences * (1 + self.most_guesses))

@@ -37,7 +37,7 @@ KEPT_BYTES = 32 * MIB  # of what prompts took, the allocator and oneDNN keep so 
 MARGIN_BYTES = 24 * MIB
 MARGIN_SHARE = 0.01
 ROW_CHUNK = 64
-ROW_MULTIPLE = 8  # of pinned rows: what an interleaved layout takes
+ROW_MULTIPLE = 16  # of pinned rows: what kernels take together
 
 
 @dataclass(frozen=True, kw_only=True)

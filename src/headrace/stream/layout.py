@@ -10,9 +10,14 @@ with the rest while it is not.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import lcm
 
 from headrace.checkpoint import Tensor
 from headrace.stream.memory import PAGE_BYTES, aligned
+
+# Rows of a weight that kernels take together, best first: 512 rows times 256 of 14336 columns of Q4_K ran at 518 GFLOP/s,
+# times 260 at 422.
+TILES = (128, 16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,10 +139,18 @@ def make_layout(
     return Layout(visits=tuple(visits), pinned_bytes=fixed.nbytes, lent_bytes=lent.nbytes, slot_bytes=slot)
 
 
+def _rows_of_a_unit(tensor: Tensor, unit_bytes: int) -> int:
+    """As many rows as fit, but none that would be left over from whole tiles, unless that made the reads much smaller."""
+    most = max(tensor.row_multiple, (unit_bytes - 2 * PAGE_BYTES) // tensor.row_bytes)
+    for multiple in (lcm(tensor.row_multiple, rows) for rows in TILES):
+        if most // multiple * multiple >= 7 / 8 * most:
+            return most // multiple * multiple
+    return most // tensor.row_multiple * tensor.row_multiple
+
+
 def _units(tensor: Tensor, first: int, last: int, unit_bytes: int, base: int | None) -> Iterator[Unit]:
     """Reads of rows; `base` is where the file's first byte would lie in the arena."""
-    multiple = tensor.row_multiple
-    step = max(1, (unit_bytes - 2 * PAGE_BYTES) // (multiple * tensor.row_bytes)) * multiple
+    step = _rows_of_a_unit(tensor, unit_bytes)
     for row in range(first, last, step):
         rows = min(step, last - row)
         offset = tensor.offset + row * tensor.row_bytes
