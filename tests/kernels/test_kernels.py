@@ -2,12 +2,13 @@
 
 import ctypes
 import sys
+from pathlib import Path
 
-import gguf
 import pytest
 import torch
 
 from headrace.checkpoint.tensor import COMPUTABLE, block_of
+from headrace.errors import HeadraceError
 from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels, make_kernels, torch_reference
 from headrace.kernels.ggml import library, type_number
 from headrace.kernels.limits import PRECISE_TYPES
@@ -89,7 +90,8 @@ def test_several_weights_share_one_call(kernels: Kernels) -> None:
 
 def test_every_computable_type_is_known_to_ggml() -> None:
     for kind in COMPUTABLE:
-        assert getattr(ggml, f"GGML_TYPE_{kind}") == int(gguf.GGMLQuantizationType[kind])
+        traits = library().ggml_get_type_traits(type_number(kind)).contents
+        assert (traits.blck_size, traits.type_size) == block_of(kind)
 
 
 def test_without_ggml_the_slow_twin_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +165,50 @@ def test_interleaving_in_place_gives_the_products_of_a_copy(kind: str) -> None:
         x, [(0, kernels.interleave(Piece(kind, ROWS, packed.data_ptr(), 0), COLUMNS, in_place=True))], [overwritten]
     )
     assert torch.equal(copied, overwritten)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q8_0", "F16"])
+@pytest.mark.parametrize("tiles_exactly", [False, True])
+def test_tiles_change_no_more_than_the_last_bits(kind: str, tiles_exactly: bool) -> None:
+    packed, x = quantised(kind), torch.randn(70, COLUMNS)
+    tiled = Kernels(2, tiled=[kind], tiles_exactly=tiles_exactly)
+    for rows, exact in ((1, None), (5, None), (16, None), (70, None), (70, 5), (70, 70)):
+        out, expected = torch.zeros(rows, ROWS), torch.empty(rows, ROWS)
+        pieces = [(0, Piece(kind, ROWS - 7, packed.data_ptr(), 0)), (0, cut_off(kind, packed, ROWS - 7))]
+        tiled.multiply(x[:rows].contiguous(), pieces, [out], exact)
+        Kernels(2).multiply(x[:rows].contiguous(), pieces, [expected], rows)
+        many = kind in ("F16", "Q8_0") and rows == 70 and exact != 70  # by torch, in fp32
+        torch.testing.assert_close(out, expected, rtol=0, atol=(2e-2 if many else 1e-5) * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("tiles_exactly", [False, True])
+def test_exact_rows_do_not_depend_on_their_number_where_many_go_through_tiles(tiles_exactly: bool) -> None:
+    packed, x = quantised("Q4_K"), torch.randn(FEW_ROWS, COLUMNS)
+    kernels = Kernels(2, tiled=["Q4_K"], tiles_exactly=tiles_exactly)
+    together = product(kernels, x, "Q4_K", packed)
+    for first, last in ((0, 1), (3, 8), (4, 16)):
+        assert torch.equal(product(kernels, x[first:last].clone(), "Q4_K", packed), together[first:last])
+
+
+def test_experts_of_many_rows_go_through_tiles() -> None:
+    packed, x = quantised("Q4_K"), torch.randn(24, COLUMNS)
+    piece = Piece("Q4_K", ROWS, packed.data_ptr(), 0)
+    results = []
+    for kernels in (Kernels(2), Kernels(2, tiled=["Q4_K"])):
+        outs = [torch.empty(rows, ROWS) for rows in (1, 9, 24)]
+        kernels.multiply_each([(x[: len(out)].contiguous(), piece, out) for out in outs], exact=False)
+        results.append(outs)
+    for dots, tiles in zip(*results, strict=True):
+        torch.testing.assert_close(tiles, dots, rtol=0, atol=2e-2 * float(dots.abs().max()))
+
+
+def test_a_folder_without_ggml_is_refused_with_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HEADRACE_GGML", str(tmp_path))
+    with pytest.raises(HeadraceError, match="no build of ggml runs here") as caught:
+        library.__wrapped__()
+    assert "HEADRACE_GGML" in str(caught.value.hint)
+
+
+def cut_off(kind: str, packed: torch.Tensor, first: int) -> Piece:
+    block, size = block_of(kind)
+    return Piece(kind, ROWS - first, packed.data_ptr() + first * (COLUMNS // block * size), first)

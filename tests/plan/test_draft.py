@@ -153,7 +153,8 @@ def test_interleaving_a_copy_needs_room_and_in_place_needs_many_rows() -> None:
     many = make_plan(target, woven, budget_of(1100 * MIB), Request(prompt_tokens=16, context_tokens=216, sequences=16))
     assert many.interleaved_in_place
     assert many.interleaved_bytes == 0
-    assert many.cost(16).compute_s < 0.9 * replace(many, weights=single.weights).cost(16).compute_s
+    plain = replace(single.weights, row_invariant=True)
+    assert many.cost(16).compute_s < 0.9 * replace(many, weights=plain).cost(16).compute_s
 
 
 def test_many_sequences_get_fewer_guesses_each() -> None:
@@ -162,3 +163,23 @@ def test_many_sequences_get_fewer_guesses_each() -> None:
     assert counts[0] == LOOKUP.most_guesses
     assert counts[-2:] == [0, 0]
     assert all(replace(REQUEST, sequences=n, drafting=LOOKUP).verify_rows <= 64 for n in range(1, 65))
+
+
+def test_single_rows_are_padded_to_tiles_where_many_guesses_are_right() -> None:
+    rates = {"1": 40e9, "2": 24e9, "4": 14e9, "8": 10e9, "16": 10e9, "512": 0.5e9}
+    slow = {"32": 100e9, "512": 100e9}
+    tiled = replace(
+        MEASURED,
+        kernel_weights_per_s={"Q4_K": rates},
+        disk_bytes_per_s={"1": 4e9},
+        bf16_flop_per_s=slow,
+        fp32_flop_per_s=slow,
+    )
+    target = model(layers=16, heads=16, head_dim=128, feed_forward=8192)
+    assert tiled.tiled == {"Q4_K"}
+    for chance, pays in ((0.05, False), (0.9, True)):
+        drafting = replace(LOOKUP, chance=chance)
+        plan = make_plan(target, tiled, budget_of(1100 * MIB), replace(REQUEST, drafting=drafting))
+        assert plan.tiles_exactly == pays
+    alone = make_plan(target, tiled, budget_of(1100 * MIB), REQUEST)
+    assert not alone.tiles_exactly

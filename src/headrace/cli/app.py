@@ -39,6 +39,7 @@ class Group(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run, and end with the error's own exit code."""
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends kernels for GPUs
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads would spin while ggml's work
         try:
             return super().main(*args, **kwargs)
         except HeadraceError as error:

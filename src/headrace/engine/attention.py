@@ -5,6 +5,7 @@ takes its rows, appends their keys and values to its cache, and attends to nothi
 verification and batches differ in nothing but their numbers of rows, and rolling back is setting a length.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from headrace.engine import latents
 from headrace.engine.latents import Turns
+from headrace.engine.tape import Tape
 
 KV_DTYPE = torch.float16
 
@@ -84,13 +86,13 @@ class KVCache:
         """Keys and values in fp32: each (kv_heads, last, head_dim), of which positions before `first` are not filled."""
         held = self._held[layer]
         assert held is not None
-        sizes = [rows.heads * self.capacity * rows.width for rows in held]
-        found = []
-        for rows, flat in zip(held, torch.split(room.take(sum(sizes)), sizes), strict=True):
-            wide = flat.view(rows.heads, self.capacity, rows.width)[:, :last]
-            rows.fill(first, last, wide[:, first:])
-            found.append(wide)
-        return found[0], found[1]
+        keys, values = room.take(
+            (held[0].heads, self.capacity, held[0].width), (held[1].heads, self.capacity, held[1].width)
+        )
+        keys, values = keys.narrow(1, 0, last), values.narrow(1, 0, last)
+        held[0].fill(first, last, keys.narrow(1, first, last - first) if first else keys)
+        held[1].fill(first, last, values.narrow(1, first, last - first) if first else values)
+        return keys, values
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
@@ -115,13 +117,13 @@ class _Rows:
         return self._data.shape[2]
 
     def put(self, first: int, rows: torch.Tensor) -> None:
-        self._data[:, first : first + rows.shape[1]] = rows
+        self._data.narrow(1, first, rows.shape[1]).copy_(rows)
 
     def get(self, last: int) -> torch.Tensor:
         return self._data[:, :last]
 
     def fill(self, first: int, last: int, out: torch.Tensor) -> None:
-        out.copy_(self._data[:, first:last])
+        out.copy_(self._data.narrow(1, first, last - first))
 
     def copy(self, other: "_Rows", count: int) -> None:
         self._data[:, :count] = other._data[:, :count]
@@ -170,12 +172,18 @@ class Room:
 
     def __init__(self) -> None:
         self._data = torch.empty(0)
+        self._parts: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def take(self, count: int) -> torch.Tensor:
-        """So many numbers, valid until the next call."""
-        if self._data.numel() < count:
-            self._data = torch.empty(count)
-        return self._data[:count]
+    def take(self, first: tuple[int, int, int], second: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two tensors of these shapes, valid until the next call."""
+        parts = self._parts.get(first + second)
+        if parts is None:
+            sizes = [math.prod(first), math.prod(second)]
+            if self._data.numel() < sum(sizes):
+                self._data, self._parts = torch.empty(sum(sizes)), {}
+            flat = torch.split(self._data[: sum(sizes)], sizes)
+            parts = self._parts[first + second] = flat[0].view(first), flat[1].view(second)
+        return parts
 
 
 class Entry(NamedTuple):
@@ -201,6 +209,7 @@ class PackedAttention:
         self.layers: dict[int, tuple[int, int]] = {}
         self.strange: set[str] = set()  # what they asked for that is not done here
         self._room = Room()
+        self.tape: Tape | None = None  # that takes down what happens
         self._turns: dict[torch.nn.Module, Turns | None] = {}  # of a layer that is about to attend to latent vectors
 
     def begin(self, batch: Sequence[Entry]) -> None:
@@ -253,13 +262,36 @@ class PackedAttention:
             return query.new_empty((*query.shape[:3], width)).transpose(1, 2), None
         if module in self._turns:
             return self._latent(module, query[0], key, value, scaling, sliding_window), None
-        out = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
         layer: int = module.layer_idx  # type: ignore[assignment]
-        for cache, part, exact in self._batch:
-            cache.put(layer, key[0, :, part], value[0, :, part])
-            attend = self._row_by_row if exact else self._all_rows
-            attend(query[0, :, part], cache, layer, out[0, part], scaling, sliding_window, softcap, s_aux)
+        arguments = (layer, query, key, value, scaling, sliding_window, softcap, s_aux)
+        shape = (1, query.shape[2], query.shape[1], value.shape[3])
+        if self.tape is None:
+            out = query.new_empty(shape)
+            self._attend(out, *arguments)
+        else:
+            out = self.tape.empty(shape)
+            self.tape.do(self._attend, out, *arguments)
         return out, None
+
+    def _attend(
+        self,
+        out: torch.Tensor,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """For the sequences of this pass, to `out`: (1, rows, heads, head_dim)."""
+        query, key, value = query[0], key[0], value[0]
+        for cache, part, exact in self._batch:
+            own = [one if len(self._batch) == 1 else one[:, part] for one in (query, key, value)]
+            cache.put(layer, own[1], own[2])
+            attend = self._row_by_row if exact else self._all_rows
+            attend(own[0], cache, layer, out[0, part], scaling, window, softcap, sinks)
 
     def _latent(
         self,
@@ -328,10 +360,11 @@ class PackedAttention:
         all_keys, all_values = cache.floats(layer, first, cache.length + rows, self._room)
         for row in range(rows):
             last = cache.length + row + 1
-            part = slice(max(0, last - window) if window else 0, last)
-            keys, values = all_keys[:, part], all_values[:, part]
-            grouped = query[:, row].reshape(keys.shape[0], -1, width)
-            out[row] = _attend(grouped, keys, values, None, scaling, softcap, sinks).view(heads, -1)
+            start = max(0, last - window) if window else 0
+            keys, values = (one.narrow(1, start, last - start) for one in (all_keys, all_values))
+            grouped = query.select(1, row).reshape(keys.shape[0], -1, width)
+            found = _attend(grouped, keys, values, None, scaling, softcap, sinks)
+            out.select(0, row).copy_(found.view(heads, -1))
 
     def _all_rows(
         self,
@@ -377,6 +410,8 @@ def _attend(
     heads, rows, width = query.shape
     groups = heads // len(keys)
     if softcap is None and sinks is None:
+        if groups == 1 and mask is None:
+            return scaled_dot_product_attention(query[None], keys[None], values[None], scale=scaling)[0]
         keys, values = (one.unsqueeze(1).expand(-1, groups, -1, -1) for one in (keys, values))
         own = query.reshape(len(keys), groups, rows, width)
         return scaled_dot_product_attention(own, keys, values, attn_mask=mask, scale=scaling).view(heads, rows, -1)

@@ -6,6 +6,7 @@ for a product, the weights of its place in the pass are taken from the stream as
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
@@ -33,6 +34,8 @@ from headrace.engine.model_cache import (
     trial_of,
 )
 from headrace.engine.numbers import floats_of
+from headrace.engine.recycling import Recycling
+from headrace.engine.tape import Tape, Tapes
 from headrace.engine.trace import PassStats, Trace
 from headrace.errors import ContextError, UnsupportedError
 from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels
@@ -93,6 +96,9 @@ class StreamOptions:
     opening_slots: int = 0  # of the ring for what only the beginning of a text asks for; 0: as many as the other's
 
 
+ROWS_KEPT_BYTES = 4 << 20  # of tables of embeddings
+
+
 class Engine:
     """One model, ready to step. A context manager; `close` stops the readers."""
 
@@ -113,6 +119,7 @@ class Engine:
         self.kernels = kernels
         self.trace = trace
         self.passes: list[PassStats] = []
+        self._tape: Tape | None = None  # that takes down what happens
         self.on_visit: Callable[[int, int], None] | None = None  # called with (visits done, visits of the pass)
         self._attention = PackedAttention()
         self._recorder: Recorder | None = None
@@ -165,6 +172,8 @@ class Engine:
             once = [step for step in shell.steps if step.once]
             self._streams.append(self._make_stream(once, options, options.opening_slots or options.slots, 0, None))
         self.experts = self._make_experts(shell, options)
+        self._tapes = Tapes()
+        self._rows_read: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.uint8]]] = {}  # the latest last
         self._kernel_s = 0.0
         self._order: Sequence[Step] = self.steps  # of the pass in progress
         self._step = 0
@@ -277,8 +286,10 @@ class Engine:
         self._lend()
         before, start = self._counted(), time.perf_counter()
         self._begin(self.steps)
+        many = self._rows - self._exact_rows > FEW_ROWS
         try:
-            logits = self._forward_in_order(batch) if self.way != "model" else self._by_model(batch)
+            with Recycling() if many else nullcontext():
+                logits = self._forward_in_order(batch) if self.way != "model" else self._by_model(batch)
         except BaseException:
             self._pending.clear()
             for stream in self._streams:
@@ -396,12 +407,26 @@ class Engine:
             first += len(rows.tokens)
             wanted += range(first - rows.logits, first)
         arguments: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
-        if self.way == "packed":
-            self._attention.begin(entries)
-        else:
+        if self.way != "packed":
             joined = JoinedCache(entries)
             arguments |= {"past_key_values": joined, "attention_mask": joined.mask(), "use_cache": True}
-        return self._logits(arguments, torch.tensor(wanted))
+            return self._logits(arguments, torch.tensor(wanted))
+        self._attention.begin(entries)
+        if self._exact_rows < self._rows or self._rows > FEW_ROWS:
+            return self._logits(arguments, torch.tensor(wanted))
+        key = tuple((len(rows.tokens), rows.logits) for rows in batch)
+        found = self._tapes.tape(key)
+        if found is not None:
+            return found.play(tokens, positions)
+        with self._tapes.taking_down(key) as tape:
+            if tape is None:
+                return self._logits(arguments, torch.tensor(wanted))
+            self._tape = self._attention.tape = tape
+            try:
+                arguments = {name: tape.input(value) for name, value in arguments.items()}
+                return tape.output(self._logits(arguments, torch.tensor(wanted)))
+            finally:
+                self._tape = self._attention.tape = None
 
     def _logits(self, arguments: dict[str, Any], keep: torch.Tensor) -> torch.Tensor:
         """A forward; the logits of the rows in `keep`."""
@@ -429,7 +454,19 @@ class Engine:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         # The head is given only the rows that need logits: few, so all of them are exact.
         exact = self._exact_rows if rows.shape[0] == self._rows else rows.shape[0]
-        outputs = [rows.new_empty((rows.shape[0], tensor.outputs)) for tensor in tensors]
+        empty = rows.new_empty if self._tape is None else self._tape.empty
+        outputs = [empty((rows.shape[0], tensor.outputs)) for tensor in tensors]
+        if self._tape is None:
+            self._multiply(step, rows, outputs, exact)
+        else:
+            self._tape.do(self._multiply, step, rows, outputs, exact)
+        found = dict(zip((tensor.name for tensor in tensors), outputs, strict=True))
+        for member in step.linears:
+            self._pending[member] = (x, _assembled(member.matrix, found).reshape(*x.shape[:-1], -1))
+
+    def _multiply(self, step: LinearStep, rows: torch.Tensor, outputs: Sequence[torch.Tensor], exact: int) -> None:
+        """The visit of a step: products with what is pinned and with what comes."""
+        rows = rows.view(rows.shape)  # the kernels keep what they make of activations as long as these live
         stream, visit = self._places[step]
         for pieces in stream.visit(visit):
             start = time.perf_counter()
@@ -437,10 +474,7 @@ class Engine:
             end = time.perf_counter()
             self._kernel_s += end - start
             if self.trace is not None:
-                self.trace.add("compute", tensors[0].name, start, end)
-        found = dict(zip((tensor.name for tensor in tensors), outputs, strict=True))
-        for member in step.linears:
-            self._pending[member] = (x, _assembled(member.matrix, found).reshape(*x.shape[:-1], -1))
+                self.trace.add("compute", step.tensors[0].name, start, end)
 
     def _unexpanded(
         self, layer: Any, vectors: torch.Tensor, rotated: torch.Tensor
@@ -450,6 +484,8 @@ class Engine:
         if self._recorder is not None:
             linear(vectors)
             return self._attention.take(layer, None, vectors, rotated)
+        if self._tape is not None:
+            self._tape.spoil("a matrix is unpacked")
         step = self._next_step()
         assert isinstance(step, LinearStep), "linears were called in another order than they were traced"
         assert step.linears == (linear,), "linears were called in another order than they were traced"
@@ -476,10 +512,9 @@ class Engine:
         self._next_step()
         assert self.experts is not None
         shape = hidden.shape
-        out = self.experts(
-            packed, hidden.reshape(-1, shape[-1]), ids.reshape(-1, ids.shape[-1]),
-            weights.reshape(-1, weights.shape[-1]), exact=self._exact_rows > 0,
-        )  # fmt: skip
+        rows = hidden.reshape(-1, shape[-1]), ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
+        arguments = (packed, *rows, self._exact_rows > 0)
+        out = self.experts(*arguments) if self._tape is None else self._tape.call(self.experts, *arguments)
         return out.view(shape)
 
     def _choose(self, forward: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
@@ -546,14 +581,26 @@ class Engine:
 
     def _gather(self, tensor: Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Rows of a table, (tokens, columns): one short read each."""
+        return self._fetch(tensor, tokens) if self._tape is None else self._tape.call(self._fetch, tensor, tokens)
+
+    def _fetch(self, tensor: Tensor, tokens: torch.Tensor) -> torch.Tensor:
         if int(tokens.max()) >= tensor.rows or int(tokens.min()) < 0:
             raise UnsupportedError(
                 f"token {int(tokens.max())} is beyond the {tensor.rows} rows of `{tensor.name}`",
                 hint="the tokenizer is of another model",
             )
-        size = tensor.row_bytes
-        packed = np.concatenate([self._read(tensor.path, tensor.offset + t * size, size) for t in tokens.tolist()])
+        packed = np.concatenate([self._row(tensor, token) for token in tokens.tolist()])
         return self._to_floats(tensor, packed).view(-1, tensor.columns)
+
+    def _row(self, tensor: Tensor, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """One row of a table, packed. The last ones stay: a text says most of its words again."""
+        row = self._rows_read.pop((tensor.name, index), None)
+        if row is None:
+            row = self._read(tensor.path, tensor.offset + index * tensor.row_bytes, tensor.row_bytes)
+        self._rows_read[tensor.name, index] = row
+        if len(self._rows_read) * tensor.row_bytes > ROWS_KEPT_BYTES:
+            del self._rows_read[next(iter(self._rows_read))]
+        return row
 
     def _to_floats(self, tensor: Tensor, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
         plain = floats_of(tensor.type, data)

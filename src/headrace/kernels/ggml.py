@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from ctypes import POINTER, c_bool, c_char, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import gguf
 
@@ -103,7 +103,8 @@ class KernelTraits(ctypes.Structure):
 
 
 _TensorPointer = POINTER(Tensor)
-_BASE = {
+_Functions: TypeAlias = dict[str, tuple[Any, list[Any]]]  # result and arguments, by name
+_BASE: _Functions = {
     "ggml_version": (c_char_p, []),
     "ggml_tensor_overhead": (c_size_t, []),
     "ggml_log_set": (None, [c_void_p, c_void_p]),
@@ -129,7 +130,7 @@ _BASE = {
     "ggml_backend_buffer_free": (None, [c_void_p]),
     "ggml_backend_tensor_set": (None, [_TensorPointer, c_void_p, c_size_t, c_size_t]),
 }
-_KERNELS = {
+_KERNELS: _Functions = {
     "ggml_cpu_init": (None, []),
     "ggml_get_type_traits_cpu": (POINTER(KernelTraits), [c_int]),
     "ggml_backend_cpu_reg": (c_void_p, []),
@@ -164,7 +165,7 @@ class Library:
         """ggml's own version."""
         return str(self.ggml_version().decode())
 
-    def _bind(self, library: ctypes.CDLL, functions: dict[str, tuple[Any, list[Any]]]) -> None:
+    def _bind(self, library: ctypes.CDLL, functions: _Functions) -> None:
         for name, (result, arguments) in functions.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
@@ -213,9 +214,7 @@ def _folders() -> Iterator[Path]:
 
 def _libraries(folder: Path, name: str) -> list[Path]:
     return sorted(
-        path
-        for path in folder.glob(f"*{name}*")
-        if path.suffix in (".so", ".dylib", ".dll") and not path.is_symlink()
+        path for path in folder.glob(f"*{name}*") if path.suffix in (".so", ".dylib", ".dll") and not path.is_symlink()
     ) or sorted(folder.glob(f"*{name}*.so"))
 
 

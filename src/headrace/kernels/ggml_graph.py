@@ -110,9 +110,7 @@ class Products(Graph):
     With `dots` a row's result does not depend on the number of rows.
     """
 
-    def __init__(
-        self, parts: Sequence[Part], most_rows: int, dots: bool, workers: Workers, interleaving: Interleaving
-    ):
+    def __init__(self, parts: Sequence[Part], most_rows: int, dots: bool, workers: Workers, interleaving: Interleaving):
         super().__init__(workers, len(parts))
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
         outputs = []

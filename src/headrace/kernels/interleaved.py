@@ -36,9 +36,7 @@ class Interleaving:
         ggml = library()
         ggml.ggml_log_set(_silent, None)  # it reports every tensor on stderr
         self._context = ggml.ggml_init(InitParams(16 << 10, None, True))
-        tensors = {
-            name: ggml.ggml_new_tensor_2d(self._context, type_number(name), 256, ROWS) for name in _CANDIDATES
-        }
+        tensors = {name: ggml.ggml_new_tensor_2d(self._context, type_number(name), 256, ROWS) for name in _CANDIDATES}
         self._buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, kind)
         for name, tensor in tensors.items():
             if self._buffer and tensor.contents.extra:

@@ -9,7 +9,7 @@ import ctypes
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -67,6 +67,8 @@ class Kernels:
         self._activations_8 = _Prepared()
         self._padded_results = torch.empty(0)
         self._copies: list[torch.Tensor] = []
+        self._known: dict[tuple[int, ...], _Known] = {}
+        self._last: tuple[Products, list[Operands]] | None = None  # all that the product in progress consists of
 
     def interleave(self, piece: Piece, columns: int, in_place: bool = False) -> Piece:
         """The same piece with an interleaved copy, where ggml has that layout for it. The copy lives as long as this.
@@ -109,11 +111,33 @@ class Kernels:
 
         Args:
             x: fp32 activations, contiguous, (rows, columns).
-            pieces: packed weights with that many columns, each with the index of its output.
+            pieces: packed weights with that many columns, each with the index of its output. A tuple is taken for one that
+                will come again: a product with a single row is remembered by it.
             outputs: fp32, contiguous, (rows, total rows of the tensor).
             exact_rows: so many rows, from the first on, are computed independently of each other; None: all of them if
                 they are few. The others may go through torch's products.
         """
+        called = None
+        if type(pieces) is tuple and x.shape[0] == 1:
+            called = (id(pieces), x.data_ptr(), *[output.data_ptr() for output in outputs])
+            known = self._known.get(called)
+            if known is not None and known.pieces is pieces:
+                known.graph(known.operands)
+                return
+        self._last = None
+        self._multiply(x, pieces, outputs, exact_rows)
+        if called is not None and self._last is not None and len(self._last[1]) == len(pieces):
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[called] = _Known(pieces, *self._last)
+
+    def _multiply(
+        self,
+        x: torch.Tensor,
+        pieces: "_Pieces",
+        outputs: Sequence[torch.Tensor],
+        exact_rows: int | None,
+    ) -> None:
         if exact_rows is None or x.shape[0] - exact_rows <= FEW_ROWS:
             exact_rows = x.shape[0] if exact_rows is not None or x.shape[0] <= FEW_ROWS else 0
         if exact_rows < x.shape[0]:
@@ -173,17 +197,21 @@ class Kernels:
         missing = -x.shape[0] % ACTIVATION_ROWS
         if missing and (self.row_invariant or x.shape[0] > 1) and any(p.interleaved for _, p in whole):
             self._padded(x, missing, whole, outputs)
+            self._last = None
         elif whole:
-            self._run([_job(x, p, outputs[i], 4 * p.first) for i, p in whole], self.row_invariant)
+            found = self._run([_job(x, p, outputs[i], 4 * p.first) for i, p in whole], self.row_invariant)
+            self._last = found
 
     def _tiles(self, x: torch.Tensor, which: range, pieces: "_Pieces", outputs: Sequence[torch.Tensor]) -> None:
         """These rows of x, padded to as many as ggml takes for tiles."""
         rows = max(len(which), TILE_ROWS)
         packed, x_stride = self._eight_bits(x, which, rows)
-        sizes = [rows * p.rows if len(which) < rows else 0 for _, p in pieces]  # of results, where there are more than asked
+        sizes = [
+            rows * p.rows if len(which) < rows else 0 for _, p in pieces
+        ]  # of results, where there are more than asked
         if self._padded_results.numel() < sum(sizes):
             self._padded_results = torch.empty(sum(sizes))
-        padded = self._padded_results[: sum(sizes)].split(sizes)
+        padded = torch.split(self._padded_results[: sum(sizes)], sizes)
         jobs = []
         for (i, p), result in zip(pieces, padded, strict=True):
             stride = 4 * (p.rows if len(which) < rows else outputs[i].stride(0))
@@ -208,7 +236,7 @@ class Kernels:
             kept.keep(x, which.start, buffer)
         return kept.value.data_ptr(), stride
 
-    def _run(self, jobs: Sequence["_Job"], dots: bool) -> None:
+    def _run(self, jobs: Sequence["_Job"], dots: bool) -> tuple[Products, list[Operands]]:
         """Compute products in one graph, kept by their shapes."""
         parts = tuple([part for part, _ in jobs])
         most_rows = 1 << (max([operands.rows for _, operands in jobs]) - 1).bit_length()
@@ -217,7 +245,9 @@ class Kernels:
         if graph is None:
             workers = self._many_workers if most_rows > FEW_ROWS else self._few_workers
             graph = self._products[key] = Products(parts, most_rows, dots, workers, self.interleaving)
-        graph([operands for _, operands in jobs])
+        operands = [operands for _, operands in jobs]
+        graph(operands)
+        return graph, operands
 
     def _cast(self, source_type: str, target_type: str, columns: int, many: bool) -> Cast:
         key = (source_type, target_type, columns, many)
@@ -324,12 +354,21 @@ class Kernels:
         for graph in (*self._products.values(), *self._casts.values()):
             graph.close()
         self._products.clear()
+        self._known.clear()
         self._casts.clear()
         self.release()
         self._copies.clear()
         self.interleaving.close()
         self._few_workers.close()
         self._many_workers.close()
+
+
+class _Known(NamedTuple):
+    """A product that is done again with the same operands."""
+
+    pieces: "_Pieces"
+    graph: Products
+    operands: list[Operands]
 
 
 class _Prepared:
@@ -371,6 +410,7 @@ _Pieces: TypeAlias = Sequence[tuple[int, Piece]]
 
 _ROWS_8_BITS = "Q8_K"  # in which ggml's tiles take activations
 _MOST_PARTS = 32  # products in one graph
+_MOST_KNOWN = 4096
 _ALIGNMENT = 64
 _SLAB_BYTES = 1 << 20
 

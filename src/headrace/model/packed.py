@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from headrace.kernels.limits import FEW_ROWS
 from headrace.model.matrix import Matrix
 
 # Multiplies activations (..., inputs) with the packed matrix of a linear: (..., outputs), fp32.
@@ -141,7 +142,11 @@ class GatheredEmbedding:
 
     def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Replace the table and the ids of this call."""
-        unique, numbered = torch.unique(arguments[0], return_inverse=True)
+        ids = arguments[0]
+        if ids.numel() <= FEW_ROWS:  # not worth looking for equal ones
+            unique, numbered = ids.reshape(-1), torch.arange(ids.numel()).view(ids.shape)
+        else:
+            unique, numbered = torch.unique(ids, return_inverse=True)
         module._parameters["weight"] = nn.Parameter(self._gather(unique), requires_grad=False)
         return (numbered, *arguments[1:])
 

@@ -139,9 +139,9 @@ def make_layout(
     return Layout(visits=tuple(visits), pinned_bytes=fixed.nbytes, lent_bytes=lent.nbytes, slot_bytes=slot)
 
 
-def _rows_of_a_unit(tensor: Tensor, unit_bytes: int) -> int:
-    """As many rows as fit, but none that would be left over from whole tiles, unless that made the reads much smaller."""
-    most = max(tensor.row_multiple, (unit_bytes - 2 * PAGE_BYTES) // tensor.row_bytes)
+def rows_that_fit(tensor: Tensor, nbytes: int) -> int:
+    """As many rows as fit, but none that would be left over from whole tiles, unless that made the part much smaller."""
+    most = max(tensor.row_multiple, nbytes // tensor.row_bytes)
     for multiple in (lcm(tensor.row_multiple, rows) for rows in TILES):
         if most // multiple * multiple >= 7 / 8 * most:
             return most // multiple * multiple
@@ -150,7 +150,7 @@ def _rows_of_a_unit(tensor: Tensor, unit_bytes: int) -> int:
 
 def _units(tensor: Tensor, first: int, last: int, unit_bytes: int, base: int | None) -> Iterator[Unit]:
     """Reads of rows; `base` is where the file's first byte would lie in the arena."""
-    step = _rows_of_a_unit(tensor, unit_bytes)
+    step = rows_that_fit(tensor, unit_bytes - 2 * PAGE_BYTES)
     for row in range(first, last, step):
         rows = min(step, last - row)
         offset = tensor.offset + row * tensor.row_bytes

@@ -19,14 +19,14 @@ from headrace.checkpoint import Tensor
 from headrace.errors import ReadError
 from headrace.kernels import Piece
 from headrace.stream.files import File, WeightFile
-from headrace.stream.layout import Layout, Resident, Unit
+from headrace.stream.layout import Layout, Resident, Unit, rows_that_fit
 from headrace.stream.memory import Arena
 
 STALL_LIMIT_S = 60.0
 # Pinned rows multiplied between two streamed units: 3 ms of compute, in which the disk fills a fifth of the ring.
 SLICE_BYTES = 32 << 20
 
-Batch: TypeAlias = list[tuple[int, Piece]]
+Batch: TypeAlias = Sequence[tuple[int, Piece]]  # a tuple, if the same will come again in the next pass
 
 
 class Spans(Protocol):
@@ -240,20 +240,17 @@ class WeightStream:
         units = [id(unit) for rows in residents for unit in rows.units]
         if units:
             self._wait(lambda: self._loaded.issuperset(units), f"visit {index}")
-        pieces: Batch = []
+        pieces: list[tuple[int, Piece]] = []
         for i, (tensor, found) in enumerate(zip(visit.tensors, residents, strict=True)):
-            multiple = max(8, tensor.row_multiple)
-            step = max(1, found.rows)
-            if visit.streamed_unlent:
-                step = SLICE_BYTES // tensor.row_bytes // multiple * multiple or multiple
+            step = rows_that_fit(tensor, SLICE_BYTES) if visit.streamed_unlent else max(1, found.rows)
             for row in range(0, found.rows, step):
                 address = arena.address + found.address + row * tensor.row_bytes
                 pieces.append((i, piece_of(tensor, found.first + row, min(step, found.rows - row), address)))
         if settle is not None:
             pieces = [(i, settle(piece, visit.tensors[i])) for i, piece in pieces]
         if not visit.streamed_unlent:
-            return [pieces] if pieces else []
-        return [[piece] for piece in pieces]
+            return [tuple(pieces)] if pieces else []
+        return [(piece,) for piece in pieces]
 
     # -- the readers --------------------------------------------------------------------------------------------
 

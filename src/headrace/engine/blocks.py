@@ -1,0 +1,71 @@
+"""Memory for results, used again by others when a result and its views are gone."""
+
+import ctypes
+import math
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.stream import Arena
+
+_UNUSED = 3  # references to a block that no tensor uses: of the list, the loop, and `getrefcount` itself
+_LARGE_BYTES = 1 << 20
+_ALIGNMENT = 64
+
+
+class Blocks:
+    """Blocks of bytes, and tensors that lie in them."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, list[npt.NDArray[np.uint8]]] = {}  # by size
+        self.addresses: set[int] = set()  # where a tensor's storage begins if it lies in one of these
+
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype = torch.float32, stride: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """A dense tensor of this shape in a block that no other uses, hardly larger than it."""
+        nbytes = dtype.itemsize * math.prod(shape)
+        # Sizes have three binary digits, so that tensors of about the same size share blocks.
+        grain = max(_ALIGNMENT, 1 << max(0, nbytes.bit_length() - 3))
+        size = max(1, -(-nbytes // grain)) * grain
+        blocks = self._blocks.setdefault(size, [])
+        for block in blocks:
+            if sys.getrefcount(block) == _UNUSED:
+                break
+        else:
+            block = _new(size)
+            blocks.append(block)
+            self.addresses.add(block.ctypes.data)
+        flat = torch.from_numpy(block[:nbytes]).view(dtype)
+        return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether it lies here."""
+        return tensor.untyped_storage().data_ptr() in self.addresses
+
+
+def _new(nbytes: int) -> npt.NDArray[np.uint8]:
+    """An array whose parts refer to it, not to what it was made of."""
+    if nbytes >= _LARGE_BYTES:
+        return np.frombuffer(Arena(nbytes).view, np.uint8)
+    memory = bytearray(nbytes + _ALIGNMENT)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _ALIGNMENT
+    return np.frombuffer(memory, np.uint8, nbytes, start)
+
+
+def result_strides(like: torch.Tensor) -> tuple[int, ...] | None:
+    """The strides that torch gives the result of an elementwise operation on this tensor; None where that is not plain to see."""
+    if is_dense(like):
+        return like.stride()
+    inner = [stride for size, stride in zip(like.shape, like.stride(), strict=True) if size > 1]
+    if inner != sorted(inner, reverse=True) or 0 in inner:
+        return None
+    return tuple(math.prod(like.shape[i + 1 :]) for i in range(like.dim()))
+
+
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether its numbers lie side by side, in whatever order of dimensions."""
+    return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))

@@ -1,0 +1,138 @@
+"""A pass that is played back must be the pass that it was taken down from, for other tokens and caches."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import PROMPT, make_engine
+
+from headrace.engine import Rows
+from headrace.engine.blocks import Blocks
+from headrace.engine.recycling import Recycling
+from headrace.engine.tape import Tape, Tapes
+
+
+def test_what_is_played_back_equals_what_is_computed(tiny_llama: Path) -> None:
+    tokens = [3, 99, 41, 250, 7, 12, 130, 64]
+    found = []
+    for plays in (True, False):
+        with make_engine(tiny_llama) as engine:
+            if not plays:
+                engine._tapes = NeverTapes()
+            cache = engine.new_cache(64)
+            engine.step([Rows(cache=cache, tokens=PROMPT)])
+            logits = [engine.step([Rows(cache=cache, tokens=[token])]) for token in tokens]
+            other = engine.new_cache(64)  # another sequence, and two of them at once
+            logits.append(engine.step([Rows(cache=other, tokens=[5])]))
+            for token in tokens[:4]:
+                pair = [Rows(cache=cache, tokens=[token]), Rows(cache=other, tokens=[token, 9], logits=2)]
+                logits.append(engine.step(pair))
+            if plays:
+                assert set(engine._tapes._ready) == {((1, 1),), ((1, 1), (2, 2))}
+            found.append(torch.cat(logits))
+    assert torch.equal(found[0], found[1])
+
+
+class NeverTapes(Tapes):
+    def taking_down(self, key: object) -> object:  # type: ignore[override]
+        self._spoilt[key] = "never"  # type: ignore[index]
+        return super().taking_down(key)  # type: ignore[arg-type]
+
+
+def take_down(blocks: Blocks, function: object, value: torch.Tensor) -> Tape:
+    tape = Tape(blocks)
+    with torch.inference_mode(), tape:
+        tape.output(function(tape.input(value)))  # type: ignore[operator]
+    return tape
+
+
+WEIGHT = torch.randn(8)
+
+
+def small_model(x: torch.Tensor) -> torch.Tensor:
+    y = torch.rms_norm(x * 2 + WEIGHT, (8,), WEIGHT, 1e-6)
+    a, b = y.view(2, 4).t().contiguous().chunk(2)
+    z = torch.cat((-b, a), -1).softmax(-1)
+    z[0] += 1
+    best = z.flatten().topk(3)
+    return best.values + best.indices + torch.arange(3)
+
+
+def test_a_tape_gives_the_same_for_other_inputs() -> None:
+    tape = take_down(Blocks(), small_model, torch.randn(8))
+    assert tape.spoilt is None
+    for _ in range(3):
+        x = torch.randn(8)
+        with torch.inference_mode():
+            assert torch.equal(tape.play(x), small_model(x))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: x * float(x.max()),
+        lambda x: x[x > 0].sum(0, keepdim=True),
+        lambda x: x + torch.rand_like(x),
+        lambda x: WEIGHT + 1,
+        lambda x: KEPT.copy_(x) * 2,
+    ],
+    ids=["a number", "a shape", "chance", "no input", "a buffer of the model"],
+)
+def test_what_depends_on_values_spoils_a_tape(model: object) -> None:
+    assert take_down(Blocks(), model, torch.randn(8)).spoilt
+
+
+KEPT = torch.zeros(8)
+
+
+def test_two_passes_that_differ_in_a_number_are_not_played() -> None:
+    tapes, x = Tapes(), torch.randn(8)
+    for factor in (2.0, 3.0, 4.0):
+        assert tapes.tape("key") is None
+        with torch.inference_mode(), tapes.taking_down("key") as tape:
+            if tape is not None:
+                tape.output(tape.input(x) * factor)
+    assert "differs" in tapes._spoilt["key"]
+
+
+def test_a_pass_that_fails_is_not_kept() -> None:
+    tapes = Tapes()
+    for _ in range(3):
+        with pytest.raises(OSError, match="broken"), torch.inference_mode(), tapes.taking_down("key") as tape:
+            assert tape is not None
+            tape.input(torch.ones(2))
+            raise OSError("broken")
+    assert tapes.tape("key") is None
+
+
+def test_memory_is_used_again_when_a_tensor_and_its_views_are_gone() -> None:
+    blocks = Blocks()
+    first = blocks.empty((4, 1000))
+    view, address = first[1:], first.data_ptr()
+    del first
+    assert blocks.empty((4, 1000)).data_ptr() != address
+    del view
+    assert blocks.empty((1000, 4), stride=(1, 1000)).data_ptr() == address
+    assert blocks.holds(blocks.empty((3,), torch.int64))
+    assert not blocks.holds(torch.empty(3))
+
+
+def test_large_results_are_the_same_and_lie_in_few_blocks() -> None:
+    x, weight = torch.randn(1, 700, 512), torch.randn(512)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        y = torch.rms_norm(x, (512,), weight, 1e-5)
+        heads = y.view(1, 700, 8, 64).transpose(1, 2)
+        turned = torch.cat((-heads[..., 32:], heads[..., :32]), -1) * heads
+        return x + torch.nn.functional.silu(turned.transpose(1, 2).reshape(x.shape)) * y
+
+    with torch.inference_mode():
+        expected = x
+        for _ in range(6):
+            expected = layer(expected)
+        recycling, found = Recycling(), x
+        with recycling:
+            for _ in range(6):
+                found = layer(found)
+    assert torch.equal(found, expected)
+    assert sum(map(len, recycling._blocks._blocks.values())) <= 8
