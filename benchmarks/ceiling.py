@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# A host may take free memory back after seconds, and then a first touch costs up to 2.5 s/GiB: who runs right after another
+# process would find it warm. So everyone begins after a rest.
+REST_S = 10
+
 
 @dataclass(frozen=True)
 class Run:
@@ -24,6 +28,7 @@ def run_under(limit_bytes: int | None, command: Sequence[str], timeout_s: float 
     """Run to the end; `limit_bytes=None` sets no ceiling."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
+    time.sleep(REST_S)
     group = _make_group(limit_bytes)
     start = time.monotonic()
 
