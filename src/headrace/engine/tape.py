@@ -12,6 +12,7 @@ that brings a value into the interpreter spoils a tape, and two tapes of success
 import ctypes
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ from headrace.engine.recycling import ELEMENTWISE, rms_norm_into, room_for_cat, 
 _aten = torch.ops.aten
 # Of an operation on varying tensors: its result is a number or of unknown shape, or drawn at random.
 _SPOILING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+# What always looks at its operand in another way. (`reshape` and `to` may, or not.)
+_VIEWS = {"alias", "chunk", "detach", "expand", "narrow", "permute", "select", "slice", "split", "split_with_sizes"}
+_VIEWS |= {"squeeze", "t", "transpose", "unbind", "unsqueeze", "view"}
 
 MOST_TAPES = 32
 
@@ -99,7 +103,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Called by torch for every operation."""
         kwargs = kwargs or {}
-        if self._off or self.spoilt is not None:
+        if self._off or self.spoilt is not None or _makes_views(func):
             return func(*args, **kwargs)
         given = [*_tensors(args), *_tensors(kwargs.values())]
         varying = [tensor for tensor in given if self._blocks.holds(tensor)]
@@ -269,6 +273,12 @@ class _Paused:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._tape._off -= 1
+
+
+@cache
+def _makes_views(func: Any) -> bool:
+    """Whether it always looks at its operand in another way: of what varies the result varies, at a place as fixed as that."""
+    return func.overloadpacket.__name__ in _VIEWS
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
