@@ -94,7 +94,7 @@ class Profile:
         return frozenset(
             kind
             for kind in self.interleaved_weights_per_s
-            if self.kernel(kind, 1, interleaved=True) > 1.15 * self.kernel(kind, 1)
+            if self.kernel(kind, 1, interleaved=True) > 1.05 * self.kernel(kind, 1)
         )
 
     @property
