@@ -71,12 +71,13 @@ def test_a_tape_gives_the_same_for_other_inputs() -> None:
     "model",
     [
         lambda x: x * float(x.max()),
+        lambda x: x * 2 if x.max() > 0 else x * 3,
         lambda x: x[x > 0].sum(0, keepdim=True),
         lambda x: x + torch.rand_like(x),
         lambda x: WEIGHT + 1,
         lambda x: KEPT.copy_(x) * 2,
     ],
-    ids=["a number", "a shape", "chance", "no input", "a buffer of the model"],
+    ids=["a number", "a truth", "a shape", "chance", "no input", "a buffer of the model"],
 )
 def test_what_depends_on_values_spoils_a_tape(model: object) -> None:
     assert take_down(Blocks(), model, torch.randn(8)).spoilt

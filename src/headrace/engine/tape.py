@@ -150,9 +150,9 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _elsewhere(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """An operation that makes its results wherever it likes, or a view."""
         results = func(*args, **kwargs)
-        made = [results] if isinstance(results, torch.Tensor) else list(results)
+        made = list(results) if isinstance(results, (list, tuple)) else [results]
         if not all(isinstance(result, torch.Tensor) for result in made):
-            self.spoil(f"{func} gives no tensors")
+            self.spoil(f"{func} gives something else than tensors")
             return results
         if all(self._blocks.holds(result) for result in made):
             return results
