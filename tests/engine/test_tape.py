@@ -9,7 +9,7 @@ from test_engine import PROMPT, make_engine
 from headrace.engine import Rows
 from headrace.engine.blocks import Blocks
 from headrace.engine.recycling import Recycling
-from headrace.engine.tape import Tape, Tapes
+from headrace.engine.tape import MOST_TAPES, Tape, Tapes
 
 
 def test_what_is_played_back_equals_what_is_computed(tiny_llama: Path) -> None:
@@ -88,7 +88,7 @@ KEPT = torch.zeros(8)
 
 def test_two_passes_that_differ_in_a_number_are_not_played() -> None:
     tapes, x = Tapes(), torch.randn(8)
-    for factor in (2.0, 3.0, 4.0):
+    for factor in (2.0, 3.0, 4.0, 5.0):
         assert tapes.tape("key") is None
         with torch.inference_mode(), tapes.taking_down("key") as tape:
             if tape is not None:
@@ -98,12 +98,36 @@ def test_two_passes_that_differ_in_a_number_are_not_played() -> None:
 
 def test_a_pass_that_fails_is_not_kept() -> None:
     tapes = Tapes()
+    with tapes.taking_down("key") as tape:
+        assert tape is None  # nothing like it has been seen
     for _ in range(3):
         with pytest.raises(OSError, match="broken"), torch.inference_mode(), tapes.taking_down("key") as tape:
             assert tape is not None
             tape.input(torch.ones(2))
             raise OSError("broken")
     assert tapes.tape("key") is None
+
+
+def test_passes_that_do_not_come_again_are_not_kept() -> None:
+    tapes, x = Tapes(), torch.randn(8)
+    for key in range(MOST_TAPES + 8):
+        for _ in range(2):
+            with torch.inference_mode(), tapes.taking_down(key) as tape:
+                if tape is not None:
+                    tape.output(tape.input(x) * 2)
+    assert len(tapes._first) == MOST_TAPES
+    assert tapes.tape(MOST_TAPES) is None
+
+
+def test_rows_of_a_table_are_read_once_and_the_oldest_go(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make_engine(tiny_llama) as engine:
+        table = next(t for t in engine.checkpoint.tensors.values() if t.name == "token_embd.weight")
+        monkeypatch.setattr("headrace.engine.engine.ROWS_KEPT_BYTES", 3 * table.row_bytes)
+        read: list[int] = []
+        monkeypatch.setattr(engine, "_read", lambda path, offset, nbytes: read.append(offset) or offset)
+        for index in (1, 2, 1, 3, 1, 4, 1, 2):
+            engine._row(table, index)
+    assert [(offset - table.offset) // table.row_bytes for offset in read] == [1, 2, 3, 4, 2]
 
 
 def test_memory_is_used_again_when_a_tensor_and_its_views_are_gone() -> None:
@@ -136,4 +160,5 @@ def test_large_results_are_the_same_and_lie_in_few_blocks() -> None:
             for _ in range(6):
                 found = layer(found)
     assert torch.equal(found, expected)
+    assert recycling._blocks.holds(found)
     assert sum(map(len, recycling._blocks._blocks.values())) <= 8

@@ -186,6 +186,7 @@ def test_exact_rows_do_not_depend_on_their_number_where_many_go_through_tiles(ti
     packed, x = quantised("Q4_K"), torch.randn(FEW_ROWS, COLUMNS)
     kernels = Kernels(2, tiled=["Q4_K"], tiles_exactly=tiles_exactly)
     together = product(kernels, x, "Q4_K", packed)
+    assert {dots for _, dots, _ in kernels._products} == {not tiles_exactly}  # the way that was asked for
     for first, last in ((0, 1), (3, 8), (4, 16)):
         assert torch.equal(product(kernels, x[first:last].clone(), "Q4_K", packed), together[first:last])
 
@@ -207,6 +208,13 @@ def test_a_folder_without_ggml_is_refused_with_a_hint(monkeypatch: pytest.Monkey
     with pytest.raises(HeadraceError, match="no build of ggml runs here") as caught:
         library.__wrapped__()
     assert "HEADRACE_GGML" in str(caught.value.hint)
+    library.cache_clear()
+    try:
+        kernels, why = make_kernels(2)
+    finally:
+        library.cache_clear()
+    assert isinstance(kernels, ReferenceKernels)
+    assert "slow" in why
 
 
 def cut_off(kind: str, packed: torch.Tensor, first: int) -> Piece:

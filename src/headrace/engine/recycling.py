@@ -1,7 +1,7 @@
 """Large results of a pass lie in memory that earlier results of the pass have left.
 
 The system's allocator either gives large blocks back, and then every result takes its pages anew, for which it waits while
-readers take theirs: 6 of 26 s for 512 rows of an 8B shape; or it keeps them, and then small tensors among them leave holes
+readers take theirs: 4 to 6 of 26 s for 512 rows of an 8B shape; or it keeps them, and then small tensors among them leave holes
 of hundreds of megabytes. Here blocks are only used for large results, by those that are of about their size.
 """
 
@@ -72,13 +72,6 @@ class Recycling(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         return self._blocks.empty(shape)
 
-    def _clone(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        x = args[0]
-        wanted = kwargs.get("memory_format")
-        if x.dtype != torch.float32 or 4 * x.numel() < LARGE_BYTES or wanted != torch.contiguous_format:
-            return func(*args, **kwargs)
-        return self._blocks.empty(x.shape).copy_(x)
-
     def _rms_norm(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         x, shape, weight, eps = (*args, None, None)[:4]
         if x.dtype != torch.float32 or 4 * x.numel() < LARGE_BYTES or not x.is_contiguous() or len(shape) != 1:
@@ -88,7 +81,6 @@ class Recycling(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     _aten.cat.default: Recycling._cat,
-    _aten.clone.default: Recycling._clone,
     _aten.empty.memory_format: Recycling._empty,
     _aten.new_empty.default: Recycling._empty,
     _aten.rms_norm.default: Recycling._rms_norm,

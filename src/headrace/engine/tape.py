@@ -1,7 +1,7 @@
 """A pass of few rows, taken down operation by operation and played back for the next tokens.
 
 For a row, a model's modules do the same from token to token: some forty small operations a layer on tensors of the same
-shapes. Through modules, hooks and the interpreter they take 0.5 ms a layer, from a flat list a third of that. A tape is such
+shapes. Through modules, hooks and the interpreter they take 0.5 ms a layer, from a flat list a quarter less. A tape is such
 a list: torch's operations, and the calls of the engine's own (products, attention, experts, rows of a table) between them,
 all on tensors whose places are fixed.
 
@@ -13,7 +13,6 @@ import ctypes
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ _VIEWS = {"alias", "chunk", "detach", "expand", "narrow", "permute", "select", "
 _VIEWS |= {"squeeze", "t", "transpose", "unbind", "unsqueeze", "view"}
 
 MOST_TAPES = 32
+_MOST_SEEN = 4096
 
 
 class _Entry(NamedTuple):
@@ -193,8 +193,14 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._places.add(id(alias))
         return alias
 
-    def _paused(self) -> "_Paused":
-        return _Paused(self)
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What the engine does itself is not taken down."""
+        self._off += 1
+        try:
+            yield
+        finally:
+            self._off -= 1
 
     # -- playing --------------------------------------------------------------------------------------------------
 
@@ -233,7 +239,8 @@ class Tapes:
     def __init__(self) -> None:
         self._blocks = Blocks()
         self._ready: dict[Hashable, Tape] = {}
-        self._first: dict[Hashable, Tape] = {}
+        self._first: dict[Hashable, Tape] = {}  # the latest last
+        self._seen: set[Hashable] = set()
         self._spoilt: dict[Hashable, str] = {}
 
     def tape(self, key: Hashable) -> Tape | None:
@@ -242,8 +249,14 @@ class Tapes:
 
     @contextmanager
     def taking_down(self, key: Hashable) -> Iterator[Tape | None]:
-        """Within it a pass is taken down, unless that was in vain before. The second tape is played from then on."""
-        if key in self._spoilt or len(self._ready) >= MOST_TAPES:
+        """Within it a pass is taken down, unless that was in vain before. The second tape is played from then on.
+
+        Not the first of its kind: batches with guesses have passes of so many kinds that most never come again.
+        """
+        if key not in self._seen or key in self._spoilt or len(self._ready) >= MOST_TAPES:
+            if len(self._seen) >= _MOST_SEEN:
+                self._seen.clear()
+            self._seen.add(key)
             yield None
             return
         tape = Tape(self._blocks)
@@ -254,25 +267,12 @@ class Tapes:
             self._spoilt[key] = tape.spoilt
         elif first is None:
             self._first[key] = tape
+            if len(self._first) > MOST_TAPES:
+                del self._first[next(iter(self._first))]
         elif tape.is_like(first):
             self._ready[key] = tape
         else:
             self._spoilt[key] = "it differs from token to token"
-
-
-class _Paused:
-    """What the engine does itself is not taken down."""
-
-    def __init__(self, tape: Tape) -> None:
-        self._tape = tape
-
-    def __enter__(self) -> None:
-        self._tape._off += 1
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._tape._off -= 1
 
 
 @cache
