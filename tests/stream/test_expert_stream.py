@@ -1,6 +1,7 @@
 """Experts on demand: the right bytes in every slot, whatever the memory, the readers and the disk do."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 from headrace.checkpoint import Tensor
 from headrace.checkpoint.tensor import Slice
 from headrace.errors import ReadError
+from headrace.process import resident_bytes
 from headrace.stream.experts import ExpertStream
 from headrace.stream.files import WeightFile
+from headrace.stream.memory import PAGE_BYTES
 from headrace.stream.policy import ExpertCache
 
 LAYERS, EXPERTS, ROWS, COLUMNS = 3, 8, 24, 64
@@ -76,6 +79,19 @@ def test_every_expert_comes_with_its_own_bytes(stored: tuple[Layers, np.ndarray]
         if slots == LAYERS * EXPERTS:
             assert stream.counters.misses <= slots
         assert asked > 0
+
+
+def test_the_memory_of_all_slots_is_taken_beforehand(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, numbers = stored
+    with stream_of(layers, 8000, 2) as stream:
+        before = resident_bytes()
+        check(stream, numbers, 0, [1, 2, 3])
+        until = time.perf_counter() + 30
+        while resident_bytes() - before < 8000 * 3 * PAGE_BYTES and time.perf_counter() < until:
+            time.sleep(0.01)
+        assert resident_bytes() - before >= 8000 * 3 * PAGE_BYTES  # an expert's two matrices touch three pages at least
+        check(stream, numbers, 0, [3, 1])
+        assert (stream.counters.hits, stream.counters.misses) == (2, 3)
 
 
 def test_what_is_in_memory_is_not_read_again(stored: tuple[Layers, np.ndarray]) -> None:

@@ -8,10 +8,12 @@ What must never happen: a slot is overwritten while it is read into or multiplie
 (it is raised in the consumer); a consumer waits for ever (a silent disk is an error).
 """
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -28,6 +30,10 @@ from headrace.stream.weights import STALL_LIMIT_S, Spans, piece_of
 
 # Experts under way at a time: enough to keep the disk busy, few enough that a prompt does not empty the memory.
 MOST_AHEAD = 12
+
+# Memory of slots is taken from the system this much at a time, ahead of the reads into it.
+_TAKEN_AT_ONCE = 4 << 20
+_LOW_PRIORITY = 10  # of `nice`; at the lowest of all it would be made to wait while it holds the interpreter's lock
 
 # Pieces of one expert in the order of its slices.
 Ready: TypeAlias = list[tuple[int, tuple[Piece, ...]]]
@@ -133,6 +139,7 @@ class ExpertStream:
         self._error: BaseException | None = None
         self._stopping = False
         self._readers = readers
+        self._populated = 0  # bytes of the arena
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "ExpertStream":
@@ -360,6 +367,8 @@ class ExpertStream:
             threading.Thread(target=self._read, name=f"headrace-expert-reader-{i}", daemon=True)
             for i in range(self._readers)
         ]
+        if self._readers:
+            self._threads.append(threading.Thread(target=self._populate, name="headrace-expert-memory", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -370,6 +379,15 @@ class ExpertStream:
         for thread in self._threads:
             thread.join(timeout=self._stall_limit_s)
         self._threads = []
+
+    def _populate(self) -> None:
+        """Take the memory of the slots while a core is idle: a read into pages that are not there yet waits for each."""
+        with suppress(OSError, AttributeError):  # only Linux has priorities of threads
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOW_PRIORITY)
+        while self._populated < self._arena.nbytes and not self._stopping:
+            if not self._arena.populate(self._populated, _TAKEN_AT_ONCE):
+                return
+            self._populated += _TAKEN_AT_ONCE
 
     def _read(self) -> None:
         try:

@@ -5,6 +5,7 @@ import mmap
 from contextlib import suppress
 
 PAGE_BYTES = 4096
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; `mmap` has no name for it
 
 
 def aligned(start: int, nbytes: int) -> tuple[int, int]:
@@ -24,6 +25,19 @@ class Arena:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def populate(self, start: int, nbytes: int) -> bool:
+        """Take the pages of a range now, as far as it lies inside, and leave what is in them. False: the system cannot.
+
+        On a virtual machine whose host gives memory lazily, a GiB takes 1 to 2.5 s, on bare metal 0.1 to 0.3.
+        """
+        start, nbytes = aligned(start, max(0, min(nbytes, self.nbytes - start)))
+        try:  # by libc: unlike `mmap.madvise`, it runs beside other threads
+            madvise = ctypes.CDLL(None).madvise
+        except (OSError, AttributeError):
+            return False
+        failed = madvise(ctypes.c_void_p(self.address + start), ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE)
+        return not failed
 
     def give_back(self) -> None:
         """Let the system have the pages; what was in them is lost."""
