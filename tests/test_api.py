@@ -1,11 +1,20 @@
 """The library: what `headrace.load` returns, and that a conversation is not computed twice."""
 
+import gc
+import json
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from click.testing import CliRunner
+from tiny import random_model, write_gguf
 
 import headrace
+from headrace.cli import main
 from headrace.errors import BudgetError, ContextError, UsageError
 from headrace.plan import Profile
 from headrace.units import MIB
@@ -97,9 +106,108 @@ def test_what_does_not_fit_is_refused(tiny_llama: Path, model: headrace.Model) -
         headrace.load(str(tiny_llama), memory="1MiB")
 
 
-def test_closing_twice_is_fine_and_leaves_no_reader(tiny_llama: Path, measured: Profile) -> None:
-    import threading
+def test_one_stream_at_a_time_and_none_after_closing(tiny_llama: Path, measured: Profile) -> None:
+    with headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, profile=measured) as loaded:
+        first = loaded.stream("hello", max_tokens=3, sampling=GREEDY)
+        next(first)
+        with pytest.raises(UsageError, match="another stream"):
+            loaded.generate("hello", max_tokens=2)
+        assert [piece.finish_reason for piece in first][-1] is not None  # it is not disturbed
+        assert loaded.generate("hello", max_tokens=2).completion_tokens > 0
+    with pytest.raises(UsageError, match="closed"):
+        loaded.generate("hello", max_tokens=2)
 
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_an_answer_has_at_least_one_token(model: headrace.Model, count: int) -> None:
+    with pytest.raises(UsageError, match="max_tokens"):
+        model.generate("hello", max_tokens=count)
+
+
+def test_a_load_that_fails_leaves_nothing_behind(
+    tiny_llama: Path, measured: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AttentionInterface
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BudgetError("too little", hint="more")
+
+    with headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, profile=measured):
+        pass
+    before = len(os.listdir("/proc/self/fd")), len(AttentionInterface._global_mapping), threading.active_count()
+    with monkeypatch.context() as patch:
+        patch.setattr("headrace.api.make_plan", refuse)  # as when the built model takes more than the header promised
+        with pytest.raises(BudgetError):
+            headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, profile=measured)
+    with monkeypatch.context() as patch:
+        patch.setattr("headrace.engine.engine.Engine._make_experts", refuse)
+        with pytest.raises(BudgetError):
+            headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, draft=str(tiny_llama), profile=measured)
+    gc.collect()
+    assert before == (
+        len(os.listdir("/proc/self/fd")),
+        len(AttentionInterface._global_mapping),
+        threading.active_count(),
+    )
+
+
+def test_torch_has_its_threads_back(tiny_llama: Path, measured: Profile) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, profile=measured) as loaded:
+            loaded.generate("hello", max_tokens=3, sampling=GREEDY, raw=True)
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_planned_is_what_was_asked_for(
+    tiny_llama: Path, measured: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is refused for a context that nobody asked for, and 8 bits are 8 bits."""
+    from headrace.plan import choose_drafting
+
+    asked = []
+
+    def noted(checkpoint: Any, profile: Any, budget: Any, request: Any, options: Any) -> Any:
+        asked.append((request.context_tokens, request.kv_bits))
+        return choose_drafting(checkpoint, profile, budget, request, options)
+
+    monkeypatch.setattr("headrace.api.choose_drafting", noted)
+    monkeypatch.setattr("headrace.cli.plan.load_profile", lambda: measured)
+    arguments = [
+        "run",
+        str(tiny_llama),
+        "hello",
+        "--memory",
+        "4GiB",
+        "-n",
+        "3",
+        "-c",
+        "48",
+        "--kv-bits",
+        "8",
+        "--json",
+        "-q",
+    ]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert set(asked) == {(48, 8)}
+    plan = json.loads(result.stdout)["plan"]
+    assert (plan["context_tokens"], plan["kv_bits"]) == (48, 8)
+
+
+def test_a_draft_for_a_model_that_cannot_take_guesses_back_is_refused(tmp_path: Path, measured: Profile) -> None:
+    path = write_gguf(random_model("bloom"), "bloom", tmp_path / "bloom.gguf", "Q8_0")
+    with pytest.raises(UsageError, match="cache of its own"):
+        headrace.load(str(path), memory="4GiB", context_tokens=64, draft="prompt", profile=measured)
+    with headrace.load(str(path), memory="4GiB", context_tokens=64, profile=measured) as loaded:
+        assert "cache of its own" in " ".join(loaded.plan.reasons)
+
+
+def test_closing_twice_is_fine_and_leaves_no_reader(tiny_llama: Path, measured: Profile) -> None:
     before = threading.active_count()
     loaded = headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, profile=measured)
     loaded.generate("hello", max_tokens=2)

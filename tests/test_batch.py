@@ -111,6 +111,52 @@ def test_bad_lines_get_errors_of_their_own_and_the_rest_goes_on(tiny_llama: Path
     assert target.stat().st_size == size  # nothing is done twice
 
 
+def test_a_conversation_that_the_template_refuses_does_not_stop_the_others(tiny_llama: Path, tmp_path: Path) -> None:
+    whole = tiny_llama.read_bytes()
+    first, last = whole.index(b"{% for m in messages"), whole.index(b"{% endif %}") + len(b"{% endif %}")
+    template = b"{{ raise_exception('roles must alternate') }}".ljust(last - first)
+    strict = tmp_path / "strict.gguf"
+    strict.write_bytes(whole[:first] + template + whole[last:])
+    chat = {
+        "custom_id": "chat",
+        "url": "/v1/chat/completions",
+        "body": {"messages": [{"role": "user", "content": "a"}]},
+    }
+    source = write(tmp_path / "in.jsonl", [chat, line("plain"), chat | {"custom_id": "again"}])
+    assert batch(source, tmp_path / "out.jsonl", strict).exit_code == 0
+    found = records(tmp_path / "out.jsonl")
+    assert found["plain"]["response"]["status_code"] == 200
+    assert {found[name]["error"]["code"] for name in ("chat", "again")} == {"invalid_request"}
+    assert "roles must alternate" in found["chat"]["error"]["message"]
+
+
+def test_half_a_character_is_an_error_of_its_line(tiny_llama: Path, tmp_path: Path) -> None:
+    bad = [json.dumps(line("x\ud83d")), json.dumps(line("y", "half \ud83d")), json.dumps(line("z", "whole \U0001f600"))]
+    source, target = write(tmp_path / "in.jsonl", bad), tmp_path / "out.jsonl"
+    assert batch(source, target, tiny_llama).exit_code == 0
+    lines = [json.loads(one) for one in target.read_text().splitlines()]
+    assert [one["error"]["code"] for one in lines if one["error"]] == ["invalid_json_line"] * 2
+    assert [one["custom_id"] for one in lines if one["response"]] == ["z"]
+    size = target.stat().st_size
+    assert batch(source, target, tiny_llama).exit_code == 0
+    assert target.stat().st_size == size
+
+
+def test_names_that_look_like_ours_are_told_from_lines_without_a_name(tiny_llama: Path, tmp_path: Path) -> None:
+    """An empty name is a name, and so is the one that we would give to the line of another request."""
+    source = write(tmp_path / "in.jsonl", [line(""), "no json", line("batch_req_2")])
+    target = tmp_path / "out.jsonl"
+    assert batch(source, target, tiny_llama).exit_code == 0
+    assert len(target.read_text().splitlines()) == 3
+    bad = next(text for text in target.read_text().splitlines(keepends=True) if "invalid_json" in text)
+    target.write_text(bad)  # as if it had been killed after the bad line
+    assert batch(source, target, tiny_llama).exit_code == 0
+    assert set(records(target)) == {"", None, "batch_req_2"}
+    size = target.stat().st_size
+    assert batch(source, target, tiny_llama).exit_code == 0
+    assert target.stat().st_size == size
+
+
 def test_chat_requests_use_the_template_and_text_parts_are_joined(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     body = {"messages": messages, "max_completion_tokens": 7, "stop": "x", "top_k": 3}

@@ -146,6 +146,23 @@ def test_control_c_ends_the_answer_with_130(tiny_llama: Path) -> None:
     assert "Traceback" not in words
 
 
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, BrokenPipeError])
+def test_what_click_would_end_with_1_has_a_code_of_its_own(raised: type[BaseException]) -> None:
+    code = f"""
+import headrace.cli.forecast
+def interrupted(*_):
+    raise {raised.__name__}
+headrace.cli.forecast.tables_command = interrupted
+from headrace.cli import main
+main()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, "tables", "models"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == (130 if raised is KeyboardInterrupt else 0)
+    assert "Traceback" not in result.stderr
+
+
 def test_a_closed_pipe_ends_quietly(tiny_llama: Path) -> None:
     command = shlex.join([*COMMAND, "run", str(tiny_llama), "hello", "--memory", ROOMY, "-n", "200", "-t", "0", "-q"])
     result = subprocess.run(["bash", "-c", f"{command} | head -c 1"], capture_output=True, text=True, timeout=120)

@@ -91,7 +91,8 @@ def test_the_cheapest_way_to_a_speed_is_found_and_the_frontier_with_it() -> None
         (["llama-3-8b", "--params", "8e9", "--machine", PC], "two models", "one of them"),
         (["--params", "8", "--machine", PC], "no language model", "175e9"),
         (["--machine", PC], "no model", "--params"),
-        (["org/llama-3-8b-instruct", "--machine", PC], "hub", "config.json"),
+        (["{model}", "--prompt-tokens", "100000"], "100000 tokens", "--prompt-tokens"),
+        (["{model}", "--usd-per-kwh", "0.3"], "costs", "--machine"),
         (["missing.gguf"], "no file", ".gguf"),
         (["gpt-3", "--machine", "8x a100-80gb", "--tokens", "4000"], "was made for", "2048"),
         (["llama-3-8b", "--machine", "no-such.toml"], "cannot read", "parts"),
@@ -99,10 +100,10 @@ def test_the_cheapest_way_to_a_speed_is_found_and_the_frontier_with_it() -> None
     ],
 )
 def test_what_cannot_be_answered_is_an_error_with_a_hint(
-    arguments: list[str], said: str, hint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    arguments: list[str], said: str, hint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path
 ) -> None:
     monkeypatch.setenv("HEADRACE_HOME", str(tmp_path))
-    result = run("plan", *arguments)
+    result = run("plan", *(str(tiny_llama) if one == "{model}" else one for one in arguments))
     assert result.exit_code in (1, 2)
     assert said in result.stderr
     assert hint in result.stderr.split("hint:")[1]

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, overload
@@ -232,6 +233,7 @@ class Model:
         Raises:
             ContextError: a prompt does not fit into the context that was planned.
             ReadError: the weights could not be read.
+            UsageError: the model is closed, or another stream of it has not been read to its end or closed.
         """
         sampling = sampling or self.default_sampling()
         jobs = [
@@ -268,6 +270,13 @@ class Model:
     ) -> Iterator[Piece]:
         """As `stream`, for jobs that may each have settings of their own. One is taken whenever there is room for it."""
         scheduler, live = self._scheduler, dict[Answer, _Live]()
+        if self._closed:
+            raise UsageError("the model is closed", hint="load it again")
+        if scheduler.answers:
+            raise UsageError(
+                "another stream of this model is open",
+                hint="read it to its end or close it; prompts given together share their passes",
+            )
         waiting: Iterator[tuple[int, Job]] = enumerate(jobs)
         exhausted = False
         start = time.perf_counter()
@@ -483,6 +492,15 @@ class Job:
     sampling: Sampling
     stop: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse an answer of no tokens: it would have no end.
+
+        Raises:
+            UsageError: as said.
+        """
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UsageError(f"max_tokens is {self.max_tokens}", hint="1 or more, or None")
+
 
 def _is_many(prompt: Prompt | Sequence[Prompt]) -> bool:
     """Whether these are several prompts, rather than a text or the messages of one conversation."""
@@ -526,7 +544,8 @@ def load(
         kv_bits: 16 or 8 bits for each number in the KV cache.
         draft: how to guess tokens that a pass then verifies: `none`, `prompt` (what followed the last time), `self` (a
             low-bit copy made in memory), the path of a draft model, or `auto`: what the plan finds best.
-        size_for: decides the request once the tokenizer is there, for prompts that are known already.
+        size_for: decides the request once the tokenizer is there, for prompts that are known already; what was given
+            above is then only what must fit for the model to be built at all.
         profile: rates to plan with; None: those that `headrace probe` kept, else guesses.
         trace: record every span of time.
         open_file: opens the weights' files, for tests.
@@ -534,7 +553,7 @@ def load(
     Raises:
         CheckpointError: a file is damaged or cannot run.
         BudgetError: the ceiling is below the model's floor.
-        UsageError: the draft model does not exist or does not fit the model.
+        UsageError: the draft model does not exist or does not fit the model, or the model cannot take guesses back.
     """
     start = time.perf_counter()
     if kv_bits not in (8, 16) or sequences < 1:
@@ -554,25 +573,20 @@ def load(
     keep_freed_memory()
     tokenizer = Tokenizer(checkpoint)
     if size_for is not None:
-        request = replace(size_for(tokenizer), kv_bits=kv_bits)
+        request = size_for(tokenizer)
         drafting, why = choose_drafting(checkpoint, profile, budget, request, options)
     request = replace(request, drafting=drafting)
-    kernels, reason = make_kernels(profile.threads, profile.bf16_pays, request.row_invariant, profile.tiled)
-    if reason != "ggml":
-        warnings.warn(reason, stacklevel=2)
-    spans = Trace() if trace else None
-    try:
-        draft_engine = _load_draft(checkpoint, drafting, profile)
-    except CheckpointError:  # a low-bit copy cannot be made of every layout
-        if draft != "auto":
-            raise
-        request, draft_engine = replace(request, drafting=NO_DRAFT), None
     plans: list[Plan] = []
 
     def decide(shell: Shell) -> StreamOptions:
         """Plan with what the process has really taken by now: everything is built, and no weights are in memory yet."""
         nonlocal request, why
         if shell.way == "model":
+            if draft not in ("auto", "none"):
+                raise UsageError(
+                    f"{checkpoint.name} keeps a cache of its own, in which guesses cannot be taken back",
+                    hint="use --draft none",
+                )
             request = replace(request, sequences=1, drafting=NO_DRAFT)
             why = f"draft none: {'an encoder reads the prompt' if shell.opening else 'the model keeps a cache of its own'}"
         release_unused()
@@ -596,20 +610,37 @@ def load(
             expert_scores=_scores(checkpoint),
         )
 
-    engine = Engine(checkpoint, decide, kernels, trace=spans, open_file=open_file)
-    if draft_engine is not None and engine.one_by_one:
-        draft_engine.close()
-        draft_engine = None
-    if draft_engine is not None:
-        draft_engine.step([Rows(cache=draft_engine.new_cache(1), tokens=[0], exact=True)])  # reads its weights
-    return Model(
-        checkpoint,
-        plans[0],
-        load_s=time.perf_counter() - start,
-        engine=engine,
-        draft_engine=draft_engine,
-        tokenizer=tokenizer,
-    )
+    with ExitStack() as undo:
+        kernels, reason = make_kernels(profile.threads, profile.bf16_pays, request.row_invariant, profile.tiled)
+        undo.callback(kernels.close)
+        if reason != "ggml":
+            warnings.warn(reason, stacklevel=2)
+        try:
+            draft_engine = _load_draft(checkpoint, drafting, profile)
+        except CheckpointError as error:  # a low-bit copy cannot be made of every layout
+            if draft != "auto":
+                raise
+            request, draft_engine = replace(request, drafting=NO_DRAFT), None
+            why = f"draft none: {error}"
+        if draft_engine is not None:
+            undo.callback(draft_engine.close)
+        engine = Engine(checkpoint, decide, kernels, trace=Trace() if trace else None, open_file=open_file)
+        undo.callback(engine.close)
+        if draft_engine is not None and engine.one_by_one:
+            draft_engine.close()
+            draft_engine = None
+        if draft_engine is not None:
+            draft_engine.step([Rows(cache=draft_engine.new_cache(1), tokens=[0], exact=True)])  # reads its weights
+        model = Model(
+            checkpoint,
+            plans[0],
+            load_s=time.perf_counter() - start,
+            engine=engine,
+            draft_engine=draft_engine,
+            tokenizer=tokenizer,
+        )
+        undo.pop_all()
+    return model
 
 
 def _scores(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from headrace.errors import HeadraceError, UsageError
 
@@ -77,6 +77,8 @@ def _parse(line: int, raw: bytes, seen: set[str]) -> BatchRequest | BadLine:
             value = json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise _Refused("invalid_json_line", f"line {line} is not JSON: {error}") from error
+        if _has_lone_surrogates(value):
+            raise _Refused("invalid_json_line", f"line {line} holds half of a character (an unpaired \\u escape)")
         if not isinstance(value, dict) or not isinstance(value.get("custom_id"), str):
             raise _Refused("missing_custom_id", f"line {line} has no custom_id")
         custom_id = value["custom_id"]
@@ -87,6 +89,15 @@ def _parse(line: int, raw: bytes, seen: set[str]) -> BatchRequest | BadLine:
         return _request(line, custom_id, value)
     except _Refused as refused:
         return BadLine(line=line, custom_id=custom_id, code=refused.code, message=str(refused))
+
+
+def _has_lone_surrogates(value: object) -> bool:
+    """JavaScript that cuts a text inside an emoji leaves one, and no file in UTF-8 can hold it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _request(line: int, custom_id: str, value: Mapping[str, Any]) -> BatchRequest:
@@ -203,7 +214,7 @@ class Results:
             raise HeadraceError(f"cannot write {path}: {error.strerror}") from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._done = self._resume()
+            self._done: set[_Key] = self._resume()
         except BlockingIOError as error:
             os.close(self._fd)
             raise HeadraceError(
@@ -226,7 +237,7 @@ class Results:
 
     def has(self, request: BatchRequest | BadLine) -> bool:
         """Whether the file holds a result for it."""
-        return (request.custom_id or _id(request.line)) in self._done
+        return _key(_id(request.line), request.custom_id) in self._done
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a result. It is on the disk when this returns, or not in the file at all."""
@@ -243,18 +254,18 @@ class Results:
                 hint="free some space and run the same command again: what is done is kept",
             ) from error
         self._end += len(line)
-        self._done.add(_key(record))
+        self._done.add(_key_of(record))
 
-    def _resume(self) -> set[str]:
+    def _resume(self) -> "set[_Key]":
         """Read what is done; cut a half line off."""
-        done: set[str] = set()
+        done: set[_Key] = set()
         self._end = 0
         with os.fdopen(os.dup(self._fd), "rb") as file:
             for raw in file:
                 if not raw.endswith(b"\n"):
                     break
                 try:
-                    done.add(_key(json.loads(raw)))
+                    done.add(_key_of(json.loads(raw)))
                 except (ValueError, KeyError, TypeError) as error:
                     raise HeadraceError(
                         f"{self.path} holds something else than results of a batch", hint="give another output file"
@@ -270,11 +281,19 @@ class Results:
         return done
 
 
-def _key(record: Mapping[str, Any]) -> str:
+# What tells requests apart: a name that its author gave, or the number of its line where there is none.
+_Key: TypeAlias = tuple[str, str]
+
+
+def _key(own_id: str, custom_id: str | None) -> _Key:
+    return ("line", own_id) if custom_id is None else ("custom", custom_id)
+
+
+def _key_of(record: Mapping[str, Any]) -> _Key:
     if not str(record["id"]).startswith("batch_req_"):
         raise ValueError(record["id"])
     custom_id = record["custom_id"]
-    return str(record["id"] if custom_id is None else custom_id)
+    return _key(str(record["id"]), None if custom_id is None else str(custom_id))
 
 
 def pending(path: Path, results: Results) -> Sequence[BatchRequest | BadLine]:

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from datetime import date
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, suppress
+from datetime import datetime
 from os import sched_getaffinity, stat
 from pathlib import Path
 
@@ -26,13 +26,15 @@ from headrace.engine.engine import StreamOptions
 from headrace.errors import HeadraceError
 from headrace.kernels import FEW_ROWS, Kernels, Piece
 from headrace.kernels.ggml import takes_super_blocks
+from headrace.kernels.limits import PRECISE_TYPES
 from headrace.plan.profile import Profile, load_profile, machine_name, profile_path, save_profile
 from headrace.plan.rooms import MOST_RING_SLOTS, READERS, UNIT_BYTES
 from headrace.plan.shape import is_linear
 from headrace.process import release_unused, resident_bytes
-from headrace.stream import Arena, WeightStream
+from headrace.stream import Arena, WeightFile, WeightStream
 from headrace.stream.layout import make_layout
-from headrace.units import GIB, MIB
+from headrace.stream.memory import PAGE_BYTES
+from headrace.units import GIB, MIB, gib
 
 COLUMNS, WEIGHT_ROWS = 4096, 14336  # one projection of an 8B model
 USUAL_TYPES = ("Q4_K", "Q6_K", "Q5_K", "Q8_0", "F16", "BF16", "Q5_0", "Q4_0", "Q3_K", "Q2_K", "IQ4_XS", "F32")
@@ -71,8 +73,10 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     kernels.close()
     say("interpreter")
     layer_s, layer_row_s = _measure_layers(threads)
+    now = datetime.now()
     profile = Profile(
-        source=f"measured {date.today().isoformat()}",
+        source=f"measured {now:%Y-%m-%d}",
+        probed_at=now.isoformat(timespec="seconds"),
         machine=machine_name(),
         threads=threads,
         disk_bytes_per_s=disks,
@@ -97,40 +101,50 @@ def _types_of(target: Path) -> Iterable[str]:
 
 
 def measure_disk(target: Path, total_bytes: int = DISK_BYTES, rounds: int = ROUNDS) -> float:
-    """Bytes per second of the stream alone, from a model's own file, or from a temporary file in a folder."""
-    if target.is_file():
-        tensors = [t for t in open_checkpoint(target).tensors.values() if is_linear(t)]
-        return _stream_rate(tensors, total_bytes, rounds)
-    with tempfile.NamedTemporaryFile(dir=target, prefix=".headrace-probe-") as file:
-        block = np.random.default_rng(0).integers(0, 256, 8 * MIB, np.uint8).tobytes()
-        count = total_bytes // 2 // len(block)
-        for _ in range(count):
-            file.write(block)
-        file.flush()
-        tensor = Tensor(
-            name="probe", shape=(count * 2048, 1024), type="F32", path=file.name, offset=0, nbytes=count * len(block)
-        )
-        return _stream_rate([tensor], total_bytes // 2, rounds)
+    """Bytes per second of the stream alone, from a model's own file, or from a temporary file in a folder.
+
+    Raises:
+        HeadraceError: the file cannot be read, or none can be written into the folder.
+    """
+    try:
+        if target.is_file() and target.stat().st_size >= PAGE_BYTES:
+            return _stream_rate(target, total_bytes, rounds)
+        folder = target if target.is_dir() else target.parent
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".headrace-probe-") as file:
+            block = np.random.default_rng(0).integers(0, 256, 8 * MIB, np.uint8).tobytes()
+            for _ in range(total_bytes // 2 // len(block)):
+                file.write(block)
+            file.flush()
+            return _stream_rate(Path(file.name), total_bytes, rounds)
+    except OSError as error:
+        raise HeadraceError(
+            f"the disk at {target} cannot be measured: {error.strerror}",
+            hint=f"name a folder with {gib(total_bytes // 2)} free that may be written to",
+        ) from error
 
 
-def _stream_rate(tensors: Sequence[Tensor], total_bytes: int, rounds: int) -> float:
-    chosen: list[Tensor] = []
-    while tensors and sum(t.nbytes for t in chosen) < total_bytes and len(chosen) < len(tensors):
-        chosen.append(tensors[len(chosen)])
-    layout = make_layout([[t] for t in chosen], {t.name: 0 for t in chosen}, UNIT_BYTES)
+def _stream_rate(path: Path, total_bytes: int, rounds: int) -> float:
+    """The bytes of a file, whatever they mean, in rows of a page."""
+    rows = min(path.stat().st_size, total_bytes) // PAGE_BYTES
+    whole = Tensor(
+        name="probe", shape=(rows, PAGE_BYTES // 4), type="F32", path=str(path), offset=0, nbytes=rows * PAGE_BYTES
+    )
+    layout = make_layout([[whole]], {whole.name: 0}, UNIT_BYTES)
     rates = []
-    with WeightStream(layout, slots=MOST_RING_SLOTS, readers=READERS) as stream:
+    with (
+        closing(WeightFile(str(path))) as file,
+        WeightStream(layout, slots=MOST_RING_SLOTS, readers=READERS, file_of=lambda _: file) as stream,
+    ):
         for round_ in range(rounds + 1):
             start = time.perf_counter()
-            for visit in range(len(layout.visits)):
-                for _ in stream.visit(visit):
-                    pass
+            for _ in stream.visit(0):
+                pass
             if round_:  # the first fills the ring and starts the threads
                 rates.append(layout.streamed_bytes / (time.perf_counter() - start))
     return statistics.median(rates)
 
 
-def _median_s(work: Callable[[int], None], rounds: int = ROUNDS) -> float:
+def _median_s(work: Callable[[int], object], rounds: int = ROUNDS) -> float:
     work(0)
     times = []
     for i in range(rounds):
@@ -197,13 +211,10 @@ def _measure_tiles(threads: int, kind: str) -> Mapping[str, float]:
 def _measure_unpack(kernels: Kernels, kind: str) -> float:
     rows = 1024
     arena, nbytes = _packed(kind, rows, 4)
+    half = kernels.bf16_many_rows and kind not in PRECISE_TYPES
     return (
-        rows * COLUMNS / _median_s(lambda i: void(kernels.unpack(kind, arena.address + i % 4 * nbytes, rows, COLUMNS)))
+        rows * COLUMNS / _median_s(lambda i: kernels.plain(kind, arena.address + i % 4 * nbytes, rows, COLUMNS, half))
     )
-
-
-def void(_: object) -> None:
-    """Nothing: turns an expression into a statement for a lambda."""
 
 
 def _measure_products(kernels: Kernels, kind: str) -> Mapping[str, float]:
@@ -280,7 +291,14 @@ def small_model(path: Path, layers: int, hidden: int = 1024, feed_forward: int =
 def _measure_runtime() -> int:
     """Memory of a fresh process that has built a small model and run a token: all that is not weights."""
     command = [sys.executable, "-c", "from headrace import probe; probe.report_runtime()"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    except (subprocess.SubprocessError, OSError) as error:
+        words = getattr(error, "stderr", None) or str(error)
+        raise HeadraceError(
+            f"a small model does not run in a process of its own: {words.strip()[-200:]}",
+            hint="is there memory for another Python? 1 GiB is enough",
+        ) from error
     return int(result.stdout)
 
 

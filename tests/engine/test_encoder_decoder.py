@@ -107,10 +107,12 @@ def test_the_encoder_is_read_once_for_a_prompt_and_the_decoder_for_every_token(t
         every, opening = (stream.layout for stream in engine._streams)
         whole = every.streamed_bytes + every.pinned_bytes + opening.streamed_bytes + opening.pinned_bytes
         read = [stats.read_bytes for stats in engine.passes]
-        assert read[0] == whole
-        assert read[1:13] == [every.streamed_bytes] * 12
-        assert read[13] == every.streamed_bytes + opening.streamed_bytes
-        assert read[14:] == [every.streamed_bytes] * 12
+        expected = (
+            [whole, *[every.streamed_bytes] * 12]
+            + [every.streamed_bytes + opening.streamed_bytes]
+            + [every.streamed_bytes] * 12
+        )
+        assert read == pytest.approx(expected, abs=4096)  # in whole pages, of which the file's last may be short
         names = {tensor.name for visit in opening.visits for tensor in visit.tensors}
         assert all(name.startswith("enc.") or ".cross_attn_" in name for name in names)
         assert len(names) == 2 * 6 + 3 * 2  # six matrices of an encoder's layer, keys and values of a decoder's

@@ -82,7 +82,6 @@ def test_what_is_read_ahead_changes_no_bit_and_is_counted(folder: Path) -> None:
         look._tried[:], look._right[:] = TRIALS, TRIALS  # as if every guess had been right so far
         assert torch.equal(logits_of(engine, parts), expected)
         assert sum(stats.expert_ahead for stats in engine.passes) > 0
-        assert all(0 <= share <= 1 for by_rank in look.precision for share in by_rank)
 
 
 def test_a_router_that_chooses_an_expert_that_does_not_exist_is_an_error(folder: Path) -> None:

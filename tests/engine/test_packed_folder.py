@@ -10,7 +10,9 @@ from tiny import random_model
 
 from headrace.checkpoint import open_checkpoint
 from headrace.checkpoint.packing import pack_folder
+from headrace.engine import Rows
 from headrace.plan.shape import shape_of
+from headrace.stream import WeightFile
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,26 @@ def test_logits_are_those_of_the_plain_folder_bit_for_bit(
         with make_engine(folder, share=share, unit_bytes=unit_bytes) as engine:
             logits.append(decode(engine))
     assert torch.equal(*logits)
+
+
+class Counting(WeightFile):
+    read_bytes = 0
+
+    def read(self, offset: int, target: memoryview, needed: int) -> int:
+        count = super().read(offset, target, needed)
+        Counting.read_bytes += count
+        return count
+
+
+def test_what_is_counted_as_read_is_what_came_from_the_disk(folders: tuple[Path, Path]) -> None:
+    for folder in folders:
+        with make_engine(folder, share=0.3, readers=0, open_file=Counting) as engine:
+            cache = engine.new_cache(8)
+            for _ in range(2):
+                engine.step([Rows(cache=cache, tokens=[1])])
+            Counting.read_bytes = 0
+            engine.step([Rows(cache=cache, tokens=[1])])
+            assert engine.passes[-1].read_bytes == Counting.read_bytes > 0
 
 
 def test_the_plan_reads_fewer_bytes_than_it_multiplies(folders: tuple[Path, Path]) -> None:

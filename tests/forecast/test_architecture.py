@@ -12,12 +12,12 @@ from headrace.checkpoint import open_checkpoint
 from headrace.errors import UsageError
 from headrace.forecast.architecture import (
     Architecture,
-    of_checkpoint,
     of_config,
     of_params,
     published,
     table,
 )
+from headrace.plan.architecture import architecture_of
 
 MODELS = sorted(table("models"))
 CONFIG = {
@@ -181,7 +181,7 @@ def test_parameters_that_are_no_number_are_an_error(params: float) -> None:
 
 def test_the_header_of_a_file_gives_its_sizes(tiny_llama: Path) -> None:
     checkpoint = open_checkpoint(tiny_llama)
-    model = of_checkpoint(checkpoint)
+    model = architecture_of(checkpoint)
     read = [t for name, t in checkpoint.tensors.items() if len(t.shape) == 2 and name != "token_embd.weight"]
 
     assert (model.layers, model.hidden, model.heads, model.kv_heads, model.head_dim) == (3, 64, 4, 2, 16)
@@ -194,7 +194,7 @@ def test_the_header_of_a_file_gives_its_sizes(tiny_llama: Path) -> None:
 
 
 def test_a_file_is_read_in_its_own_bytes_and_other_bits_are_computed(tiny_llama: Path) -> None:
-    model = of_checkpoint(open_checkpoint(tiny_llama))
+    model = architecture_of(open_checkpoint(tiny_llama))
     assert model.bits is not None
 
     assert model.read_bytes(model.bits) == model.weights_bytes

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.forecast.experts import chosen, distinct, hit_rate, popularity, skew_of, tokens_for_share
+from headrace.forecast.experts import chosen, distinct, hit_rate, popularity, skew_of
 
 PROPERTY = settings(max_examples=80, deadline=None)
 SKEWS = st.floats(0, 2)
@@ -107,8 +107,3 @@ def test_popularities_are_shares_of_one(experts: int, skew: float) -> None:
 def test_the_skew_of_measured_hits_is_found_again(skew: float) -> None:
     hits = [(cached, hit_rate(32, 4, cached, skew=skew, locality=0.2)) for cached in (4, 8, 16)]
     assert skew_of(hits, 32, 4, locality=0.2) == pytest.approx(skew)
-
-
-def test_as_many_rows_as_it_says_touch_a_share_of_all() -> None:
-    rows = round(tokens_for_share(256, 8, 0.9))
-    assert distinct(256, 8, rows) / 256 == pytest.approx(0.9, abs=0.005)

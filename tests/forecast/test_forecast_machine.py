@@ -7,7 +7,7 @@ import pytest
 from headrace.errors import UsageError
 from headrace.forecast.answer import safe_device_bytes
 from headrace.forecast.architecture import table
-from headrace.forecast.machine import Machine, find_machine, known_parts
+from headrace.forecast.machine import Machine, find_machine
 from headrace.units import GB, GIB
 
 DEVICES = table("devices")
@@ -127,12 +127,6 @@ def test_a_device_of_the_table_is_a_machine(name: str) -> None:
     assert machine.dies >= 1
     assert machine.topology().pipes
     assert any(name in source for source in machine.sources)
-
-
-def test_all_parts_have_names() -> None:
-    parts = known_parts()
-    assert set(parts) == set(DEVICES) | set(LINKS)
-    assert all(parts.values())
 
 
 # What was guessed

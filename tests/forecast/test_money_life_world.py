@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from headrace.forecast.life import (
     Life,
     break_even_tokens,
-    distilling_flop,
     inference_flop,
-    quantising_flop,
     training_flop,
 )
 from headrace.forecast.money import (
@@ -20,7 +18,6 @@ from headrace.forecast.money import (
     break_even_batch,
     flop_price,
     markup,
-    request_usd,
     usd_per_million,
 )
 from headrace.forecast.world import (
@@ -74,10 +71,6 @@ def test_a_tariff_that_makes_no_sense_is_an_error(numbers: dict[str, float], sai
         Tariff(**numbers)
 
 
-def test_a_request_costs_its_prompt_and_its_answer() -> None:
-    assert request_usd(3.6, 1000, 100, 1e-3, 2e-2) == pytest.approx(1e-3 * (1 + 2))
-
-
 def test_the_price_of_flop_is_per_unit() -> None:
     assert flop_price(2.0, 1e15) == pytest.approx(0.2)
     assert flop_price(2.0, 1e15, unit=1e15) == pytest.approx(2.0)
@@ -100,14 +93,6 @@ def test_selling_pays_from_the_first_batch_that_earns_what_it_costs() -> None:
 def test_training_takes_six_and_answering_two_per_parameter_and_token() -> None:
     assert training_flop(175e9, 300e9) == pytest.approx(3.15e23)
     assert inference_flop(175e9, 1) == pytest.approx(3.5e11)
-
-
-def test_distilling_runs_the_teacher_and_trains_the_student() -> None:
-    assert distilling_flop(70e9, 8e9, 1e9) == pytest.approx(inference_flop(70e9, 1e9) + training_flop(8e9, 1e9))
-
-
-def test_quantising_is_nothing_beside_training() -> None:
-    assert quantising_flop(70e9, 1e6) < 1e-5 * training_flop(70e9, 1e12)
 
 
 def test_serving_is_the_rest_of_a_life() -> None:

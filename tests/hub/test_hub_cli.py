@@ -47,6 +47,27 @@ def headrace(hub: StandIn, home: Path, *arguments: str, **more: str) -> subproce
     )
 
 
+def test_a_model_of_the_hub_is_forecast_for_another_machine_by_its_header(
+    standin: StandIn, tmp_path: Path, tiny_llama: Path
+) -> None:
+    standin.add("org/tiny", {"README.md": b"# tiny", "tiny-Q8_0.gguf": tiny_llama.read_bytes()})
+    result = headrace(
+        standin,
+        tmp_path,
+        "plan",
+        "org/tiny",
+        "--machine",
+        "rtx-4090 + 64GB",
+        "--tokens",
+        "8",
+        "--prompt-tokens",
+        "8",
+        "--json",
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["decode"]["tok_per_s"]["expected"] > 0
+
+
 def test_the_environment_says_where_the_hub_and_the_cache_are(
     standin: StandIn, tmp_path: Path, tiny_llama: Path
 ) -> None:

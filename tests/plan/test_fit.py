@@ -93,6 +93,17 @@ def test_one_run_that_was_disturbed_does_not_decide() -> None:
     assert dict(fit_runs([disturbed], HERE).factors) == pytest.approx(TRUE, rel=0.1)
 
 
+def test_runs_that_were_predicted_with_the_rates_of_another_probe_do_not_count() -> None:
+    now = [replace(one, probed_at="2026-11-28T10:00:00") for one in RECORDS]
+    before = replace(made({**TRUE, "disk": 3.0}, "small"), probed_at="2026-11-27T10:00:00")
+    fit = fit_runs([*now, before], HERE, "2026-11-28T10:00:00")
+    assert dict(fit.factors) == pytest.approx(TRUE, rel=0.05)
+    assert fit.runs == 2
+    with pytest.raises(UsageError) as caught:
+        fit_runs(now, HERE, "2026-11-29T10:00:00")
+    assert "last probe" in str(caught.value.hint)
+
+
 def test_a_factor_that_no_run_says_anything_of_stays() -> None:
     no_disk = [record(tuple(group(0.0, 1.0, 0.1 * number, seconds=0.8 + 0.15 * number) for number in range(1, 5)))]
     fit = fit_runs(no_disk, HERE)

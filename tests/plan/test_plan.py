@@ -285,7 +285,7 @@ def test_every_large_tensor_is_pinned_by_the_same_share() -> None:
     partial = [share for share in shares.values() if share < 1]
 
     assert 0.1 < plan.pinned_bytes / plan.weights_bytes < 0.9
-    assert max(partial) - min(partial) < 0.01
+    assert max(partial) - min(partial) < ROW_MULTIPLE / 1024  # of the smallest tensor
 
 
 # The floor
@@ -704,7 +704,7 @@ def test_a_truncated_profile_is_ignored(tmp_path: Path) -> None:
         assert load_profile(path) is None, length
 
 
-@pytest.mark.parametrize("key", sorted(set(asdict(MEASURED)) - {"schema", "factors", "spread"}))
+@pytest.mark.parametrize("key", sorted(set(asdict(MEASURED)) - {"schema", "factors", "spread", "probed_at"}))
 def test_a_profile_that_lacks_something_is_ignored(tmp_path: Path, key: str) -> None:
     values = asdict(MEASURED)
     del values[key]

@@ -1,6 +1,7 @@
 """What a plan says of mixtures of experts: who is pinned first, how many experts stay, what a token reads."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.errors import BudgetError
 from headrace.plan import Plan, Request, budget_of, guessed_profile, make_plan
+from headrace.plan.architecture import architecture_of
 from headrace.plan.experts import Experts
 from headrace.plan.routing import Routing, load_routing, routing_path, save_routing
 from headrace.plan.shape import shape_of
@@ -151,3 +153,29 @@ def test_routing_is_kept_and_found_again_and_rubbish_is_not() -> None:
     for content in (b"", b"PK", b"\x93NUMPY"):
         routing_path(MODEL).write_bytes(content)
         assert load_routing(MODEL) is None
+
+
+def test_a_smaller_file_is_offered_for_what_it_saves_of_the_experts() -> None:
+    """Not as if all of them were read for each token."""
+    tight = plan(700)
+    offers = [change for change in tight.changes if change.what.startswith("the same model as")]
+    assert offers
+    assert all(change.s_per_token < tight.decode_s_per_token.expected for change in offers)
+
+
+def test_a_forecast_of_a_file_counts_the_experts_that_a_token_chooses() -> None:
+    found = architecture_of(MODEL)
+    experts = LAYERS * COUNT * 3 * HIDDEN * WIDTH
+    trunk = LAYERS * 4 * HIDDEN * HIDDEN + 4096 * HIDDEN  # the table is the head
+    assert (found.experts, found.experts_per_token, found.dense_layers, found.tied) == (COUNT, CHOSEN, 0, True)
+    assert found.params == experts + trunk
+    assert found.active_params == trunk + experts * CHOSEN / COUNT
+    assert found.bits == 4.5
+    assert found.read_bytes(4.5) == pytest.approx((trunk + experts * CHOSEN / COUNT) * 4.5 / 8)
+
+
+def test_experts_that_are_made_of_fewer_bytes_are_read_as_those() -> None:
+    experts = shape_of(MODEL).experts
+    assert experts is not None
+    packed = replace(experts, read_share=0.75)
+    assert packed.missed_bytes(3) == pytest.approx(0.75 * experts.missed_bytes(3))

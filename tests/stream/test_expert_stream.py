@@ -137,7 +137,7 @@ def test_what_was_read_ahead_in_vain_is_not_used_before_it_has_come(stored: tupl
             return super().read(offset, target, needed)
 
     with stream_of(layers, 12, 2, file_of=Slow) as stream:
-        stream._start()
+        stream._readers.start([stream._read] * stream._readers.count)
         stream.expect(1, [0])
         assert going.wait(10)  # one of its reads is under way, and stays so
         check(stream, numbers, 1, [5])  # the layer asks for another
@@ -155,7 +155,7 @@ def test_slots_that_are_full_of_what_was_read_ahead_in_vain_come_free_again(stor
             return super().read(offset, target, needed)
 
     with stream_of(layers, 2, 4, file_of=Slow) as stream:
-        stream._start()
+        stream._readers.start([stream._read] * stream._readers.count)
         stream.expect(1, [0, 1])  # both slots, all four reads under way
         threading.Timer(0.3, gate.set).start()
         check(stream, numbers, 1, [4, 5, 6])

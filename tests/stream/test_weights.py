@@ -17,6 +17,7 @@ from headrace.errors import ReadError
 from headrace.kernels import Piece
 from headrace.stream import Layout, WeightFile, WeightStream
 from headrace.stream.layout import make_layout
+from headrace.stream.memory import PAGE_BYTES
 from headrace.stream.weights import File
 
 Bytes = dict[str, bytes]
@@ -37,6 +38,8 @@ def make_file(path: Path, shapes: list[tuple[int, int]]) -> tuple[list[Tensor], 
             )
             contents[name] = data
             offset += len(data) + 32
+        file.seek(offset)
+        file.write(bytes(PAGE_BYTES))  # reads of whole pages come whole
     return tensors, contents
 
 
@@ -124,7 +127,7 @@ def test_serial_and_pipelined_streams_read_the_same_bytes(tmp_path: Path, share:
         with WeightStream(layout, slots=4, readers=readers) as stream:
             for _ in range(3):
                 assert read_pass(stream) == contents
-            stream._stop()  # the pipelined one is ahead by what the ring holds; count what was consumed
+            stream._readers.stop()  # the pipelined one is ahead by what the ring holds; count what was consumed
             read[readers] = layout.pinned_bytes + stream._released * layout.streamed_bytes // max(
                 1, layout.streamed_units
             )
@@ -219,6 +222,37 @@ def test_a_silent_disk_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
             for _ in range(3):
                 read_pass(stream)
         silence.set()
+
+
+def test_a_read_that_never_came_back_cannot_write_into_later_passes(tmp_path: Path) -> None:
+    """It may still end, into memory that others have by then: so the stream goes on no more."""
+    tensors, _ = make_file(tmp_path / "w", SHAPES)
+    silence = threading.Event()
+    options = {"file_of": faulty(lambda: void(silence.wait(20))), "stall_limit_s": 0.2}
+    stream = WeightStream(layout_of(tensors, 0.3, 9000), slots=3, readers=2, **options)  # type: ignore[arg-type]
+    with pytest.raises(ReadError, match="delivered nothing"):
+        for _ in range(3):
+            read_pass(stream)
+    start = time.monotonic()
+    stream.rewind()
+    assert time.monotonic() - start < 1  # for all readers together
+    for _ in range(2):
+        with pytest.raises(ReadError, match="not come back"):
+            read_pass(stream)
+    silence.set()
+    stream.close()
+    with pytest.raises(ReadError, match="not come back"):
+        read_pass(stream)
+
+
+@pytest.mark.parametrize("readers", [0, 2])
+def test_a_closed_stream_says_so(tmp_path: Path, readers: int) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    stream = WeightStream(layout_of(tensors, 0.3, 9000), slots=3, readers=readers)
+    assert read_pass(stream) == contents
+    stream.close()
+    with pytest.raises(ReadError, match="closed"):
+        read_pass(stream)
 
 
 def void(_: object) -> None:

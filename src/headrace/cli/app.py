@@ -47,6 +47,14 @@ class Group(click.Group):
                 raise
             show.error(error)
             sys.exit(error.exit_code)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """What click would end with 1: Ctrl-C, and a reader of our output that has gone."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted", err=True)
+            sys.exit(show.INTERRUPTED)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
@@ -151,9 +159,7 @@ def run(model: str, **options: Any) -> None:
 @click.option(
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts that are computed together."
 )
-@click.option(
-    "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of the prompt to plan for."
-)
+@click.option("--prompt-tokens", type=click.IntRange(1), show_default="512", help="Length of the prompt to plan for.")
 @click.option(
     "--tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of the answer to plan for."
 )
@@ -175,15 +181,13 @@ def run(model: str, **options: Any) -> None:
 @click.option(
     "--usd-per-kwh",
     type=click.FloatRange(0),
-    default=0.15,
-    show_default=True,
+    show_default="0.15",
     help="Price of electricity, where a machine is bought.",
 )
 @click.option(
     "--utilisation",
     type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    show_default=True,
+    show_default="1.0",
     help="Share of the paid hours in which it computes.",
 )
 @click.option(

@@ -13,7 +13,7 @@ from headrace.batch import BadLine, BatchRequest, Results, answer_record, error_
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.cli import show
 from headrace.cli.plan import profile_for
-from headrace.errors import ContextError, UsageError
+from headrace.errors import ContextError, HeadraceError, UsageError
 from headrace.plan import Budget, Profile, Request, budget_of, choose_sequences, drafting_options
 from headrace.plan.record import keep_record
 from headrace.units import gigabytes, rate, seconds
@@ -21,8 +21,6 @@ from headrace.units import gigabytes, rate, seconds
 if TYPE_CHECKING:
     from headrace.api import Job, Model, Piece
     from headrace.model import Tokenizer
-
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +88,7 @@ def _size(
 ) -> Request:
     """Room for the longest request, for as many as run best together."""
     limit = checkpoint.context_limit(1 << 20)
-    lengths = [
-        (len(tokenizer.prompt(request.prompt, raw=not request.chat)), request.max_tokens or settings.max_tokens)
-        for request in requests
-    ]
+    lengths = [(_length(request, tokenizer), request.max_tokens or settings.max_tokens) for request in requests]
     longest = max(length for length, _ in lengths)
     context = settings.ctx_size or min(limit, max(length + most for length, most in lengths))
     request = Request(context_tokens=context, prompt_tokens=min(longest, context), kv_bits=settings.kv_bits)
@@ -101,6 +96,14 @@ def _size(
         return replace(request, sequences=settings.parallel)
     options = drafting_options(checkpoint, settings.draft)
     return choose_sequences(checkpoint, profile, budget, request, options, len(requests))
+
+
+def _length(request: BatchRequest, tokenizer: "Tokenizer") -> int:
+    """Tokens of a prompt; 1 where it is refused, which becomes its result when its turn comes."""
+    try:
+        return max(1, len(tokenizer.prompt(request.prompt, raw=not request.chat)))
+    except HeadraceError:
+        return 1
 
 
 class Batch:
@@ -122,7 +125,7 @@ class Batch:
                     self._take(piece, board)
             except KeyboardInterrupt:
                 show.note("stopped; the same command goes on from here")
-                return INTERRUPTED
+                return show.INTERRUPTED
         return 0
 
     def _jobs(self, board: "Board") -> Iterator["Job"]:
@@ -173,6 +176,7 @@ class Board:
         self._total = total
         self._quiet = quiet
         self._done = self._tokens = 0
+        self._passes = self._read_bytes = 0  # of passes that have been counted
         self._start = time.perf_counter()
         console = Console(stderr=True)
         self._bar = Progress(
@@ -193,17 +197,22 @@ class Board:
     def token(self, piece: "Piece") -> None:
         """A token has come."""
         self._tokens += piece.token is not None
-        self._bar.update(self._task, rates=self._rates())
+        self._show()
 
     def finished(self) -> None:
         """A request is done."""
         self._done += 1
-        self._bar.update(self._task, completed=self._done, rates=self._rates())
+        self._show()
+
+    def _show(self) -> None:
+        if not self._bar.disable:
+            self._bar.update(self._task, completed=self._done, rates=self._rates())
 
     def _rates(self) -> str:
         spent = time.perf_counter() - self._start
-        read = sum(p.read_bytes for p in self._model.passes)
+        self._read_bytes += sum(one.read_bytes for one in self._model.passes[self._passes :])
+        self._passes = len(self._model.passes)
         left = ""
         if 0 < self._done < self._total:
             left = f", {seconds(spent / self._done * (self._total - self._done))} left"
-        return f"{seconds(spent)}, {rate(self._tokens / spent)}, {gigabytes(read / spent)}/s{left}"
+        return f"{seconds(spent)}, {rate(self._tokens / spent)}, {gigabytes(self._read_bytes / spent)}/s{left}"

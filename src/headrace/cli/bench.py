@@ -7,14 +7,12 @@ from pathlib import Path
 
 import click
 
-from headrace.checkpoint import open_checkpoint
 from headrace.cli import show
 from headrace.cli.plan import profile_for, timeline_strips
 from headrace.forecast.strip import strips
-from headrace.plan import Budget, Request
+from headrace.plan import Budget
 from headrace.plan.pipeline import pipeline
 from headrace.plan.record import keep_record
-from headrace.plan.shape import shape_of
 from headrace.units import gigabytes, seconds
 
 PROMPT = "The water wheel is one of the oldest machines that people have used to"
@@ -24,14 +22,19 @@ def bench_command(
     model: str, memory: int | Budget | None, kv_bits: int, draft: str, max_tokens: int, html: Path | None, as_json: bool
 ) -> None:
     """Run, compare, print."""
-    checkpoint = open_checkpoint(model)
     profile = profile_for(model, say=True)
     from headrace.api import load  # torch: seconds
     from headrace.engine.sampling import Sampling
 
-    request = Request(context_tokens=64 + max_tokens, prompt_tokens=16)
     with load(
-        model, memory=memory, draft=draft, kv_bits=kv_bits, size_for=lambda _: request, profile=profile, trace=True
+        model,
+        memory=memory,
+        context_tokens=64 + max_tokens,
+        prompt_tokens=16,
+        kv_bits=kv_bits,
+        draft=draft,
+        profile=profile,
+        trace=True,
     ) as loaded:
         loaded.generate(PROMPT, max_tokens=max_tokens, raw=True, sampling=Sampling(temperature=0.0))
         record, plan, trace, last = loaded.record(), loaded.plan, loaded.trace, loaded.passes[-1]
@@ -43,8 +46,7 @@ def bench_command(
             for kind in ("read", "compute", "stall")
         }
     keep_record(record)
-    shape = shape_of(checkpoint)
-    predicted = pipeline(plan, shape, rows=last.rows)
+    predicted = pipeline(plan, rows=last.rows)
     if html is not None:
         from headrace.cli.page import plan_page, write_page
 

@@ -7,14 +7,16 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from headrace.checkpoint import open_checkpoint
 from headrace.cli import show
-from headrace.errors import UsageError, did_you_mean
+from headrace.cli.hub import open_anywhere
+from headrace.errors import UsageError
 from headrace.forecast.answer import Ask, Forecast, Interval, Phase, forecast
-from headrace.forecast.architecture import Architecture, of_checkpoint, of_config, of_params, published, table
+from headrace.forecast.architecture import Architecture, of_config, of_params, published, table
 from headrace.forecast.machine import Machine, find_machine
 from headrace.forecast.search import Change, changes, cheapest, configurations, frontier, sellers
+from headrace.hub import parse_reference
 from headrace.plan import guessed_profile, load_profile
+from headrace.plan.architecture import architecture_of
 from headrace.plan.machine import this_machine
 from headrace.plan.memory import Budget, budget_of
 from headrace.units import gigabytes, rate, seconds
@@ -39,7 +41,7 @@ class Wishes:
 
 
 def find_model(model: str | None, params: float | None) -> Architecture:
-    """A file, a folder with config.json, a name of the table, or a number of parameters.
+    """A file, a folder, a name of the table, a model of the hub (of which only headers are read), or a number of parameters.
 
     Raises:
         UsageError: none of these, or both a model and a number.
@@ -53,10 +55,10 @@ def find_model(model: str | None, params: float | None) -> Architecture:
             "no model is given", hint="name a file, a published model such as llama-3-70b, or --params 70e9"
         )
     path = Path(model)
-    if path.is_dir():
+    if path.is_dir() and not any(path.glob("*.safetensors*")):
         return of_config(path / "config.json")
     if path.exists():
-        return of_checkpoint(open_checkpoint(path))
+        return architecture_of(open_anywhere(model))
     if path.suffix == ".gguf":
         raise UsageError(
             f"there is no file {model}", hint="give the path of a .gguf file, or a name such as llama-3-8b"
@@ -66,10 +68,8 @@ def find_model(model: str | None, params: float | None) -> Architecture:
         known = table("models")
         if name in known:
             return published(name)
-        raise UsageError(
-            f"{model} looks like a model of the hub, which this version does not read",
-            hint=f"use a name of the table ({did_you_mean(name, known)}), or a folder with its config.json",
-        )
+        if parse_reference(model) is not None:
+            return architecture_of(open_anywhere(model))
     return published(model)
 
 

@@ -28,8 +28,6 @@ from headrace.hub import (
 )
 from headrace.units import gigabytes
 
-INTERRUPTED = 130
-
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
@@ -76,7 +74,7 @@ def pull_command(model: str, as_json: bool) -> int:
         path = pull(reference, say=show.note)
     except KeyboardInterrupt:
         show.note("stopped; the same command goes on where it was")
-        return INTERRUPTED
+        return show.INTERRUPTED
     click.echo(json.dumps({"model": str(reference), "path": path}) if as_json else path)
     return 0
 

@@ -17,7 +17,7 @@ from headrace.cli import show
 from headrace.cli.fit import fit_command
 from headrace.cli.forecast import Wishes, forecast_command
 from headrace.cli.hub import open_anywhere
-from headrace.errors import UsageError
+from headrace.errors import ContextError, UsageError
 from headrace.forecast.schedule import Timeline
 from headrace.forecast.strip import strips
 from headrace.hub import parse_reference
@@ -36,8 +36,11 @@ from headrace.plan import (
 )
 from headrace.plan.pipeline import pipeline
 from headrace.plan.profile import profile_path
-from headrace.plan.shape import is_linear, shape_of
+from headrace.plan.shape import is_linear
 from headrace.units import gib, gigabytes, rate, seconds
+
+USUAL_PROMPT_TOKENS = 512
+USUAL_USD_PER_KWH = 0.15
 
 
 def profile_for(model: str, *, say: bool) -> Profile:
@@ -65,15 +68,15 @@ def plan_or_forecast(
     kv_bits: int,
     draft: str,
     batch: int,
-    prompt_tokens: int,
+    prompt_tokens: int | None,
     tokens: int,
     machine: str | None,
     params: float | None,
     bits: float | None,
     require_tok_s: float | None,
     budget_usd: float | None,
-    usd_per_kwh: float,
-    utilisation: float,
+    usd_per_kwh: float | None,
+    utilisation: float | None,
     html: Path | None,
     fit_runs: Path | None,
     as_json: bool,
@@ -90,6 +93,10 @@ def plan_or_forecast(
         return
     elsewhere = [machine, params, bits, require_tok_s, budget_usd]
     if model is not None and _is_model(model) and not any(value is not None for value in elsewhere):
+        if usd_per_kwh is not None or utilisation is not None:
+            raise UsageError(
+                "what this machine costs is not known", hint="--usd-per-kwh and --utilisation are for --machine"
+            )
         plan_command(model, memory, ctx_size, kv_bits, draft, batch, prompt_tokens, as_json, tokens=tokens, html=html)
         return
     if ctx_size is not None:
@@ -100,13 +107,13 @@ def plan_or_forecast(
         bits=bits,
         kv_bits=kv_bits,
         batch=batch,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=prompt_tokens or USUAL_PROMPT_TOKENS,
         tokens=tokens,
         draft=draft,
         require_tok_s=require_tok_s,
         budget_usd=budget_usd,
-        usd_per_kwh=usd_per_kwh,
-        utilisation=utilisation,
+        usd_per_kwh=USUAL_USD_PER_KWH if usd_per_kwh is None else usd_per_kwh,
+        utilisation=1.0 if utilisation is None else utilisation,
     )
     forecast_command(model, memory, wishes, html, as_json)
 
@@ -126,7 +133,7 @@ def plan_command(
     kv_bits: int,
     draft: str,
     batch: int,
-    prompt_tokens: int,
+    prompt_tokens: int | None,
     as_json: bool,
     *,
     tokens: int = 512,
@@ -135,6 +142,14 @@ def plan_command(
     """Print the plan for a model."""
     checkpoint = open_anywhere(model)
     limit = checkpoint.context_limit(4096)
+    if prompt_tokens is not None and prompt_tokens >= limit:
+        raise ContextError(
+            f"a prompt of {prompt_tokens} tokens is asked for, the model was made for {limit} with its answer",
+            hint=f"use --prompt-tokens {limit - 1} or less",
+        )
+    if batch > 1 and checkpoint.has_encoder:
+        raise UsageError(f"{checkpoint.name} has an encoder: it runs one prompt at a time", hint="use --batch 1")
+    prompt_tokens = prompt_tokens or USUAL_PROMPT_TOKENS
     context = ctx_size or min(prompt_tokens + tokens, limit)
     request = Request(
         context_tokens=context, prompt_tokens=min(prompt_tokens, context), sequences=batch, kv_bits=kv_bits
@@ -144,7 +159,7 @@ def plan_command(
     drafting, why = choose_drafting(checkpoint, profile, budget, request, drafting_options(checkpoint, draft))
     plan = make_plan(checkpoint, profile, budget, replace(request, drafting=drafting))
     plan = replace(plan, reasons=(*plan.reasons, why))
-    timeline = pipeline(plan, shape_of(checkpoint))
+    timeline = pipeline(plan)
     if html is not None:
         from headrace.cli.page import plan_page, write_page
 

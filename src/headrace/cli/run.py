@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from headrace.model import Tokenizer
     from headrace.model.tokenizer import Message, Prompt
 
-INTERRUPTED = 130
 CHAT_CONTEXT = 4096
 CHAT_PROMPT = 256
 # For the plan line, before there is a tokenizer: tokens of a chat template, and bytes of a usual token.
@@ -84,9 +83,19 @@ def run_command(
         if text is None:
             return request
         prompt_tokens = len(tokenizer.prompt(_prompt_of(text, settings), raw=raw))
-        return _request(checkpoint, text, prompt_tokens, max_tokens, ctx_size)
+        return replace(_request(checkpoint, text, prompt_tokens, max_tokens, ctx_size), kv_bits=kv_bits)
 
-    with load(model, memory=budget, draft=draft, size_for=exactly, profile=profile, trace=trace is not None) as loaded:
+    with load(
+        model,
+        memory=budget,
+        context_tokens=request.context_tokens,
+        prompt_tokens=request.prompt_tokens,
+        kv_bits=kv_bits,
+        draft=draft,
+        size_for=exactly,
+        profile=profile,
+        trace=trace is not None,
+    ) as loaded:
         code = _chat(loaded, settings) if text is None else _once(loaded, text, settings)
         keep_record(loaded.record())
         if trace is not None and loaded.trace is not None:
@@ -170,7 +179,7 @@ def _once(model: "Model", text: str, settings: Settings) -> int:
         click.echo(json.dumps(completion.as_json(), ensure_ascii=False, allow_nan=False))
     if not settings.quiet:
         click.echo(show.stats(completion), err=True)
-    return INTERRUPTED if interrupted else 0
+    return show.INTERRUPTED if interrupted else 0
 
 
 CHAT_HELP = (

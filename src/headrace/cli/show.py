@@ -15,6 +15,8 @@ from headrace.units import gib, gigabytes, rate, seconds
 if TYPE_CHECKING:
     from headrace.api import Completion, Progress
 
+INTERRUPTED = 130  # exit code after Ctrl-C
+
 
 def note(text: str) -> None:
     """A line on stderr that begins with our name."""

@@ -11,7 +11,6 @@ import torch
 
 from headrace.stream import Arena
 
-_UNUSED = 3  # references to a block that no tensor uses: of the list, the loop, and `getrefcount` itself
 _LARGE_BYTES = 1 << 20
 _ALIGNMENT = 64
 
@@ -32,10 +31,8 @@ class Blocks:
         grain = max(_ALIGNMENT, 1 << max(0, nbytes.bit_length() - 3))
         size = max(1, -(-nbytes // grain)) * grain
         blocks = self._blocks.setdefault(size, [])
-        for block in blocks:
-            if sys.getrefcount(block) == _UNUSED:
-                break
-        else:
+        block = _unused(blocks)
+        if block is None:
             block = _new(size)
             blocks.append(block)
             self.addresses.add(block.ctypes.data)
@@ -45,6 +42,23 @@ class Blocks:
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether it lies here."""
         return tensor.untyped_storage().data_ptr() in self.addresses
+
+
+def _unused(blocks: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8] | None:
+    for block in blocks:
+        if sys.getrefcount(block) == _UNUSED:
+            return block
+    return None
+
+
+def _references() -> int:
+    """To a block that no tensor uses: of the list, of the loop and of `getrefcount`, unless the interpreter borrows some."""
+    for block in [np.empty(1, np.uint8)]:
+        return sys.getrefcount(block)
+    raise AssertionError
+
+
+_UNUSED = _references()
 
 
 def _new(nbytes: int) -> npt.NDArray[np.uint8]:

@@ -50,8 +50,9 @@ from headrace.stream.decoded import FileSet
 from headrace.stream.experts import ExpertCounters, ExpertStream
 from headrace.stream.files import File
 from headrace.stream.layout import make_layout
-from headrace.stream.memory import PAGE_BYTES, aligned
+from headrace.stream.memory import aligned
 from headrace.stream.policy import ExpertCache
+from headrace.stream.weights import Batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +101,7 @@ ROWS_KEPT_BYTES = 4 << 20  # of tables of embeddings
 
 
 class Engine:
-    """One model, ready to step. A context manager; `close` stops the readers."""
+    """One model, ready to step. A context manager; `close` stops the readers and closes files and kernels."""
 
     def __init__(
         self,
@@ -119,16 +120,37 @@ class Engine:
         self.kernels = kernels
         self.trace = trace
         self.passes: list[PassStats] = []
-        self._tape: Tape | None = None  # that takes down what happens
         self.on_visit: Callable[[int, int], None] | None = None  # called with (visits done, visits of the pass)
+        self.experts: ExpertProducts | None = None
+        self._tape: Tape | None = None  # that takes down what happens
+        self._tapes = Tapes()
         self._attention = PackedAttention()
         self._recorder: Recorder | None = None
         self._name = f"headrace_{id(self):x}"
-        AttentionInterface.register(self._name, self._attention)
-        ALL_EXPERTS_FUNCTIONS.register(self._name, self._experts)
-        self._files = FileSet(checkpoint.paths, checkpoint.made, open_file)
+        self._streams: list[WeightStream] = []
+        self._places: dict[Step, tuple[WeightStream, int]] = {}
+        self._pending: dict[PackedLinear, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rows_read: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.uint8]]] = {}  # the latest last
+        self._rows_read_bytes = 0
         self._scratch = Arena(1 << 20)
         self._plain = torch.empty(0)  # the matrix of latent attention in the layer at hand
+        self._kernel_s = 0.0
+        self._lends: bool | None = None  # whether memory was lent after the last prompt; None: not yet looked
+        self._broken_off = False  # whether a pass was, and the streams are still in the middle of it
+        self._step = self._visited = 0
+        self._rows = self._exact_rows = 0
+        self._torch_threads = torch.get_num_threads()
+        self._files = FileSet(checkpoint.paths, checkpoint.made, open_file)
+        try:
+            self._build(options)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, options: "StreamOptions | Callable[[Shell], StreamOptions]") -> None:
+        checkpoint = self.checkpoint
+        AttentionInterface.register(self._name, self._attention)
+        ALL_EXPERTS_FUNCTIONS.register(self._name, self._experts)
         shell = build_shell(
             checkpoint,
             Hooks(
@@ -147,12 +169,10 @@ class Engine:
         self.way = shell.way
         self.opening = shell.opening
         self._keeps_states = self.way == "model" and keeps_states(self.model)
-        self._pending: dict[PackedLinear, tuple[torch.Tensor, torch.Tensor]] = {}
         if callable(options):
             options = options(shell)
         self._options = options
         self.kernels.tiles_exactly = options.tiles_exactly
-        self._lends: bool | None = None  # whether memory was lent after the last prompt; None: not yet looked
         latent = [module.kv_b_proj.matrix for module in self.model.modules() if makes_keys(module)]
         if self.way != "packed" and any(matrix.keys_turned for matrix in latent):
             raise UnsupportedError(
@@ -161,23 +181,13 @@ class Engine:
             )
         unpacked = {tensor.name for matrix in latent for tensor in matrix.tensors}
         settle = partial(self._interleave, options, unpacked) if options.interleaved_types else None
-        self._places: dict[Step, tuple[WeightStream, int]] = {}
-        self.stream = self._make_stream(
-            [step for step in shell.steps if not step.once], options, options.slots, options.lent_slots, settle
-        )
-        self.layout = self.stream.layout
-        self._streams = [self.stream]
         self._again = [step for step in shell.steps if not step.once]  # of a pass that takes up a text
+        self.stream = self._make_stream(self._again, options, options.slots, options.lent_slots, settle)
         if len(self._again) < len(shell.steps):
             once = [step for step in shell.steps if step.once]
-            self._streams.append(self._make_stream(once, options, options.opening_slots or options.slots, 0, None))
+            self._make_stream(once, options, options.opening_slots or options.slots, 0, None)
         self.experts = self._make_experts(shell, options)
-        self._tapes = Tapes()
-        self._rows_read: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.uint8]]] = {}  # the latest last
-        self._kernel_s = 0.0
         self._order: Sequence[Step] = self.steps  # of the pass in progress
-        self._step = 0
-        self._rows = self._exact_rows = 0
 
     def _make_stream(
         self,
@@ -205,6 +215,7 @@ class Engine:
             spans=self.trace,
             settle=settle,
         )
+        self._streams.append(stream)
         self._places |= {step: (stream, visit) for visit, step in enumerate(linears)}
         return stream
 
@@ -237,7 +248,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Stop the readers, close the files, free the kernels. Safe to call twice."""
+        """Stop the readers, close the files, free the kernels, give torch its threads back. Safe to call twice."""
         for stream in self._streams:
             stream.close()
         if self.experts is not None:
@@ -246,6 +257,8 @@ class Engine:
         self.kernels.close()
         AttentionInterface._global_mapping.pop(self._name, None)
         ALL_EXPERTS_FUNCTIONS._global_mapping.pop(self._name, None)
+        if torch.get_num_threads() != self._torch_threads:
+            torch.set_num_threads(self._torch_threads)
 
     @property
     def layers(self) -> int:
@@ -280,6 +293,8 @@ class Engine:
                     f"{rows.cache.length + len(rows.tokens)} tokens do not fit into a context of {rows.cache.capacity}",
                     hint=f"use --ctx-size {rows.cache.length + len(rows.tokens)} or more",
                 )
+        if self._broken_off:  # and an interrupt came while that was cleaned up
+            self._rewind()
         self._rows = sum(len(rows.tokens) for rows in batch)
         self._exact_rows = sum(len(rows.tokens) for rows in batch if rows.is_exact)
         self._share_cores(self._rows - self._exact_rows)
@@ -291,11 +306,10 @@ class Engine:
             with Recycling() if many else nullcontext():
                 logits = self._forward_in_order(batch) if self.way != "model" else self._by_model(batch)
         except BaseException:
-            self._pending.clear()
-            for stream in self._streams:
-                stream.rewind()
+            self._broken_off = True
             for rows in batch:
                 rows.cache.abandon()
+            self._rewind()
             raise
         for rows in batch:
             rows.cache.settle()
@@ -319,6 +333,13 @@ class Engine:
             )
         )
         return logits
+
+    def _rewind(self) -> None:
+        """Give up the pass in progress."""
+        self._pending.clear()
+        for stream in self._streams:
+            stream.rewind()
+        self._broken_off = False
 
     @property
     def read_bytes(self) -> int:
@@ -377,7 +398,7 @@ class Engine:
         return torch.cat(parts)
 
     def _begin(self, order: Sequence[Step]) -> None:
-        self._order, self._step = order, 0
+        self._order, self._step, self._visited = order, 0, 0
 
     def _forward_in_order(self, batch: Sequence[Rows]) -> torch.Tensor:
         """Exact rows first, as the kernels want them; the logits in the order of the batch."""
@@ -467,14 +488,25 @@ class Engine:
     def _multiply(self, step: LinearStep, rows: torch.Tensor, outputs: Sequence[torch.Tensor], exact: int) -> None:
         """The visit of a step: products with what is pinned and with what comes."""
         rows = rows.view(rows.shape)  # the kernels keep what they make of activations as long as these live
+        self._visit(step, lambda pieces: self.kernels.multiply(rows, pieces, outputs, exact))
+
+    def _visit(self, step: LinearStep, use: Callable[[Batch], None]) -> None:
+        """`use` the weights of a step, batch after batch as they come."""
         stream, visit = self._places[step]
         for pieces in stream.visit(visit):
             start = time.perf_counter()
-            self.kernels.multiply(rows, pieces, outputs, exact)
+            use(pieces)
             end = time.perf_counter()
             self._kernel_s += end - start
             if self.trace is not None:
                 self.trace.add("compute", step.tensors[0].name, start, end)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Another step of the pass is done."""
+        self._visited += 1
+        if self.on_visit is not None:
+            self.on_visit(self._visited, len(self._order))
 
     def _unexpanded(
         self, layer: Any, vectors: torch.Tensor, rotated: torch.Tensor
@@ -494,11 +526,7 @@ class Engine:
             self._plain = torch.empty(sum(sizes))
         flat = torch.split(self._plain[: sum(sizes)], sizes)
         outputs = [one.view(tensor.outputs, -1) for one, tensor in zip(flat, step.tensors, strict=True)]
-        stream, visit = self._places[step]
-        for pieces in stream.visit(visit):
-            start = time.perf_counter()
-            self.kernels.unpack_all(pieces, outputs)
-            self._kernel_s += time.perf_counter() - start
+        self._visit(step, lambda pieces: self.kernels.unpack_all(pieces, outputs))
         found = dict(zip((tensor.name for tensor in step.tensors), outputs, strict=True))
         return self._attention.take(layer, turns_of(layer, linear.matrix, found), vectors, rotated)
 
@@ -510,12 +538,17 @@ class Engine:
         if self._recorder is not None:
             return self._recorder.experts(packed, hidden)
         self._next_step()
-        assert self.experts is not None
         shape = hidden.shape
         rows = hidden.reshape(-1, shape[-1]), ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
         arguments = (packed, *rows, self._exact_rows > 0)
-        out = self.experts(*arguments) if self._tape is None else self._tape.call(self.experts, *arguments)
+        out = self._sum_up(*arguments) if self._tape is None else self._tape.call(self._sum_up, *arguments)
         return out.view(shape)
+
+    def _sum_up(self, *arguments: Any) -> torch.Tensor:
+        assert self.experts is not None
+        out = self.experts(*arguments)
+        self._tell()
+        return out
 
     def _choose(self, forward: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
         """A router's forward, for exact rows one by one: torch adds up one row in another order than several.
@@ -541,8 +574,6 @@ class Engine:
     def _next_step(self) -> LinearStep | ExpertStep:
         step = self._order[self._step]
         self._step += 1
-        if self.on_visit is not None:
-            self.on_visit(self._step, len(self._order))
         return step
 
     def _record(self, recorder: Recorder | None) -> None:
@@ -597,9 +628,10 @@ class Engine:
         row = self._rows_read.pop((tensor.name, index), None)
         if row is None:
             row = self._read(tensor.path, tensor.offset + index * tensor.row_bytes, tensor.row_bytes)
+            self._rows_read_bytes += row.nbytes
         self._rows_read[tensor.name, index] = row
-        if len(self._rows_read) * tensor.row_bytes > ROWS_KEPT_BYTES:
-            del self._rows_read[next(iter(self._rows_read))]
+        while self._rows_read_bytes > ROWS_KEPT_BYTES:
+            self._rows_read_bytes -= self._rows_read.pop(next(iter(self._rows_read))).nbytes
         return row
 
     def _to_floats(self, tensor: Tensor, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
@@ -610,11 +642,10 @@ class Engine:
         return self.kernels.unpack(tensor.type, data.ctypes.data, rows, tensor.columns).clone()
 
     def _read(self, path: str, offset: int, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        if self._scratch.nbytes < nbytes + 2 * PAGE_BYTES:
-            self._scratch = Arena(nbytes + 2 * PAGE_BYTES)
         start, length = aligned(offset, nbytes)
-        self._files[path].read(start, self._scratch.view[:length], offset + nbytes - start)
-        return np.frombuffer(self._scratch.view[offset - start : offset - start + nbytes], np.uint8).copy()
+        scratch = self._scratch if length <= self._scratch.nbytes else Arena(length)
+        self._files[path].read(start, scratch.view[:length], offset + nbytes - start)
+        return np.frombuffer(scratch.view[offset - start : offset - start + nbytes], np.uint8).copy()
 
 
 def _positions() -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ from headrace.kernels import Kernels, Piece, ReferenceKernels
 from headrace.kernels.limits import EXPERTS_TOGETHER
 from headrace.model.packed import PackedExperts
 from headrace.stream.experts import ExpertStream
-from headrace.stream.weights import Spans
+from headrace.stream.readers import Spans
 
 
 class ExpertProducts:

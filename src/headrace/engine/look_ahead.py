@@ -37,11 +37,6 @@ class LookAhead:
         good = (tried >= TRIALS) & (right >= RIGHT_ENOUGH[distance - 1] * tried)
         return int(good.argmin()) if not good.all() else len(good)
 
-    @property
-    def precision(self) -> list[list[float]]:
-        """Share of right guesses by distance and rank."""
-        return [[float(share) for share in row] for row in self._right / np.maximum(1, self._tried)]
-
     def judge(self, layer: int, counts: npt.NDArray[np.integer]) -> None:
         """The router of `layer` has chosen: `counts[e]` rows chose expert e."""
         for distance in range(1, DISTANCE + 1):

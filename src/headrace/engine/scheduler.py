@@ -75,7 +75,6 @@ class Scheduler:
         self.engine = engine
         self.speculation: Speculation | None = None
         self.answers: list[Answer] = []
-        self._slots = list(slots)
         self._free = list(slots)
         self._prefill_rows = prefill_rows
         self._most_guesses = most_guesses
@@ -116,13 +115,18 @@ class Scheduler:
         """One pass over the weights for all answers that can go on; the new tokens of those whose prompt is computed."""
         start = time.perf_counter()
         loads = not self.engine.passes  # the first pass reads what will be pinned
-        chunks = self._chunks()
-        drafts = [Draft(answer.tokens, answer.sampler) for answer, _ in chunks]
-        if self.speculation is not None:
-            self._propose(self.speculation, chunks, drafts)
-        draft_s = time.perf_counter() - start
-        batch = [_rows(answer, chunk, draft) for (answer, chunk), draft in zip(chunks, drafts, strict=True)]
-        logits = torch.split(self.engine.step(batch), [rows.logits for rows in batch])
+        try:
+            chunks = self._chunks()
+            drafts = [Draft(answer.tokens, answer.sampler) for answer, _ in chunks]
+            if self.speculation is not None:
+                self._propose(self.speculation, chunks, drafts)
+            draft_s = time.perf_counter() - start
+            batch = [_rows(answer, chunk, draft) for (answer, chunk), draft in zip(chunks, drafts, strict=True)]
+            logits = torch.split(self.engine.step(batch), [rows.logits for rows in batch])
+        except BaseException:  # before the pass as well: some caches may already count on what others are to compute
+            for answer in self.answers:
+                answer.slot.cache.abandon()
+            raise
         news = []
         for (answer, _), draft, part in zip(chunks, drafts, logits, strict=True):
             answer.slot.tokens = answer.tokens[: answer.slot.cache.length]

@@ -49,10 +49,6 @@ class Trace:
         with self._lock:
             self._spans.append((kind, label, start, end, threading.current_thread().name))
 
-    def seconds(self, kind: str) -> float:
-        """Summed length of the spans of a kind."""
-        return sum(end - start for name, _, start, end, _ in self._spans if name == kind)
-
     def spans(self, kind: str) -> list[tuple[float, float]]:
         """(start, end) of the spans of a kind, by `time.perf_counter`."""
         with self._lock:

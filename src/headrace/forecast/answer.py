@@ -355,13 +355,15 @@ class _Method:
     def _computed_on_host(self, work: Work) -> PassForecast:
         """The device multiplies what it holds, then the host what it holds: nothing is moved but activations."""
         inner = resident_pass(self.model, self.machine.silicon, self.machine.split, work, self.plain or self.rates)
-        share = self.placement.host
+        share, moved = self.placement.host, self.placement.kv_host
         host = load_constants().rates_of("cpu")
-        read_s = inner.weight_bytes * share / (self.machine.host_bytes_per_s * self.machine.nodes * host.memory_share)
+        read_bytes = inner.weight_bytes * share + inner.kv_bytes * moved
+        read_s = read_bytes / (self.machine.host_bytes_per_s * self.machine.nodes * host.memory_share)
         flop_s = inner.flop * share / (self.machine.host_flop_per_s * self.machine.nodes * host.flop_share)
-        device_s = inner.parts["memory"] * (1 - share) + inner.parts["launches"] + inner.parts["collectives"]
+        kept = 1 - read_bytes / (inner.weight_bytes + inner.kv_bytes)
+        device_s = inner.parts["memory"] * kept + inner.parts["launches"] + inner.parts["collectives"]
         parts = {
-            "memory": inner.parts["memory"] * (1 - share),
+            "memory": inner.parts["memory"] * kept,
             "compute": inner.parts["compute"] * (1 - share),
             "host": max(read_s, flop_s),
         }

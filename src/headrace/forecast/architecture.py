@@ -10,7 +10,6 @@ from math import inf, sqrt
 from pathlib import Path
 from typing import Any
 
-from headrace.checkpoint import Checkpoint
 from headrace.errors import UsageError, did_you_mean
 
 
@@ -153,38 +152,6 @@ def of_params(params: float) -> Architecture:
         head_dim=128,
         gated=False,
         source="guessed from the number of parameters: P = 12 L d^2 with d = 128 L",
-    )
-
-
-def of_checkpoint(checkpoint: Checkpoint) -> Architecture:
-    """The sizes of a file, from its header.
-
-    Raises:
-        CheckpointError: the metadata makes no sense.
-    """
-    tensors = [t for t in checkpoint.tensors.values() if len(t.shape) >= 2]
-    tied = "output.weight" not in checkpoint.tensors
-    embedding = checkpoint.tensors.get("token_embd.weight")
-    params = float(sum(t.rows * t.columns for t in tensors))
-    read = [t for t in tensors if tied or t is not embedding]
-    heads = checkpoint.number("attention.head_count")
-    hidden = checkpoint.number("embedding_length")
-    read_params = sum(t.rows * t.columns for t in read)
-    return Architecture(
-        name=checkpoint.name,
-        params=params,
-        layers=checkpoint.number("block_count"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=checkpoint.number("attention.head_count_kv", heads),
-        head_dim=checkpoint.number("attention.key_length", hidden // max(1, heads)),
-        feed_forward=checkpoint.number("feed_forward_length", 4 * hidden),
-        vocab=checkpoint.vocab_size,
-        tied=tied,
-        context=checkpoint.number("context_length", 0) or None,
-        weights_bytes=float(sum(t.nbytes for t in read)),
-        bits=8 * sum(t.nbytes for t in read) / max(1, read_params),
-        source="the file's header",
     )
 
 

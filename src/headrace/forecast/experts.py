@@ -12,7 +12,7 @@ the previous row's.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import exp, log
+from math import exp
 
 
 @lru_cache(maxsize=256)
@@ -80,8 +80,3 @@ def skew_of(hits: Sequence[tuple[float, float]], experts: int, per_row: int, loc
         return sum((hit_rate(experts, per_row, c, skew=skew, locality=locality) - h) ** 2 for c, h in hits)
 
     return min((step / 50 for step in range(101)), key=error)
-
-
-def tokens_for_share(experts: int, per_row: int, share: float) -> float:
-    """Rows after which this share of all experts has been touched, for uniform choices."""
-    return log(1 - share) / log(1 - per_row / experts)

@@ -1,7 +1,7 @@
 """What a model costs over its life: training, shrinking and serving, and when serving a smaller one pays.
 
-training FLOP = 6 * N * D N parameters that compute, D tokens (Kaplan et al. 2020, section 2.1) inference FLOP = 2 * N
-per token distilling = teacher's forward 2 * T + student's training 6 * S per token
+training  = 6 * N * D FLOP        N parameters that compute, D tokens (Kaplan et al. 2020, section 2.1)
+inference = 2 * N FLOP per token
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,6 @@ def training_flop(params: float, tokens: float) -> float:
 def inference_flop(params: float, tokens: float) -> float:
     """2 N per token; attention to a long context comes on top (`Architecture.flop`)."""
     return 2 * params * tokens
-
-
-def distilling_flop(teacher_params: float, student_params: float, tokens: float) -> float:
-    """The teacher labels every token, the student learns from it."""
-    return 2 * teacher_params * tokens + training_flop(student_params, tokens)
-
-
-def quantising_flop(params: float, calibration_tokens: float) -> float:
-    """Two forward passes over the calibration text: one to gather, one to check (as GPTQ does; Frantar et al. 2022)."""
-    return 2 * inference_flop(params, calibration_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,11 +119,6 @@ def find_machine(text: str) -> Machine:
     return _complete(text, _read_parts(text, parts), {})
 
 
-def known_parts() -> Mapping[str, str]:
-    """Names of all devices and links, and what they are."""
-    return {key: str(entry["name"]) for name in ("devices", "links") for key, entry in table(name).items()}
-
-
 _COUNTED = re.compile(r"(?:(\d+)\s*(?:x|\*)\s*)?(.+)", re.IGNORECASE)
 _NODES = re.compile(r"(\d+)\s*nodes?|nodes?\s*=?\s*(\d+)", re.IGNORECASE)
 _MEMORY = re.compile(r"\d+(?:\.\d+)?\s*[KMGT]i?B?", re.IGNORECASE)

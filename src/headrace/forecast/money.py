@@ -49,11 +49,6 @@ def usd_per_million(usd_per_h: float, tok_per_s: float) -> float:
     return usd_per_h / 3600 / tok_per_s * 1e6
 
 
-def request_usd(usd_per_h: float, input_tokens: int, output_tokens: int, input_s: float, output_s: float) -> float:
-    """Dollars for one request: seconds per input and per output token, of all devices together."""
-    return usd_per_h / 3600 * (input_tokens * input_s + output_tokens * output_s)
-
-
 def markup(price_usd: float, cost_usd: float) -> float:
     """How many times its cost a thing is sold for."""
     return price_usd / cost_usd

@@ -138,6 +138,7 @@ _KERNELS: _Functions = {
     "ggml_graph_compute": (c_int, [c_void_p, POINTER(Plan)]),
     "ggml_threadpool_new": (c_void_p, [POINTER(ThreadpoolParams)]),
     "ggml_threadpool_free": (None, [c_void_p]),
+    "ggml_cpu_fp32_to_bf16": (None, [c_void_p, c_void_p, c_int64]),
 }
 
 
@@ -194,7 +195,7 @@ def library() -> Library:
     for folder in _folders():
         try:
             return Library(folder)
-        except (OSError, IndexError) as reason:
+        except (OSError, IndexError, ValueError, AttributeError) as reason:  # the last: a function is missing
             reasons.append(f"{folder.name}: {reason}")
     raise HeadraceError(
         "no build of ggml runs here" + "".join(f"; {reason}" for reason in reasons),

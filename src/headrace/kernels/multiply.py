@@ -20,13 +20,13 @@ from headrace.kernels.ggml_graph import Cast, Operands, Part, Products, Workers
 from headrace.kernels.interleaved import ACTIVATION_ROWS, Interleaving
 from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES, TILE_ROWS
 from headrace.kernels.piece import Piece
-from headrace.kernels.unpacking import unpack_pieces
+from headrace.kernels.unpacking import ToHalf, unpack_pieces
 
 # Scratch for unpacked weights, which keeps torch's products wide; and the rows of them that oneDNN likes multiples of: with
-# 292 of 14336 columns bf16 products ran at 348 GFLOP/s, with 256 at 401, with 512 at 418.
-UNPACK_BYTES = 16 << 20
+# 292 of 14336 columns bf16 products ran at 348 GFLOP/s, with 256 at 401, with 512 at 418. With 16 MiB a prompt of 512 rows of an
+# 8B shape took 14.9 to 17.8 s on a Xeon with AMX, with 8 MiB 12.6 to 15.4, with 4 MiB 17.0 to 18.9.
+UNPACK_BYTES = 8 << 20
 UNPACKED_ROWS = 256
-CACHED_WEIGHTS = 256 << 10  # and of those that become bf16, between the two steps: 1 MiB
 
 
 class Kernels:
@@ -63,6 +63,7 @@ class Kernels:
         self._casts: dict[tuple[str, str, int, bool], Cast] = {}
         self._scratch: torch.Tensor | None = None
         self._half: torch.Tensor | None = None  # unpacked weights
+        self._to_half = ToHalf(threads)
         self._activations_half = _Prepared()
         self._activations_8 = _Prepared()
         self._padded_results = torch.empty(0)
@@ -295,7 +296,7 @@ class Kernels:
         step = step // UNPACKED_ROWS * UNPACKED_ROWS or step
         for start in range(0, piece.rows, step):
             rows = min(step, piece.rows - start)
-            plain = self._plain(piece.type, piece.address + start * row_bytes, rows, columns, half)
+            plain = self.plain(piece.type, piece.address + start * row_bytes, rows, columns, half)
             target = output[:, piece.first + start : piece.first + start + rows]
             product = torch.mm(x, plain.T)
             target.add_(product) if add else target.copy_(product)
@@ -310,8 +311,8 @@ class Kernels:
             kept.keep(x, first, rows.copy_(x[first:]))
         return kept.value
 
-    def _plain(self, type_name: str, address: int, rows: int, columns: int, half: bool) -> torch.Tensor:
-        """Packed rows in fp32, or in bf16: by few rows at a time then, which stay in the cores' caches in between."""
+    def plain(self, type_name: str, address: int, rows: int, columns: int, half: bool) -> torch.Tensor:
+        """Packed rows at an address as (rows, columns), in fp32 or bf16. The result is scratch: valid until the next call."""
         if not half:
             return self.unpack(type_name, address, rows, columns)
         if type_name == "BF16":
@@ -319,12 +320,7 @@ class Kernels:
         if self._half is None or self._half.numel() < rows * columns:
             self._half = torch.empty(rows * columns, dtype=torch.bfloat16)
         plain = self._half[: rows * columns].view(rows, columns)
-        block, size = block_of(type_name)
-        step = max(1, CACHED_WEIGHTS // columns)
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            at = address + first * (columns // block * size)
-            plain[first : first + count] = self.unpack(type_name, at, count, columns)
+        self._to_half(type_name, address, rows, columns, plain.data_ptr())
         return plain
 
     def unpack(self, type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
@@ -357,6 +353,7 @@ class Kernels:
         self.release()
         self._copies.clear()
         self.interleaving.close()
+        self._to_half.close()
         self._few_workers.close()
         self._many_workers.close()
 

@@ -257,7 +257,7 @@ def _complete_unigram(checkpoint: Checkpoint, backend: Any, scores: Sequence[flo
 
 def _of_folder(checkpoint: Checkpoint) -> Vocabulary:
     """From the tokenizer files of a Hugging Face folder, by way of transformers; no code of the folder runs."""
-    folder = checkpoint.path if os.path.isdir(checkpoint.path) else os.path.dirname(checkpoint.path)
+    folder = checkpoint.path if os.path.isdir(checkpoint.path) else os.path.dirname(checkpoint.path) or "."
     try:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         backend = found.backend_tokenizer

@@ -12,7 +12,7 @@ from headrace.plan.plan import Change, Plan, plan_for
 from headrace.plan.profile import Profile
 from headrace.plan.request import Request
 from headrace.plan.rooms import MARGIN_BYTES, MARGIN_SHARE
-from headrace.plan.shape import Built, shape_of
+from headrace.plan.shape import Built
 from headrace.units import MIB, gigabytes, option, seconds
 
 SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # that may run together in a batch
@@ -47,7 +47,7 @@ def make_plan(
     """
     request = request or Request()
     plan = plan_for(checkpoint, profile, budget, request, runtime_bytes, built)
-    return replace(plan, changes=_changes(plan, checkpoint, profile, request, runtime_bytes))
+    return replace(plan, changes=_changes(plan, checkpoint, profile, request, runtime_bytes, built))
 
 
 def choose_drafting(
@@ -102,19 +102,24 @@ def choose_sequences(
 
 
 def _changes(
-    plan: Plan, checkpoint: Checkpoint, profile: Profile, request: Request, runtime_bytes: int | None
+    plan: Plan,
+    checkpoint: Checkpoint,
+    profile: Profile,
+    request: Request,
+    runtime_bytes: int | None,
+    built: Built | None,
 ) -> tuple[Change, ...]:
     """The three changes that save most time per token, each by planning again with it."""
     now = plan.expectation.s_per_token
     # With memory for everything no buffer is cut short, so its sum is what is enough.
-    roomy = plan_for(checkpoint, profile, Budget(nbytes=1 << 50, reason="what if"), request, runtime_bytes)
+    roomy = plan_for(checkpoint, profile, Budget(nbytes=1 << 50, reason="what if"), request, runtime_bytes, built)
     parts = roomy.runtime_bytes + roomy.kv_bytes + roomy.draft_bytes + roomy.activation_bytes
     parts += roomy.weights_bytes + roomy.expert_bytes + MARGIN_BYTES
-    enough = ceil((parts + shape_of(checkpoint).page_slack_bytes) / (1 - MARGIN_SHARE)) + MIB
+    enough = ceil((parts + plan.shape.page_slack_bytes) / (1 - MARGIN_SHARE)) + MIB
 
     def with_memory(nbytes: int) -> float:
         budget = Budget(nbytes=nbytes, reason="what if")
-        return plan_for(checkpoint, profile, budget, request, runtime_bytes).expectation.s_per_token
+        return plan_for(checkpoint, profile, budget, request, runtime_bytes, built).expectation.s_per_token
 
     candidates: list[Change] = []
     streams = plan.streamed_bytes_per_pass or (plan.experts is not None and plan.expert_slots < plan.experts.total)
@@ -123,12 +128,13 @@ def _changes(
         half = (plan.budget.nbytes + enough) // 2
         candidates.append(Change(what=f"--memory {option(half)}", s_per_token=with_memory(half)))
         expected = plan.expectation
-        faster = (max(plan.decode.disk_s / 2, plan.decode.compute_s) + expected.draft_s) / expected.tokens_per_pass
-        candidates.append(Change(what="a disk twice as fast (or the file on two)", s_per_token=faster))
+        faster = replace(plan.decode, disk_s=plan.decode.disk_s / 2).seconds + expected.draft_s
+        what = "a disk twice as fast (or the file on two)"
+        candidates.append(Change(what=what, s_per_token=faster / expected.tokens_per_pass))
     candidates += _smaller_files(plan)
     if plan.kv_bytes > plan.budget.nbytes // 10 and streams:
         shorter = replace(request, context_tokens=min(request.context_tokens, max(256, request.context_tokens // 2)))
-        s = plan_for(checkpoint, profile, plan.budget, shorter, runtime_bytes).expectation.s_per_token
+        s = plan_for(checkpoint, profile, plan.budget, shorter, runtime_bytes, built).expectation.s_per_token
         candidates.append(Change(what=f"--ctx-size {shorter.context_tokens}", s_per_token=s))
     better = sorted((c for c in candidates if c.s_per_token < 0.97 * now), key=lambda c: c.s_per_token)
     return tuple(better[:3])
@@ -144,12 +150,14 @@ def _smaller_files(plan: Plan) -> list[Change]:
         room += plan.draft_bytes
     changes = []
     for name, bits in smaller:
-        size = (plan.weights_bytes + (plan.experts.nbytes if plan.experts is not None else 0)) * bits / plan.type_bits
-        streamed = max(0.0, size - room)
+        share = bits / plan.type_bits
+        read = max(0.0, plan.shape.weights_bytes * share - room)
+        if plan.experts is not None:
+            held = plan.experts.with_cached(int(plan.expert_slots / share))
+            read += share * held.missed_bytes(plan.decode_rows)
         # Kernels of two to four bits are bound by their arithmetic: fewer bytes do not make them faster.
-        compute = cost.compute_s * (bits / plan.type_bits if plan.type_bits > 9 else 1.0)
-        seconds_per_pass = max(streamed / plan.disk_bytes_per_s, compute) + draft_s
-        changes.append(
-            Change(what=f"the same model as {name} ({gigabytes(size)})", s_per_token=seconds_per_pass / tokens)
-        )
+        compute_s = cost.compute_s * (share if plan.type_bits > 9 else 1.0)
+        found = replace(cost, disk_s=read / plan.disk_bytes_per_s, compute_s=compute_s).seconds + draft_s
+        size = gigabytes(plan.shape.all_bytes * share)
+        changes.append(Change(what=f"the same model as {name} ({size})", s_per_token=found / tokens))
     return changes

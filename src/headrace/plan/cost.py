@@ -51,7 +51,7 @@ class Weights:
     interleaved: Mapping[str, int] = field(default_factory=dict)
     in_place: bool = False
     decoding_core_s_per_byte: float = 0.0  # of one core, for what is not stored as it is multiplied
-    read_share: float = 1.0  # bytes read from the disk for each byte that arrives; not of experts
+    read_share: float = 1.0  # bytes read from the disk for each byte that arrives; experts have their own
     experts: Experts | None = None  # of which a pass multiplies those that its rows choose
     row_invariant: bool = False  # exact rows do not depend on their number: by dot products, or else
     tiles_exactly: bool = False  # all through tiles, where the format has them (`kernels`)

@@ -4,7 +4,7 @@ With every guess right with the same chance `a`, given that all before it were, 
 
     E(k) = 1 + a + a^2 + ... + a^k                        (Leviathan, Kalman, Matias 2023, equation 1)
 
-tokens and takes `max(disk, compute(1 + k)) + k * guess`. The `a` below are fits of E to published tokens per pass at 4, 8
+tokens and takes `k * guess` and what `cost` says of 1 + k rows. The `a` below are fits of E to published tokens per pass at 4, 8
 and 16 guesses over chat prompts of code and prose; the engine replaces them by what it counts while it runs.
 """
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from headrace.forecast.experts import chosen, skew_of
 from headrace.plan.routing import Routing
 
-# Exponent of the Zipf law where nothing has been counted: 0.5 to 0.8 were fitted to published models (docs/expert-cache.md).
+# Exponent of the Zipf law where nothing has been counted: a guess, until a run of the model has left its hit rate.
 SKEW = 0.6
 # Of the interpreter and small operations in one layer with experts: sorting rows by expert, gates, sums.
 LAYER_S = 250e-6
@@ -37,6 +37,7 @@ class Experts:
     hidden: int
     width: int  # between up and down
     weights: Mapping[str, int]  # of all, by type
+    read_share: float = 1.0  # bytes read from the disk for each byte in memory
     cached: int = 0  # in memory, of all layers together
     chances: tuple[float, ...] | None = (
         None  # that a row chooses an expert, most popular first; they add up to `per_token`
@@ -80,7 +81,7 @@ class Experts:
 
     def missed_bytes(self, rows: int) -> float:
         """Bytes that a pass of so many rows reads."""
-        return self.layers * self.missed(rows) * self.bytes_each * (1 + WASTED)
+        return self.layers * self.missed(rows) * self.bytes_each * self.read_share * (1 + WASTED)
 
     def with_cached(self, cached: int) -> "Experts":
         """The same with so many in memory."""

@@ -32,22 +32,23 @@ class Fit:
     groups: int
 
 
-def fit_runs(records: Sequence[RunRecord], machine: str) -> Fit:
+def fit_runs(records: Sequence[RunRecord], machine: str, probed_at: str | None = None) -> Fit:
     """Find the factors of one machine.
 
     Args:
         records: runs, of any machine.
         machine: whose runs count.
+        probed_at: only those that were predicted with the rates of this probe; None: whichever.
 
     Raises:
         UsageError: too few passes of this machine to learn from.
     """
-    own = [record for record in records if record.machine == machine]
+    own = [r for r in records if r.machine == machine and probed_at in (None, r.probed_at)]
     pairs = [(record, group) for record in own for group in record.passes]
     if len(pairs) < LEAST_GROUPS:
         others = len(records) - len(own)
         hint = (
-            f"{others} records are of another machine"
+            f"{others} records are of another machine, or of before its last probe"
             if others
             else "run a few prompts first, best with several --memory"
         )

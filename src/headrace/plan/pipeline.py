@@ -11,33 +11,34 @@ from headrace.forecast.schedule import Timeline, Unit, simulate
 from headrace.plan.cost import exact_rate, expert_seconds, layer_seconds
 from headrace.plan.experts import Experts
 from headrace.plan.plan import Plan
-from headrace.plan.shape import Shape
 
 READ_LATENCY_S = (
     150e-6  # of one request of 2 MiB to a solid-state disk, before its bytes come: guessed, and hidden by the readers
 )
 
 
-def pass_units(plan: Plan, shape: Shape, rows: int) -> list[Unit]:
+def pass_units(plan: Plan, rows: int) -> list[Unit]:
     """The units of a pass in order of compute: of every tensor its pinned rows, in turns with what is streamed of it."""
-    glue_s = layer_seconds(plan.profile, plan.layers, rows) / len(shape.linears)
+    linears, profile, weights = plan.shape.linears, plan.profile, plan.weights
+    glue_s = layer_seconds(profile, plan.shape.layers, rows) / len(linears)
     units: list[Unit] = []
-    for tensor in shape.linears:
+    for tensor in linears:
+        rate = exact_rate(profile, weights, tensor.type, rows)
         woven = tensor.type in plan.interleaved_types
-        woven_rate = plan.profile.kernel(tensor.type, rows, interleaved=True)
-        rate = woven_rate if woven else exact_rate(plan.profile, plan.weights, tensor.type, rows)
-        compute_s = tensor.rows * tensor.columns / rate
-        held = plan.pinned_rows[tensor.name] + plan.lent_rows.get(tensor.name, 0)
-        pinned_share = held / tensor.rows
-        streamed = (tensor.rows - held) * tensor.row_bytes
+        pinned_rate = profile.kernel(tensor.type, rows, interleaved=True) if woven else rate
+        pinned, lent = plan.pinned_rows[tensor.name], plan.lent_rows.get(tensor.name, 0)
+        held_s = tensor.columns * (pinned / pinned_rate + lent / rate)
+        left = tensor.rows - pinned - lent
+        streamed = left * tensor.row_bytes
         count = ceil(streamed / plan.unit_bytes)
-        pinned_s = (compute_s * pinned_share + glue_s) / (count + 1)
-        units.append(Unit(0.0, 0.0, pinned_s, pinned=True))
+        units.append(Unit(0.0, 0.0, (held_s + glue_s) / (count + 1), pinned=True))
         for at in range(count):
             size = min(plan.unit_bytes, streamed - at * plan.unit_bytes)
-            each_s = compute_s * (1 - pinned_share) * size / streamed
-            units.append(Unit(READ_LATENCY_S, size * plan.weights.read_share / plan.disk_bytes_per_s, each_s))
-            units.append(Unit(0.0, 0.0, pinned_s, pinned=True))
+            read_s = size * weights.read_share / plan.disk_bytes_per_s
+            decode_s = size * weights.decoding_core_s_per_byte / profile.threads
+            each_s = left * tensor.columns / rate * size / streamed
+            units.append(Unit(READ_LATENCY_S, read_s, each_s + decode_s + profile.reading * read_s))
+            units.append(Unit(0.0, 0.0, (held_s + glue_s) / (count + 1), pinned=True))
     return units if plan.experts is None else list(_with_experts(units, plan, plan.experts, rows))
 
 
@@ -48,6 +49,7 @@ def _with_experts(units: Sequence[Unit], plan: Plan, experts: Experts, rows: int
     """
     read_s = experts.missed_bytes(rows) / experts.layers / plan.disk_bytes_per_s
     compute_s = expert_seconds(plan.profile, experts, rows, plan.weights.row_invariant) / experts.layers
+    compute_s += plan.profile.reading * read_s
     share = max(1, len(units) // experts.layers)
     for layer in range(experts.layers):
         last = len(units) if layer == experts.layers - 1 else (layer + 1) * share
@@ -55,7 +57,7 @@ def _with_experts(units: Sequence[Unit], plan: Plan, experts: Experts, rows: int
         yield Unit(READ_LATENCY_S, read_s, compute_s) if read_s else Unit(0.0, 0.0, compute_s, pinned=True)
 
 
-def pipeline(plan: Plan, shape: Shape, rows: int | None = None, passes: int = 2) -> Timeline:
+def pipeline(plan: Plan, rows: int | None = None, passes: int = 2) -> Timeline:
     """Decoding passes one after another; from the second on the pipe is full."""
-    units = pass_units(plan, shape, rows or plan.sequences * (1 + plan.expectation.guesses))
+    units = pass_units(plan, rows or plan.decode_rows)
     return simulate(units, max(1, plan.ring_slots), readers=max(1, plan.readers), passes=passes)

@@ -5,7 +5,7 @@ compared with it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -89,7 +89,7 @@ class Plan:
     weights: Weights
     expert_slots: int
     expert_bytes: int  # of memory for experts
-    layers: int
+    shape: Shape = field(repr=False)
     reasons: tuple[str, ...]
     changes: tuple[Change, ...] = ()
 
@@ -102,6 +102,11 @@ class Plan:
     def decode(self) -> PassCost:
         """A pass that decodes, with the guesses it verifies."""
         return self.expectation.cost
+
+    @property
+    def decode_rows(self) -> int:
+        """Rows of such a pass."""
+        return self.sequences * (1 + self.expectation.guesses)
 
     @property
     def pass_bytes(self) -> int:
@@ -152,7 +157,7 @@ class Plan:
             self.disk_bytes_per_s,
             self.streamed_bytes_per_pass,
             self.weights,
-            self.layers,
+            self.shape.layers,
             rows,
             exact=True,
         )
@@ -274,7 +279,7 @@ def plan_for(
         reasons.append("single rows padded to tiles of eight: guesses and other sequences pay for it")
     return Plan(
         model=checkpoint.name,
-        type_bits=8 * shape.all_bytes / _count(shape),
+        type_bits=8 * shape.all_bytes / shape.weights_count,
         budget=budget,
         floor_bytes=room.floor,
         weights_bytes=shape.weights_bytes + shape.opening_bytes,
@@ -317,15 +322,9 @@ def plan_for(
         weights=best.weights,
         expert_slots=room.expert_slots,
         expert_bytes=room.expert_slots * (experts.slot_bytes if experts is not None else 0),
-        layers=shape.layers,
+        shape=shape,
         reasons=tuple(reasons),
     )
-
-
-def _count(shape: Shape) -> int:
-    """Weights of the model, experts included."""
-    dense = sum(shape.weights.values()) + sum(shape.opening_weights.values())
-    return dense + (sum(shape.experts.weights.values()) if shape.experts is not None else 0)
 
 
 def _rings(room: Division) -> str:

@@ -41,6 +41,7 @@ class Profile:
     runtime_bytes: int  # interpreter, torch, transformers, the code of one model
     factors: Mapping[str, float] = field(default_factory=dict)  # of `plan.fit`, already in the rates above
     spread: tuple[float, float] | None = None  # measured / predicted of 80 % of the runs that it was fitted to
+    probed_at: str = ""  # the rates' own time, to the second: runs that others predicted say nothing about them
     schema: int = field(default=SCHEMA)
 
     def __post_init__(self) -> None:

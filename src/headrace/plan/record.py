@@ -100,6 +100,7 @@ class RunRecord:
     accepted: int
     passes: tuple[PassGroup, ...]
     factors: Mapping[str, float] = field(default_factory=dict)
+    probed_at: str = ""  # of that profile
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -114,9 +115,8 @@ def make_record(
 
     Args:
         plan: what was executed.
-        passes: all that were made, in order. The first reads everything and touches memory for the first time, so it
-        is left out of
-            the groups, as are passes with rows of a prompt.
+        passes: all that were made, in order. The first reads everything and touches memory for the first time, so it is
+            left out of the groups, as are passes with rows of a prompt.
         tokens: generated.
         ttft_s: to the first of them.
         s_per_token: of the others.
@@ -133,7 +133,7 @@ def make_record(
         pinned_bytes=plan.held_bytes,
         streamed_bytes=plan.streamed_bytes_per_pass,
         budget_bytes=plan.budget.nbytes,
-        layers=plan.layers,
+        layers=plan.shape.layers,
         sequences=plan.sequences,
         draft=plan.drafting.name,
         tokens=tokens,
@@ -145,12 +145,13 @@ def make_record(
         accepted=sum(one.accepted for one in passes),
         passes=tuple(_group(plan, rows, group) for rows, group in sorted(groups.items())),
         factors=dict(plan.profile.factors),
+        probed_at=plan.profile.probed_at,
     )
 
 
 def _group(plan: Plan, rows: int, passes: Sequence[Pass]) -> PassGroup:
     cost = plan.cost(rows)
-    layer_s = layer_seconds(plan.profile, plan.layers, rows)
+    layer_s = layer_seconds(plan.profile, plan.shape.layers, rows)
     return PassGroup(
         rows=rows,
         count=len(passes),

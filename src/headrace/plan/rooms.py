@@ -19,6 +19,7 @@ from headrace.units import MIB, gib, option
 
 UNIT_BYTES = 2 * MIB
 RING_SLOTS = 16
+PROMPT_SLOTS = 8  # while rows are many: then reads are not waited for
 MOST_RING_SLOTS = 48  # where they take no more than this share of the memory for weights (docs/LEARNED.md)
 RING_SHARE = 1 / 16
 LEAST_SLOTS = 3
@@ -108,7 +109,7 @@ def divide(
     left = room - opening_slots * slot
     slots = 0 if left >= shape.weights_bytes + shape.page_slack_bytes else _slots(left, slot)
     to_lend = 0 if shape.opening else max(0, activations - exact - KEPT_BYTES)
-    lent_slots = min(max(0, slots - RING_SLOTS), to_lend // slot)  # prompts are computed, not waited for
+    lent_slots = min(max(0, slots - PROMPT_SLOTS), to_lend // slot)
     own_ring = (slots - lent_slots) * slot
     pinned_rows = _pin(shape.linears, left - own_ring)
     pinned = _pinned_bytes(shape.linears, pinned_rows)

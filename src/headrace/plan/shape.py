@@ -52,6 +52,17 @@ class Shape:
     one_by_one: bool = False
 
     @property
+    def tied(self) -> bool:
+        """Whether the table of embeddings is the head."""
+        return any(_TOKEN_TABLE.search(tensor.name) for tensor in self.linears)
+
+    @property
+    def weights_count(self) -> int:
+        """Weights that are multiplied, experts included."""
+        dense = sum(self.weights.values()) + sum(self.opening_weights.values())
+        return dense + (sum(self.experts.weights.values()) if self.experts is not None else 0)
+
+    @property
     def weights_bytes(self) -> int:
         """Bytes of what every pass multiplies."""
         return sum(tensor.nbytes for tensor in self.linears)
@@ -81,13 +92,7 @@ class Shape:
     @property
     def read_share(self) -> float:
         """Bytes that are read from the disk for each byte of the matrices: less than 1 where they are stored in fewer bits."""
-        stored = {
-            tensor.name: sum(count for _, _, count in encoding.reads(0, tensor.rows)) / tensor.nbytes
-            for made in self.checkpoint.made.values()
-            for tensor, encoding in made
-        }
-        read = sum(tensor.nbytes * stored.get(tensor.name, 1.0) for tensor in self.linears)
-        return read / max(1, self.weights_bytes)
+        return _read_share(self.checkpoint, [(tensor, tensor.nbytes) for tensor in self.linears])
 
     @property
     def page_slack_bytes(self) -> int:
@@ -103,6 +108,17 @@ class Shape:
     def opening_weights(self) -> dict[str, int]:
         """Weights that are multiplied once for a prompt, by type."""
         return _by_type(self.opening)
+
+
+def _read_share(checkpoint: Checkpoint, used: Sequence[tuple[Tensor, int]]) -> float:
+    """Bytes that are read for each byte of these tensors, of which so many are used."""
+    stored = {
+        tensor.name: sum(count for _, _, count in encoding.reads(0, tensor.rows)) / tensor.nbytes
+        for made in checkpoint.made.values()
+        for tensor, encoding in made
+    }
+    read = sum(nbytes * stored.get(tensor.name, 1.0) for tensor, nbytes in used)
+    return read / max(1, sum(nbytes for _, nbytes in used))
 
 
 def page_slack(tensors: Sequence[Tensor]) -> int:
@@ -316,20 +332,21 @@ def _experts(
         slices = [part for experts in built.experts for one in experts for part in one]
         for part in slices:
             weights[part.tensor.type] = weights.get(part.tensor.type, 0) + part.rows * part.tensor.inputs
-        nbytes = sum(_slice_bytes(part) for part in slices)
+        used = [(part.tensor, _slice_bytes(part)) for part in slices]
         slot = max(sum(_paged(_slice_bytes(part)) for part in one) for experts in built.experts for one in experts)
     else:
         layers = len(stacks)
         for tensor in (tensor for layer in stacks.values() for tensor in layer):
             weights[tensor.type] = weights.get(tensor.type, 0) + tensor.rows * tensor.columns
-        nbytes = sum(tensor.nbytes for layer in stacks.values() for tensor in layer)
+        used = [(tensor, tensor.nbytes) for layer in stacks.values() for tensor in layer]
         slot = max(sum(tensor.nbytes for tensor in layer) // count + 3 * 2 * _PAGE_BYTES for layer in stacks.values())
     chosen = checkpoint.number("expert_used_count", min(count, 2))
     return Experts(
         layers=layers,
         count=count,
         per_token=min(count, chosen),
-        nbytes=nbytes,
+        nbytes=sum(nbytes for _, nbytes in used),
+        read_share=_read_share(checkpoint, used),
         slot_bytes=slot,
         hidden=hidden,
         width=sum(weights.values()) // (3 * layers * count * hidden) or 1,

@@ -28,30 +28,31 @@ class DecodedFile:
         self._local = threading.local()
 
     def read(self, offset: int, target: memoryview, needed: int) -> int:
-        """Fill the first `needed` bytes of `target`. See `WeightFile.read`."""
+        """Fill the first `needed` bytes of `target`; returns what was read for it. See `WeightFile.read`."""
         tensor, encoding = self._made[bisect_right(self._starts, offset) - 1]
         begin = offset - tensor.offset
         step = encoding.row_multiple
         first = begin // tensor.row_bytes // step * step
         last = min(tensor.rows, -(-(begin + needed) // (tensor.row_bytes * step)) * step)
         rows = self._buffer("rows", (last - first) * tensor.row_bytes)
-        self._decode(encoding, first, last, rows)
+        read = self._decode(encoding, first, last, rows)
         skipped = begin - first * tensor.row_bytes
         count = min(needed, len(rows) - skipped)
         np.frombuffer(target, np.uint8)[:count] = rows[skipped : skipped + count]
-        return len(target)
+        return read
 
     def _decode(
         self, encoding: Encoding, first: int, last: int, out: "np.ndarray[tuple[int], np.dtype[np.uint8]]"
-    ) -> None:
-        raw = []
+    ) -> int:
+        raw, read = [], 0
         for number, (source, begin, count) in enumerate(encoding.reads(first, last)):
             start, length = aligned(source.offset + begin, count)
             buffer = self._buffer(f"raw{number}", length)
             delta = source.offset + begin - start
-            self._file_of(source.path).read(start, buffer.data, delta + count)
+            read += self._file_of(source.path).read(start, buffer.data, delta + count)
             raw.append(buffer[delta : delta + count])
         encoding.decode(raw, first, last, out)
+        return read
 
     def close(self) -> None:
         """The sources' files are closed by whoever opened them."""

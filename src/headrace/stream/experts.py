@@ -10,7 +10,6 @@ What must never happen: a slot is overwritten while it is read into or multiplie
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.checkpoint.tensor import Slice
-from headrace.errors import ReadError
 from headrace.kernels import FEW_ROWS, Piece
 from headrace.stream.files import File
 from headrace.stream.memory import Arena, aligned
 from headrace.stream.policy import ExpertCache
-from headrace.stream.weights import STALL_LIMIT_S, Spans, piece_of
+from headrace.stream.readers import STALL_LIMIT_S, ReadCounters, Readers, Spans
+from headrace.stream.weights import piece_of
 
 # Experts under way at a time: enough to keep the disk busy, few enough that a prompt does not empty the memory.
 MOST_AHEAD = 12
@@ -72,16 +71,12 @@ def bundle_of(slices: Sequence[Slice]) -> Bundle:
 
 
 @dataclass(slots=True)
-class ExpertCounters:
-    """What the experts have cost so far. Differences of two copies describe a pass."""
+class ExpertCounters(ReadCounters):
+    """And how experts were found."""
 
     hits: int = 0  # experts that were in memory when their layer asked for them
     ahead: int = 0  # that had been ordered before: read ahead, or under way
     misses: int = 0
-    read_bytes: int = 0
-    reads: int = 0
-    read_s: float = 0.0
-    stall_s: float = 0.0
     wasted_bytes: int = 0  # read ahead and not needed by the layer
 
 
@@ -126,21 +121,15 @@ class ExpertStream:
         self._arena = Arena(slots * self._slot_bytes)
         paths = {part.tensor.path for experts in layers for slices in experts for part in slices}
         self._files = {path: file_of(path) for path in sorted(paths)}
-        self._spans = spans
-        self._stall_limit_s = stall_limit_s
-        lock = threading.Lock()
-        self._work = threading.Condition(lock)
-        self._arrived = threading.Condition(lock)
+        self._readers = Readers(
+            readers, name="headrace-expert-reader", counters=self.counters, spans=spans, stall_limit_s=stall_limit_s
+        )
         self._queue: deque[tuple[_Load, Read]] = deque()
         self._later: deque[tuple[_Load, Read]] = deque()  # reads ahead: only when nothing is waited for
         self._loading: dict[int, _Load] = {}  # by expert, of the layer at hand
         self._ahead: dict[int, dict[int, _Load]] = {}  # by layer and expert
         self._strays: dict[tuple[int, int], _Load] = {}  # read ahead in vain, and still under way
-        self._error: BaseException | None = None
-        self._stopping = False
-        self._readers = readers
         self._populated = 0  # bytes of the arena
-        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "ExpertStream":
         return self
@@ -165,10 +154,10 @@ class ExpertStream:
         Raises:
             ReadError: a read failed or nothing has come from the disk for `stall_limit_s`.
         """
-        self._start()
+        self._readers.start([self._read] * self._readers.count + [self._populate])
         held: list[int] = []
         try:
-            with self._work:
+            with self._readers.room:
                 self.cache.note(layer, counts, rows)
                 ready, missing = self._look_up(layer, np.flatnonzero(counts).tolist(), held)
                 self._issue(layer, missing, held)
@@ -243,7 +232,7 @@ class ExpertStream:
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """Read these experts of a layer ahead, whenever nothing else is to be read, if they are not in memory."""
-        with self._work:
+        with self._readers.room:
             ahead = self._ahead.setdefault(layer, {})
             under_way = sum(map(len, self._ahead.values()))
             for expert in experts[: max(0, MOST_AHEAD - under_way)]:
@@ -255,7 +244,7 @@ class ExpertStream:
                 reads = self._bundles[layer][expert].reads
                 load = ahead[expert] = _Load(layer, expert, slot, len(reads))
                 self._later.extend((load, read) for read in reads)
-                self._work.notify(len(reads))
+                self._readers.room.notify(len(reads))
 
     def _issue(self, layer: int, missing: deque[int], held: list[int]) -> None:
         """Order missing experts, a few at a time: each takes the slot of another, until its product is done."""
@@ -269,40 +258,25 @@ class ExpertStream:
             load = _Load(layer, expert, slot, len(reads))
             self._loading[expert] = load
             self._queue.extend((load, read) for read in reads)
-            self._work.notify(len(reads))
+            self._readers.room.notify(len(reads))
 
     def _wait(self, layer: int, missing: deque[int], held: list[int], together: bool) -> list[tuple[int, int]]:
         """Order what there are slots for; then the experts that have come: one at least, or, `together`, the last of all."""
-        start = last_news = time.perf_counter()
-        reads = self.counters.reads
-        if not self._readers:
-            with self._work:
+        if not self._readers.count:
+            with self._readers.room:
                 self._issue(layer, missing, held)
             while self._queue:
                 self._run(*self._queue.popleft())
-        with self._arrived:
-            while True:
-                if self._error is not None:
-                    raise self._error
-                self._issue(layer, missing, held)  # a slot may have come free since, of what was read ahead in vain
-                done = [load for load in self._loading.values() if not load.left]
-                if done and (missing or not together or len(done) == len(self._loading)):
-                    break
-                self._arrived.wait(timeout=min(1.0, self._stall_limit_s))
-                now = time.perf_counter()
-                if self.counters.reads != reads:
-                    reads, last_news = self.counters.reads, now
-                if now - last_news > self._stall_limit_s:
-                    raise ReadError(
-                        f"the disk has delivered nothing for {self._stall_limit_s:.0f} s while experts were read",
-                        hint="check the disk or the network share, then run the same command again",
-                    )
-            for load in done:
-                del self._loading[load.expert]
-        end = time.perf_counter()
-        self.counters.stall_s += end - start
-        if self._spans is not None:
-            self._spans.add("stall", "experts", start, end)
+        done: list[_Load] = []
+
+        def ready() -> bool:
+            self._issue(layer, missing, held)  # a slot may have come free since, of what was read ahead in vain
+            done[:] = [load for load in self._loading.values() if not load.left]
+            return bool(done) and (bool(missing) or not together or len(done) == len(self._loading))
+
+        self._readers.wait(ready, "experts")
+        for load in done:
+            del self._loading[load.expert]
         return [(load.expert, load.slot) for load in done]
 
     def _pieces(self, layer: int, ready: Sequence[tuple[int, int]]) -> Ready:
@@ -323,7 +297,7 @@ class ExpertStream:
         ]
 
     def _let_go(self, slots: Sequence[int], held: list[int]) -> None:
-        with self._work:
+        with self._readers.room:
             for slot in slots:
                 self.cache.release(slot)
                 held.remove(slot)
@@ -332,18 +306,18 @@ class ExpertStream:
         """The layer is done, or its pass has failed: what is still under way is awaited and forgotten."""
         if not held and not self._loading:
             return
-        with self._work:
+        with self._readers.room:
             self._queue.clear()
             for ahead in self._ahead.values():
                 self._drop(ahead.values())
             self._ahead.clear()
             unfinished = list(self._loading.values())
             self._loading.clear()
-            failed, self._error = self._error is not None, None
+            failed = self._readers.error is not None
         if unfinished or failed:
-            self._stop()  # no reader may write into a slot that is given away
-            self._stopping = False
-        with self._work:
+            self._readers.stop()  # no reader may write into a slot that is given away
+            self._readers.reset()
+        with self._readers.room:
             for load in unfinished:
                 self.cache.forget(load.slot)
             for stray in self._strays.values():  # its reader has failed
@@ -356,68 +330,40 @@ class ExpertStream:
 
     def close(self) -> None:
         """Stop the readers. Safe to call twice."""
-        self._stop()
+        self._readers.stop()
 
     # -- the readers --------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
-        if self._threads:
-            return
-        self._threads = [
-            threading.Thread(target=self._read, name=f"headrace-expert-reader-{i}", daemon=True)
-            for i in range(self._readers)
-        ]
-        if self._readers:
-            self._threads.append(threading.Thread(target=self._populate, name="headrace-expert-memory", daemon=True))
-        for thread in self._threads:
-            thread.start()
-
-    def _stop(self) -> None:
-        with self._work:
-            self._stopping = True
-            self._work.notify_all()
-        for thread in self._threads:
-            thread.join(timeout=self._stall_limit_s)
-        self._threads = []
-
-    def _populate(self) -> None:
-        """Take the memory of the slots while a core is idle: a read into pages that are not there yet waits for each."""
+    def _populate(self) -> bool:
+        """Take some more of the slots' memory, at a low priority: a read into pages that are not there yet waits for each."""
         with suppress(OSError, AttributeError):  # only Linux has priorities of threads
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOW_PRIORITY)
-        while self._populated < self._arena.nbytes and not self._stopping:
-            if not self._arena.populate(self._populated, _TAKEN_AT_ONCE):
-                return
-            self._populated += _TAKEN_AT_ONCE
+        if self._populated >= self._arena.nbytes or not self._arena.populate(self._populated, _TAKEN_AT_ONCE):
+            return False
+        self._populated += _TAKEN_AT_ONCE
+        return True
 
-    def _read(self) -> None:
-        try:
-            while True:
-                with self._work:
-                    while not (self._queue or self._later or self._stopping):
-                        self._work.wait()
-                    if self._stopping:
-                        return
-                    load, read = (self._queue or self._later).popleft()
-                self._run(load, read)
-        except BaseException as error:
-            with self._arrived:
-                self._error = error
-                self._arrived.notify_all()
+    def _read(self) -> bool:
+        """What is ordered, as soon as something is; False when the readers stop."""
+        with self._readers.room:
+            while not (self._queue or self._later or self._readers.stopping):
+                self._readers.room.wait()
+            if self._readers.stopping:
+                return False
+            load, read = (self._queue or self._later).popleft()
+        self._run(load, read)
+        return True
 
     def _run(self, load: _Load, read: Read) -> None:
-        start = time.perf_counter()
         place = load.slot * self._slot_bytes + read.place
-        self._files[read.part.tensor.path].read(read.start, self._arena.view[place : place + read.length], read.needed)
-        end = time.perf_counter()
-        if self._spans is not None:
-            self._spans.add("read", read.part.tensor.name, start, end)
-        with self._arrived:
-            self.counters.read_bytes += read.length
-            self.counters.reads += 1
-            self.counters.read_s += end - start
+        target = self._arena.view[place : place + read.length]
+        file = self._files[read.part.tensor.path]
+        count = self._readers.read(file, read.start, target, read.needed, read.part.tensor.name)
+        with self._readers.arrived:
+            self._readers.came(count)
             load.left -= 1
             if not load.left:
-                self._arrived.notify()
+                self._readers.arrived.notify()
                 if load.unwanted:
                     self._strays.pop((load.layer, load.expert), None)
                     self.cache.release(load.slot)

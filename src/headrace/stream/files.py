@@ -34,14 +34,19 @@ class WeightFile:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError as error:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as refused:
+                raise ReadError(
+                    f"cannot open {path}: {refused.strerror}", hint="check that the file is there and may be read"
+                ) from refused
             self.direct = False
             self.reason = f"buffered, the file system refuses O_DIRECT ({error.strerror})"
             with suppress(OSError, AttributeError):
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, offset: int, target: memoryview, needed: int) -> int:
-        """Fill `target` from a page-aligned offset; at least `needed` bytes of it must come. Returns what came.
+        """Fill `target` from a page-aligned offset; at least `needed` bytes of it must come. Returns how many came.
 
         Raises:
             ReadError: the disk failed, or the file ends before the bytes needed.

@@ -9,41 +9,21 @@ What must never happen: a slot is overwritten while in use (a unit's number may 
 most); a reader's error is lost (it is raised in the consumer); a consumer waits for ever (a silent disk is an error).
 """
 
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from headrace.checkpoint import Tensor
-from headrace.errors import ReadError
 from headrace.kernels import Piece
 from headrace.stream.files import File, WeightFile
 from headrace.stream.layout import Layout, Resident, Unit, rows_that_fit
 from headrace.stream.memory import Arena
+from headrace.stream.readers import STALL_LIMIT_S, ReadCounters, Readers, Spans
 
-STALL_LIMIT_S = 60.0
 # Pinned rows multiplied between two streamed units: 3 ms of compute, in which the disk fills a fifth of the ring.
 SLICE_BYTES = 32 << 20
 
 Batch: TypeAlias = Sequence[tuple[int, Piece]]  # a tuple, if the same will come again in the next pass
-
-
-class Spans(Protocol):
-    """Where spans of time are recorded: a kind, a label, start and end by `time.perf_counter`."""
-
-    def add(self, kind: str, label: str, start: float, end: float) -> None:
-        """Record one span."""
-
-
-@dataclass(slots=True)
-class StreamCounters:
-    """What the stream did so far. Differences of two copies describe a pass."""
-
-    read_bytes: int = 0
-    reads: int = 0
-    read_s: float = 0.0  # summed over readers, so it can exceed the time that passed
-    stall_s: float = 0.0  # the consumer waited for a read
 
 
 def piece_of(tensor: Tensor, first: int, rows: int, address: int) -> Piece:
@@ -82,13 +62,13 @@ class WeightStream:
         from then on.
         """
         self.layout = layout
-        self.counters = StreamCounters()
-        self.spans = spans
+        self.counters = ReadCounters()
         self._most_slots = slots
         self._slots = slots - lent_slots  # at the moment
         self._lent_slots = lent_slots
-        self._readers = readers
-        self._stall_limit_s = stall_limit_s
+        self._readers = Readers(
+            readers, name="headrace-reader", counters=self.counters, spans=spans, stall_limit_s=stall_limit_s
+        )
         self._settle = settle
         self._pinned = Arena(layout.pinned_bytes)
         self._lent = Arena(layout.lent_bytes)
@@ -96,18 +76,10 @@ class WeightStream:
         self._ring = Arena(slots * layout.slot_bytes if layout.streamed_units else 0)
         paths = {tensor.path for visit in layout.visits for tensor in visit.tensors}
         self._files = {path: file_of(path) for path in sorted(paths)}
-        # One lock, two reasons to wait. A release wakes one reader and an arrival the consumer: waking everybody each time
-        # cost 50 ms of a pass of 500 units, in turns of the interpreter.
-        lock = threading.Lock()
-        self._room = threading.Condition(lock)
-        self._arrived = threading.Condition(lock)
-        self._threads: list[threading.Thread] = []
         self._loaded: set[int] = set()  # ids of pinned units in memory
         self._complete: dict[int, list[Batch]] = {}  # pinned pieces of visits, once all are in memory
         self._complete_lent: dict[int, list[Batch]] = {}
-        self._error: BaseException | None = None
-        self._next_visit = 0
-        self._released = 0
+        self._next_visit = self._released = 0
         self._begin_pass()
 
     def __enter__(self) -> "WeightStream":
@@ -129,8 +101,8 @@ class WeightStream:
             ReadError: a read failed or nothing has come from the disk for `stall_limit_s`.
         """
         assert index == self._next_visit, f"visit {index} asked for, {self._next_visit} is next"
+        self._readers.start([self._read_ahead] * self._readers.count if self._next is not None else [])
         self._next_visit = (index + 1) % len(self.layout.visits)
-        self._start()
         visit = self.layout.visits[index]
         pinned = self._delivered(index, self._complete, visit.pinned, self._pinned, self._settle)
         if self.lends:  # never settled: what a row's product is must not depend on what is lent
@@ -148,10 +120,10 @@ class WeightStream:
             self._wait(lambda n=number: n in self._filled, unit.tensor.name)  # type: ignore[misc]
             slot = self._ring.address + number % self._slots * self.layout.slot_bytes
             yield [(i, piece_of(unit.tensor, unit.first, unit.rows, slot + unit.delta))]
-            with self._room:
+            with self._readers.room:
                 self._filled.discard(number)
                 self._released += 1
-                self._room.notify()
+                self._readers.room.notify()
         yield from pinned[done:]
 
     @property
@@ -164,7 +136,7 @@ class WeightStream:
         if lends == self.lends or not self.lendable_bytes:
             return
         assert self._next_visit == 0, "memory is lent between passes"
-        self._stop()
+        self._readers.stop()
         if not lends:
             self._loaded.difference_update(
                 id(unit) for visit in self.layout.visits for rows in visit.lent for unit in rows.units
@@ -178,40 +150,19 @@ class WeightStream:
 
     def rewind(self) -> None:
         """Give up the pass in progress: the next visit is the first one again. What is pinned stays."""
-        self._stop()
-        self._error = None
+        self._readers.stop()
         self._begin_pass()
 
     def close(self) -> None:
         """Stop the readers. The files belong to whoever opened them. Safe to call twice."""
-        self._stop()
+        self._readers.stop()
 
     def _wait(self, ready: Callable[[], bool], label: str) -> None:
-        if ready() and self._error is None:
+        if ready() and self._readers.error is None:
             return
-        start = last_news = time.perf_counter()
-        reads = self.counters.reads
-        while not self._readers and not ready():
-            self._run(self._take())
-        while True:
-            with self._arrived:
-                if self._error is not None:
-                    raise self._error
-                if ready():
-                    break
-                self._arrived.wait(timeout=min(1.0, self._stall_limit_s))
-                now = time.perf_counter()
-                if self.counters.reads != reads:
-                    reads, last_news = self.counters.reads, now
-                if now - last_news > self._stall_limit_s:
-                    raise ReadError(
-                        f"the disk has delivered nothing for {self._stall_limit_s:.0f} s while {label} was read",
-                        hint="check the disk or the network share, then run the same command again",
-                    )
-        end = time.perf_counter()
-        self.counters.stall_s += end - start
-        if self.spans is not None:
-            self.spans.add("stall", label, start, end)
+        while not self._readers.count and not ready():
+            self._read_ahead()
+        self._readers.wait(ready, label)
 
     def _delivered(
         self,
@@ -227,7 +178,7 @@ class WeightStream:
             try:
                 batches = complete[index] = self._resident_batches(index, residents, arena, settle)
             except BaseException:  # an interrupt may have left pieces half settled: they are read again
-                with self._arrived:
+                with self._readers.arrived:
                     self._loaded.difference_update(id(unit) for rows in residents for unit in rows.units)
                 raise
         return batches
@@ -261,7 +212,7 @@ class WeightStream:
         self._issued = set(self._loaded)
         self._loads = self._sequence()
         self._next: _Load | None = next(self._loads, None)
-        self._stopping = False
+        self._readers.reset()
 
     def _sequence(self) -> Iterator[_Load]:
         """All loads, for ever: rows that stay and were not issued yet, and every streamed unit, pass after pass."""
@@ -282,67 +233,40 @@ class WeightStream:
             if before == (number, len(self._issued)):
                 return  # everything is pinned
 
-    def _start(self) -> None:
-        if self._threads or not self._readers or self._next is None:
-            return
-        self._threads = [
-            threading.Thread(target=self._read_ahead, name=f"headrace-reader-{i}", daemon=True)
-            for i in range(self._readers)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _stop(self) -> None:
-        with self._room:
-            self._stopping = True
-            self._room.notify_all()
-        for thread in self._threads:
-            thread.join(timeout=self._stall_limit_s)
-        self._threads = []
-
-    def _read_ahead(self) -> None:
-        try:
-            while (load := self._take()) is not None:
-                self._run(load)
-        except BaseException as error:
-            with self._arrived:
-                self._error = error
-                self._arrived.notify_all()
-                self._room.notify_all()
+    def _read_ahead(self) -> bool:
+        """The next load, as soon as there is room for it; whether there was one."""
+        load = self._take()
+        if load is not None:
+            self._run(load)
+        return load is not None
 
     def _take(self) -> _Load | None:
         """The next load, once the ring has room for it. None when there is nothing more to do."""
-        with self._room:
-            while not self._stopping and self._error is None and (load := self._next) is not None:
+        readers = self._readers
+        with readers.room:
+            while not readers.stopping and readers.error is None and (load := self._next) is not None:
                 if self._fits(load):
                     self._next = next(self._loads, None)
                     if self._next is not None and self._fits(self._next):
-                        self._room.notify()
+                        readers.room.notify()
                     return load
-                self._room.wait()
+                readers.room.wait()
             return None
 
     def _fits(self, load: _Load) -> bool:
         return load.number is None or load.number < self._released + self._slots
 
-    def _run(self, load: _Load | None) -> None:
-        if load is None:
-            return
+    def _run(self, load: _Load) -> None:
         unit = load.unit
-        start = time.perf_counter()
-        self._files[unit.tensor.path].read(unit.start, self._target(load), unit.needed)
-        end = time.perf_counter()
-        if self.spans is not None:
-            self.spans.add("read", unit.tensor.name, start, end)
-        with self._arrived:
-            self.counters.read_bytes += unit.length
-            self.counters.reads += 1
-            self.counters.read_s += end - start
+        file = self._files[unit.tensor.path]
+        count = self._readers.read(file, unit.start, self._target(load), unit.needed, unit.tensor.name)
+        with self._readers.arrived:
+            self._readers.came(count)
             if load.number is None:
                 self._loaded.add(id(unit))
             else:
                 self._filled.add(load.number)
-            self._arrived.notify()
+            self._readers.arrived.notify()
 
     def _target(self, load: _Load) -> memoryview:
         unit = load.unit

@@ -1,0 +1,43 @@
+"""A model whose header can be read, as a forecast for other machines sees it."""
+
+from headrace.checkpoint import Checkpoint
+from headrace.forecast.architecture import Architecture
+from headrace.plan.shape import shape_of
+
+
+def architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """The sizes of a file or folder, counted as the plan counts them. Of an encoder-decoder a pass is one of the decoder.
+
+    Raises:
+        UnsupportedError: the architecture does not run.
+        CheckpointError: the metadata makes no sense.
+    """
+    shape = shape_of(checkpoint)
+    heads = max(1, checkpoint.number("attention.head_count", 1))
+    experts = shape.experts
+    table = 0 if shape.tied else checkpoint.vocab_size * shape.hidden
+    params = float(shape.weights_count + table)
+    idle = 0.0 if experts is None else sum(experts.weights.values()) * (1 - experts.per_token / experts.count)
+    return Architecture(
+        name=checkpoint.name,
+        params=params,
+        layers=shape.layers,
+        hidden=shape.hidden,
+        heads=heads,
+        kv_heads=shape.kv_heads,
+        head_dim=max(1, shape.attention_width // heads),
+        feed_forward=checkpoint.number("feed_forward_length", shape.feed_forward),
+        vocab=checkpoint.vocab_size,
+        tied=shape.tied,
+        context=checkpoint.number("context_length", 0) or None,
+        active_params=None if experts is None else params - idle,
+        experts=0 if experts is None else experts.count,
+        experts_per_token=0 if experts is None else experts.per_token,
+        expert_feed_forward=None if experts is None else experts.width,
+        dense_layers=0 if experts is None else shape.layers - experts.layers,
+        kv_dim_per_layer=shape.cached_numbers / shape.layers or None,
+        kv_layers=None if shape.cached_numbers else 0,
+        weights_bytes=float(shape.weights_bytes),
+        bits=8 * shape.all_bytes / shape.weights_count,
+        source="the file's header" if checkpoint.config is None else "the folder's headers",
+    )

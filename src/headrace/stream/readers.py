@@ -1,0 +1,149 @@
+"""Threads that read for one consumer: how they start, stop and fail, and how the consumer waits for them.
+
+What is read and where it goes is the stream's own business. The lock is shared by all: readers wait for `room`, the
+consumer for what has `arrived`. A release wakes one reader and an arrival the consumer: waking everybody each time cost
+50 ms of a pass of 500 units, in turns of the interpreter.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from headrace.errors import ReadError
+from headrace.stream.files import File
+
+STALL_LIMIT_S = 60.0
+
+
+class Spans(Protocol):
+    """Where spans of time are recorded: a kind, a label, start and end by `time.perf_counter`."""
+
+    def add(self, kind: str, label: str, start: float, end: float) -> None:
+        """Record one span."""
+
+
+@dataclass(slots=True)
+class ReadCounters:
+    """What a stream did so far. Differences of two copies describe a pass."""
+
+    read_bytes: int = 0  # from the disk
+    reads: int = 0
+    stall_s: float = 0.0  # the consumer waited for a read
+
+
+class Readers:
+    """The reader threads of a stream. With none of them the consumer reads for itself."""
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        name: str,
+        counters: ReadCounters,
+        spans: Spans | None,
+        stall_limit_s: float = STALL_LIMIT_S,
+    ):
+        """`name` is that of the threads; silence of the disk for `stall_limit_s` is an error."""
+        lock = threading.Lock()
+        self.room = threading.Condition(lock)
+        self.arrived = threading.Condition(lock)
+        self.count = count
+        self.error: BaseException | None = None  # of a reader
+        self.stopping = False
+        self._name = name
+        self._counters = counters
+        self._spans = spans
+        self._stall_limit_s = stall_limit_s
+        self._threads: list[threading.Thread] = []
+        self._stuck = False  # a thread did not come back from a read
+
+    def start(self, works: Sequence[Callable[[], bool]]) -> None:
+        """One thread for each of these, which is called until it gives False. Does nothing while threads are there.
+
+        Raises:
+            ReadError: the stream is closed, or an earlier read has never come back: it could still write into memory that
+                has been given to others.
+        """
+        if self._stuck:
+            raise ReadError(
+                "an earlier read has not come back, so the weights in memory cannot be relied on",
+                hint="check the disk or the network share, then start again",
+            )
+        if self.stopping:
+            raise ReadError("the weights are closed", hint="load the model again")
+        if self._threads or not self.count:
+            return
+        self._threads = [
+            threading.Thread(target=self._work, args=(work,), name=f"{self._name}-{i}", daemon=True)
+            for i, work in enumerate(works)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Ask all to stop and wait until they have, each after the read that it is in. Safe to call twice."""
+        with self.room:
+            self.stopping = True
+            self.room.notify_all()
+        until = time.monotonic() + self._stall_limit_s
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, until - time.monotonic()))
+        self._stuck = self._stuck or any(thread.is_alive() for thread in self._threads)
+        self._threads = []
+
+    def reset(self) -> None:
+        """After `stop`: errors are forgotten, and threads may be started again."""
+        self.error, self.stopping = None, False
+
+    def wait(self, ready: Callable[[], bool], label: str) -> None:
+        """Until `ready()`, which is called under the lock.
+
+        Raises:
+            ReadError: a reader has failed, or nothing has come from the disk for `stall_limit_s`.
+        """
+        start = last_news = time.perf_counter()
+        with self.arrived:
+            reads = self._counters.reads
+            while True:
+                if self.error is not None:
+                    raise self.error
+                if ready():
+                    break
+                self.arrived.wait(timeout=min(1.0, self._stall_limit_s))
+                now = time.perf_counter()
+                if self._counters.reads != reads:
+                    reads, last_news = self._counters.reads, now
+                if now - last_news > self._stall_limit_s:
+                    raise ReadError(
+                        f"the disk has delivered nothing for {self._stall_limit_s:.0f} s while {label} was read",
+                        hint="check the disk or the network share, then run the same command again",
+                    )
+        end = time.perf_counter()
+        self._counters.stall_s += end - start
+        if self._spans is not None:
+            self._spans.add("stall", label, start, end)
+
+    def read(self, file: File, offset: int, target: memoryview, needed: int, label: str) -> int:
+        """One read, recorded; the bytes that came from the disk. `came` says when they may be used."""
+        start = time.perf_counter()
+        count = file.read(offset, target, needed)
+        if self._spans is not None:
+            self._spans.add("read", label, start, time.perf_counter())
+        return count
+
+    def came(self, nbytes: int) -> None:
+        """A read has ended and is where it belongs. Under the lock."""
+        self._counters.read_bytes += nbytes
+        self._counters.reads += 1
+
+    def _work(self, work: Callable[[], bool]) -> None:
+        try:
+            while not self.stopping and work():
+                pass
+        except BaseException as error:
+            with self.arrived:
+                self.error = error
+                self.arrived.notify_all()
+                self.room.notify_all()
