@@ -159,7 +159,7 @@ def run(model: str, **options: Any) -> None:
 @click.option(
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts that are computed together."
 )
-@click.option("--prompt-tokens", type=click.IntRange(1), show_default="512", help="Length of the prompt to plan for.")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Length of the prompt to plan for. [default: 512]")
 @click.option(
     "--tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of the answer to plan for."
 )
@@ -181,14 +181,12 @@ def run(model: str, **options: Any) -> None:
 @click.option(
     "--usd-per-kwh",
     type=click.FloatRange(0),
-    show_default="0.15",
-    help="Price of electricity, where a machine is bought.",
+    help="Price of electricity, where a machine is bought. [default: 0.15]",
 )
 @click.option(
     "--utilisation",
     type=click.FloatRange(0, 1, min_open=True),
-    show_default="1.0",
-    help="Share of the paid hours in which it computes.",
+    help="Share of the paid hours in which it computes. [default: 1.0]",
 )
 @click.option(
     "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with timeline, roofline and frontier."
