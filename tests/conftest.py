@@ -1,6 +1,12 @@
+# ruff: noqa: E402
 from pathlib import Path
 
 import pytest
+
+from headrace import lean
+
+lean.library()  # as the command does: so all tests run with it, and those of `test_lean.py` without, too
+
 from tiny import random_model, write_gguf
 
 from headrace.plan import Profile, guessed_profile

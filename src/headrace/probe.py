@@ -290,7 +290,11 @@ def small_model(path: Path, layers: int, hidden: int = 1024, feed_forward: int =
 
 def _measure_runtime() -> int:
     """Memory of a fresh process that has built a small model and run a token: all that is not weights."""
-    command = [sys.executable, "-c", "from headrace import probe; probe.report_runtime()"]
+    command = [
+        sys.executable,
+        "-c",
+        "from headrace import lean; lean.library(); from headrace import probe; probe.report_runtime()",
+    ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     except (subprocess.SubprocessError, OSError) as error:

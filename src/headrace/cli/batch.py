@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from headrace import lean
 from headrace.batch import BadLine, BatchRequest, Results, answer_record, error_record, pending
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.cli import show
@@ -58,7 +59,7 @@ def batch_command(source: Path, target: Path, model: str, **options: Any) -> int
 def _run(checkpoint: Checkpoint, requests: Sequence[BatchRequest], results: Results, settings: Settings) -> int:
     profile = profile_for(checkpoint.path, say=not settings.quiet)
     budget = budget_of(settings.memory)
-    from headrace.api import load  # torch and transformers: seconds
+    load = lean.library().load  # torch and transformers: seconds
 
     small = min(settings.ctx_size or 256, checkpoint.context_limit(256))
     with load(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from headrace import lean
 from headrace.cli import show
 from headrace.cli.plan import profile_for, timeline_strips
 from headrace.forecast.strip import strips
@@ -23,7 +24,7 @@ def bench_command(
 ) -> None:
     """Run, compare, print."""
     profile = profile_for(model, say=True)
-    from headrace.api import load  # torch: seconds
+    load = lean.library().load  # torch: seconds
     from headrace.engine.sampling import Sampling
 
     with load(

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from headrace import lean
 from headrace.checkpoint import Checkpoint
 from headrace.checkpoint.tensor import bits_per_weight
 from headrace.cli import show
@@ -279,6 +280,7 @@ def _interval(prediction: Range) -> str:
 
 def probe_command(target: Path, as_json: bool) -> None:
     """Measure, keep and print the profile."""
+    lean.library()
     from headrace.probe import probe
 
     profile = probe(target, lambda what: show.note(f"measuring {what}"))

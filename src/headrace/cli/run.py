@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from headrace import lean
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.cli import show
 from headrace.cli.plan import profile_for
@@ -77,7 +78,7 @@ def run_command(
     plan = make_plan(checkpoint, profile, budget, replace(request, drafting=drafting))
     if not quiet:
         show.note(plan.line())
-    from headrace.api import load  # torch and transformers: seconds, so only after the plan line
+    load = lean.library().load  # torch and transformers: seconds, so only after the plan line
 
     def exactly(tokenizer: "Tokenizer") -> Request:
         if text is None:

@@ -1,0 +1,66 @@
+"""The command's way to import: what it leaves out, that nothing else changes, and that it steps aside."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ANSWER = """
+import json, sys
+import headrace
+with headrace.load(sys.argv[1], memory="4GiB", context_tokens=64, draft="none") as model:
+    text = model.generate("hello", max_tokens=8, raw=True, sampling=headrace.Sampling(temperature=0)).text
+from headrace.process import peak_bytes
+loaded = [name for name in ("torch._inductor", "torch.distributed.tensor") if name in sys.modules]
+print(json.dumps({"text": text, "loaded": loaded, "peak": peak_bytes()}))
+"""
+LEAN = "from headrace import lean; lean.library()"
+BREAK = """
+from headrace import lean
+lean._MODULES = (*lean._MODULES, "no_such_module")
+lean.library()
+"""
+
+
+def answer(before: str, model: Path) -> dict[str, object]:
+    command = [sys.executable, "-c", before + "\n" + ANSWER, str(model)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)  # type: ignore[no-any-return]
+
+
+def test_the_answer_is_the_same_and_takes_less_memory(tiny_llama: Path) -> None:
+    usual, lean = answer("", tiny_llama), answer(LEAN, tiny_llama)
+    assert lean["text"] == usual["text"]
+    assert lean["loaded"] == []
+    assert usual["loaded"]
+    assert lean["peak"] < usual["peak"] - (20 << 20)  # type: ignore[operator]
+
+
+def test_what_cannot_be_imported_so_is_imported_as_usual(tiny_llama: Path) -> None:
+    assert answer(BREAK, tiny_llama)["text"] == answer("", tiny_llama)["text"]
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        "from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as made; made()",
+        "lean._give_way()",
+    ],
+)
+def test_the_compiler_takes_its_place_when_somebody_needs_it(used: str) -> None:
+    code = f"""{LEAN}
+{used}
+import torch, torch._dynamo
+assert torch._dynamo.__file__.endswith("__init__.py")
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() == [2, 2]
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_torch_that_is_there_already_is_left_alone() -> None:
+    code = f"import torch, torch._dynamo as before\n{LEAN}\nimport torch\nassert torch._dynamo is before"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
