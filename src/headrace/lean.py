@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 _COMPILER = "torch._dynamo"
+_MARKS = ("disable", "allow_in_graph", "assume_constant_result")  # decorators of functions
 _ABSENT = ("is_torch_distributed_available", "is_torch_flex_attn_available")
 # Of transformers what every model's own module imports, so that this is done while the stand-in is there.
 _MODULES = ("modeling_utils", "masking_utils", "generation.utils", "models.auto.modeling_auto", "integrations.moe")
@@ -85,22 +86,22 @@ _FINDER = _Finder()
 
 
 class _StandIn(ModuleType):
-    """The compiler: every name of it marks a function and does nothing more. Of its parts, every name is the real one's,
-    which takes this one's place when it is called."""
+    """The compiler, or a part of it. Its marks do nothing; what a part has is the real thing, once it is called; and
+    whoever asks for anything else gets the real compiler.
+    """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _mark if self.__name__ == _COMPILER else _later(self.__name__, name)
+        if self.__name__ != _COMPILER:
+            return lambda *arguments, **options: _real(self.__name__, name)(*arguments, **options)
+        return _mark if name in _MARKS else _real(_COMPILER, name)
 
 
 def _mark(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:
     return (lambda other: other) if function is None else function
 
 
-def _later(module: str, name: str) -> Callable[..., Any]:
-    def real(*arguments: Any, **options: Any) -> Any:
-        _give_way()
-        return getattr(importlib.import_module(module), name)(*arguments, **options)
-
-    return real
+def _real(module: str, name: str) -> Any:
+    _give_way()
+    return getattr(importlib.import_module(module), name)
