@@ -151,6 +151,23 @@ def test_a_load_that_fails_leaves_nothing_behind(
     )
 
 
+def test_reads_through_the_page_cache_are_said(
+    tiny_llama: Path, measured: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def refuse(path: str, flags: int, *rest: int, **more: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(path, flags, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        loaded = headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, profile=measured)
+    with loaded:
+        assert any("page cache" in reason for reason in loaded.plan.reasons)
+
+
 def test_torch_has_its_threads_back(tiny_llama: Path, measured: Profile) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -631,9 +631,10 @@ def load(
             draft_engine = None
         if draft_engine is not None:
             draft_engine.step([Rows(cache=draft_engine.new_cache(1), tokens=[0], exact=True)])  # reads its weights
+        plan = replace(plans[0], reasons=(*plans[0].reasons, *engine.remarks))
         model = Model(
             checkpoint,
-            plans[0],
+            plan,
             load_s=time.perf_counter() - start,
             engine=engine,
             draft_engine=draft_engine,

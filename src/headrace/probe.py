@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, suppress
+from dataclasses import replace
 from datetime import datetime
 from os import sched_getaffinity, stat
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from headrace.checkpoint import Checkpoint, Tensor, open_checkpoint
-from headrace.checkpoint.tensor import block_of
+from headrace.checkpoint.tensor import row_bytes
 from headrace.engine import Engine, Rows
 from headrace.engine.engine import StreamOptions
 from headrace.errors import HeadraceError
@@ -63,10 +64,9 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     say("kernels")
     kernels = Kernels(threads, row_invariant=False)
     types = dict.fromkeys([*_types_of(target), *USUAL_TYPES])
-    packed = {kind: {**_measure_kernel(kernels, kind), **_measure_tiles(threads, kind)} for kind in types}
-    woven = {
-        kind: _measure_kernel(kernels, kind, interleaved=True) for kind in types if kind in kernels.interleaving.types
-    }
+    rates = {kind: _measure_kernel(kernels, kind) for kind in types}
+    packed = {kind: {**plain, **_measure_tiles(threads, kind)} for kind, (plain, _) in rates.items()}
+    woven = {kind: interleaved for kind, (_, interleaved) in rates.items() if interleaved}
     unpacked = {kind: _measure_unpack(kernels, kind) for kind in types if kind != "F32"} | {"F32": 1e12}
     say("matrix products")
     products = {kind: _measure_products(kernels, kind) for kind in ("Q4_K", "F16")}
@@ -160,8 +160,7 @@ def _packed(kind: str, rows: int, copies: int) -> tuple[Arena, int]:
     A constant pattern would be 15 % slower than the weights of a model in Q4_K. Bytes of 0 to 0x3f make finite, small
     numbers wherever a format keeps a scale.
     """
-    block, size = block_of(kind)
-    nbytes = COLUMNS // block * size * rows
+    nbytes = row_bytes(kind, COLUMNS) * rows
     arena = Arena(copies * nbytes)
     pattern = np.random.default_rng(0).integers(0, 0x40, 1 << 20, np.uint8)
     whole = np.frombuffer(arena.view, np.uint8)
@@ -171,21 +170,30 @@ def _packed(kind: str, rows: int, copies: int) -> tuple[Arena, int]:
     return arena, nbytes
 
 
-def _measure_kernel(kernels: Kernels, kind: str, interleaved: bool = False) -> Mapping[str, float]:
-    block, size = block_of(kind)
-    copies = max(1, PROBE_BYTES // (COLUMNS // block * size * WEIGHT_ROWS))
+def _measure_kernel(kernels: Kernels, kind: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Weights per second by rows, from plain blocks and interleaved (nothing, where the format has no such layout).
+
+    The two take turns: a busy neighbour would otherwise decide which of them is faster.
+    """
+    copies = max(1, PROBE_BYTES // (row_bytes(kind, COLUMNS) * WEIGHT_ROWS))
     arena, nbytes = _packed(kind, WEIGHT_ROWS, copies)
     # Random bytes are as good interleaved as not: only the kernel's speed is looked at.
     addresses = [arena.address + i * nbytes for i in range(copies)]
-    pieces = [Piece(kind, WEIGHT_ROWS, at, 0, interleaved=at if interleaved else None) for at in addresses]
-    rates = {}
+    plain = [Piece(kind, WEIGHT_ROWS, at, 0) for at in addresses]
+    ways = [plain]
+    if kind in kernels.interleaving.types:
+        ways.append([replace(piece, interleaved=piece.address) for piece in plain])
+    rates: tuple[dict[str, float], dict[str, float]] = {}, {}
     for rows in KERNEL_ROWS:
         x, out = torch.randn(rows, COLUMNS), torch.empty(rows, WEIGHT_ROWS)
-
-        def work(i: int, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
-            kernels.multiply(x, [(0, pieces[i % copies])], [out])
-
-        rates[str(rows)] = WEIGHT_ROWS * COLUMNS / _median_s(work, 5 if rows == 1 else ROUNDS)
+        times: list[list[float]] = [[] for _ in ways]
+        for turn in range(1 + (3 if rows == 1 else 1) * ROUNDS):
+            for pieces, spent in zip(ways, times, strict=True):
+                start = time.perf_counter()
+                kernels.multiply(x, [(0, pieces[turn % copies])], [out])
+                spent.append(time.perf_counter() - start)
+        for table, spent in zip(rates, times, strict=False):
+            table[str(rows)] = WEIGHT_ROWS * COLUMNS / statistics.median(spent[1:])
     return rates
 
 

@@ -350,3 +350,13 @@ def test_a_machine_with_hardly_any_memory_has_none_to_give() -> None:
     with pytest.raises(UsageError) as caught:
         of(machine="epyc-7763 + 1GB")
     assert "--batch -" not in str(caught.value.hint)
+
+
+def test_a_host_that_computes_reads_the_caches_that_it_holds() -> None:
+    """They are several times what a device holds, and were free."""
+    model = replace(published("llama-3-8b"), context=131072)
+    machine = find_machine("rtx-4090 + 256GB")
+    long = forecast(model, machine, Ask(batch=8, prompt_tokens=100_000, tokens=100))
+    on_host = long.kv_bytes * long.placement.kv_host
+    assert on_host > 50e9
+    assert long.decode.pass_s.expected > on_host / machine.host_bytes_per_s

@@ -302,7 +302,7 @@ def test_a_file_system_without_direct_reads_is_read_buffered(tmp_path: Path, mon
     monkeypatch.setattr(os, "open", refuse)
     file = WeightFile(str(tmp_path / "w"))
     assert not file.direct
-    assert "O_DIRECT" in file.reason
+    assert "O_DIRECT" in file.remark
     file.close()
     with WeightStream(layout_of(tensors, 0.5, 9000), slots=2, readers=2) as stream:
         assert read_pass(stream) == contents

@@ -10,8 +10,8 @@ from typing import Any
 
 from headrace.checkpoint.encodings import Encoding, decoded
 from headrace.checkpoint.gguf import Checkpoint, Scalar
-from headrace.checkpoint.safetensors import OpenSource, read_folder
-from headrace.checkpoint.source import LocalSource
+from headrace.checkpoint.safetensors import read_folder
+from headrace.checkpoint.source import LocalSource, OpenSource
 from headrace.checkpoint.tensor import Tensor
 from headrace.errors import UnsupportedError
 

@@ -7,7 +7,7 @@ Only the table of tensors is made here. Whoever reads from the copy's path must 
 from dataclasses import replace
 
 from headrace.checkpoint.gguf import Checkpoint
-from headrace.checkpoint.tensor import Tensor, bits_per_weight, block_of
+from headrace.checkpoint.tensor import Tensor, bits_per_weight, block_of, row_bytes
 
 # Formats of a copy, the first that a row's length permits: quickly made, and accepted nearly always.
 COPY_TYPES = ("Q4_K", "Q4_0")
@@ -24,8 +24,7 @@ def low_bit_copy(checkpoint: Checkpoint) -> Checkpoint:
         if type_name is None:
             tensors[name] = tensor
             continue
-        block, size = block_of(type_name)
-        nbytes = tensor.rows * (tensor.columns // block * size)
+        nbytes = tensor.rows * row_bytes(type_name, tensor.columns)
         tensors[name] = replace(tensor, type=type_name, path=path, offset=offset, nbytes=nbytes)
         offset += -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
     return replace(checkpoint, tensors=tensors)

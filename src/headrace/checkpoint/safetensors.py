@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from math import prod
@@ -20,11 +19,9 @@ from reprlib import repr as brief
 from typing import Any
 
 from headrace.checkpoint.header import Header
-from headrace.checkpoint.source import LocalSource, Source
+from headrace.checkpoint.source import LocalSource, OpenSource, Source
 from headrace.checkpoint.tensor import Tensor, block_of
 from headrace.errors import CheckpointError, UnsupportedError, did_you_mean
-
-OpenSource = Callable[[str], Source]
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_CONFIG_BYTES = 32 << 20

@@ -61,8 +61,7 @@ class Tensor:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of packed weights."""
-        block, size = block_of(self.type)
-        return self.columns // block * size
+        return row_bytes(self.type, self.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +90,12 @@ def block_of(type_name: str) -> tuple[int, int]:
         return 1, _PLAIN_BYTES[type_name]
     weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
     return int(weights), int(size)
+
+
+def row_bytes(type_name: str, columns: int) -> int:
+    """Bytes of a row of so many weights."""
+    weights, size = block_of(type_name)
+    return columns // weights * size
 
 
 def bits_per_weight(type_name: str) -> float:

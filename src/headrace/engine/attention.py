@@ -77,7 +77,7 @@ class KVCache:
             self._donor, self._untaken, self.length = None, set(), self._before
 
     def get(self, layer: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of positions [0, last) in fp16: each (kv_heads, last, head_dim)."""
+        """Keys and values of positions [0, last), as they are kept (8 bits: in fp16): each (kv_heads, last, head_dim)."""
         held = self._held[layer]
         assert held is not None
         return held[0].get(last), held[1].get(last)

@@ -342,6 +342,11 @@ class Engine:
         self._broken_off = False
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is unusual about how the weights are read."""
+        return self._files.remarks
+
+    @property
     def read_bytes(self) -> int:
         """Bytes that were read so far, without those of experts."""
         return sum(stream.counters.read_bytes for stream in self._streams)

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from headrace.checkpoint.tensor import block_of
+from headrace.checkpoint.tensor import row_bytes
 from headrace.kernels import interleaved
 from headrace.kernels.ggml import takes_super_blocks
 from headrace.kernels.ggml_graph import Cast, Operands, Part, Products, Workers
@@ -81,22 +81,20 @@ class Kernels:
         if in_place:
             self._overwrite(piece, columns)
             return replace(piece, interleaved=piece.address)
-        block, size = block_of(piece.type)
-        copy = torch.empty(piece.rows * columns // block * size + _ALIGNMENT, dtype=torch.uint8)
+        copy = torch.empty(piece.rows * row_bytes(piece.type, columns) + _ALIGNMENT, dtype=torch.uint8)
         target = -(-copy.data_ptr() // _ALIGNMENT) * _ALIGNMENT
         self.interleaving.copy(piece.type, piece.rows, columns, piece.address, target)
         self._copies.append(copy)
         return replace(piece, interleaved=target)
 
     def _overwrite(self, piece: Piece, columns: int) -> None:
-        block, size = block_of(piece.type)
-        row_bytes = columns // block * size
-        step = max(interleaved.ROWS, _SLAB_BYTES // row_bytes // interleaved.ROWS * interleaved.ROWS)
-        slab = (ctypes.c_uint8 * (step * row_bytes))()
+        stride = row_bytes(piece.type, columns)
+        step = max(interleaved.ROWS, _SLAB_BYTES // stride // interleaved.ROWS * interleaved.ROWS)
+        slab = (ctypes.c_uint8 * (step * stride))()
         for first in range(0, piece.rows, step):
             rows = min(step, piece.rows - first)
-            at = piece.address + first * row_bytes
-            ctypes.memmove(slab, at, rows * row_bytes)
+            at = piece.address + first * stride
+            ctypes.memmove(slab, at, rows * stride)
             self.interleaving.copy(piece.type, rows, columns, ctypes.addressof(slab), at)
 
     def multiply(
@@ -225,8 +223,7 @@ class Kernels:
     def _eight_bits(self, x: torch.Tensor, which: range, rows: int) -> tuple[int, int]:
         """(address, bytes a row) of these rows of x as ggml's tiles take them, with room for `rows`."""
         columns = x.shape[1]
-        block, size = block_of(_ROWS_8_BITS)
-        stride = columns // block * size
+        stride = row_bytes(_ROWS_8_BITS, columns)
         kept = self._activations_8
         if not kept.are_of(x, which.start):
             buffer = kept.room(rows * stride, torch.uint8)
@@ -289,14 +286,13 @@ class Kernels:
     def _unpacked(self, x: torch.Tensor, piece: Piece, output: torch.Tensor, add: bool = False) -> None:
         """Unpack some rows at a time and let torch multiply them."""
         columns = x.shape[1]
-        block, size = block_of(piece.type)
-        row_bytes = columns // block * size
+        stride = row_bytes(piece.type, columns)
         half = x.dtype == torch.bfloat16
         step = max(1, UNPACK_BYTES // (2 if half else 4) // columns)
         step = step // UNPACKED_ROWS * UNPACKED_ROWS or step
         for start in range(0, piece.rows, step):
             rows = min(step, piece.rows - start)
-            plain = self.plain(piece.type, piece.address + start * row_bytes, rows, columns, half)
+            plain = self.plain(piece.type, piece.address + start * stride, rows, columns, half)
             target = output[:, piece.first + start : piece.first + start + rows]
             product = torch.mm(x, plain.T)
             target.add_(product) if add else target.copy_(product)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headrace.checkpoint.tensor import block_of
+from headrace.checkpoint.tensor import row_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,6 @@ class Piece:
 
     def slabs(self) -> "Iterator[Piece]":
         """Each slab as a matrix of its own."""
-        block, size = block_of(self.type)
-        nbytes = self.slab_rows * (self.slab_columns // block * size)
+        nbytes = self.slab_rows * row_bytes(self.type, self.slab_columns)
         for index in range(self.rows // self.slab_rows):
             yield Piece(self.type, self.slab_rows, self.address + index * nbytes, 0)

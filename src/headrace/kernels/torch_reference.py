@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import torch
 
+from headrace.checkpoint.tensor import row_bytes
 from headrace.kernels.piece import Piece
 from headrace.kernels.unpacking import unpack_pieces
 
@@ -17,10 +18,9 @@ from headrace.kernels.unpacking import unpack_pieces
 def unpack(type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
     """Packed rows at an address as a new fp32 tensor of shape (rows, columns)."""
     kind = gguf.GGMLQuantizationType[type_name]
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    row_bytes = columns // block * size
-    packed = np.frombuffer((ctypes.c_uint8 * (rows * row_bytes)).from_address(address), np.uint8)
-    plain = gguf.dequantize(packed.reshape(rows, row_bytes), kind)
+    nbytes = rows * row_bytes(type_name, columns)
+    packed = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+    plain = gguf.dequantize(packed.reshape(rows, -1), kind)
     return torch.from_numpy(np.array(plain, np.float32).reshape(rows, columns))
 
 

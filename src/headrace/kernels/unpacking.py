@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from headrace.checkpoint.tensor import block_of
+from headrace.checkpoint.tensor import row_bytes
 from headrace.kernels.ggml import library, type_number
 from headrace.kernels.piece import Piece
 
@@ -40,14 +40,14 @@ class ToHalf:
     def _some(self, thread: int, type_name: str, address: int, which: range, columns: int, target: int) -> None:
         to_float = self._ggml.ggml_get_type_traits(type_number(type_name)).contents.to_float
         round_off = self._ggml.ggml_cpu_fp32_to_bf16
-        block, size = block_of(type_name)
+        stride = row_bytes(type_name, columns)
         step = max(1, CACHED_WEIGHTS // columns)
         if self._scratch[thread].numel() < step * columns:
             self._scratch[thread] = torch.empty(step * columns)
         plain = self._scratch[thread].data_ptr()
         for first in range(which.start, which.stop, step):
             count = min(step, which.stop - first) * columns
-            to_float(address + first * (columns // block * size), plain, count)
+            to_float(address + first * stride, plain, count)
             round_off(plain, target + 2 * first * columns, count)
 
     def close(self) -> None:

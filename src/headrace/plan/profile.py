@@ -91,11 +91,11 @@ class Profile:
 
     @property
     def types_to_interleave(self) -> frozenset[str]:
-        """Formats whose interleaved copy multiplies one row so much faster that it is worth its memory."""
+        """Formats that multiply one row faster interleaved; whether a copy is worth its memory, the plan decides."""
         return frozenset(
             kind
             for kind in self.interleaved_weights_per_s
-            if self.kernel(kind, 1, interleaved=True) > 1.05 * self.kernel(kind, 1)
+            if self.kernel(kind, 1, interleaved=True) > self.kernel(kind, 1)
         )
 
     @property

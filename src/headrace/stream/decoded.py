@@ -76,13 +76,24 @@ class FileSet:
         open_file: Callable[[str], File],
     ):
         """`made`: by path the tensors that are made when they are read."""
-        self._files: dict[str, File] = {path: open_file(path) for path in paths}
+        self._files: dict[str, File] = {}
+        try:
+            for path in paths:
+                self._files[path] = open_file(path)
+        except BaseException:
+            self.close()
+            raise
         for path, tensors in made.items():
             self.add(path, tensors)
 
     def add(self, path: str, made: Sequence[tuple[Tensor, Encoding]]) -> None:
         """A further path of tensors that are made when they are read."""
         self._files[path] = DecodedFile(made, self._files.__getitem__)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is unusual about how they are read, each said once."""
+        return tuple(dict.fromkeys(remark for file in self._files.values() if (remark := getattr(file, "remark", ""))))
 
     def __getitem__(self, path: str) -> File:
         return self._files[path]

@@ -25,12 +25,12 @@ class File(Protocol):
 
 
 class WeightFile:
-    """An open checkpoint file. `direct` tells whether reads go past the page cache, `reason` why not."""
+    """An open checkpoint file. `direct` tells whether reads go past the page cache; if not, the remark says why."""
 
     def __init__(self, path: str):
         self.path = path
         self.direct = True
-        self.reason = "O_DIRECT"
+        self.remark = ""
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError as error:
@@ -41,7 +41,7 @@ class WeightFile:
                     f"cannot open {path}: {refused.strerror}", hint="check that the file is there and may be read"
                 ) from refused
             self.direct = False
-            self.reason = f"buffered, the file system refuses O_DIRECT ({error.strerror})"
+            self.remark = f"read through the page cache: the file system refuses O_DIRECT ({error.strerror})"
             with suppress(OSError, AttributeError):
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 
