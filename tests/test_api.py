@@ -175,6 +175,10 @@ def test_torch_has_its_threads_back(tiny_llama: Path, measured: Profile) -> None
         with headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, profile=measured) as loaded:
             loaded.generate("hello", max_tokens=3, sampling=GREEDY, raw=True)
             assert torch.get_num_threads() == 1
+            other = headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, profile=measured)
+        assert torch.get_num_threads() == 1  # the other may still decode
+        other.close()
+        other.close()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

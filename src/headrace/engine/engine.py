@@ -139,8 +139,9 @@ class Engine:
         self._broken_off = False  # whether a pass was, and the streams are still in the middle of it
         self._step = self._visited = 0
         self._rows = self._exact_rows = 0
-        self._torch_threads = torch.get_num_threads()
+        self._closed = False
         self._files = FileSet(checkpoint.paths, checkpoint.made, open_file)
+        _THREADS.open()
         try:
             self._build(options)
         except BaseException:
@@ -257,8 +258,9 @@ class Engine:
         self.kernels.close()
         AttentionInterface._global_mapping.pop(self._name, None)
         ALL_EXPERTS_FUNCTIONS._global_mapping.pop(self._name, None)
-        if torch.get_num_threads() != self._torch_threads:
-            torch.set_num_threads(self._torch_threads)
+        if not self._closed:
+            self._closed = True
+            _THREADS.close()
 
     @property
     def layers(self) -> int:
@@ -651,6 +653,26 @@ class Engine:
         scratch = self._scratch if length <= self._scratch.nbytes else Arena(length)
         self._files[path].read(start, scratch.view[:length], offset + nbytes - start)
         return np.frombuffer(scratch.view[offset - start : offset - start + nbytes], np.uint8).copy()
+
+
+class _Threads:
+    """How many threads torch had before the first of all engines that are open."""
+
+    def __init__(self) -> None:
+        self._engines = self._usual = 0
+
+    def open(self) -> None:
+        if not self._engines:
+            self._usual = torch.get_num_threads()
+        self._engines += 1
+
+    def close(self) -> None:
+        self._engines -= 1
+        if not self._engines and torch.get_num_threads() != self._usual:
+            torch.set_num_threads(self._usual)
+
+
+_THREADS = _Threads()
 
 
 def _positions() -> Iterator[dict[str, Any]]:
