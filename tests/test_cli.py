@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from tiny import random_model, write_gguf
 
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
@@ -285,3 +286,10 @@ def test_a_run_leaves_a_record_and_bench_holds_the_plan_against_it(tiny_llama: P
     records = (Path(os.environ["HEADRACE_HOME"]) / "runs.jsonl").read_text().splitlines()
     assert len(records) == 2
     assert json.loads(records[0])["passes"][0]["count"] >= 4
+
+
+def test_bench_runs_a_mixture(tmp_path: Path) -> None:
+    model = write_gguf(random_model("mixtral"), "mixtral", tmp_path / "mixture.gguf", "Q8_0")
+    result = headrace("bench", str(model), "--memory", ROOMY, "-n", "4", "--draft", "none")
+    assert result.returncode == 0, result.stderr
+    assert "reached" in result.stdout
