@@ -188,9 +188,10 @@ def _measure_kernel(kernels: Kernels, kind: str) -> tuple[dict[str, float], dict
         x, out = torch.randn(rows, COLUMNS), torch.empty(rows, WEIGHT_ROWS)
         times: list[list[float]] = [[] for _ in ways]
         for turn in range(1 + (3 if rows == 1 else 1) * ROUNDS):
-            for pieces, spent in zip(ways, times, strict=True):
+            for way, (pieces, spent) in enumerate(zip(ways, times, strict=True)):
+                at = (turn + way * copies // 2) % copies  # not what the other has just brought into the caches
                 start = time.perf_counter()
-                kernels.multiply(x, [(0, pieces[turn % copies])], [out])
+                kernels.multiply(x, [(0, pieces[at])], [out])
                 spent.append(time.perf_counter() - start)
         for table, spent in zip(rates, times, strict=False):
             table[str(rows)] = WEIGHT_ROWS * COLUMNS / statistics.median(spent[1:])
