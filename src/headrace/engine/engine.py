@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import Entry, JoinedCache, KVCache, PackedAttention
+from headrace.engine.chains import Linker
 from headrace.engine.experts import ExpertProducts
 from headrace.engine.latents import makes_keys, turns_of
 from headrace.engine.look_ahead import LookAhead
@@ -123,7 +124,7 @@ class Engine:
         self.on_visit: Callable[[int, int], None] | None = None  # called with (visits done, visits of the pass)
         self.experts: ExpertProducts | None = None
         self._tape: Tape | None = None  # that takes down what happens
-        self._tapes = Tapes()
+        self._tapes = Tapes(Linker(kernels, self, self._multiply) if isinstance(kernels, Kernels) else list)
         self._attention = PackedAttention()
         self._recorder: Recorder | None = None
         self._name = f"headrace_{id(self):x}"
@@ -159,6 +160,8 @@ class Engine:
                 product=self._product,
                 read=self._unpack,
                 gather=self._gather,
+                norm=self._norm,
+                silu=self._silu,
                 record=self._record,
                 ways=self._ways,
                 cached=lambda: tuple(self._attention.layers.values()),
@@ -496,6 +499,38 @@ class Engine:
         """The visit of a step: products with what is pinned and with what comes."""
         rows = rows.view(rows.shape)  # the kernels keep what they make of activations as long as these live
         self._visit(step, lambda pieces: self.kernels.multiply(rows, pieces, outputs, exact))
+
+    def place(self, step: LinearStep) -> tuple[WeightStream, int]:
+        """The stream that a step's weights come from, and its visit there."""
+        return self._places[step]
+
+    def chained(self, steps: Sequence[LinearStep], start: float, end: float) -> None:
+        """These steps were computed in one call."""
+        self._kernel_s += end - start
+        if self.trace is not None:
+            self.trace.add("compute", steps[0].tensors[0].name, start, end)
+        for _ in steps:
+            self._tell()
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._of_rows(self.kernels.rms_norm, x, weight, eps)
+
+    def _silu(self, x: torch.Tensor) -> torch.Tensor:
+        return self._of_rows(self.kernels.silu, x)
+
+    def _of_rows(self, function: Callable[..., None], x: torch.Tensor, *others: Any) -> torch.Tensor:
+        """What one of the kernels makes of every row of x: (..., columns), fp32."""
+        rows = x.float().reshape(-1, x.shape[-1])
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        if self._tape is not None and self._tape.listens:
+            out = self._tape.empty(rows.shape)
+            self._tape.do(function, out, rows, *others)
+        else:
+            out = rows.new_empty(rows.shape)
+            if rows.numel():
+                function(out, rows, *others)
+        return out.view(x.shape)
 
     def _visit(self, step: LinearStep, use: Callable[[Batch], None]) -> None:
         """`use` the weights of a step, batch after batch as they come."""

@@ -13,12 +13,13 @@ import ctypes
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headrace.engine.blocks import Blocks, is_dense
+from headrace.engine.chains import Entry
 from headrace.engine.recycling import ELEMENTWISE, rms_norm_into, room_for_cat, room_for_elementwise
 
 _aten = torch.ops.aten
@@ -28,30 +29,28 @@ _SPOILING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, to
 _VIEWS = {"alias", "chunk", "detach", "expand", "narrow", "permute", "select", "slice", "split", "split_with_sizes"}
 _VIEWS |= {"squeeze", "t", "transpose", "unbind", "unsqueeze", "view"}
 
+Link: TypeAlias = Callable[[list[Entry]], list[Entry]]  # entries that do the same, sooner
+
 MOST_TAPES = 32
 _MOST_SEEN = 4096
-
-
-class _Entry(NamedTuple):
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    named: dict[str, Any]
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, takes down what varies: all that is computed from its inputs."""
 
-    def __init__(self, blocks: Blocks) -> None:
-        """`blocks` may be shared by tapes that are not played at the same time."""
+    def __init__(self, blocks: Blocks, link: Link) -> None:
+        """`blocks` may be shared by tapes that are not played at the same time. What has been played once is given to `link`."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._link = link
         self.spoilt: str | None = None
         self._blocks = blocks
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
         self._aliases: dict[tuple[Any, ...], torch.Tensor] = {}
         self._places: set[int] = set()  # their identities
         self._inputs: list[torch.Tensor] = []
         self._output: torch.Tensor | None = None
         self._off = 0
+        self._linked = False  # whether what can be done in chains is
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # torch asks whether its compiler is to be kept out, at some us an operation
@@ -88,6 +87,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self._paused():
             function(*arguments)
             self._note(function, tuple(map(self._fixed, arguments)), {})
+
+    @property
+    def listens(self) -> bool:
+        """Whether what happens now is taken down: not within a call of the engine's own."""
+        return not self._off
 
     def spoil(self, why: str) -> None:
         """What happens now cannot be played back."""
@@ -166,7 +170,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if self.spoilt is None:
             named = {name: self._fixed(value) for name, value in kwargs.items()}
-            self._entries.append(_Entry(function, tuple(map(self._fixed, args)), named))
+            self._entries.append(Entry(function, tuple(map(self._fixed, args)), named))
 
     def _fixed(self, value: Any) -> Any:
         """The argument as it is when it is played: of varying tensors their place."""
@@ -230,13 +234,18 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             place.copy_(value)
         for function, arguments, named in self._entries:
             function(*arguments, **named)
-        return self._output.clone()
+        result = self._output.clone()
+        if not self._linked:
+            self._linked = True
+            self._entries = self._link(self._entries)
+        return result
 
 
 class Tapes:
     """The tapes of an engine, by what a pass consists of."""
 
-    def __init__(self) -> None:
+    def __init__(self, link: Link) -> None:
+        self._link = link
         self._blocks = Blocks()
         self._ready: dict[Hashable, Tape] = {}
         self._first: dict[Hashable, Tape] = {}  # the latest last
@@ -259,7 +268,7 @@ class Tapes:
             self._seen.add(key)
             yield None
             return
-        tape = Tape(self._blocks)
+        tape = Tape(self._blocks, self._link)
         with tape:
             yield tape
         first = self._first.pop(key, None)

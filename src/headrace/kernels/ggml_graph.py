@@ -62,6 +62,18 @@ class Graph:
         """A new (rows, columns) tensor whose data pointer is set later."""
         return self._ggml.ggml_new_tensor_2d(self._context, type_number(type_name), columns, rows)
 
+    def product(self, part: "Part", rows: int, interleaving: Interleaving) -> tuple[Any, Any, Any]:
+        """A new product: the tensors of its weight, of so many rows of x and of its result."""
+        x = self.leaf(part.x_type, part.columns, rows)
+        weight = self.leaf(part.type, part.columns, part.rows)
+        if part.interleaved:
+            interleaving.mark(part.type, weight.contents)
+        result = self._ggml.ggml_mul_mat(self._context, weight, x)
+        for tensor, stride in ((x.contents, part.x_stride), (result.contents, part.stride)):
+            tensor.nb[1] = stride
+            tensor.nb[2] = tensor.nb[3] = stride * rows
+        return weight, x, result
+
     def plan(self, outputs: Sequence[Any], dots: bool = False) -> None:
         """Fix the outputs; `dots`: every product by dot products, whatever the number of rows."""
         for output in outputs:
@@ -112,21 +124,11 @@ class Products(Graph):
 
     def __init__(self, parts: Sequence[Part], most_rows: int, dots: bool, workers: Workers, interleaving: Interleaving):
         super().__init__(workers, len(parts))
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        outputs = []
-        for part in parts:
-            x = self.leaf(part.x_type, part.columns, most_rows)
-            weight = self.leaf(part.type, part.columns, part.rows)
-            if part.interleaved:
-                interleaving.mark(part.type, weight.contents)
-            result = self._ggml.ggml_mul_mat(self._context, weight, x)
-            outputs.append(result)
-            for tensor, stride in ((x.contents, part.x_stride), (result.contents, part.stride)):
-                tensor.nb[1] = stride
-                tensor.nb[2] = tensor.nb[3] = stride * most_rows
-            self._parts.append((weight.contents, x.contents, result.contents))
+        self.parts = tuple(parts)
+        products = [self.product(part, most_rows, interleaving) for part in parts]
+        self._parts = [tuple(tensor.contents for tensor in product) for product in products]
         self._rows = [most_rows] * len(parts)
-        self.plan(outputs, dots)
+        self.plan([result for _, _, result in products], dots)
 
     def __call__(self, operands: Sequence[Operands]) -> None:
         """Multiply what lies at these addresses."""
@@ -137,6 +139,35 @@ class Products(Graph):
                 for tensor in (x, result):
                     tensor.ne[1] = at.rows
                     tensor.nb[2] = tensor.nb[3] = tensor.nb[1] * at.rows
+        self.compute()
+
+
+class RowFunction(Graph):
+    """What is done to each row of fp32 by itself: `silu`, or `rms_norm` times a weight."""
+
+    def __init__(self, name: str, columns: int, workers: Workers, eps: float = 0.0):
+        super().__init__(workers, 2)
+        self._x = self.leaf("F32", columns, 1)
+        self._rows, self._weight = 1, None
+        if name == "silu":
+            self._results = [self._ggml.ggml_silu(self._context, self._x)]
+        else:
+            self._weight = self.leaf("F32", columns, 1)
+            norm = self._ggml.ggml_rms_norm(self._context, self._x, eps)
+            self._results = [norm, self._ggml.ggml_mul(self._context, norm, self._weight)]
+        self.plan(self._results[-1:])
+        self._tensors: list[Tensor] = [tensor.contents for tensor in (self._x, *self._results)]
+
+    def __call__(self, x: int, x_stride: int, rows: int, result: int, weight: int = 0) -> None:
+        """Of the rows at `x`, so many bytes from one to the next, to `result`, where they lie side by side."""
+        strides = [x_stride] + [4 * self._tensors[0].ne[0]] * len(self._results)
+        for tensor, at, stride in zip(self._tensors, [x] + [result] * len(self._results), strides, strict=True):
+            tensor.data = at
+            tensor.ne[1] = rows
+            tensor.nb[1] = stride
+            tensor.nb[2] = tensor.nb[3] = stride * rows
+        if self._weight is not None:
+            self._weight.contents.data = weight
         self.compute()
 
 

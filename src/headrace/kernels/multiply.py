@@ -15,8 +15,9 @@ import torch
 
 from headrace.checkpoint.tensor import row_bytes
 from headrace.kernels import interleaved
+from headrace.kernels.chain import Chain
 from headrace.kernels.ggml import takes_super_blocks
-from headrace.kernels.ggml_graph import Cast, Operands, Part, Products, Workers
+from headrace.kernels.ggml_graph import Cast, Operands, Part, Products, RowFunction, Workers
 from headrace.kernels.interleaved import ACTIVATION_ROWS, Interleaving
 from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES, TILE_ROWS
 from headrace.kernels.piece import Piece
@@ -58,9 +59,12 @@ class Kernels:
         self.tiled = frozenset(kind for kind in tiled if takes_super_blocks(kind))
         self.tiles_exactly = tiles_exactly
         self.interleaving = Interleaving()
-        self._few_workers, self._many_workers = Workers(threads, spin=True), Workers(threads, spin=False)
+        self.few_workers, self._many_workers = Workers(threads, spin=True), Workers(threads, spin=False)
         self._products: dict[tuple[object, ...], Products] = {}
         self._casts: dict[tuple[str, str, int, bool], Cast] = {}
+        self._one_worker = Workers(1, spin=False)
+        self._row_functions: dict[tuple[str, int, float, bool], RowFunction] = {}
+        self._chains: list[Chain] = []
         self._scratch: torch.Tensor | None = None
         self._half: torch.Tensor | None = None  # unpacked weights
         self._to_half = ToHalf(threads)
@@ -118,7 +122,7 @@ class Kernels:
         """
         called = None
         if type(pieces) is tuple and x.shape[0] == 1:
-            called = (id(pieces), x.data_ptr(), *[output.data_ptr() for output in outputs])
+            called = _called(x, pieces, outputs)
             known = self._known.get(called)
             if known is not None and known.pieces is pieces:
                 known.graph(known.operands)
@@ -239,7 +243,7 @@ class Kernels:
         key = (most_rows, dots, parts)
         graph = self._products.get(key)
         if graph is None:
-            workers = self._many_workers if most_rows > FEW_ROWS else self._few_workers
+            workers = self._many_workers if most_rows > FEW_ROWS else self.few_workers
             graph = self._products[key] = Products(parts, most_rows, dots, workers, self.interleaving)
         operands = [operands for _, operands in jobs]
         graph(operands)
@@ -249,7 +253,7 @@ class Kernels:
         key = (source_type, target_type, columns, many)
         cast = self._casts.get(key)
         if cast is None:
-            workers = self._many_workers if many else self._few_workers
+            workers = self._many_workers if many else self.few_workers
             cast = self._casts[key] = Cast(source_type, target_type, columns, 1, workers)
         return cast
 
@@ -329,6 +333,41 @@ class Kernels:
         self._cast(type_name, "F32", columns, many=True)(address, plain.data_ptr(), rows)
         return plain
 
+    def rms_norm(self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        """Rows of x, each over the root of its mean square, times the weight.
+
+        Args:
+            out: fp32, contiguous, (rows, columns); it may be x.
+            x: fp32, (rows, columns), the numbers of a row side by side.
+            weight: fp32, (columns,).
+            eps: added to the mean square.
+        """
+        self._row_function("rms_norm", x, eps)(x.data_ptr(), 4 * x.stride(0), len(x), out.data_ptr(), weight.data_ptr())
+
+    def silu(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """x / (1 + exp(-x)) for rows as in `rms_norm`."""
+        self._row_function("silu", x)(x.data_ptr(), 4 * x.stride(0), len(x), out.data_ptr())
+
+    def _row_function(self, name: str, x: torch.Tensor, eps: float = 0.0) -> RowFunction:
+        many = x.shape[0] > FEW_ROWS
+        key = name, x.shape[1], eps, many
+        function = self._row_functions.get(key)
+        if function is None:
+            workers = self._many_workers if many else self._one_worker
+            function = self._row_functions[key] = RowFunction(name, x.shape[1], workers, eps)
+        return function
+
+    def chain(self, most: int) -> Chain:
+        """An empty one for at most so many operations. It lives as long as this."""
+        chain = Chain(self.few_workers, most, self.interleaving)
+        self._chains.append(chain)
+        return chain
+
+    def known(self, x: torch.Tensor, pieces: "_Pieces", outputs: Sequence[torch.Tensor]) -> "_Known | None":
+        """A product with one row that was done before."""
+        known = self._known.get(_called(x, pieces, outputs))
+        return known if known is not None and known.pieces is pieces else None
+
     def unpack_all(self, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
         """For every (i, piece), fill its rows of `outputs[i]`, fp32 (rows of the tensor, columns), with the weights."""
         unpack_pieces(self.unpack, pieces, outputs)
@@ -341,17 +380,19 @@ class Kernels:
 
     def close(self) -> None:
         """Free ggml's graphs and the copies."""
-        for graph in (*self._products.values(), *self._casts.values()):
+        for graph in (*self._products.values(), *self._casts.values(), *self._row_functions.values(), *self._chains):
             graph.close()
         self._products.clear()
+        self._row_functions.clear()
+        self._chains.clear()
         self._known.clear()
         self._casts.clear()
         self.release()
         self._copies.clear()
         self.interleaving.close()
         self._to_half.close()
-        self._few_workers.close()
-        self._many_workers.close()
+        for workers in (self._one_worker, self.few_workers, self._many_workers):
+            workers.close()
 
 
 class _Known(NamedTuple):
@@ -360,6 +401,10 @@ class _Known(NamedTuple):
     pieces: "_Pieces"
     graph: Products
     operands: list[Operands]
+
+
+def _called(x: torch.Tensor, pieces: "_Pieces", outputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    return (id(pieces), x.data_ptr(), *[output.data_ptr() for output in outputs])
 
 
 class _Prepared:

@@ -64,6 +64,14 @@ class ReferenceKernels:
         for x, piece, output in jobs:
             self.multiply(x, [(0, piece)], [output])
 
+    def rms_norm(self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        """As `Kernels.rms_norm`."""
+        out.copy_(torch.rms_norm(x, weight.shape, weight, eps))
+
+    def silu(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """As `Kernels.silu`."""
+        out.copy_(torch.nn.functional.silu(x))
+
     def unpack(self, type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
         """As `Kernels.unpack`."""
         return unpack(type_name, address, rows, columns)

@@ -152,22 +152,22 @@ class GatheredEmbedding:
 
 
 class RmsNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in one call of torch where models spell it out in six."""
+    """x / sqrt(mean(x^2) + eps) * weight, in one call where models spell it out in six."""
 
-    def __init__(self, weight: torch.Tensor, eps: float):
+    def __init__(self, weight: torch.Tensor, eps: float, function: "Norm"):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.shape = tuple(weight.shape)
         self.eps = eps
+        self._function = function
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., hidden) normalised over the last dimension."""
-        return torch.rms_norm(x, self.shape, self.weight, self.eps)
+        return self._function(x, self.weight, self.eps)
 
     forward = __call__
 
     @classmethod
-    def equal_to(cls, module: nn.Module) -> "RmsNorm | None":
+    def equal_to(cls, module: nn.Module, function: "Norm") -> "RmsNorm | None":
         """The same norm as `module`, or None if it is none. Decided by what it computes, not by its name."""
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         weight = module._parameters.get("weight")
@@ -179,7 +179,24 @@ class RmsNorm(nn.Module):
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
             return None  # it takes more than activations
         for scale in (weight.data, weight.data + 1):
-            norm = cls(scale, eps)
-            if torch.allclose(norm(x), expected, rtol=1e-5, atol=1e-5):
-                return norm
+            if torch.allclose(torch.rms_norm(x, scale.shape, scale, eps), expected, rtol=1e-5, atol=1e-5):
+                return cls(scale, eps, function)
         return None
+
+
+class Silu(nn.Module):
+    """x / (1 + exp(-x))."""
+
+    def __init__(self, function: "Gate"):
+        super().__init__()
+        self._function = function
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Of any shape."""
+        return self._function(x)
+
+    forward = __call__
+
+
+Norm: TypeAlias = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # of activations, by weight and eps
+Gate: TypeAlias = Callable[[torch.Tensor], torch.Tensor]

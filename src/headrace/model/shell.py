@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
 from headrace.checkpoint import Checkpoint, Tensor
@@ -27,12 +28,15 @@ from headrace.model.mixtures import Mixture, adopt_mixtures, mixture_of
 from headrace.model.names import Names, names_of, tied_to
 from headrace.model.order import ExpertStep, LinearStep, Recorder, Step, record_steps
 from headrace.model.packed import (
+    Gate,
     GatheredEmbedding,
+    Norm,
     PackedExperts,
     PackedLinear,
     Product,
     RmsNorm,
     Router,
+    Silu,
     WeightAskedError,
 )
 
@@ -95,6 +99,8 @@ class Hooks:
     product: Product  # multiplies a packed linear
     read: Callable[[Tensor], torch.Tensor]  # a small tensor whole, fp32, in its shape
     gather: Callable[[Tensor, torch.Tensor], torch.Tensor]  # rows of a table
+    norm: Norm
+    silu: Gate
     record: Callable[[Recorder | None], None]  # while the order is recorded, experts go to this recorder
     ways: Callable[[PreTrainedModel], Iterator[Way]]  # to run attention, the best first
     # Of each layer whose attention came to the engine while the order was recorded: heads and numbers kept of a position.
@@ -123,7 +129,7 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
     _gather_tables(model, names, tied, derived, hooks)
     _fill(model, names, tied, elsewhere, hooks)
     _refuse_homeless(checkpoint, names)
-    _fuse_norms(model)
+    _replace_small(model, hooks)
     return Shell(
         model=model,
         steps=steps,
@@ -307,13 +313,16 @@ def _record(
 
 
 @torch.inference_mode()
-def _fuse_norms(model: PreTrainedModel) -> None:
-    """Norms written as six operations cost 25 us each at one row, and there are two to six in a layer."""
+def _replace_small(model: PreTrainedModel, hooks: Hooks) -> None:
+    """Norms and gates go to the engine. Norms written as six operations cost 25 us each at one row, and there are two to six
+    in a layer."""
     for name, module in list(model.named_modules()):
-        if not isinstance(module, PackedLinear) and not list(module.children()):
-            norm = RmsNorm.equal_to(module)
-            if norm is not None:
-                model.set_submodule(name, norm)
+        if isinstance(module, PackedLinear) or list(module.children()):
+            continue
+        if isinstance(module, (nn.SiLU, SiLUActivation)):
+            model.set_submodule(name, Silu(hooks.silu))
+        elif (norm := RmsNorm.equal_to(module, hooks.norm)) is not None:
+            model.set_submodule(name, norm)
 
 
 def _fill_derived(model: PreTrainedModel, names: Names, tied: Mapping[str, str]) -> set[str]:

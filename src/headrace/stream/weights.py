@@ -100,9 +100,7 @@ class WeightStream:
         Raises:
             ReadError: a read failed or nothing has come from the disk for `stall_limit_s`.
         """
-        assert index == self._next_visit, f"visit {index} asked for, {self._next_visit} is next"
-        self._readers.start([self._read_ahead] * self._readers.count if self._next is not None else [])
-        self._next_visit = (index + 1) % len(self.layout.visits)
+        self._enter(index)
         visit = self.layout.visits[index]
         pinned = self._delivered(index, self._complete, visit.pinned, self._pinned, self._settle)
         if self.lends:  # never settled: what a row's product is must not depend on what is lent
@@ -125,6 +123,20 @@ class WeightStream:
                 self._released += 1
                 self._readers.room.notify()
         yield from pinned[done:]
+
+    def whole(self, index: int) -> Batch | None:
+        """The one batch of a visit all of whose weights stay, once it has been made. Asking is not visiting."""
+        batches = self._complete.get(index)
+        return batches[0] if batches and not self.layout.visits[index].streamed_unlent else None
+
+    def skip(self, index: int) -> None:
+        """A visit whose weights are known from `whole`."""
+        self._enter(index)
+
+    def _enter(self, index: int) -> None:
+        assert index == self._next_visit, f"visit {index} asked for, {self._next_visit} is next"
+        self._readers.start([self._read_ahead] * self._readers.count if self._next is not None else [])
+        self._next_visit = (index + 1) % len(self.layout.visits)
 
     @property
     def lendable_bytes(self) -> int:
