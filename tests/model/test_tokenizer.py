@@ -10,7 +10,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from headrace.checkpoint import open_checkpoint
-from headrace.model.tokenizer import Tokenizer, _cut
+from headrace.errors import UnsupportedError
+from headrace.model.cuts import cut
+from headrace.model.tokenizer import Tokenizer, _turn_ends
 
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>")
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>")
@@ -49,7 +51,9 @@ def ours(backend: Backend, tmp_path_factory: pytest.TempPathFactory) -> Tokenize
     return described(backend, "gemma4", None, tmp_path_factory.mktemp("tokenizer") / "gemma4.gguf")
 
 
-def described(backend: Backend, kind: str, pre: str | None, path: Path) -> Tokenizer:
+def described(
+    backend: Backend, kind: str, pre: str | None, path: Path, *, says_begin: bool = True, template: str = TEMPLATE
+) -> Tokenizer:
     """What is read from a file that describes this tokenizer."""
     tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
     kinds = [3 if t in CONTROL else 4 if t in VISIBLE else 6 if t.startswith("<0x") else 1 for t in tokens]
@@ -64,8 +68,9 @@ def described(backend: Backend, kind: str, pre: str | None, path: Path) -> Token
     for name, token in (("bos", "<bos>"), ("eos", "<eos>"), ("unk", "<unk>"), ("pad", "<pad>")):
         getattr(writer, f"add_{name}_token_id")(tokens.index(token))
     writer.add_add_space_prefix(False)
-    writer.add_add_bos_token(True)
-    writer.add_chat_template(TEMPLATE)
+    if says_begin:
+        writer.add_add_bos_token(True)
+    writer.add_chat_template(template)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -146,4 +151,77 @@ def test_text_is_cut_as_it_was_when_the_merges_were_learned(pre: str, cut: Any, 
 def test_text_is_cut_by_several_patterns_one_after_another(pre: str, words: list[str]) -> None:
     text = "".join(words)
     assert text == "it's 世界ab 1234!x\ny"
-    assert [text[slice(*place)] for _, place in _cut(pre).pre_tokenize_str(text)] == words
+    assert [text[slice(*place)] for _, place in cut(pre).pre_tokenize_str(text)] == words
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("bloom", ["don't", " (", "3D", ")", " x2", ",", " 12345", "!\n"]),
+        ("viking", ["don't", " (", "3", "D", ")", " x", "2", ",", " ", "1", "2", "3", "4", "5", "!\n"]),
+        ("falcon", ["don", "'", "t", " ", "(", "3", "D", ")", " x", "2", ",", " ", "123", "45", "!", "\n"]),
+    ],
+)
+def test_models_with_cuts_of_their_own(pre: str, words: list[str]) -> None:
+    text = "".join(words)
+    assert text == "don't (3D) x2, 12345!\n"
+    assert [text[slice(*place)] for _, place in cut(pre).pre_tokenize_str(text)] == words
+
+
+def test_a_way_to_cut_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="`somehow`"):
+        described(of_bytes("ab ab"), "gpt2", "somehow", tmp_path / "tokenizer.gguf")
+
+
+def test_a_message_that_ends_is_not_the_end_of_a_turn_of_several() -> None:
+    assert _turn_ends({"<|end|>", "<|endoftext|>"}.__contains__) == ["<|end|>", "<|endoftext|>"]
+    assert _turn_ends({"<|end|>", "<|return|>", "<|call|>"}.__contains__) == ["<|return|>", "<|call|>"]
+
+
+def of_bytes(text: str) -> Backend:
+    made = Backend(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        show_progress=False,
+        special_tokens=list(CONTROL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    made.train_from_iterator([text] * 9, trainer)
+    return made
+
+
+def test_files_in_llama_3s_way_begin_texts_and_take_words_whole_without_saying_so(tmp_path: Path) -> None:
+    made = json.loads(of_bytes("abcd abcd").to_str())
+    made["model"]["merges"] = [pair for pair in made["model"]["merges"] if pair != ["ab", "cd"]]
+    backend = Backend.from_str(json.dumps(made))
+    word = backend.token_to_id("abcd")
+    assert word is not None
+    assert word not in backend.encode("abcd").ids
+    ours = described(backend, "gpt2", "llama-bpe", tmp_path / "tokenizer.gguf", says_begin=False)
+    assert ours.encode("abcd") == [backend.token_to_id("<bos>"), word]
+    other = described(backend, "gpt2", "qwen2", tmp_path / "other.gguf", says_begin=False)
+    assert other.encode("abcd") == backend.encode("abcd").ids
+
+
+def test_marks_of_what_the_assistant_says_change_nothing(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}!{% endfor %}"
+    ours = described(of_bytes("hello"), "gpt2", "gpt-2", tmp_path / "tokenizer.gguf", template=template)
+    assert ours.decode(ours.chat([{"role": "user", "content": "hello"}])) == "hello!"
+
+
+def test_bytes_that_begin_no_character_do_not_end_the_answer(ours: Tokenizer, backend: Backend) -> None:
+    number = backend.token_to_id
+    stream = ours.stream()
+    tokens = [
+        number("<0x0A>"),
+        number("<0xE4>"),
+        number("a"),
+        number("<0x0A>"),
+        number("<0xE4>"),
+        number("b"),
+        number("a"),
+    ]
+    text = "".join(stream.step(token) for token in tokens)
+    assert text.endswith("ba")

@@ -2,17 +2,17 @@
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Regex, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 from tokenizers.models import Unigram
 from tokenizers.normalizers import Precompiled
@@ -23,8 +23,9 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 )
 
 from headrace.checkpoint import Checkpoint
-from headrace.errors import CheckpointError, UsageError
+from headrace.errors import CheckpointError, UnsupportedError, UsageError
 from headrace.model.config import opening_of
+from headrace.model.cuts import BEGIN, LIKE, TAKE_WORDS_WHOLE, cut, is_known
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
@@ -37,38 +38,15 @@ _TURN_ENDS = (
     "<turn|>",
     "<|tool_response>",  # what follows is for the caller to say
     "<|end|>",
+    "<|return|>",
+    "<|call|>",
     "<|endoftext|>",
     "<|end_of_text|>",
     "</s>",
     "<eos>",
 )
-# How text is cut before it is merged, by the names that converters give it, where transformers does not know them: like
-# one that it knows, at every digit first, or by a pattern.
-_CUT_LIKE = {"chatglm-bpe": "llama3", "glm4": "llama3", "stablelm2": "qwen2"}
-_CUT_AT_DIGITS = frozenset({"codeshell", "command-r", "exaone", "refact", "smollm", "starcoder"})
-_EAST_ASIAN = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_ENDING, _SPACES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_CUT_BY = {  # one after another
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, r"\p{N}"),
-    "deepseek-llm": (
-        r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$",
-        _EAST_ASIAN, r"\p{N}+",
-    ),
-    "deepseek-v3": (
-        r"\p{N}{1,3}", r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-        r"| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES,
-    ),
-    "kimi-k2": (
-        rf"\p{{Han}}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}?"
-        rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
-    ),
-    "seed-coder": (
-        rf"{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",
-    ),
-}  # fmt: skip
+# Where a turn consists of several messages, this one only ends a message. Such models have both of the others.
+_MESSAGE_END, _TURN_ENDS_BESIDE = "<|end|>", ("<|return|>", "<|call|>")
 _WHOLE = (3, 4)  # kinds of tokens that are never cut: control, and user-defined, as files of Gemma 4 have some ends
 _BYTE = 6
 _UNKNOWN_OF_T5 = 2
@@ -177,7 +155,9 @@ class Tokenizer:
 
     @cached_property
     def _template(self) -> Any:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
         try:
@@ -194,8 +174,25 @@ class TextStream:
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def step(self, token: int) -> str:
-        """The text that this token completes, possibly none."""
-        return self._stream.step(self._backend, token) or ""
+        """The text that this token completes, possibly none. Bytes that no character begins with are dropped."""
+        try:
+            return self._stream.step(self._backend, token) or ""
+        except Exception as error:  # the library has no other name for it
+            if "decoding stream" not in str(error):
+                raise
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self._backend, token) or ""
+
+
+class _Generation(Extension):
+    """Templates may mark what the assistant says, for those who train on it. Here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own way)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """What the mark encloses."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _refuse(message: str) -> None:
@@ -210,9 +207,9 @@ def _of_gguf(checkpoint: Checkpoint) -> Vocabulary:
         backend, _ = convert_gguf_tokenizer(checkpoint.architecture, description)
     except Exception as error:  # whatever the untrusted vocabulary provokes in two libraries
         raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
-    cut = _cut(str(checkpoint.get("tokenizer.ggml.pre")))
-    if cut is not None and description["tokenizer_type"] == "gpt2":
-        backend.pre_tokenizer = cut
+    way = str(checkpoint.get("tokenizer.ggml.pre") or "default")
+    if description["tokenizer_type"] == "gpt2":
+        _cut_as_learned(checkpoint, backend, way)
     kinds = checkpoint.array("tokenizer.ggml.token_type")
     if description["tokenizer_type"] == "t5":
         _complete_unigram(checkpoint, backend, description["scores"], kinds)
@@ -223,22 +220,25 @@ def _of_gguf(checkpoint: Checkpoint) -> Vocabulary:
         backend=backend,
         end_ids=_end_ids(checkpoint, tokens, kinds),
         bos_id=bos_id,
-        adds_bos=bos_id is not None and bool(description.get("tokenizer_type") == "llama" if flag is None else flag),
+        adds_bos=bos_id is not None
+        and bool(description["tokenizer_type"] == "llama" or way in BEGIN if flag is None else flag),
         bos=_spelled(backend, bos_id),
         eos=_spelled(backend, _token_id(checkpoint, "eos_token_id", 1 << 31)),
         template=template if isinstance(template, str) else None,
     )
 
 
-def _cut(name: str) -> Any:
-    """What cuts text into words, if transformers does not know this name for it."""
-    if name in _CUT_AT_DIGITS:
-        first: Any = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    if name in _CUT_BY:
-        cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _CUT_BY[name]]
-        return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    return None
+def _cut_as_learned(checkpoint: Checkpoint, backend: Any, way: str) -> None:
+    if not is_known(way):
+        raise UnsupportedError(
+            f"{checkpoint.path}: its text is cut into words in a way that is not known here, `{way}`",
+            hint="use the model's folder from the hub, whose tokenizer.json says how",
+        )
+    own = cut(way)
+    if own is not None:
+        backend.pre_tokenizer = own
+    if way in TAKE_WORDS_WHOLE:
+        backend.model.ignore_merges = True
 
 
 def _complete_unigram(checkpoint: Checkpoint, backend: Any, scores: Sequence[float], kinds: Sequence[object]) -> None:
@@ -270,7 +270,9 @@ def _of_folder(checkpoint: Checkpoint) -> Vocabulary:
     ends = {found.eos_token_id, *_numbers(checkpoint.generation.get("eos_token_id"))}
     if checkpoint.config is not None:
         ends |= set(_numbers(checkpoint.config.get("eos_token_id")))
-    ends |= {backend.token_to_id(token) for token in _TURN_ENDS if _is_special(backend, token)}
+    ends |= {backend.token_to_id(token) for token in _turn_ends(lambda token: _is_special(backend, token))}
+    backend.no_truncation()  # what was right for training cuts prompts, and fills them up
+    backend.no_padding()
     bos_id = found.bos_token_id
     return Vocabulary(
         backend=backend,
@@ -304,9 +306,9 @@ def _description(checkpoint: Checkpoint) -> dict[str, Any]:
         value = checkpoint.array(f"tokenizer.{key}") if key in arrays else checkpoint.get(f"tokenizer.{key}")
         if value is not None and value != []:
             description[name] = value
-    cut = description.get("pre_tokenizer_type")
-    if isinstance(cut, str):
-        description["pre_tokenizer_type"] = _CUT_LIKE.get(cut, cut)
+    way = description.get("pre_tokenizer_type")
+    if isinstance(way, str):
+        description["pre_tokenizer_type"] = LIKE.get(way, way)
     if "tokens" not in description or "tokenizer_type" not in description:
         raise CheckpointError(f"{checkpoint.path} holds no tokenizer", hint="get a file that was converted with one")
     return description
@@ -319,7 +321,12 @@ def _token_id(checkpoint: Checkpoint, name: str, vocab_size: int) -> int | None:
 
 def _end_ids(checkpoint: Checkpoint, tokens: Sequence[str], kinds: Sequence[object]) -> frozenset[int]:
     ends = {_token_id(checkpoint, name, len(tokens)) for name in ("eos_token_id", "eot_token_id", "eom_token_id")}
-    ends |= {
-        i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind in _WHOLE and token in _TURN_ENDS
-    }
+    whole = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind in _WHOLE}
+    ends |= {whole[token] for token in _turn_ends(whole.__contains__)}
     return frozenset(i for i in ends if i is not None)
+
+
+def _turn_ends(exists: Callable[[str], bool]) -> list[str]:
+    """Those among a model's tokens."""
+    of_messages = all(map(exists, _TURN_ENDS_BESIDE))
+    return [token for token in _TURN_ENDS if exists(token) and not (of_messages and token == _MESSAGE_END)]

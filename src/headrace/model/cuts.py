@@ -1,0 +1,81 @@
+"""How text is cut into words before their bytes are merged, by the names that converters to GGUF give to the ways.
+
+A way is known to transformers, or here: like one that transformers knows, at every digit first, by patterns one after
+another, or as GPT-2 does. Text that is cut in another way than the merges were learned becomes tokens that the model has
+hardly seen, without any error; so a name that nobody knows is refused.
+"""
+
+from typing import Any
+
+from tokenizers import Regex, pre_tokenizers
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+LIKE = {
+    "chatglm-bpe": "llama3",
+    "glm4": "llama3",
+    "glm5": "llama3",
+    "grok-2": "qwen2",
+    "hunyuan": "qwen2",
+    "solar-open": "qwen2",
+    "stablelm2": "qwen2",
+}
+_AS_GPT2 = frozenset(
+    {"a.x-4.0", "default", "exaone4", "gigachat", "gpt-2", "granite-docling", "jais", "mellum", "modern-bert", "mpt"}
+    | {"olmo", "phi-2", "trillion"}
+)
+_AT_DIGITS = frozenset(
+    {"codeshell", "command-r", "exaone", "mellum2", "minerva-7b", "refact", "smollm", "starcoder"}
+)  # fmt: skip
+_EAST_ASIAN = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_ENDING, _SPACES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_BETWEEN_MARKS = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
+_OF_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_BY: dict[str, tuple[str, ...]] = {  # one after another
+    "bloom": (_BETWEEN_MARKS,),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, r"\p{N}"),
+    "deepseek-llm": (
+        r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$",
+        _EAST_ASIAN, r"\p{N}+",
+    ),
+    "deepseek-v3": (
+        r"\p{N}{1,3}", r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES,
+    ),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _OF_GPT2, r"[0-9][0-9][0-9]"),
+    "kimi-k2": (
+        rf"\p{{Han}}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}?"
+        rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
+    ),
+    "seed-coder": (
+        rf"{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",
+    ),
+    "tiny_aya": (r"\d{1,3}(?=(?:\d{3})*\b)", GGUF_PRE_TOKENIZER_SPLITS["gpt-4o"]),
+    "viking": (_BETWEEN_MARKS, r"\p{N}"),
+}  # fmt: skip
+_BY |= dict.fromkeys(("gpt3-finnish", "poro-chat"), _BY["bloom"])
+_BY |= dict.fromkeys(("hunyuan-dense", "joyai-llm", "hy_v4"), _BY["deepseek-v3"])
+_BY |= {"cohere2moe": _BY["tiny_aya"]}
+
+# Of files that do not say so: their texts begin with a beginning token, and a word that is a token is not merged from parts.
+_AS_LLAMA3 = {name for name, split in GGUF_PRE_TOKENIZER_SPLITS.items() if split == GGUF_PRE_TOKENIZER_SPLITS["llama3"]}
+BEGIN = frozenset(_AS_LLAMA3 - {"dbrx", "smaug-bpe"} | {"tekken", "chameleon"})
+TAKE_WORDS_WHOLE = frozenset(_AS_LLAMA3 - {"dbrx", "smaug-bpe"} | {"tekken", "glm4", "glm5", "youtu"})
+
+
+def is_known(name: str) -> bool:
+    """Whether text is cut in the way of this name, here or by transformers."""
+    return name in GGUF_PRE_TOKENIZER_SPLITS or name in LIKE or name in _AS_GPT2 or cut(name) is not None
+
+
+def cut(name: str) -> Any:
+    """What cuts text into words, if transformers does not know this name for it."""
+    if name in _AT_DIGITS:
+        first: Any = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    if name in _BY:
+        cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _BY[name]]
+        return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return None
