@@ -9,15 +9,17 @@ from test_engine import PROMPT, make_engine
 
 from headrace.engine import Rows
 from headrace.engine.blocks import Blocks
+from headrace.engine.chains import Linked
 from headrace.engine.recycling import Recycling
 from headrace.engine.tape import MOST_TAPES, Tape, Tapes
 
 
-def test_what_is_played_back_equals_what_is_computed(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_what_is_played_back_equals_what_is_computed(tiny_llama: Path, share: float) -> None:
     tokens = [3, 99, 41, 250, 7, 12, 130, 64]
     found = []
     for plays in (True, False):
-        with make_engine(tiny_llama) as engine:
+        with make_engine(tiny_llama, share) as engine:
             if not plays:
                 engine._tapes = NeverTapes()
             cache = engine.new_cache(64)
@@ -30,6 +32,9 @@ def test_what_is_played_back_equals_what_is_computed(tiny_llama: Path) -> None:
                 logits.append(engine.step(pair))
             if plays:
                 assert set(engine._tapes._ready) == {((1, 1),), ((1, 1), (2, 2))}
+                played = engine._tapes._ready[((1, 1),)]._entries
+                chains = [entry for entry in played if isinstance(entry.function, Linked)]
+                assert len(chains) == (engine.layers + 1 if share == 1 else 0)  # between two attentions lies one
             found.append(torch.cat(logits))
     assert torch.equal(found[0], found[1])
 

@@ -90,7 +90,7 @@ class Linker:
                 visits.append(visit)
             self._add(chain, entry)
         chain.seal(self._kernels.row_invariant)
-        return [Entry(_Linked(run, chain, visits, self._products), (), {})]
+        return [Entry(Linked(run, chain, visits, self._products), (), {})]
 
     def _visit(self, entry: Entry) -> _Visit | None:
         step, x, outputs, _ = entry.arguments
@@ -125,7 +125,7 @@ class Linker:
         return False
 
 
-class _Linked:
+class Linked:
     """A run of entries as one call."""
 
     def __init__(self, run: Sequence[Entry], chain: Chain, visits: Sequence[_Visit], products: Products):
@@ -136,6 +136,7 @@ class _Linked:
         self._steps = [visit.step for visit in visits]
 
     def __call__(self) -> None:
+        """Do what the run does."""
         for _, stream, place, weights in self._visits:
             if stream.whole(place) is not weights:  # they were read again, to be sure that they are whole
                 for function, arguments, named in self._run:

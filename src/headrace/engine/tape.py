@@ -38,7 +38,7 @@ _MOST_SEEN = 4096
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, takes down what varies: all that is computed from its inputs."""
 
-    def __init__(self, blocks: Blocks, link: Link) -> None:
+    def __init__(self, blocks: Blocks, link: Link = list) -> None:
         """`blocks` may be shared by tapes that are not played at the same time. What has been played once is given to `link`."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._link = link
@@ -244,7 +244,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class Tapes:
     """The tapes of an engine, by what a pass consists of."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link = list) -> None:
         self._link = link
         self._blocks = Blocks()
         self._ready: dict[Hashable, Tape] = {}

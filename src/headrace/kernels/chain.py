@@ -67,7 +67,7 @@ class Chain(Graph):
             return False
         shared = self._shared(out, a, b) if b.shape == a.shape else None
         out, a, b = shared or _without_ones(out, a, b[(None,) * (out.dim() - b.dim())])
-        if not _has_rows(out) or not _has_rows(a):
+        if not all(map(_has_rows, (out, a))) or (b.shape[-1] > 1 and b.stride(-1) != 1):
             return False
         function = getattr(self._ggml, f"ggml_{name}")
         self._add(function(self._context, self._tensor(a), self._tensor(b)), out)
