@@ -136,11 +136,11 @@ def main() -> None:
         one(Run(**json.loads(arguments.one)), paths)
         return
     os.environ["HEADRACE_HOME"] = str(arguments.out.resolve().parent / "engine-runs-profile")
-    from headrace.plan.profile import load_profile
+    from headrace.plan.profile import load_profile, save_profile
     from headrace.probe import probe
 
     if load_profile() is None:
-        probe(next(path for path in paths.values() if path.is_file()))
+        save_profile(probe(next(path for path in paths.values() if path.is_file())))
     for run in GRID:
         if arguments.only not in run.file or not paths[run.file].is_file():
             continue

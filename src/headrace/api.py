@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
 
@@ -24,7 +25,7 @@ from headrace.engine import Engine, PassStats, Rows, Sampling, Trace
 from headrace.engine.depth import Pace, Speculation
 from headrace.engine.draft import ModelDrafter, PromptLookup
 from headrace.engine.engine import StreamOptions
-from headrace.engine.sampling import Sampler
+from headrace.engine.sampling import Sampler, recommended
 from headrace.engine.scheduler import Answer, Scheduler, Slot
 from headrace.engine.stops import StopScanner
 from headrace.errors import CheckpointError, ContextError, UsageError
@@ -206,7 +207,7 @@ class Model:
         """What the file recommends (`general.sampling.*`), else plain sampling at temperature 1."""
         names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
         found = {name: self.checkpoint.get(f"general.sampling.{key}") for name, key in names.items()}
-        return Sampling(**{name: value for name, value in found.items() if value is not None})  # type: ignore[arg-type]
+        return recommended(found)
 
     def stream(
         self,
@@ -214,7 +215,7 @@ class Model:
         *,
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         raw: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[Piece]:
@@ -226,7 +227,7 @@ class Model:
                 computed again.
             max_tokens: at most so many for each prompt; None: until the model ends or the context is full.
             sampling: None: the file's recommendation.
-            stop: strings that end the answer and are not part of it.
+            stop: a string that ends the answer and is not part of it, or several.
             raw: complete the text as it is, without the chat template.
             on_progress: called during the passes before the first piece.
 
@@ -236,8 +237,9 @@ class Model:
             UsageError: the model is closed, or another stream of it has not been read to its end or closed.
         """
         sampling = sampling or self.default_sampling()
+        stops = (stop,) if isinstance(stop, str) else stop
         jobs = [
-            Job(tokens=self.encode(one, raw=raw), max_tokens=max_tokens, sampling=sampling, stop=stop)
+            Job(tokens=self.encode(one, raw=raw), max_tokens=max_tokens, sampling=sampling, stop=stops)
             for one in _prompts(prompt)
         ]
         return self.stream_jobs(iter(jobs), on_progress)
@@ -259,9 +261,13 @@ class Model:
                 hint="give it a shorter text",
             )
         if len(tokens) >= self.plan.context_tokens:
+            limit = self.checkpoint.context_limit(1 << 30)
+            wider = min(len(tokens) + 256, limit)
             raise ContextError(
                 f"the prompt has {len(tokens)} tokens, the context holds {self.plan.context_tokens}",
-                hint=f"use --ctx-size {len(tokens) + 256}",
+                hint=f"use --ctx-size {wider}"
+                if len(tokens) < limit
+                else f"the model was made for texts of {limit} tokens, the answer included: give it a shorter prompt",
             )
         return tokens
 
@@ -300,6 +306,10 @@ class Model:
                     )
                 if not live:
                     return
+                if self._closed:
+                    raise UsageError(
+                        "the model was closed while it answered", hint="close it when the stream has ended"
+                    )
                 news = scheduler.step()
                 if news:
                     self._engine.on_visit = None
@@ -518,14 +528,14 @@ def _speculation(plan: Plan, draft_engine: Engine | None) -> Speculation:
 
 
 def load(
-    path: str,
+    path: str | Path,
     *,
     memory: str | int | Budget | None = None,
     context_tokens: int | None = None,
     prompt_tokens: int | None = None,
     sequences: int = 1,
     kv_bits: int = 16,
-    draft: str = "auto",
+    draft: str | Path | None = "auto",
     size_for: Callable[[Tokenizer], Request] | None = None,
     profile: Profile | None = None,
     trace: bool = False,
@@ -543,7 +553,7 @@ def load(
         sequences: prompts that are computed together; each has a KV cache of its own.
         kv_bits: 16 or 8 bits for each number in the KV cache.
         draft: how to guess tokens that a pass then verifies: `none`, `prompt` (what followed the last time), `self` (a
-            low-bit copy made in memory), the path of a draft model, or `auto`: what the plan finds best.
+            low-bit copy made in memory), the path of a draft model, or `auto`: what the plan finds best. None is `none`.
         size_for: decides the request once the tokenizer is there, for prompts that are known already; what was given
             above is then only what must fit for the model to be built at all.
         profile: rates to plan with; None: those that `headrace probe` kept, else guesses.
@@ -558,7 +568,8 @@ def load(
     start = time.perf_counter()
     if kv_bits not in (8, 16) or sequences < 1:
         raise UsageError(f"kv_bits {kv_bits}, sequences {sequences}", hint="8 or 16 bits, one sequence or more")
-    checkpoint = open_checkpoint(path)
+    draft = "none" if draft is None else str(draft)
+    checkpoint = open_checkpoint(str(path))
     budget = budget_of(memory)
     profile = profile or load_profile() or guessed_profile()
     context = context_tokens or min(4096, checkpoint.context_limit(4096))
@@ -607,7 +618,7 @@ def load(
             interleaved_types=plan.interleaved_types,
             interleaved_in_place=plan.interleaved_in_place,
             expert_slots=plan.expert_slots,
-            expert_scores=_scores(checkpoint),
+            expert_scores=_scores(checkpoint, shell),
         )
 
     with ExitStack() as undo:
@@ -644,9 +655,11 @@ def load(
     return model
 
 
-def _scores(checkpoint: Checkpoint) -> npt.NDArray[np.float32] | None:
+def _scores(checkpoint: Checkpoint, shell: Shell) -> npt.NDArray[np.float32] | None:
+    """How often experts were chosen in earlier runs, if what was kept can be of this model."""
     routing = load_routing(checkpoint)
-    return routing.scores if routing is not None else None
+    shape = len(shell.expert_slices), max(map(len, shell.expert_slices), default=0)
+    return routing.scores if routing is not None and routing.scores.shape == shape else None
 
 
 def _built(shell: Shell) -> Built:

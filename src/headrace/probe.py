@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import datetime
-from os import sched_getaffinity, stat
+from os import stat
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
 
+from headrace.cgroup import usable_cores
 from headrace.checkpoint import Checkpoint, Tensor, open_checkpoint
 from headrace.checkpoint.tensor import row_bytes
 from headrace.engine import Engine, Rows
@@ -28,7 +29,7 @@ from headrace.errors import HeadraceError
 from headrace.kernels import FEW_ROWS, Kernels, Piece
 from headrace.kernels.ggml import takes_super_blocks
 from headrace.kernels.limits import PRECISE_TYPES
-from headrace.plan.profile import Profile, load_profile, machine_name, profile_path, save_profile
+from headrace.plan.profile import Profile, load_profile, machine_name
 from headrace.plan.rooms import MOST_RING_SLOTS, READERS, UNIT_BYTES
 from headrace.plan.shape import is_linear
 from headrace.process import release_unused, resident_bytes
@@ -47,7 +48,7 @@ PROBE_BYTES = 256 * MIB  # of weights in memory at a time: the probe may run whe
 
 
 def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
-    """Measure, keep and return the profile.
+    """Measure, and return the profile.
 
     Args:
         target: a GGUF file, or a folder on the file system to measure.
@@ -56,10 +57,11 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     Raises:
         HeadraceError: the disk cannot be measured at `target`.
     """
-    threads = len(sched_getaffinity(0))
+    threads = usable_cores()
     known = load_profile()
     say("disk")
-    disks = dict(known.disk_bytes_per_s) if known else {}
+    fitted = known.factors.get("disk", 1.0) if known else 1.0  # which is forgotten
+    disks = {disk: rate * fitted for disk, rate in known.disk_bytes_per_s.items()} if known else {}
     disks[str(stat(target).st_dev)] = measure_disk(target)
     say("kernels")
     kernels = Kernels(threads, row_invariant=False)
@@ -74,7 +76,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     say("interpreter")
     layer_s, layer_row_s = _measure_layers(threads)
     now = datetime.now()
-    profile = Profile(
+    return Profile(
         source=f"measured {now:%Y-%m-%d}",
         probed_at=now.isoformat(timespec="seconds"),
         machine=machine_name(),
@@ -89,8 +91,6 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
         layer_row_s=layer_row_s,
         runtime_bytes=_measure_runtime(),
     )
-    save_profile(profile, profile_path())
-    return profile
 
 
 def _types_of(target: Path) -> Iterable[str]:
@@ -321,7 +321,7 @@ def report_runtime() -> None:
         checkpoint = small_model(Path(folder) / "probe.gguf", layers=2, hidden=256, feed_forward=512)
         pinned = {t.name: t.rows for t in checkpoint.tensors.values()}
         options = StreamOptions(pinned_rows=pinned, unit_bytes=UNIT_BYTES, slots=1, readers=1)
-        with Engine(checkpoint, options, Kernels(len(sched_getaffinity(0)))) as engine:
+        with Engine(checkpoint, options, Kernels(usable_cores())) as engine:
             engine.step([Rows(cache=engine.new_cache(8), tokens=[1])])
             import headrace.model.tokenizer  # noqa: F401  (its libraries count as well)
 

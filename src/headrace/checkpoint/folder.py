@@ -84,6 +84,16 @@ def _check_config(path: str, config: Mapping[str, Any]) -> None:
         )
 
 
+def _name(path: str) -> str:
+    """Of the folder; in the hub's cache, where that is a commit, of the model."""
+    if not Path(path).exists():
+        return path.rstrip("/").split("/")[-1]
+    folder = Path(path).resolve()
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.split("--")[-1]
+    return folder.name
+
+
 def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
     text = config.get("text_config", config.get("decoder"))
     inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
@@ -92,7 +102,7 @@ def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any
             inner = {**inner[part], **inner}
     found: dict[str, Scalar] = {
         "general.architecture": str(inner.get("model_type") or config["model_type"]),
-        "general.name": Path(path).resolve().name if Path(path).exists() else path.rstrip("/").split("/")[-1],
+        "general.name": _name(path),
     }
     for key, names in _NAMES.items():
         value = next((inner[name] for name in names if isinstance(inner.get(name), int)), None)
@@ -109,6 +119,9 @@ def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any
         rank = inner.get("kv_lora_rank")
         if isinstance(rank, int):
             found |= {"attention.kv_lora_rank": rank, "rope.dimension_count": rotary}
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if isinstance(inner.get(key), int | float):
+            found[key] = inner[key]
     heads, width, keys = (inner.get(f"linear_{name}") for name in ("num_value_heads", "value_head_dim", "key_head_dim"))
     if isinstance(heads, int) and isinstance(width, int) and isinstance(keys, int):  # the state of linear attention
         found["ssm.inner_size"], found["ssm.state_size"] = heads * width, keys

@@ -157,7 +157,7 @@ def run(model: str, **options: Any) -> None:
 @kv_option
 @draft_option
 @click.option(
-    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts that are computed together."
+    "--batch", type=click.IntRange(1), help="Prompts that are computed together. [default: 1; a search tries several]"
 )
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Length of the prompt to plan for. [default: 512]")
 @click.option(

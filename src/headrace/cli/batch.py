@@ -14,7 +14,7 @@ from headrace.batch import BadLine, BatchRequest, Results, answer_record, error_
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.cli import show
 from headrace.cli.plan import profile_for
-from headrace.errors import ContextError, HeadraceError, UsageError
+from headrace.errors import CheckpointError, ContextError, HeadraceError, UsageError
 from headrace.plan import Budget, Profile, Request, budget_of, choose_sequences, drafting_options
 from headrace.plan.record import keep_record
 from headrace.units import gigabytes, rate, seconds
@@ -136,7 +136,7 @@ class Batch:
             try:
                 tokens = self._model.encode(request.prompt, raw=not request.chat)
                 sampling = replace(self._model.default_sampling(), **request.sampling)  # type: ignore[arg-type]
-            except (ContextError, UsageError) as error:
+            except (CheckpointError, ContextError, UsageError) as error:
                 code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_request"
                 self._results.add(error_record(request.line, request.custom_id, code, str(error)))
                 board.finished()

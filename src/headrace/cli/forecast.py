@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from headrace.cli import show
@@ -13,7 +14,7 @@ from headrace.errors import UsageError
 from headrace.forecast.answer import Ask, Forecast, Interval, Phase, forecast
 from headrace.forecast.architecture import Architecture, of_config, of_params, published, table
 from headrace.forecast.machine import Machine, find_machine
-from headrace.forecast.search import Change, changes, cheapest, configurations, frontier, sellers
+from headrace.forecast.search import BATCHES, BITS, Change, changes, cheapest, configurations, frontier, sellers
 from headrace.hub import parse_reference
 from headrace.plan import guessed_profile, load_profile
 from headrace.plan.architecture import architecture_of
@@ -30,7 +31,7 @@ class Wishes:
     params: float | None
     bits: float | None
     kv_bits: int
-    batch: int
+    batch: int | None
     prompt_tokens: int
     tokens: int
     draft: str
@@ -83,7 +84,7 @@ def forecast_command(
     ask = Ask(
         bits=bits,
         kv_bits=wishes.kv_bits,
-        batch=wishes.batch,
+        batch=wishes.batch or 1,
         prompt_tokens=wishes.prompt_tokens,
         tokens=wishes.tokens,
         draft=small,
@@ -96,9 +97,18 @@ def forecast_command(
         else None
     )
     searching = wishes.require_tok_s is not None or wishes.budget_usd is not None
-    found = (
-        configurations(architecture, machine, ask) if searching or (html is not None and machine is not None) else []
-    )
+    if searching and machine is None and memory is not None:
+        raise UsageError("--memory is of a machine, and none is given", hint="add --machine, or leave --memory out")
+    found = []
+    if searching or (html is not None and machine is not None):
+        found = configurations(
+            architecture,
+            machine,
+            ask,
+            all_bits=BITS if wishes.bits is None else (wishes.bits,),
+            batches=BATCHES if wishes.batch is None else (wishes.batch,),
+            drafts=wishes.draft != "none",
+        )
     best = cheapest(found, tok_per_s=wishes.require_tok_s, usd=wishes.budget_usd) if searching else None
     if best is None:
         assert machine is not None
@@ -234,13 +244,14 @@ def _print(one: Forecast, better: list[Change], found: list[Forecast]) -> None:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for row in forecast_rows(one):
-        grid.add_row(*row)
+        grid.add_row(*map(escape, row))
     console.print(grid)
     if better:
         console.print("\nfaster with")
         for change in better:
             each = 1 / change.forecast.s_per_token.expected
-            console.print(f"  {change.what}: {rate(change.tok_per_s)} in all, {rate(each)} each ({change.gain:.1f}x)")
+            line = f"  {change.what}: {rate(change.tok_per_s)} in all, {rate(each)} each ({change.gain:.1f}x)"
+            console.print(line, markup=False)
     for name in ("cost", "bits") if found else ():
         console.print(f"\nfrontier of speed against {name}")
         for point in frontier(found, name)[:12]:
@@ -252,7 +263,8 @@ def _print(one: Forecast, better: list[Change], found: list[Forecast]) -> None:
             draft = f", {point.guesses} guesses" if point.guesses else ""
             console.print(
                 f"  {rate(1 / point.s_per_token.expected):>12} each  {money:>20}  {point.ask.bits:g} bits, batch "
-                f"{point.ask.batch}{draft}  {point.machine.name}"
+                f"{point.ask.batch}{draft}  {point.machine.name}",
+                markup=False,
             )
 
 

@@ -26,6 +26,7 @@ from headrace.hub import (
     remote_sources,
     removal,
 )
+from headrace.plan.shape import stored_share
 from headrace.units import gigabytes
 
 
@@ -54,6 +55,7 @@ def path_of(model: str, *, quiet: bool = False) -> str:
             f"there is no file {model}",
             hint="give the path of a .gguf file or a Hugging Face folder, or org/repo of the hub; `headrace demo` brings a model",
         )
+    _settle_bars(quiet)
     return local_path(reference) or pull(reference, say=(lambda _: None) if quiet else show.note)
 
 
@@ -66,10 +68,7 @@ def open_anywhere(model: str) -> Checkpoint:
 def pull_command(model: str, as_json: bool) -> int:
     """Fetch a model; its path to stdout. Returns the exit code."""
     reference = reference_of(model)
-    if os.environ.get("HEADRACE_NO_PROGRESS") or os.environ.get("TERM") == "dumb":
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()
+    _settle_bars(quiet=False)
     try:
         path = pull(reference, say=show.note)
     except KeyboardInterrupt:
@@ -77,6 +76,14 @@ def pull_command(model: str, as_json: bool) -> int:
         return show.INTERRUPTED
     click.echo(json.dumps({"model": str(reference), "path": path}) if as_json else path)
     return 0
+
+
+def _settle_bars(quiet: bool) -> None:
+    """No bars of the hub's library where none are wanted."""
+    if quiet or os.environ.get("HEADRACE_NO_PROGRESS") or os.environ.get("TERM") == "dumb":
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
 
 
 def reference_of(model: str) -> Reference:
@@ -198,13 +205,14 @@ def _facts(found: Opened) -> dict[str, Any]:
 
 def _header_facts(checkpoint: Checkpoint, found: Opened) -> dict[str, Any]:
     parameters = sum(tensor.rows * tensor.columns for tensor in checkpoint.tensors.values())
+    share = stored_share(checkpoint, [(tensor, tensor.nbytes) for tensor in checkpoint.tensors.values()])
     license_name = checkpoint.get("general.license")
     return {
         "format": "gguf" if checkpoint.config is None else "safetensors",
         "name": checkpoint.name,
         "architecture": checkpoint.architecture,
         "parameters": parameters,
-        "bits_per_weight": round(8 * checkpoint.nbytes / parameters, 3) if parameters else None,
+        "bits_per_weight": round(8 * checkpoint.nbytes * share / parameters, 3) if parameters else None,
         "layers": checkpoint.get("block_count"),
         "experts": checkpoint.get("expert_count") or None,
         "experts_used": checkpoint.get("expert_used_count"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from headrace import lean
@@ -36,7 +37,7 @@ from headrace.plan import (
     make_plan,
 )
 from headrace.plan.pipeline import pipeline
-from headrace.plan.profile import profile_path
+from headrace.plan.profile import profile_of, save_profile
 from headrace.plan.shape import is_linear
 from headrace.units import gib, gigabytes, rate, seconds
 
@@ -54,7 +55,7 @@ def profile_for(model: str, *, say: bool) -> Profile:
     # In a process of its own: what the probe takes must not count against this one's ceiling.
     command = [sys.executable, "-c", "from headrace.cli import main; main()", "probe", model, "--json"]
     result = subprocess.run(command, capture_output=True, text=True)
-    profile = load_profile()
+    profile = load_profile() or profile_of(result.stdout)  # where it cannot be kept
     if profile is None:
         show.note(f"the machine could not be measured ({result.stderr.strip()[-200:]}); planning with guesses")
         return guessed_profile()
@@ -68,7 +69,7 @@ def plan_or_forecast(
     ctx_size: int | None,
     kv_bits: int,
     draft: str,
-    batch: int,
+    batch: int | None,
     prompt_tokens: int | None,
     tokens: int,
     machine: str | None,
@@ -98,7 +99,9 @@ def plan_or_forecast(
             raise UsageError(
                 "what this machine costs is not known", hint="--usd-per-kwh and --utilisation are for --machine"
             )
-        plan_command(model, memory, ctx_size, kv_bits, draft, batch, prompt_tokens, as_json, tokens=tokens, html=html)
+        plan_command(
+            model, memory, ctx_size, kv_bits, draft, batch or 1, prompt_tokens, as_json, tokens=tokens, html=html
+        )
         return
     if ctx_size is not None:
         raise UsageError("--ctx-size is for a file on this machine", hint="use --prompt-tokens and --tokens")
@@ -191,7 +194,7 @@ def _print(plan: Plan, rows: list[tuple[str, str, str]], timeline: Timeline) -> 
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
     console.print(f"\na pass of {seconds(timeline.pass_s(1))} by the schedule of every read")
     for line in timeline_strips(timeline):
@@ -200,7 +203,7 @@ def _print(plan: Plan, rows: list[tuple[str, str, str]], timeline: Timeline) -> 
         console.print("\nfaster with")
         for change in plan.changes:
             gain = plan.decode_s_per_token.expected / change.s_per_token
-            console.print(f"  {change.what}: {seconds(change.s_per_token)} per token ({gain:.1f}x)")
+            console.print(f"  {change.what}: {seconds(change.s_per_token)} per token ({gain:.1f}x)", markup=False)
 
 
 def _held(plan: Plan) -> str:
@@ -286,7 +289,9 @@ def probe_command(target: Path, as_json: bool) -> None:
     profile = probe(target, lambda what: show.note(f"measuring {what}"))
     if as_json:
         click.echo(json.dumps(asdict(profile)))
+        save_profile(profile)
         return
+    kept = save_profile(profile)
     device = str(target.stat().st_dev)
     one, few = profile.kernel("Q4_K", 1), profile.kernel("Q4_K", 16)
     lines = [
@@ -300,7 +305,7 @@ def probe_command(target: Path, as_json: bool) -> None:
         ("layer", f"{seconds(profile.layer_s)} outside of the kernels"),
         ("runtime", f"{gib(profile.runtime_bytes)} before any weights"),
         ("example", f"a 5 GB Q4_K model in memory: about {rate(one / 8.9e9)}"),
-        ("kept in", str(profile_path())),
+        ("kept in", str(kept)),
     ]
     for name, value in lines:
         click.echo(f"{name:9} {value}")

@@ -1,6 +1,7 @@
 """`headrace run`: plan, load, generate; and chat, which is the same with the conversation so far as the prompt."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -65,11 +66,15 @@ def run_command(
     text = _read_prompt(prompt, prompt_file)
     if text is None and as_json:
         raise UsageError("--json needs a prompt", hint="give one as an argument, with --file or on stdin")
+    if raw and text is None:
+        raise UsageError("--raw completes a text, and there is none", hint="give one, or chat without --raw")
     if raw and system:
         raise UsageError("--raw and --system contradict each other", hint="write the system text into the prompt")
     settings = Settings(
         max_tokens=max_tokens, stop=stop, system=system, raw=raw, quiet=quiet, as_json=as_json, sampling=sampling
     )
+    if trace is not None and not os.access(trace.parent, os.W_OK):
+        raise UsageError(f"cannot write the trace to {trace}", hint="name a file in a folder that exists")
     checkpoint = open_checkpoint(model)
     request = replace(_request(checkpoint, text, None, max_tokens, ctx_size), kv_bits=kv_bits)
     profile = profile_for(model, say=not quiet)
@@ -114,10 +119,26 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read {prompt_file}: {error}", hint="give a text file in UTF-8") from error
     if prompt == "-" or prompt_file is not None or (prompt is None and not sys.stdin.isatty()):
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"what came on stdin is no text in UTF-8: {error}", hint="convert it with iconv"
+            ) from error
+    if prompt is not None and not _is_text(prompt):
+        raise UsageError("the prompt is no text in UTF-8", hint="convert it, or give it with --file")
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty", hint="give a prompt, or none on a terminal to chat")
     return prompt
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: arguments of other bytes become halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _prompt_of(text: str, settings: Settings) -> "Prompt":
@@ -196,8 +217,13 @@ def _chat(model: "Model", settings: Settings) -> int:
     chat = Conversation(model, settings)
     while True:
         try:
-            if not chat.turn(input(">>> ").strip()):
+            line = input(">>> ").strip()
+            if not _is_text(line):
+                show.note("that was no text in UTF-8")
+            elif not chat.turn(line):
                 return 0
+        except UnicodeDecodeError:
+            show.note("that was no text in UTF-8")
         except EOFError:
             click.echo()
             return 0

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from headrace.engine import latents
-from headrace.engine.latents import Turns
+from headrace.engine.latents import NUMBERS_TOGETHER, Turns
 from headrace.engine.tape import Tape
 
 KV_DTYPE = torch.float16
@@ -415,6 +415,28 @@ def _attend(
         keys, values = (one.unsqueeze(1).expand(-1, groups, -1, -1) for one in (keys, values))
         own = query.reshape(len(keys), groups, rows, width)
         return scaled_dot_product_attention(own, keys, values, attn_mask=mask, scale=scaling).view(heads, rows, -1)
+    out = query.new_empty((heads, rows, values.shape[2]))
+    together = max(1, NUMBERS_TOGETHER // (4 * groups * rows * keys.shape[1]))
+    for first in range(0, len(keys), together):
+        part = slice(first, min(len(keys), first + together))
+        mine = slice(groups * part.start, groups * part.stop)
+        given = None if sinks is None else sinks[mine]
+        out[mine] = _by_scores(query[mine], keys[part], values[part], mask, scaling, softcap, given)
+    return out
+
+
+def _by_scores(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same where torch has no function for it."""
+    heads, rows, width = query.shape
+    groups = heads // len(keys)
     scores = query.reshape(len(keys), groups * rows, width) @ keys.transpose(1, 2)
     scores = scores.view(heads, rows, -1).mul_(scaling or width**-0.5)
     if softcap is not None:

@@ -112,6 +112,7 @@ class ModelDrafter:
         self.source = source
         self._context_tokens = context_tokens
         self._held: dict[int, _Held] = {}  # by the identity of the sequence's list of tokens
+        self._left: list[_Held] = []  # of sequences that have ended: the next may begin alike
 
     def guess(self, drafts: Sequence[Draft]) -> int:
         """Append a guess to each draft, in one pass over the draft model; returns the rows that were computed."""
@@ -135,18 +136,29 @@ class ModelDrafter:
         return sum(stats.rows for stats in self.engine.passes[before:])
 
     def forget(self, tokens: Sequence[int]) -> None:
-        """Give the sequence's keys and values back."""
-        self._held.pop(id(tokens), None)
+        """The sequence has ended."""
+        held = self._held.pop(id(tokens), None)
+        if held is not None:
+            self._left.append(held)
 
     def _agreed(self, draft: Draft, tokens: list[int]) -> _Held:
         """What is computed of this sequence, cut where it no longer agrees; at least one token is left to compute."""
         held = self._held.get(id(draft.tokens))
         if held is None:
-            held = self._held[id(draft.tokens)] = _Held(self.engine.new_cache(self._context_tokens), [])
+            held = self._held[id(draft.tokens)] = self._take(tokens)
         length = common_length(held.tokens, tokens[:-1])
         held.cache.truncate(length)
         held.tokens = held.tokens[:length]
         return held
+
+    def _take(self, tokens: list[int]) -> _Held:
+        """For a new sequence: of those that have ended the one that it shares most with, so that there are never more caches
+        than there were sequences at a time."""
+        if not self._left:
+            return _Held(self.engine.new_cache(self._context_tokens), [])
+        best = max(self._left, key=lambda held: common_length(held.tokens, tokens))
+        self._left.remove(best)
+        return best
 
     def _step(self, held: Sequence[_Held], tokens: Sequence[list[int]]) -> torch.Tensor:
         logits = self.engine.step(

@@ -37,7 +37,7 @@ from headrace.engine.model_cache import (
 from headrace.engine.numbers import floats_of
 from headrace.engine.recycling import Recycling
 from headrace.engine.tape import Tape, Tapes
-from headrace.engine.trace import PassStats, Trace
+from headrace.engine.trace import PassLog, PassStats, Trace
 from headrace.errors import ContextError, UnsupportedError
 from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels
 from headrace.model import PackedLinear, Shell, build_shell
@@ -120,7 +120,7 @@ class Engine:
         self.checkpoint = checkpoint
         self.kernels = kernels
         self.trace = trace
-        self.passes: list[PassStats] = []
+        self.passes = PassLog()
         self.on_visit: Callable[[int, int], None] | None = None  # called with (visits done, visits of the pass)
         self.experts: ExpertProducts | None = None
         self._tape: Tape | None = None  # that takes down what happens
@@ -303,7 +303,9 @@ class Engine:
         self._rows = sum(len(rows.tokens) for rows in batch)
         self._exact_rows = sum(len(rows.tokens) for rows in batch if rows.is_exact)
         self._share_cores(self._rows - self._exact_rows)
+        self._broken_off = True  # should an interrupt come while memory is lent
         self._lend()
+        self._broken_off = False
         before, start = self._counted(), time.perf_counter()
         self._begin(self.steps)
         many = self._rows - self._exact_rows > FEW_ROWS
@@ -344,6 +346,8 @@ class Engine:
         self._pending.clear()
         for stream in self._streams:
             stream.rewind()
+        if self.experts is not None:
+            self.experts.stream.rewind()
         self._broken_off = False
 
     @property

@@ -1,7 +1,10 @@
 """From logits to the next token: temperature, top-k, top-p, min-p."""
 
 import secrets
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,6 +34,17 @@ class Sampling:
             raise UsageError(
                 f"{name} {getattr(self, name)} is out of range", hint="temperature 0 to 100, top-p and min-p 0 to 1"
             )
+
+
+def recommended(found: Mapping[str, object]) -> Sampling:
+    """As a file recommends it, by the names of `Sampling`. What makes no sense there is not followed."""
+    kept: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            with suppress(UsageError):
+                one: dict[str, Any] = {name: value}
+                kept |= {name: getattr(Sampling(**one), name)}
+    return Sampling(**kept)
 
 
 class Sampler:

@@ -132,12 +132,13 @@ class Scheduler:
             answer.slot.tokens = answer.tokens[: answer.slot.cache.length]
             if len(answer.slot.tokens) == len(answer.tokens):
                 news.append((answer, self._verify(answer, draft, part)))
-        self.engine.passes[-1] = stats = replace(
+        stats = replace(
             self.engine.passes[-1],
             draft_s=draft_s,
             drafted=sum(len(draft.guesses) for draft in drafts),
             accepted=sum(len(new) - 1 for _, new in news),
         )
+        self.engine.passes.replace_last(stats)
         if self.speculation is not None and not loads and all(rows.is_exact for rows in batch):
             self.speculation.pace.note_pass(stats)
             self.speculation.pace.note_step(sum(len(new) for _, new in news), time.perf_counter() - start)

@@ -2,10 +2,12 @@
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+from headrace.errors import HeadraceError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +37,52 @@ class PassStats:
         if self.stall_s < 0.1 * self.seconds:
             waited = {"compute": self.seconds, "drafting": self.draft_s}
         return max(waited, key=lambda kind: waited[kind])
+
+
+class PassLog(Sequence[PassStats]):
+    """Passes by their number since loading. Only the latest are kept: a run of days makes millions."""
+
+    MOST = 20_000
+
+    def __init__(self) -> None:
+        self._kept: list[PassStats] = []
+        self._dropped = 0
+
+    def append(self, stats: PassStats) -> None:
+        """One more."""
+        self._kept.append(stats)
+        if len(self._kept) >= 2 * self.MOST:
+            self._dropped += len(self._kept) - self.MOST
+            del self._kept[: -self.MOST]
+
+    def replace_last(self, stats: PassStats) -> None:
+        """Say more of the latest."""
+        self._kept[-1] = stats
+
+    def __len__(self) -> int:
+        """How many there were."""
+        return self._dropped + len(self._kept)
+
+    @overload
+    def __getitem__(self, which: int) -> PassStats: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> list[PassStats]: ...
+
+    def __getitem__(self, which: int | slice) -> PassStats | list[PassStats]:
+        """By number; of a slice those that are kept."""
+        if isinstance(which, slice):
+            first, last, step = which.indices(len(self))
+            assert step == 1
+            return self._kept[max(0, first - self._dropped) : max(0, last - self._dropped)]
+        place = which + len(self._kept) if which < 0 else which - self._dropped
+        if not 0 <= place < len(self._kept):
+            raise IndexError(which)
+        return self._kept[place]
+
+    def __iter__(self) -> Iterator[PassStats]:
+        """Those that are kept."""
+        return iter(self._kept)
 
 
 class Trace:
@@ -70,4 +118,7 @@ class Trace:
 
     def write(self, path: Path) -> None:
         """Write a file that chrome://tracing and Perfetto open."""
-        path.write_text(json.dumps({"traceEvents": list(self.events())}))
+        try:
+            path.write_text(json.dumps({"traceEvents": list(self.events())}))
+        except OSError as error:
+            raise HeadraceError(f"cannot write the trace to {path}: {error.strerror}") from error

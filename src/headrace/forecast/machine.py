@@ -78,16 +78,16 @@ class Machine:
         return Split(width=self.all_devices, nodes=self.nodes, node_bytes_per_s=self.network_bytes_per_s)
 
     def topology(self) -> Topology:
-        """The pipes of one node."""
+        """The pipes of all nodes together: each node streams its own part of every layer."""
         pipes = [
-            Pipe("device memory", self.device_bytes_per_s * self.devices),
-            Pipe("host memory", self.host_bytes_per_s),
+            Pipe("device memory", self.device_bytes_per_s * self.all_devices),
+            Pipe("host memory", self.host_bytes_per_s * self.nodes),
         ]
         if self.disk_bytes_per_s:
-            pipes.append(Pipe("disk", self.disk_bytes_per_s * DISK_SHARE))
+            pipes.append(Pipe("disk", self.disk_bytes_per_s * DISK_SHARE * self.nodes))
         if not self.unified:
-            pipes.append(Pipe("bus", self.bus_bytes_per_s * LINK_SHARE * self.devices))
-            pipes.append(Pipe("root complex", self.root_bytes_per_s))
+            pipes.append(Pipe("bus", self.bus_bytes_per_s * LINK_SHARE * self.all_devices))
+            pipes.append(Pipe("root complex", self.root_bytes_per_s * self.nodes))
         return Topology(pipes)
 
     def way_from(self, place: str) -> tuple[str, ...]:

@@ -138,18 +138,26 @@ def draft_for(model: Architecture) -> Architecture | None:
     return min(near, key=lambda other: abs(other.params - 0.03 * (model.active_params or model.params)), default=None)
 
 
-def configurations(model: Architecture, machine: Machine | None, ask: Ask) -> list[Forecast]:
+def configurations(
+    model: Architecture,
+    machine: Machine | None,
+    ask: Ask,
+    *,
+    all_bits: Sequence[float] = BITS,
+    batches: Sequence[int] = BATCHES,
+    drafts: bool = True,
+) -> list[Forecast]:
     """Forecasts over bits, batches, drafts and numbers of devices; over all devices of the table where no machine is given."""
     machines = [machine] if machine is not None else [find_machine(f"{name} + 256GB + nvme-gen4") for name in _priced()]
     found = []
-    small = ask.draft or draft_for(model)
+    small = (ask.draft or draft_for(model)) if drafts else None
     for one in machines:
         for count in COUNTS:
             if one.unified and count > 1:
                 continue
             many = with_devices(one, one.devices * count)
-            for bits in BITS:
-                for batch in BATCHES:
+            for bits in all_bits:
+                for batch in batches:
                     for draft in (None, small) if small is not None else (None,):
                         answer = _try(model, many, replace(ask, bits=bits, batch=batch, draft=draft))
                         if answer is not None and (draft is None or answer.guesses):

@@ -13,9 +13,7 @@ from typing import Any
 
 from headrace.kernels.ggml import InitParams, library, type_number
 
-# Rows that are woven together, and rows of activations that one call of the kernel for several takes.
-ROWS = 8
-ACTIVATION_ROWS = 4
+ROWS = 8  # that are woven together
 # Formats that ggml interleaves on some processor; which ones here is asked of ggml.
 _CANDIDATES = ("Q4_K", "Q4_0", "IQ4_NL", "Q2_K")
 

@@ -8,6 +8,10 @@ FEW_ROWS = 16
 # weights a block. They add up in another order than the dot products do, so a row's last bits differ.
 TILE_ROWS = 8
 
+# Rows of activations that the kernel for interleaved weights takes together. Where a row's result must not depend on the
+# number of rows, others are filled up to a multiple.
+ACTIVATION_ROWS = 4
+
 # Experts of a layer that are multiplied together: what they work on lies in memory at the same time.
 EXPERTS_TOGETHER = 16
 

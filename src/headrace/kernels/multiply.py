@@ -18,8 +18,8 @@ from headrace.kernels import interleaved
 from headrace.kernels.chain import Chain
 from headrace.kernels.ggml import takes_super_blocks
 from headrace.kernels.ggml_graph import Cast, Operands, Part, Products, RowFunction, Workers
-from headrace.kernels.interleaved import ACTIVATION_ROWS, Interleaving
-from headrace.kernels.limits import FEW_ROWS, PRECISE_TYPES, TILE_ROWS
+from headrace.kernels.interleaved import Interleaving
+from headrace.kernels.limits import ACTIVATION_ROWS, FEW_ROWS, PRECISE_TYPES, TILE_ROWS
 from headrace.kernels.piece import Piece
 from headrace.kernels.unpacking import ToHalf, unpack_pieces
 

@@ -2,7 +2,7 @@
 
 from headrace.checkpoint import Checkpoint
 from headrace.forecast.architecture import Architecture
-from headrace.plan.shape import shape_of
+from headrace.plan.shape import Shape, shape_of
 
 
 def architecture_of(checkpoint: Checkpoint) -> Architecture:
@@ -37,7 +37,13 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
         dense_layers=0 if experts is None else shape.layers - experts.layers,
         kv_dim_per_layer=shape.cached_numbers / shape.layers or None,
         kv_layers=None if shape.cached_numbers else 0,
-        weights_bytes=float(shape.weights_bytes),
-        bits=8 * shape.all_bytes / shape.weights_count,
+        weights_bytes=float(shape.weights_bytes) * shape.read_share,
+        bits=8 * _stored_bytes(shape) / shape.weights_count,
         source="the file's header" if checkpoint.config is None else "the folder's headers",
     )
+
+
+def _stored_bytes(shape: Shape) -> float:
+    """Bytes of the weights as the file holds them: other programs multiply them so."""
+    experts = 0.0 if shape.experts is None else shape.experts.nbytes * shape.experts.read_share
+    return shape.weights_bytes * shape.read_share + shape.opening_bytes + experts

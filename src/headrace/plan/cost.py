@@ -10,7 +10,7 @@ the probe; they overlap, but reading takes time of the cores (`plan.fit`).
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from headrace.kernels.limits import FEW_ROWS, TILE_ROWS
+from headrace.kernels.limits import ACTIVATION_ROWS, FEW_ROWS, TILE_ROWS
 from headrace.plan.experts import LAYER_S, Experts, average_weights
 from headrace.plan.profile import Profile
 
@@ -71,7 +71,8 @@ def compute_seconds(profile: Profile, weights: Weights, layers: int, rows: int, 
     seconds = layer_seconds(profile, layers, rows)
     for kind, count in weights.interleaved.items():
         if exact or weights.in_place:
-            seconds += count / profile.kernel(kind, rows, interleaved=True)
+            padded = -(-rows // ACTIVATION_ROWS) * ACTIVATION_ROWS if weights.row_invariant else rows
+            seconds += count / profile.kernel(kind, padded, interleaved=True)
         else:
             seconds += _many(profile, kind, count, rows)
     for kind, count in weights.plain.items():

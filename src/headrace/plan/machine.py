@@ -1,5 +1,6 @@
 """This machine as a forecast sees it."""
 
+from headrace.forecast.answer import HOST_LEAST_LEFT
 from headrace.forecast.machine import Machine
 from headrace.plan.profile import Profile
 
@@ -15,7 +16,7 @@ def this_machine(profile: Profile, memory_bytes: float) -> Machine:
         devices=1,
         nodes=1,
         device_bytes_per_s=packed,
-        device_memory_bytes=memory_bytes / 0.85,
+        device_memory_bytes=max(memory_bytes / 0.85, memory_bytes + HOST_LEAST_LEFT),  # of which all may be used
         flop_per_s=profile.product(512, precise=not profile.bf16_pays),
         unified=True,
         bus_bytes_per_s=packed,

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from headrace.cgroup import groups, lines_of
 from headrace.units import gib, parse_bytes
 
 # Left to the system when nobody says how much to take: page cache, other programs, our own errors.
@@ -48,38 +49,19 @@ def _available(root: Path) -> int:
 
 
 def _cgroup_room(root: Path) -> int | None:
-    """What the tightest cgroup above this process leaves, version 1 or 2; None without a limit."""
+    """What the tightest cgroup above this process leaves; None without a limit."""
     rooms = []
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.stat", r"^anon (\d+)")
-            if not (base / "cgroup.controllers").exists():
-                base = root / "sys/fs/cgroup/unified"
-        elif "memory" in controllers.split(","):
-            base, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.stat", r"^total_rss (\d+)")
-        else:
-            continue
-        folder = base / path.lstrip("/")
-        for group in (folder, *folder.parents):
-            if not group.is_relative_to(base):
-                break
-            room = _room(group, *names)
-            if room is not None:
-                rooms.append(room)
+    for group, unified in groups(root, "memory"):
+        limit, used = ("memory.max", r"^anon (\d+)") if unified else ("memory.limit_in_bytes", r"^total_rss (\d+)")
+        room = _room(group, limit, used)
+        if room is not None:
+            rooms.append(room)
     return min(rooms, default=None)
 
 
-def _room(group: Path, limit_name: str, stat_name: str, used_pattern: str) -> int | None:
-    lines = _lines(group / limit_name)
+def _room(group: Path, limit_name: str, used_pattern: str) -> int | None:
+    lines = lines_of(group / limit_name)
     if not lines or not lines[0].isdigit() or int(lines[0]) >= 1 << 60:
         return None
-    used = re.search(used_pattern, "\n".join(_lines(group / stat_name)), re.MULTILINE)
+    used = re.search(used_pattern, "\n".join(lines_of(group / "memory.stat")), re.MULTILINE)
     return max(0, int(lines[0]) - (int(used.group(1)) if used else 0))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headrace.cgroup import usable_cores
+from headrace.errors import HeadraceError
 from headrace.kernels.limits import PRECISE_TYPES, TILE_ROWS
 from headrace.units import GIB, MIB
 
@@ -143,7 +145,7 @@ def machine_name() -> str:
     except OSError:
         pass
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory / GIB:.0f} GiB"
+    return f"{model}, {usable_cores()} cores, {memory / GIB:.0f} GiB"
 
 
 def profile_path() -> Path:
@@ -156,23 +158,47 @@ def profile_path() -> Path:
 def load_profile(path: Path | None = None) -> Profile | None:
     """The kept profile, or None if there is none, it is unreadable, or it is another machine's."""
     try:
-        values: dict[str, Any] = json.loads((path or profile_path()).read_text())
+        return profile_of((path or profile_path()).read_text())
+    except (OSError, ValueError):  # bytes that are no text
+        return None
+
+
+def profile_of(text: str) -> Profile | None:
+    """A profile as it is kept, or None if it is damaged or another machine's."""
+    try:
+        values: dict[str, Any] = json.loads(text)
         if values.get("spread") is not None:
             low, high = values["spread"]
             values["spread"] = (low, high)
         profile = Profile(**values)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
     return profile if profile.schema == SCHEMA and profile.machine == machine_name() else None
 
 
+def kept(profile: Profile) -> Profile:
+    """The profile, after it was kept."""
+    save_profile(profile)
+    return profile
+
+
 def save_profile(profile: Profile, path: Path | None = None) -> Path:
-    """Keep a profile; a reader sees the old one or the new one, never half of it."""
+    """Keep a profile; a reader sees the old one or the new one, never half of it.
+
+    Raises:
+        HeadraceError: it cannot be written.
+    """
     path = path or profile_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(asdict(profile), indent=1))
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(asdict(profile), indent=1))
+        partial.replace(path)
+    except OSError as error:
+        raise HeadraceError(
+            f"what was measured cannot be kept in {path}: {error.strerror}",
+            hint="set HEADRACE_HOME to a folder that can be written",
+        ) from error
     return path
 
 
@@ -181,7 +207,7 @@ def guessed_profile() -> Profile:
     return Profile(
         source="guessed",
         machine=machine_name(),
-        threads=len(os.sched_getaffinity(0)),
+        threads=usable_cores(),
         disk_bytes_per_s={},
         kernel_weights_per_s={"Q4_K": {"1": 20e9, "4": 8e9, "16": 3e9}, "F16": {"1": 8e9, "4": 6e9, "16": 3e9}},
         interleaved_weights_per_s={},

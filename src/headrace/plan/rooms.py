@@ -33,7 +33,7 @@ TOKENIZER_BUILD_BYTES_PER_TOKEN = 1500
 DRAFT_PROMPT_ROWS = 128  # of a prompt in one pass of a draft model
 DRAFT_RUNTIME_BYTES = 24 * MIB  # modules of a draft model and its first passes
 MANY_ROWS_BYTES = 64 * MIB  # unpacked weights, oneDNN's copies and code, what the allocator keeps
-LATENT_BYTES = 32 * MIB  # of heads whose scores are computed together
+SCORES_BYTES = 32 * MIB  # of heads whose scores are computed together
 KEPT_BYTES = 32 * MIB  # of what prompts took, the allocator and oneDNN keep so much
 MARGIN_BYTES = 24 * MIB
 MARGIN_SHARE = 0.01
@@ -87,9 +87,9 @@ def divide(
     few_experts = _least_experts(shape.experts)
     least_rings = LEAST_SLOTS * slot * (2 if shape.opening else 1)
     least = base - margin + MARGIN_BYTES + least_rings + few_experts
-    exact = _activations(shape, request.verify_rows, request.context_tokens, exact=True)
-    if shape.opening:  # an encoder takes its prompt whole
-        exact = max(exact, _activations(shape, max(FEW_ROWS, request.prompt_rows), request.context_tokens))
+    exact = _activations(shape, request, request.verify_rows, exact=True)
+    if shape.one_by_one:  # it takes its prompt whole
+        exact = max(exact, _activations(shape, request, max(FEW_ROWS, request.prompt_rows)))
     floor = ceil((least + exact) / (1 - MARGIN_SHARE))
     if runtime_bytes is None:
         floor = max(floor, profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BUILD_BYTES_PER_TOKEN)
@@ -100,7 +100,7 @@ def divide(
         )
     room = budget.nbytes - base - few_experts
     rows = _prefill_rows(shape, request, budget.nbytes, room - least_rings)
-    activations = max(exact, _activations(shape, rows, request.context_tokens))
+    activations = max(exact, _activations(shape, request, rows))
     if budget.pinned_limit_bytes is not None:
         room = min(room, activations + _slots(budget.pinned_limit_bytes, slot) * slot + budget.pinned_limit_bytes)
     room -= activations
@@ -165,16 +165,19 @@ def _least_experts(experts: Experts | None) -> int:
 def _draft_bytes(draft: Shape, request: Request, known_runtime: bool) -> int:
     """What a draft model takes: its weights, all of them, its caches and activations; its modules, if not yet built."""
     kv = draft.kv_bytes(request.context_tokens, 16) * request.sequences
-    activations = _activations(draft, DRAFT_PROMPT_ROWS, request.context_tokens) - MANY_ROWS_BYTES
+    activations = _activations(draft, request, DRAFT_PROMPT_ROWS) - MANY_ROWS_BYTES
     built = 0 if known_runtime else draft.small_bytes + DRAFT_RUNTIME_BYTES
     return draft.all_bytes + draft.page_slack_bytes + kv + activations + built
 
 
-def _activations(shape: Shape, rows: int, context_tokens: int, exact: bool = False) -> int:
+def _activations(shape: Shape, request: Request, rows: int, exact: bool = False) -> int:
     """The most that a pass of this many rows holds at once, in fp32: the wider of MLP and attention, and logits.
 
-    Exact rows may all need logits; of a prompt only the last row does.
+    Exact rows may all need logits; of a prompt only the last row does, beside which every other sequence has a row of its own.
     """
+    context_tokens = request.context_tokens
+    with_logits = rows if exact else request.sequences
+    rows += 0 if exact else request.sequences - 1
     # Alive at once are three of the MLP's width and two or three of the model's; the rest is for the allocator's holes and
     # oneDNN's copies. Measured and counted, MiB: 512 rows of an 8B shape 181 and 282, of a 1.5B one 165 and 190; 64 rows 53
     # and 92, 36 and 80.
@@ -184,12 +187,15 @@ def _activations(shape: Shape, rows: int, context_tokens: int, exact: bool = Fal
     # Keys and values of one layer in fp32, and of latent attention its matrix.
     widths = shape.head_dim if shape.latent_numbers else 2 * shape.kv_heads * shape.head_dim
     wide = 4 * (shape.latent_numbers + context_tokens * widths)
-    logits = (4 + (rows if exact else 0)) * shape.checkpoint.vocab_size * 4
+    copies = 3 if shape.checkpoint.get("final_logit_softcapping") else 1
+    logits = (3 + copies * with_logits) * shape.checkpoint.vocab_size * 4
     if rows <= FEW_ROWS or exact:
         return rows * 4 * (narrow + max(mlp, attention)) + logits + wide
     # Many rows: weights unpacked beside them, and a mask.
-    masked = wide + rows * context_tokens + (LATENT_BYTES if shape.latent_numbers else 0)
-    if shape.opening:  # every row of an encoder sees every other: biases, scores and their softmax, in fp32
+    masked = wide + rows * context_tokens + (SCORES_BYTES if shape.makes_scores else 0)
+    if (
+        shape.one_by_one and shape.cached_numbers
+    ):  # every row sees every other: biases, scores and their softmax, in fp32
         masked += 4 * 4 * rows**2 * (shape.attention_width // shape.head_dim)
     unpacked = MANY_ROWS_BYTES if shape.experts is None else 2 * MANY_ROWS_BYTES  # once left 18 MiB of 5000
     return rows * 4 * (narrow + max(mlp, attention)) + logits + masked + unpacked
@@ -215,10 +221,10 @@ def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) 
     rows = request.prompt_rows
     if rows <= FEW_ROWS:
         return FEW_ROWS
-    while rows > ROW_CHUNK and _activations(shape, rows, request.context_tokens) > limit:
+    while rows > ROW_CHUNK and _activations(shape, request, rows) > limit:
         rows -= ROW_CHUNK
     rows = max(rows, FEW_ROWS)  # the last step down may have gone below
-    return rows if _activations(shape, rows, request.context_tokens) <= limit else FEW_ROWS
+    return rows if _activations(shape, request, rows) <= limit else FEW_ROWS
 
 
 def _pin(tensors: Sequence[Tensor], room: int) -> dict[str, int]:

@@ -57,6 +57,12 @@ class Shape:
         return any(_TOKEN_TABLE.search(tensor.name) for tensor in self.linears)
 
     @property
+    def makes_scores(self) -> bool:
+        """Whether attention's scores come into memory: for vectors, caps or sinks torch has no function that avoids it."""
+        capped = self.checkpoint.get("attn_logit_softcapping") is not None
+        return bool(self.latent_numbers) or capped or any("sinks" in name for name in self.checkpoint.tensors)
+
+    @property
     def weights_count(self) -> int:
         """Weights that are multiplied, experts included."""
         dense = sum(self.weights.values()) + sum(self.opening_weights.values())
@@ -92,7 +98,7 @@ class Shape:
     @property
     def read_share(self) -> float:
         """Bytes that are read from the disk for each byte of the matrices: less than 1 where they are stored in fewer bits."""
-        return _read_share(self.checkpoint, [(tensor, tensor.nbytes) for tensor in self.linears])
+        return stored_share(self.checkpoint, [(tensor, tensor.nbytes) for tensor in self.linears])
 
     @property
     def page_slack_bytes(self) -> int:
@@ -110,8 +116,8 @@ class Shape:
         return _by_type(self.opening)
 
 
-def _read_share(checkpoint: Checkpoint, used: Sequence[tuple[Tensor, int]]) -> float:
-    """Bytes that are read for each byte of these tensors, of which so many are used."""
+def stored_share(checkpoint: Checkpoint, used: Sequence[tuple[Tensor, int]]) -> float:
+    """Bytes that are stored, and read, for each byte of these tensors, of which so many are used."""
     stored = {
         tensor.name: sum(count for _, _, count in encoding.reads(0, tensor.rows)) / tensor.nbytes
         for made in checkpoint.made.values()
@@ -346,7 +352,7 @@ def _experts(
         count=count,
         per_token=min(count, chosen),
         nbytes=sum(nbytes for _, nbytes in used),
-        read_share=_read_share(checkpoint, used),
+        read_share=stored_share(checkpoint, used),
         slot_bytes=slot,
         hidden=hidden,
         width=sum(weights.values()) // (3 * layers * count * hidden) or 1,

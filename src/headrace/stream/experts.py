@@ -313,8 +313,8 @@ class ExpertStream:
             self._ahead.clear()
             unfinished = list(self._loading.values())
             self._loading.clear()
-            failed = self._readers.error is not None
-        if unfinished or failed:
+            stops = bool(unfinished or self._strays or self._readers.error is not None)
+        if stops:
             self._readers.stop()  # no reader may write into a slot that is given away
             self._readers.reset()
         with self._readers.room:
@@ -328,9 +328,16 @@ class ExpertStream:
                 self.cache.release(slot)
             held.clear()
 
+    def rewind(self) -> None:
+        """Give up the layer in progress, which may have been broken off anywhere. What is in memory stays."""
+        if self._readers.stopping:
+            self._readers.stop()
+            self._readers.reset()
+
     def close(self) -> None:
-        """Stop the readers. Safe to call twice."""
-        self._readers.stop()
+        """Stop the readers, give the memory back. Safe to call twice."""
+        self._readers.close()
+        self._arena.give_back()
 
     # -- the readers --------------------------------------------------------------------------------------------
 

@@ -58,6 +58,7 @@ class Readers:
         self._stall_limit_s = stall_limit_s
         self._threads: list[threading.Thread] = []
         self._stuck = False  # a thread did not come back from a read
+        self._closed = False
 
     def start(self, works: Sequence[Callable[[], bool]]) -> None:
         """One thread for each of these, which is called until it gives False. Does nothing while threads are there.
@@ -71,7 +72,7 @@ class Readers:
                 "an earlier read has not come back, so the weights in memory cannot be relied on",
                 hint="check the disk or the network share, then start again",
             )
-        if self.stopping:
+        if self._closed:
             raise ReadError("the weights are closed", hint="load the model again")
         if self._threads or not self.count:
             return
@@ -93,6 +94,11 @@ class Readers:
         self._stuck = self._stuck or any(thread.is_alive() for thread in self._threads)
         self._threads = []
 
+    def close(self) -> None:
+        """Stop for good."""
+        self._closed = True
+        self.stop()
+
     def reset(self) -> None:
         """After `stop`: errors are forgotten, and threads may be started again."""
         self.error, self.stopping = None, False
@@ -103,7 +109,8 @@ class Readers:
         Raises:
             ReadError: a reader has failed, or nothing has come from the disk for `stall_limit_s`.
         """
-        start = last_news = time.perf_counter()
+        start = before = time.perf_counter()
+        silence, step_s = 0.0, min(1.0, self._stall_limit_s)
         with self.arrived:
             reads = self._counters.reads
             while True:
@@ -111,11 +118,15 @@ class Readers:
                     raise self.error
                 if ready():
                     break
-                self.arrived.wait(timeout=min(1.0, self._stall_limit_s))
+                self.arrived.wait(timeout=step_s)
                 now = time.perf_counter()
+                silence += min(
+                    now - before, 2 * step_s
+                )  # time in which the whole process was stopped is none of the disk's
+                before = now
                 if self._counters.reads != reads:
-                    reads, last_news = self._counters.reads, now
-                if now - last_news > self._stall_limit_s:
+                    reads, silence = self._counters.reads, 0.0
+                if silence > self._stall_limit_s:
                     raise ReadError(
                         f"the disk has delivered nothing for {self._stall_limit_s:.0f} s while {label} was read",
                         hint="check the disk or the network share, then run the same command again",

@@ -166,8 +166,10 @@ class WeightStream:
         self._begin_pass()
 
     def close(self) -> None:
-        """Stop the readers. The files belong to whoever opened them. Safe to call twice."""
-        self._readers.stop()
+        """Stop the readers, give the memory back. The files belong to whoever opened them. Safe to call twice."""
+        self._readers.close()
+        for arena in (self._pinned, self._lent, self._ring):
+            arena.give_back()
 
     def _wait(self, ready: Callable[[], bool], label: str) -> None:
         if ready() and self._readers.error is None:
