@@ -15,8 +15,11 @@ from tiny import random_model, write_gguf
 
 import headrace
 from headrace.cli import main
+from headrace.engine.sampling import recommended
+from headrace.engine.trace import PassLog, PassStats
 from headrace.errors import BudgetError, ContextError, UsageError
 from headrace.plan import Profile
+from headrace.stream import Arena
 from headrace.units import MIB
 
 GREEDY = headrace.Sampling(temperature=0)
@@ -250,3 +253,49 @@ def test_the_public_names_are_these() -> None:
     ]
     for name in headrace.__all__:
         assert getattr(headrace, name) is not None
+
+
+def test_a_stop_string_may_be_given_alone(model: headrace.Model) -> None:
+    text = model.generate("hello", max_tokens=30, sampling=GREEDY, raw=True).text
+    middle = text[len(text) // 2 : len(text) // 2 + 2]
+    assert (
+        model.generate("hello", max_tokens=30, sampling=GREEDY, raw=True, stop=middle).text
+        == text[: text.index(middle)]
+    )
+
+
+def test_a_model_that_is_closed_while_it_answers_says_so(tiny_llama: Path, measured: Profile) -> None:
+    model = headrace.load(tiny_llama, memory="4GiB", context_tokens=64, profile=measured, draft=None)
+    pieces = model.stream("hello", max_tokens=9, sampling=GREEDY)
+    next(pieces)
+    model.close()
+    with pytest.raises(UsageError, match="closed while it answered"):
+        list(pieces)
+
+
+def test_closing_gives_the_memory_back(tiny_llama: Path, measured: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back = []
+    monkeypatch.setattr(Arena, "give_back", lambda arena: given_back.append(arena.nbytes))
+    with headrace.load(tiny_llama, memory="4GiB", context_tokens=64, profile=measured, draft=None) as model:
+        model.generate("hello", max_tokens=2, sampling=GREEDY)
+    assert sum(given_back) > model.plan.pinned_bytes
+
+
+def test_what_a_file_recommends_is_followed_as_far_as_it_makes_sense() -> None:
+    found = {"temperature": 0.5, "top_k": -1, "top_p": 0, "min_p": "a little"}
+    assert recommended(found) == headrace.Sampling(temperature=0.5)
+    assert recommended({"temperature": None}) == headrace.Sampling()
+
+
+def test_only_the_latest_passes_are_kept_but_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PassLog, "MOST", 3)
+    log = PassLog()
+    for number in range(10):
+        log.append(PassStats(rows=number, start_s=0, seconds=1, read_bytes=0, stall_s=0, kernel_s=0))
+    assert len(log) == 10
+    assert [one.rows for one in log] == [one.rows for one in log[0:]]
+    assert [one.rows for one in log[8:]] == [8, 9]
+    assert [one.rows for one in log[5:9]] == [6, 7, 8][-len(log[5:9]) :]
+    assert log[-1].rows == log[9].rows == 9
+    with pytest.raises(IndexError):
+        log[0]

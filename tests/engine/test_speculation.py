@@ -338,3 +338,16 @@ def looked_up(tokens: list[int], count: int = 4) -> list[int]:
 )
 def test_lookup_goes_on_as_the_text_did_the_last_time(tokens: list[int], expected: list[int]) -> None:
     assert looked_up(tokens) == expected
+
+
+def test_what_a_draft_model_has_read_of_a_conversation_is_not_read_again(target: Engine, tiny_llama: Path) -> None:
+    drafter = ModelDrafter(target, 64)
+    tokens = list(range(3, 33))
+    first = Draft(tokens, Sampler(Sampling(temperature=0)))
+    assert drafter.guess([first]) == 30
+    drafter.forget(tokens)
+    longer = [*tokens, 7, 8]
+    second = Draft(longer, Sampler(Sampling(temperature=0)))
+    assert drafter.guess([second]) == 2
+    other = Draft([9, 8, 7], Sampler(Sampling(temperature=0)))
+    assert drafter.guess([second, other]) >= 3

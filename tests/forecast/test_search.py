@@ -253,3 +253,18 @@ def test_the_name_of_more_devices_can_be_read_again(text: str) -> None:
 def test_another_machine_is_suggested_even_if_its_name_begins_alike() -> None:
     now = forecast(LLAMA, find_machine("m4 + 16GB + nvme-gen4"), Ask())
     assert any("m4-max-40" in change.what for change in changes(now, most=20))
+
+
+def test_a_search_tries_only_what_was_not_said() -> None:
+    own = configurations(LLAMA, PC, Ask(), all_bits=(16.0,), batches=(4,), drafts=False)
+    assert own
+    assert {(one.ask.bits, one.ask.batch, one.ask.draft) for one in own} == {(16.0, 4, None)}
+
+
+def test_each_node_streams_its_own_part() -> None:
+    ask = Ask(bits=16.0)
+    one, three = (
+        forecast(LARGE, find_machine(f"rtx-4090 + 64GB + nvme-gen4{more}"), ask).s_per_token.expected
+        for more in ("", " + 3 nodes")
+    )
+    assert three < one / 2.5

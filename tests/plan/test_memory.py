@@ -1,9 +1,11 @@
 """The budget that is found, on file trees that look like machines and containers."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from headrace.cgroup import usable_cores
 from headrace.plan import detect_budget, given_budget
 from headrace.units import GIB, MIB
 
@@ -185,3 +187,21 @@ def test_a_given_budget_is_kept_to_the_byte_and_says_where_it_is_from() -> None:
 
     assert budget.nbytes == 4 * GIB + 1
     assert budget.reason == "--memory 4.00 GiB"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "cores"),
+    [
+        ("0::/a\n", {"cgroup.controllers": "cpu\n", "a/cpu.max": "max 100000\n"}, 64),
+        ("0::/a/b\n", {"cgroup.controllers": "cpu\n", "a/cpu.max": "250000 100000\n"}, 2),
+        ("0::/a\n", {"cgroup.controllers": "cpu\n", "a/cpu.max": "50000 100000\n"}, 1),
+        ("4:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "300000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 3),
+        ("4:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 64),
+        (None, {}, 64),
+    ],
+)
+def test_a_quota_of_cores_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroup: str | None, files: dict[str, str], cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert usable_cores(machine(tmp_path, available=GIB, cgroup=cgroup, files=files)) == cores

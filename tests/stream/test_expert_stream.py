@@ -224,3 +224,33 @@ def test_an_interrupt_between_groups_leaves_nothing_held(stored: tuple[Layers, n
             next(groups)
             groups.close()
         check(stream, numbers, 0, list(range(EXPERTS)))
+
+
+def test_an_interrupt_gives_no_slot_away_that_a_read_ahead_still_writes_into(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, numbers = stored
+    going, gate = threading.Event(), threading.Event()
+
+    class Slow(WeightFile):
+        def read(self, offset: int, target: memoryview, needed: int) -> int:
+            if going.is_set():
+                gate.wait(10)
+            return super().read(offset, target, needed)
+
+    with stream_of(layers, 3, 2, file_of=Slow) as stream:
+        check(stream, numbers, 0, [0])
+        going.set()
+        groups = stream.fetch(0, np.eye(EXPERTS, dtype=np.int64)[0], 1, lambda: stream.expect(1, [3]))
+        next(groups)  # what the layer needs is in memory, and a read ahead is under way
+        threading.Timer(0.3, gate.set).start()
+        groups.close()
+        check(stream, numbers, 1, [5, 6, 7])  # takes every slot
+        check(stream, numbers, 1, [3])
+
+
+def test_an_interrupt_while_readers_stop_does_not_close_the_stream(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, numbers = stored
+    with stream_of(layers, 4, 2) as stream:
+        check(stream, numbers, 0, [0, 1])
+        stream._readers.stop()  # and here came the interrupt
+        stream.rewind()
+        check(stream, numbers, 0, [2, 3])
