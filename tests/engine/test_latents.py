@@ -112,7 +112,7 @@ def test_a_window_is_the_same_for_many_rows_and_for_each_alone() -> None:
     for exact in (False, True):
         attention, cache, found = PackedAttention(), KVCache(1, 64, 32), []
         for first, last in ((0, 20), (20, 25)):
-            for part in attention._room.take((1, 64, 4), (1, 64, 16)):
+            for part in attention.room.take((1, 64, 4), (1, 64, 16)):
                 part.fill_(torch.nan)  # what nobody has filled
             attention.begin([Entry(cache, slice(0, last - first), exact)])
             part = slice(first, last)

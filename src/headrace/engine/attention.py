@@ -7,7 +7,7 @@ verification and batches differ in nothing but their numbers of rows, and rollin
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,6 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from headrace.engine import latents
 from headrace.engine.latents import NUMBERS_TOGETHER, Turns
 from headrace.engine.tape import Tape
+
+if TYPE_CHECKING:
+    from headrace.kernels import Kernels
 
 KV_DTYPE = torch.float16
 
@@ -82,6 +85,11 @@ class KVCache:
         assert held is not None
         return held[0].get(last), held[1].get(last)
 
+    def halves(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Where keys and values are kept in fp16, each (kv_heads, capacity, head_dim); None where there is more to it."""
+        held = self._held[layer]
+        return None if held is None or self._bits != 16 or layer in self._untaken else (held[0].data, held[1].data)
+
     def floats(self, layer: int, first: int, last: int, room: "Room") -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in fp32: each (kv_heads, last, head_dim), of which positions before `first` are not filled."""
         held = self._held[layer]
@@ -107,6 +115,10 @@ class _Rows:
 
     def __init__(self, like: torch.Tensor, capacity: int):
         self._data = torch.empty((like.shape[0], capacity, like.shape[2]), dtype=self.dtype)
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self._data
 
     @property
     def heads(self) -> int:
@@ -202,20 +214,29 @@ class Entry(NamedTuple):
 class PackedAttention:
     """The attention function of one engine. `begin` says whose rows the next forward carries."""
 
-    def __init__(self) -> None:
-        self._batch: Sequence[Entry] = ()
+    def __init__(self, kernels: "Kernels | None" = None) -> None:
+        """`kernels` attend for exact rows; None: torch does."""
+        self.batch: Sequence[Entry] = ()
+        self._kernels = kernels
         self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
         # That called while the order was recorded: how many heads keep keys and values, and how many numbers of a position.
         self.layers: dict[int, tuple[int, int]] = {}
         self.strange: set[str] = set()  # what they asked for that is not done here
-        self._room = Room()
+        self.room = Room()
         self.tape: Tape | None = None  # that takes down what happens
         self._turns: dict[torch.nn.Module, Turns | None] = {}  # of a layer that is about to attend to latent vectors
 
     def begin(self, batch: Sequence[Entry]) -> None:
         """The sequences of the next forward; one that shares the beginning of another comes after it."""
-        self._batch = batch
+        self.batch = batch
         self._masks = {}
+
+    def cache_of_one_row(self, layer: int) -> KVCache | None:
+        """The cache, where the next forward is a single exact row and the layer's keys and values lie in fp16."""
+        if len(self.batch) != 1 or self.batch[0].rows != 1 or not self.batch[0].exact:
+            return None
+        cache = self.batch[0].cache
+        return None if cache.halves(layer) is None else cache
 
     def take(
         self, layer: torch.nn.Module, turns: Turns | None, vectors: torch.Tensor, rotated: torch.Tensor
@@ -267,13 +288,13 @@ class PackedAttention:
         shape = (1, query.shape[2], query.shape[1], value.shape[3])
         if self.tape is None:
             out = query.new_empty(shape)
-            self._attend(out, *arguments)
+            self.attend(out, *arguments)
         else:
             out = self.tape.empty(shape)
-            self.tape.do(self._attend, out, *arguments)
+            self.tape.do(self.attend, out, *arguments)
         return out, None
 
-    def _attend(
+    def attend(
         self,
         out: torch.Tensor,
         layer: int,
@@ -287,8 +308,8 @@ class PackedAttention:
     ) -> None:
         """For the sequences of this pass, to `out`: (1, rows, heads, head_dim)."""
         query, key, value = query[0], key[0], value[0]
-        for cache, part, exact in self._batch:
-            own = [one if len(self._batch) == 1 else one[:, part] for one in (query, key, value)]
+        for cache, part, exact in self.batch:
+            own = [one if len(self.batch) == 1 else one[:, part] for one in (query, key, value)]
             cache.put(layer, own[1], own[2])
             attend = self._row_by_row if exact else self._all_rows
             attend(own[0], cache, layer, out[0, part], scaling, window, softcap, sinks)
@@ -307,11 +328,11 @@ class PackedAttention:
         assert turns is not None
         layer: int = module.layer_idx  # type: ignore[assignment]
         out = query.new_empty((1, query.shape[1], query.shape[0], turns.values.shape[1]))
-        for cache, part, exact in self._batch:
+        for cache, part, exact in self.batch:
             cache.put(layer, rotated[0, :, part], vectors[0, :, part])
             start, rows = cache.length, part.stop - part.start
             first = max(0, start + 1 - window) if window else 0
-            places, seen = (held[0] for held in cache.floats(layer, first, start + rows, self._room))
+            places, seen = (held[0] for held in cache.floats(layer, first, start + rows, self.room))
             if not exact:
                 mask = self._mask(start, rows, window or 0)[:, first:]
                 latents.attend(query[:, part], seen[first:], places[first:], turns, mask, scaling, out[0, part])
@@ -357,14 +378,18 @@ class PackedAttention:
         """Each row alone, so that its result does not depend on the rows beside it. The heads of a group are the rows."""
         heads, rows, width = query.shape
         first = max(0, cache.length + 1 - window) if window else 0
-        all_keys, all_values = cache.floats(layer, first, cache.length + rows, self._room)
+        all_keys, all_values = cache.floats(layer, first, cache.length + rows, self.room)
         for row in range(rows):
             last = cache.length + row + 1
             start = max(0, last - window) if window else 0
             keys, values = (one.narrow(1, start, last - start) for one in (all_keys, all_values))
-            grouped = query.select(1, row).reshape(keys.shape[0], -1, width)
-            found = _attend(grouped, keys, values, None, scaling, softcap, sinks)
-            out.select(0, row).copy_(found.view(heads, -1))
+            own, place = query.select(1, row), out.select(0, row)
+            if self._kernels is not None and softcap is None and sinks is None:
+                own = own if own.stride(1) == 1 else own.contiguous()
+                self._kernels.attend(own, keys, values, width**-0.5 if scaling is None else scaling, place)
+                continue
+            found = _attend(own.reshape(keys.shape[0], -1, width), keys, values, None, scaling, softcap, sinks)
+            place.copy_(found.view(heads, -1))
 
     def _all_rows(
         self,
@@ -379,7 +404,7 @@ class PackedAttention:
     ) -> None:
         rows, start = query.shape[1], cache.length
         first = max(0, start + 1 - window) if window else 0
-        keys, values = (wide[:, first:] for wide in cache.floats(layer, first, start + rows, self._room))
+        keys, values = (wide[:, first:] for wide in cache.floats(layer, first, start + rows, self.room))
         mask = self._mask(start, rows, window or 0)[:, first:]
         result = _attend(query, keys, values, mask, scaling, softcap, sinks)
         out.copy_(result.transpose(0, 1))

@@ -1,15 +1,18 @@
-"""Of a tape, runs of entries around products become chains: one call of ggml for each run.
+"""Of a tape, runs of calls around products become chains: one call of ggml for each run.
 
-A run ends where only Python or torch can go on: attention, experts, an operation that ggml does in another way, a product with
-weights that stream.
+A run ends where only Python or torch can go on: experts, an operation that ggml does in another way, a product with weights that
+stream, attention with caps or sinks or on a cache in 8 bits. Where there is none of these, it is the whole pass.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
+from headrace.engine.attention import PackedAttention
+from headrace.engine.tape import Call, put_all
+from headrace.kernels.attending import Attending, Heads, Positions
 from headrace.kernels.chain import Chain
 from headrace.kernels.multiply import Kernels
 from headrace.model.order import LinearStep
@@ -18,14 +21,6 @@ from headrace.stream.weights import Batch
 
 _aten = torch.ops.aten
 _COMBINING = {_aten.add.out: "add", _aten.sub.out: "sub", _aten.mul.out: "mul", _aten.div.out: "div"}
-
-
-class Entry(NamedTuple):
-    """One call of a tape."""
-
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    named: dict[str, Any]
 
 
 class _Visit(NamedTuple):
@@ -50,67 +45,56 @@ class Products(Protocol):
 class Linker:
     """Makes chains for the tapes of one engine."""
 
-    def __init__(self, kernels: Kernels, products: Products, multiply: Callable[..., None]):
-        """`multiply` is the function of entries that are products: of a step, its activations and its outputs."""
+    def __init__(self, kernels: Kernels, attention: PackedAttention, products: Products, multiply: Callable[..., None]):
+        """`multiply` is the function of calls that are products: of a step, its activations and its outputs."""
         self._kernels = kernels
+        self._attention = attention
         self._products = products
         self._multiply = multiply
 
-    def __call__(self, entries: Sequence[Entry]) -> list[Entry]:
-        """The same entries, in chains where they can be."""
-        done: list[Entry] = []
-        run: list[Entry] = []
-        for entry in entries:
-            if self._fits(entry):
-                run.append(entry)
+    def __call__(self, calls: Sequence[Call]) -> list[Call]:
+        """The same calls, in chains where they can be."""
+        done: list[Call] = []
+        run: list[Call] = []
+        for call in calls:
+            if self._fits(call):
+                run.append(call)
             else:
-                done += [*self._linked(run), entry]
+                done += [*self._linked(run), call]
                 run = []
         return done + self._linked(run)
 
-    def _fits(self, entry: Entry) -> bool:
+    def _fits(self, call: Call) -> bool:
         """Whether ggml can do it. It is tried out, in a chain that is thrown away."""
-        if entry.function == self._multiply:
-            return self._visit(entry) is not None
-        chain = Chain(self._kernels.few_workers, _operations(entry), self._kernels.interleaving)
+        chain = Chain(self._kernels.few_workers, _operations(call), self._kernels.interleaving)
         try:
-            return self._add(chain, entry)
+            return self._add(chain, call, Parts())
         finally:
             chain.close()
 
-    def _linked(self, run: list[Entry]) -> list[Entry]:
-        if len(run) < 2 or not any(entry.function == self._multiply for entry in run):
+    def _linked(self, run: list[Call]) -> list[Call]:
+        if len(run) < 2 or not any(call.function == self._multiply for call in run):
             return run
-        chain = self._kernels.chain(sum(map(_operations, run)))
-        visits = []
-        for entry in run:
-            if entry.function == self._multiply:
-                visit = self._visit(entry)
-                assert visit is not None
-                visits.append(visit)
-            self._add(chain, entry)
+        chain, parts = self._kernels.chain(sum(map(_operations, run))), Parts()
+        for call in run:
+            self._add(chain, call, parts)
         chain.seal(self._kernels.row_invariant)
-        return [Entry(Linked(run, chain, visits, self._products), (), {})]
+        return [Call(Linked(run, chain, parts, self._products), (), {})]
 
-    def _visit(self, entry: Entry) -> _Visit | None:
-        step, x, outputs, _ = entry.arguments
-        stream, index = self._products.place(step)
-        weights = stream.whole(index)
-        if weights is None or len(x) != 1 or self._kernels.known(x, weights, outputs) is None:
-            return None
-        return _Visit(step, stream, index, weights)
-
-    def _add(self, chain: Chain, entry: Entry) -> bool:
+    def _add(self, chain: Chain, call: Call, parts: "Parts") -> bool:
         """Whether ggml can do it; then it is added."""
-        function, arguments, named = entry
+        function, arguments, named = call
         if function == self._multiply:
-            visit = self._visit(entry)
-            known = None if visit is None else self._kernels.known(arguments[1], visit.weights, arguments[2])
-            return known is not None and chain.multiply(known.graph.parts, known.operands)
+            return self._add_product(chain, parts, *arguments)
+        if function == self._attention.attend:
+            return self._add_attention(chain, parts, *arguments)
         if function == self._kernels.rms_norm:
             return chain.rms_norm(*arguments)
         if function == self._kernels.silu:
             return chain.silu(*arguments)
+        if function is put_all and arguments[1] is _aten.index_select.default:
+            (out,), _, (x, dim, order), _ = arguments
+            return dim in (-1, x.dim() - 1) and chain.select(out, x, order)
         if named.keys() != {"out"}:
             return False
         out = named["out"]
@@ -120,38 +104,116 @@ class Linker:
             return chain.combine("mul", out, arguments[0], -1.0)
         if function is _aten.cat.out:
             tensors, dim = (*arguments, 0)[:2]
-            parts = torch.split(out, [tensor.shape[dim] for tensor in tensors], dim)
-            return all(chain.copy(part, tensor) for part, tensor in zip(parts, tensors, strict=True))
+            places = torch.split(out, [tensor.shape[dim] for tensor in tensors], dim)
+            return all(chain.copy(place, tensor) for place, tensor in zip(places, tensors, strict=True))
         return False
+
+    def _add_product(
+        self, chain: Chain, parts: "Parts", step: LinearStep, x: torch.Tensor, outputs: Sequence[torch.Tensor], _: int
+    ) -> bool:
+        stream, place = self._products.place(step)
+        weights = stream.whole(place)
+        if weights is None or len(x) != 1:
+            return False
+        known = self._kernels.known(x, weights, outputs)
+        if known is None:
+            return False
+        parts.visits.append(_Visit(step, stream, place, weights))
+        return chain.multiply(known.graph.parts, known.operands)
+
+    def _add_attention(
+        self,
+        chain: Chain,
+        parts: "Parts",
+        out: torch.Tensor,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> bool:
+        cache = self._attention.cache_of_one_row(layer)
+        if cache is None or softcap is not None or sinks is not None:
+            return False
+        if any(one.stride(3) != 1 for one in (query, key, value)):
+            return False
+        heads = Heads(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+        scale = heads.key_width**-0.5 if scaling is None else scaling
+        attending = chain.attend(heads, cache.capacity, scale)
+        rows = ((key.data_ptr(), 4 * key.stride(1)), (value.data_ptr(), 4 * value.stride(1)))
+        asked = query.data_ptr(), 4 * query.stride(1)
+        parts.attentions.append(_Attended(attending, self._attention, layer, window, asked, out.data_ptr(), rows))
+        return True
+
+
+class _Attended(NamedTuple):
+    """An attention within a chain: addresses of rows, and the bytes between their heads."""
+
+    attending: Attending
+    attention: PackedAttention
+    layer: int
+    window: int | None
+    query: tuple[int, int]
+    out: int
+    rows: tuple[tuple[int, int], tuple[int, int]]  # the new key and value
+
+    def prepare(self) -> bool:
+        """Say where the cache of this pass lies, and how far it goes. False: the chain was not made for it."""
+        attending, heads = self.attending, self.attending.heads
+        cache = self.attention.cache_of_one_row(self.layer)
+        if cache is None or cache.capacity > attending.most:
+            return False
+        halves = cache.halves(self.layer)
+        assert halves is not None
+        first = max(0, cache.length + 1 - self.window) if self.window else 0
+        shapes = [(heads.kept, cache.capacity, width) for width in (heads.key_width, heads.value_width)]
+        wide = [Positions(one.data_ptr(), 4 * one.stride(0)) for one in self.attention.room.take(*shapes)]
+        kept = [Positions(one.data_ptr() + 2 * first * one.stride(1), 2 * one.stride(0)) for one in halves]
+        attending.set(cache.length + 1 - first, self.query, self.out, *wide)
+        attending.set_packed(cache.length + 1 - first, self.rows, *kept)
+        return True
+
+
+class Parts:
+    """What of a chain is looked at before it is computed."""
+
+    def __init__(self) -> None:
+        self.visits: list[_Visit] = []
+        self.attentions: list[_Attended] = []
 
 
 class Linked:
-    """A run of entries as one call."""
+    """A run of calls as one call."""
 
-    def __init__(self, run: Sequence[Entry], chain: Chain, visits: Sequence[_Visit], products: Products):
+    def __init__(self, run: Sequence[Call], chain: Chain, parts: Parts, products: Products):
         self._run = run
         self._chain = chain
-        self._visits = visits
+        self._parts = parts
         self._products = products
-        self._steps = [visit.step for visit in visits]
+        self._steps = [visit.step for visit in parts.visits]
 
     def __call__(self) -> None:
         """Do what the run does."""
-        for _, stream, place, weights in self._visits:
-            if stream.whole(place) is not weights:  # they were read again, to be sure that they are whole
-                for function, arguments, named in self._run:
-                    function(*arguments, **named)
-                return
+        # Weights may have been read again, to be sure that they are whole; a cache may be of another kind.
+        same = all(stream.whole(place) is weights for _, stream, place, weights in self._parts.visits)
+        if not same or not all(one.prepare() for one in self._parts.attentions):
+            for function, arguments, named in self._run:
+                function(*arguments, **named)
+            return
         start = time.perf_counter()
-        for visit in self._visits:
+        for visit in self._parts.visits:
             visit.stream.skip(visit.place)
         self._chain.compute()
         self._products.chained(self._steps, start, time.perf_counter())
 
 
-def _operations(entry: Entry) -> int:
+def _operations(call: Call) -> int:
     """At most so many of ggml."""
-    function, arguments, _ = entry
+    function, arguments, _ = call
     if function is _aten.cat.out:
         return len(arguments[0])
-    return max(2, *[len(one) for one in arguments if isinstance(one, (list, tuple))], 2)
+    lists = [len(one) for one in arguments if isinstance(one, (list, tuple))]
+    return max(Attending.OPERATIONS, *lists, 0)

@@ -124,8 +124,9 @@ class Engine:
         self.on_visit: Callable[[int, int], None] | None = None  # called with (visits done, visits of the pass)
         self.experts: ExpertProducts | None = None
         self._tape: Tape | None = None  # that takes down what happens
-        self._tapes = Tapes(Linker(kernels, self, self._multiply) if isinstance(kernels, Kernels) else list)
-        self._attention = PackedAttention()
+        own = kernels if isinstance(kernels, Kernels) else None
+        self._attention = PackedAttention(own)
+        self._tapes = Tapes(list if own is None else Linker(own, self._attention, self, self._multiply))
         self._recorder: Recorder | None = None
         self._name = f"headrace_{id(self):x}"
         self._streams: list[WeightStream] = []

@@ -13,13 +13,12 @@ import ctypes
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headrace.engine.blocks import Blocks, is_dense
-from headrace.engine.chains import Entry
 from headrace.engine.recycling import ELEMENTWISE, rms_norm_into, room_for_cat, room_for_elementwise
 
 _aten = torch.ops.aten
@@ -29,7 +28,16 @@ _SPOILING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, to
 _VIEWS = {"alias", "chunk", "detach", "expand", "narrow", "permute", "select", "slice", "split", "split_with_sizes"}
 _VIEWS |= {"squeeze", "t", "transpose", "unbind", "unsqueeze", "view"}
 
-Link: TypeAlias = Callable[[list[Entry]], list[Entry]]  # entries that do the same, sooner
+
+class Call(NamedTuple):
+    """One call of a tape."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+Link: TypeAlias = Callable[[list[Call]], list[Call]]  # calls that do the same, sooner
 
 MOST_TAPES = 32
 _MOST_SEEN = 4096
@@ -44,7 +52,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._link = link
         self.spoilt: str | None = None
         self._blocks = blocks
-        self._entries: list[Entry] = []
+        self._calls: list[Call] = []
         self._aliases: dict[tuple[Any, ...], torch.Tensor] = {}
         self._places: set[int] = set()  # their identities
         self._inputs: list[torch.Tensor] = []
@@ -164,13 +172,13 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.spoil(f"{func} gives tensors with holes")
             return results
         places = [self._blocks.empty(one.shape, one.dtype, one.stride()).copy_(one) for one in made]
-        self._note(_put_all, (places, func, args, kwargs), {})
+        self._note(put_all, (places, func, args, kwargs), {})
         return places[0] if isinstance(results, torch.Tensor) else type(results)(places)
 
     def _note(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if self.spoilt is None:
             named = {name: self._fixed(value) for name, value in kwargs.items()}
-            self._entries.append(Entry(function, tuple(map(self._fixed, args)), named))
+            self._calls.append(Call(function, tuple(map(self._fixed, args)), named))
 
     def _fixed(self, value: Any) -> Any:
         """The argument as it is when it is played: of varying tensors their place."""
@@ -225,19 +233,19 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return len(mine) == len(theirs) and all(map(same, mine, theirs))
             return type(mine) is type(theirs) and bool(mine == theirs)
 
-        return self.spoilt is None and other.spoilt is None and same(self._entries, other._entries)
+        return self.spoilt is None and other.spoilt is None and same(self._calls, other._calls)
 
     def play(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The result for other inputs."""
         assert self._output is not None
         for place, value in zip(self._inputs, inputs, strict=True):
             place.copy_(value)
-        for function, arguments, named in self._entries:
+        for function, arguments, named in self._calls:
             function(*arguments, **named)
         result = self._output.clone()
         if not self._linked:
             self._linked = True
-            self._entries = self._link(self._entries)
+            self._calls = self._link(self._calls)
         return result
 
 
@@ -309,7 +317,8 @@ def _put(place: torch.Tensor, function: Callable[..., torch.Tensor], *arguments:
     place.copy_(function(*arguments))
 
 
-def _put_all(places: Sequence[torch.Tensor], function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def put_all(places: Sequence[torch.Tensor], function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Do an operation of torch and put its results in their places."""
     results = function(*args, **kwargs)
     for place, result in zip(places, [results] if isinstance(results, torch.Tensor) else results, strict=True):
         place.copy_(result)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from headrace.kernels.attending import Attending, Heads
 from headrace.kernels.ggml_graph import Graph, Operands, Part, Workers
 from headrace.kernels.interleaved import Interleaving
 
@@ -30,7 +31,7 @@ class Chain(Graph):
         self._threads = workers.threads
         self._interleaving = interleaving
         self._results: list[Any] = []
-        self._numbers: list[torch.Tensor] = []  # that lie nowhere else
+        self._kept: list[torch.Tensor] = []  # what lies nowhere else
 
     def seal(self, dots: bool) -> None:
         """Nothing more is added. `dots` as for `Products`."""
@@ -60,7 +61,7 @@ class Chain(Graph):
         """a + b, a - b, a * b or a / b, by torch's name for it; b as broadcast to the shape of a and `out`."""
         if not isinstance(b, torch.Tensor):
             b = torch.tensor([b], dtype=torch.float32)
-            self._numbers.append(b)
+            self._kept.append(b)
         if a.shape != out.shape and name in ("add", "mul"):
             a, b = b, a
         if a.shape != out.shape or not all(map(_is_plain, (a, b, out))):
@@ -82,6 +83,25 @@ class Chain(Graph):
             return False
         self._add(self._ggml.ggml_cont(self._context, self._tensor(x)), out)
         return True
+
+    def select(self, out: torch.Tensor, x: torch.Tensor, order: torch.Tensor) -> bool:
+        """The numbers of x, a single row, in another order."""
+        if x.numel() != x.shape[-1] or not (_is_plain(x) and x.is_contiguous() and out.is_contiguous()):
+            return False
+        order = order.to(torch.int32)
+        self._kept.append(order)
+        numbers, places = self.tensor("F32", 1, x.numel()), self.tensor("I32", order.numel())
+        numbers.contents.data, places.contents.data = x.data_ptr(), order.data_ptr()
+        node = self.add("get_rows", numbers, places)
+        node.contents.data = out.data_ptr()
+        self._results.append(node)
+        return True
+
+    def attend(self, heads: Heads, most: int, scale: float) -> Attending:
+        """Attention of a row over at most so many positions that lie in fp16, to which its own is added."""
+        attending = Attending(self, heads, most, scale, packed=True)
+        self._results += attending.results
+        return attending
 
     def _shared(self, *tensors: torch.Tensor) -> list[torch.Tensor] | None:
         """All of them with a row for each thread, where there are many numbers without a gap."""

@@ -62,6 +62,15 @@ class Graph:
         """A new (rows, columns) tensor whose data pointer is set later."""
         return self._ggml.ggml_new_tensor_2d(self._context, type_number(type_name), columns, rows)
 
+    def tensor(self, type_name: str, *sizes: int) -> Any:
+        """The same with up to four sizes, innermost first."""
+        padded = [*sizes, 1, 1, 1][:4]
+        return self._ggml.ggml_new_tensor_4d(self._context, type_number(type_name), *padded)
+
+    def add(self, name: str, *operands: Any) -> Any:
+        """The result of one of ggml's operations."""
+        return getattr(self._ggml, f"ggml_{name}")(self._context, *operands)
+
     def product(self, part: "Part", rows: int, interleaving: Interleaving) -> tuple[Any, Any, Any]:
         """A new product: the tensors of its weight, of so many rows of x and of its result."""
         x = self.leaf(part.x_type, part.columns, rows)

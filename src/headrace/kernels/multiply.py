@@ -15,6 +15,7 @@ import torch
 
 from headrace.checkpoint.tensor import row_bytes
 from headrace.kernels import interleaved
+from headrace.kernels.attending import Attention, Heads, Positions
 from headrace.kernels.chain import Chain
 from headrace.kernels.ggml import takes_super_blocks
 from headrace.kernels.ggml_graph import Cast, Operands, Part, Products, RowFunction, Workers
@@ -64,6 +65,7 @@ class Kernels:
         self._casts: dict[tuple[str, str, int, bool], Cast] = {}
         self._one_worker = Workers(1, spin=False)
         self._row_functions: dict[tuple[str, int, float, bool], RowFunction] = {}
+        self._attentions: dict[tuple[Heads, int, float], Attention] = {}
         self._chains: list[Chain] = []
         self._scratch: torch.Tensor | None = None
         self._half: torch.Tensor | None = None  # unpacked weights
@@ -348,6 +350,28 @@ class Kernels:
         """x / (1 + exp(-x)) for rows as in `rms_norm`."""
         self._row_function("silu", x)(x.data_ptr(), 4 * x.stride(0), len(x), out.data_ptr())
 
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, out: torch.Tensor
+    ) -> None:
+        """Attention of one row over the positions of one sequence, all in fp32.
+
+        Args:
+            query: (heads, key width).
+            keys: (kept heads, positions, key width), those of a head without a gap.
+            values: (kept heads, positions, value width), as the keys.
+            scale: of the scores.
+            out: (heads, value width), contiguous.
+        """
+        count = keys.shape[1]
+        heads = Heads(query.shape[0], keys.shape[0], keys.shape[2], values.shape[2])
+        most = max(_LEAST_POSITIONS, 1 << (count - 1).bit_length())
+        graph = self._attentions.get((heads, most, scale))
+        if graph is None:
+            graph = Attention(self.few_workers, heads, most, scale, self.row_invariant)
+            self._attentions[heads, most, scale] = graph
+        places = [Positions(one.data_ptr(), 4 * one.stride(0)) for one in (keys, values)]
+        graph(count, (query.data_ptr(), 4 * query.stride(0)), out.data_ptr(), *places)
+
     def _row_function(self, name: str, x: torch.Tensor, eps: float = 0.0) -> RowFunction:
         many = x.shape[0] > FEW_ROWS
         key = name, x.shape[1], eps, many
@@ -380,10 +404,12 @@ class Kernels:
 
     def close(self) -> None:
         """Free ggml's graphs and the copies."""
-        for graph in (*self._products.values(), *self._casts.values(), *self._row_functions.values(), *self._chains):
+        small = (*self._casts.values(), *self._row_functions.values(), *self._attentions.values())
+        for graph in (*self._products.values(), *small, *self._chains):
             graph.close()
         self._products.clear()
         self._row_functions.clear()
+        self._attentions.clear()
         self._chains.clear()
         self._known.clear()
         self._casts.clear()
@@ -445,6 +471,7 @@ _Job: TypeAlias = tuple[Part, Operands]
 _Pieces: TypeAlias = Sequence[tuple[int, Piece]]
 
 _ROWS_8_BITS = "Q8_K"  # in which ggml's tiles take activations
+_LEAST_POSITIONS = 64  # that a graph of attention is made for
 _MOST_PARTS = 32  # products in one graph
 _MOST_KNOWN = 4096
 _ALIGNMENT = 64

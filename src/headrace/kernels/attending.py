@@ -1,0 +1,145 @@
+"""Attention of one row over the positions of one sequence, as operations of a ggml graph: all in fp32.
+
+Keys and values may be given in fp32, or in fp16 as caches hold them: then the row's own are put there first, and all are
+widened, which is exact. So both ways give the same bits. In torch the same takes some twenty calls, 100 us when they are warm and
+200 to 300 within a pass, after products have turned the caches of the processor over.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from headrace.kernels.ggml_graph import Graph, Workers
+
+
+class Heads(NamedTuple):
+    """Numbers of a layer's attention: heads that ask, heads that are kept, numbers of a key and of a value."""
+
+    queries: int
+    kept: int
+    key_width: int
+    value_width: int
+
+    @property
+    def groups(self) -> int:
+        """Heads that ask the same kept one."""
+        return self.queries // self.kept
+
+
+class Positions(NamedTuple):
+    """Where keys or values of a layer lie: the first that is seen, and the bytes from one head to the next."""
+
+    address: int
+    head_bytes: int
+
+
+class Attending:
+    """One attention in a graph. `set` says where everything lies before the graph is computed."""
+
+    OPERATIONS = 7
+
+    def __init__(self, graph: Graph, heads: Heads, most: int, scale: float, packed: bool):
+        """`most` is the most positions, `packed` whether keys and values are given in fp16."""
+        self.heads, self.most = heads, most
+        self.results: list[Any] = []
+        self._graph = graph
+        self._most_rows = _counting(most)
+        self._sources: list[Any] = []
+        self._own: list[tuple[Any, Any, Any]] = []  # new row, its place in the cache, the copying
+        self._rows = graph.tensor("I32", most, heads.kept)  # all, in order, the same for each head
+        self._rows.contents.data = self._most_rows.ctypes.data
+        _strides(self._rows.contents, 4, 0, 0, 0)
+        keys, values = (self._positions(width, packed) for width in (heads.key_width, heads.value_width))
+        query = graph.tensor("F32", heads.key_width, heads.groups, heads.kept)
+        scores = graph.add("mul_mat", keys, query)
+        chances = graph.add("soft_max_ext", scores, None, scale, 0.0)
+        turned = graph.tensor("F32", heads.groups, most, heads.kept)
+        out = graph.add("out_prod", values, turned)
+        self.results += [scores, chances, out]
+        self._scratch = np.empty(2 * heads.queries * most, np.float32)
+        named = (keys, values, query, scores, chances, turned, out)
+        self._keys, self._values, self._query, self._scores, self._chances, self._turned, self._out = (
+            one.contents for one in named
+        )
+        self._scores.data = self._scratch.ctypes.data
+        self._chances.data = self._turned.data = self._scratch.ctypes.data + self._scratch.nbytes // 2
+
+    def _positions(self, width: int, packed: bool) -> Any:
+        """The tensor of keys or values in fp32."""
+        graph, heads = self._graph, self.heads
+        if not packed:
+            return graph.tensor("F32", width, self.most, heads.kept)
+        new, place = graph.tensor("F32", width, heads.kept), graph.tensor("F16", width, heads.kept)
+        copying = graph.add("cpy", new, place)
+        held = graph.tensor("F16", width, self.most, heads.kept)
+        wide = graph.add("get_rows", held, self._rows)
+        self.results += [copying, wide]
+        self._own.append((new.contents, place.contents, copying.contents))
+        self._sources.append(held.contents)
+        return wide
+
+    def set(self, count: int, query: tuple[int, int], out: int, keys: Positions, values: Positions) -> None:
+        """Attend to so many positions in fp32; `query` and `out` are addresses, the former with the bytes between heads."""
+        heads = self.heads
+        for tensor, where, width in (
+            (self._keys, keys, heads.key_width),
+            (self._values, values, heads.value_width),
+        ):
+            tensor.data = where.address
+            tensor.ne[1] = count
+            _strides(tensor, 4, 4 * width, where.head_bytes, where.head_bytes * heads.kept)
+        address, stride = query
+        self._query.data, self._out.data = address, out
+        _strides(self._query, 4, stride, stride * heads.groups, stride * heads.queries)
+        row, group = 4 * count, 4 * count * heads.groups
+        for tensor in (self._scores, self._chances):
+            tensor.ne[0] = count
+            _strides(tensor, 4, row, group, group * heads.kept)
+        self._turned.ne[1] = count
+        _strides(self._turned, row, 4, group, group * heads.kept)
+
+    def set_packed(
+        self, count: int, new: tuple[tuple[int, int], tuple[int, int]], keys: Positions, values: Positions
+    ) -> None:
+        """Where the row's own key and value are, in fp32 (addresses, and the bytes between heads), and those of all positions in
+        fp16, the row's own place being the last of `count`."""
+        self._rows.contents.ne[0] = count
+        widths = self.heads.key_width, self.heads.value_width
+        for own, held, (address, stride), where, width in zip(
+            self._own, self._sources, new, (keys, values), widths, strict=True
+        ):
+            source, place, copying = own
+            source.data = address
+            _strides(source, 4, stride, stride * self.heads.kept, stride * self.heads.kept)
+            for tensor in (place, copying):
+                tensor.data = where.address + 2 * width * (count - 1)
+                _strides(
+                    tensor, 2, where.head_bytes, where.head_bytes * self.heads.kept, where.head_bytes * self.heads.kept
+                )
+            held.data = where.address
+            held.ne[1] = count
+            _strides(held, 2, 2 * width, where.head_bytes, where.head_bytes * self.heads.kept)
+
+
+class Attention(Graph):
+    """A graph of nothing else, over keys and values in fp32."""
+
+    def __init__(self, workers: Workers, heads: Heads, most: int, scale: float, dots: bool):
+        super().__init__(workers, Attending.OPERATIONS)
+        self.attending = Attending(self, heads, most, scale, packed=False)
+        self.plan(self.attending.results, dots)
+
+    def __call__(self, count: int, query: tuple[int, int], out: int, keys: Positions, values: Positions) -> None:
+        """As `Attending.set`."""
+        self.attending.set(count, query, out, keys, values)
+        self.compute()
+
+
+@cache
+def _counting(most: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.arange(most, dtype=np.int32)
+
+
+def _strides(tensor: Any, *nbytes: int) -> None:
+    tensor.nb[:] = nbytes
