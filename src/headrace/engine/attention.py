@@ -445,7 +445,7 @@ def _attend(
     for first in range(0, len(keys), together):
         part = slice(first, min(len(keys), first + together))
         mine = slice(groups * part.start, groups * part.stop)
-        given = None if sinks is None else sinks[mine]
+        given = None if sinks is None else sinks.view(len(keys), -1)[part].flatten()
         out[mine] = _by_scores(query[mine], keys[part], values[part], mask, scaling, softcap, given)
     return out
 

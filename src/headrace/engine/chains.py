@@ -66,16 +66,29 @@ class Linker:
 
     def _fits(self, call: Call) -> bool:
         """Whether ggml can do it. It is tried out, in a chain that is thrown away."""
-        chain = Chain(self._kernels.few_workers, _operations(call), self._kernels.interleaving)
+        chain = Chain(self._kernels.few_workers, self._operations(call), self._kernels.interleaving)
         try:
             return self._add(chain, call, Parts())
         finally:
             chain.close()
 
+    def _operations(self, call: Call) -> int:
+        """At most so many of ggml."""
+        function, arguments, _ = call
+        if function == self._multiply:
+            return sum(len(weights) for weights in [self._weights(arguments[0])] if weights)
+        if function == self._attention.attend:
+            return Attending.OPERATIONS
+        return len(arguments[0]) if function is _aten.cat.out else 2
+
+    def _weights(self, step: LinearStep) -> Batch | None:
+        stream, place = self._products.place(step)
+        return stream.whole(place)
+
     def _linked(self, run: list[Call]) -> list[Call]:
         if len(run) < 2 or not any(call.function == self._multiply for call in run):
             return run
-        chain, parts = self._kernels.chain(sum(map(_operations, run))), Parts()
+        chain, parts = self._kernels.chain(sum(map(self._operations, run))), Parts()
         for call in run:
             self._add(chain, call, parts)
         chain.seal(self._kernels.row_invariant)
@@ -208,12 +221,3 @@ class Linked:
             visit.stream.skip(visit.place)
         self._chain.compute()
         self._products.chained(self._steps, start, time.perf_counter())
-
-
-def _operations(call: Call) -> int:
-    """At most so many of ggml."""
-    function, arguments, _ = call
-    if function is _aten.cat.out:
-        return len(arguments[0])
-    lists = [len(one) for one in arguments if isinstance(one, (list, tuple))]
-    return max(Attending.OPERATIONS, *lists, 0)

@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from headrace.engine.look_ahead import LookAhead
@@ -32,6 +34,7 @@ class ExpertProducts:
         self.kernel_s = 0.0
         self._kernels = kernels
         self._spans = spans
+        self._plain: dict[int, bool] = {}  # by layer, whether `_of_one_row` will do
 
     def __call__(
         self, packed: PackedExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, exact: bool
@@ -50,14 +53,10 @@ class ExpertProducts:
         """
         rows, chosen = ids.shape
         hidden = hidden.contiguous()
+        if rows == 1 and self._has_plain_gates(packed):
+            return self._of_one_row(packed, hidden, ids[0].numpy(), weights)
         order = ids.reshape(-1).argsort(stable=True)  # pairs of a row and an expert, expert after expert
-        choices = packed.count + packed.identities
-        sizes = torch.bincount(ids.reshape(-1), minlength=choices).numpy()
-        if len(sizes) > choices:
-            raise CheckpointError(
-                f"the router of layer {packed.index} chose expert {len(sizes) - 1} of {choices}",
-                hint="router and experts are of different models",
-            )
+        sizes = _counted(packed, ids.reshape(-1).numpy())
         owners = order // chosen  # the row of each pair
         firsts = [0, *sizes.cumsum().tolist()]
         pairs = hidden.new_empty((rows * chosen, hidden.shape[1]))
@@ -86,6 +85,45 @@ class ExpertProducts:
         placed = torch.empty_like(pairs)
         placed[order] = pairs
         return placed.view(rows, chosen, -1).mul_(weights.unsqueeze(-1)).sum(1)
+
+    def _has_plain_gates(self, packed: PackedExperts) -> bool:
+        known = self._plain.get(packed.index)
+        if known is None:
+            known = self._plain[packed.index] = isinstance(self._kernels, Kernels) and packed.has_plain_gates
+        return known
+
+    def _of_one_row(
+        self, packed: PackedExperts, hidden: torch.Tensor, chosen: npt.NDArray[np.int64], weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The same for a single row, which chooses no expert twice: of each group one call."""
+        assert isinstance(self._kernels, Kernels)
+        sizes = _counted(packed, chosen)
+        places = {expert: place for place, expert in enumerate(chosen.tolist())}
+        pairs = hidden.new_empty((len(chosen), hidden.shape[1]))
+        results = torch.split(pairs, 1)
+        for expert, place in places.items():
+            if expert >= packed.count:
+                results[place].copy_(hidden)
+        split = len(packed.up[0].slices)
+        self.look_ahead.judge(packed.index, sizes)
+
+        def read_ahead() -> None:
+            for layer, guessed in self.look_ahead.guess(packed.index, hidden):
+                self.stream.expect(layer, guessed)
+
+        for ready in self.stream.fetch(packed.index, sizes[: packed.count], 1, read_ahead):
+            start = time.perf_counter()
+            for first in range(0, len(ready), EXPERTS_TOGETHER):
+                some = ready[first : first + EXPERTS_TOGETHER]
+                matrices = [(pieces[:split], pieces[split:]) for _, pieces in some]
+                self._kernels.gated(hidden, matrices, [results[places[expert]] for expert, _ in some])
+            end = time.perf_counter()
+            self.kernel_s += end - start
+            if self._spans is not None:
+                self._spans.add("compute", f"{len(ready)} experts", start, end)
+        if packed.module.has_post_expert_norm:
+            pairs = packed.module.post_expert_norm(pairs)
+        return pairs.view(1, len(chosen), -1).mul_(weights.unsqueeze(-1)).sum(1)
 
     def _group(self, packed: PackedExperts, members: Sequence["_Member"], exact: bool) -> None:
         """Some experts together: up, gate, down."""
@@ -118,6 +156,18 @@ class ExpertProducts:
                 jobs.append((x, piece, result[:, column : column + height]))
                 column += height
         self._kernels.multiply_each(jobs, exact)
+
+
+def _counted(packed: PackedExperts, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How often each expert was chosen, those that only give back what they are given included."""
+    choices = packed.count + packed.identities
+    sizes = np.bincount(chosen, minlength=choices)
+    if len(sizes) > choices:
+        raise CheckpointError(
+            f"the router of layer {packed.index} chose expert {len(sizes) - 1} of {choices}",
+            hint="router and experts are of different models",
+        )
+    return sizes
 
 
 class _Member(NamedTuple):

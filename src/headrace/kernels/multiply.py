@@ -17,6 +17,7 @@ from headrace.checkpoint.tensor import row_bytes
 from headrace.kernels import interleaved
 from headrace.kernels.attending import Attention, Heads, Positions
 from headrace.kernels.chain import Chain
+from headrace.kernels.gated import Form, GatedExperts
 from headrace.kernels.ggml import takes_super_blocks
 from headrace.kernels.ggml_graph import Cast, Operands, Part, Products, RowFunction, Workers
 from headrace.kernels.interleaved import Interleaving
@@ -65,6 +66,7 @@ class Kernels:
         self._casts: dict[tuple[str, str, int, bool], Cast] = {}
         self._one_worker = Workers(1, spin=False)
         self._row_functions: dict[tuple[str, int, float, bool], RowFunction] = {}
+        self._gated: dict[tuple[int, tuple[Form, ...]], GatedExperts] = {}
         self._attentions: dict[tuple[Heads, int, float], Attention] = {}
         self._chains: list[Chain] = []
         self._scratch: torch.Tensor | None = None
@@ -193,6 +195,23 @@ class Kernels:
         for some, by_dots in ((dots, True), (others, False)):
             for start in range(0, len(some), _MOST_PARTS):
                 self._run(some[start : start + _MOST_PARTS], by_dots)
+
+    def gated(self, x: torch.Tensor, experts: Sequence["_Expert"], outputs: Sequence[torch.Tensor]) -> None:
+        """For one row the experts whose gate is SiLU.
+
+        Args:
+            x: fp32, contiguous, (1, columns).
+            experts: of each the pieces that lead up to gate and up, and those that lead down; none in slabs.
+            outputs: for each expert (1, columns of its down), fp32, contiguous.
+        """
+        forms = tuple([Form.of(up, down) for up, down in experts])
+        graph = self._gated.get((x.shape[1], forms))
+        if graph is None:
+            made = GatedExperts(forms, x.shape[1], self.row_invariant, self.few_workers, self.interleaving)
+            graph = self._gated[x.shape[1], forms] = made
+        weights = [piece.address for up, _ in experts for piece in up]
+        weights += [piece.address for _, down in experts for piece in down]
+        graph(x.data_ptr(), weights, [output.data_ptr() for output in outputs])
 
     def _few_rows(self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
         for i, piece in pieces:
@@ -404,11 +423,17 @@ class Kernels:
 
     def close(self) -> None:
         """Free ggml's graphs and the copies."""
-        small = (*self._casts.values(), *self._row_functions.values(), *self._attentions.values())
+        small = (
+            *self._casts.values(),
+            *self._row_functions.values(),
+            *self._gated.values(),
+            *self._attentions.values(),
+        )
         for graph in (*self._products.values(), *small, *self._chains):
             graph.close()
         self._products.clear()
         self._row_functions.clear()
+        self._gated.clear()
         self._attentions.clear()
         self._chains.clear()
         self._known.clear()
@@ -468,6 +493,7 @@ def _job(x: torch.Tensor, piece: Piece, output: torch.Tensor, to: int = 0) -> "_
 
 
 _Job: TypeAlias = tuple[Part, Operands]
+_Expert: TypeAlias = tuple[Sequence[Piece], Sequence[Piece]]
 _Pieces: TypeAlias = Sequence[tuple[int, Piece]]
 
 _ROWS_8_BITS = "Q8_K"  # in which ggml's tiles take activations

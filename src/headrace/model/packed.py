@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from transformers.integrations.moe import _default_apply_gate
 
 from headrace.kernels.limits import FEW_ROWS
 from headrace.model.matrix import Matrix
@@ -123,6 +124,20 @@ class PackedExperts:
     def count(self) -> int:
         """How many experts there are."""
         return len(self.up)
+
+    @property
+    def has_plain_gates(self) -> bool:
+        """Whether an expert is no more than down(silu(gate) * up), without biases, its rows and columns in order."""
+        module = self.module
+        if (
+            module.has_bias
+            or not module.has_gate
+            or getattr(type(module), "_apply_gate", None) is not _default_apply_gate
+        ):
+            return False
+        matrices = (*self.up, *self.down)
+        plain = all(one.order is None and not any(part.tensor.slabs for part in one.slices) for one in matrices)
+        return plain and isinstance(module.act_fn, Silu)
 
     def matrices(self, expert: int) -> tuple[Matrix, Matrix]:
         """Up and down of one expert."""
