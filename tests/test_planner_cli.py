@@ -203,3 +203,11 @@ def test_runs_teach_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert broken.exit_code == 2
     assert "line 5" in broken.stderr
     assert "hint" in broken.stderr
+
+
+def test_a_search_keeps_to_what_is_said() -> None:
+    found = answer("plan", "llama-3-8b", "--require-tok-s", "5", "--bits", "16", "--batch", "4", "--draft", "none")
+    assert (found["bits"], found["batch"]) == (16, 4)
+    result = run("plan", "llama-3-8b", "--require-tok-s", "5", "--memory", "4GiB")
+    assert result.exit_code == 2
+    assert "--machine" in result.output

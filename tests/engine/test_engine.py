@@ -303,3 +303,16 @@ def test_a_pass_that_fails_takes_back_what_was_shared(tiny_llama: Path) -> None:
         expected = engine.new_cache(32)
         rows = [engine.step([Rows(cache=one, tokens=PROMPT[3:6])]) for one in (cache,)]
         assert torch.equal(rows[0], engine.step([Rows(cache=expected, tokens=PROMPT[:6])]))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_scores_of_some_heads_at_a_time_are_those_of_all(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(random_model(family), family, tmp_path / "tiny.gguf")
+    found = []
+    for together in (1 << 20, 1):
+        monkeypatch.setattr("headrace.engine.attention.NUMBERS_TOGETHER", together)
+        with make_engine(path, 1.0) as engine:
+            found.append(decode(engine, 3))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from headrace.kernels import Kernels
+from headrace.kernels import Kernels, Piece
+from headrace.kernels.attending import Attending, Heads, Positions
+from headrace.kernels.gated import Form
 
 GENERATOR = torch.Generator().manual_seed(7)
 
@@ -95,3 +97,78 @@ def test_norms_and_gates_are_near_to_torchs_and_the_same_in_a_chain(kernels: Ker
         assert torch.equal(alone[0], norm[row])
         kernels.silu(alone, x[row : row + 1])
         assert torch.equal(alone[0], gate[row])
+
+
+def test_numbers_of_a_row_in_another_order(kernels: Kernels) -> None:
+    x, order = random(1, 1, 96), torch.randperm(96, generator=GENERATOR)
+    out = torch.empty(1, 1, 96)
+    chain = kernels.chain(1)
+    assert chain.select(out, x, order)
+    chain.seal(True)
+    chain.compute()
+    assert torch.equal(out, x.index_select(-1, order))
+
+
+@pytest.mark.parametrize(
+    ("queries", "kept", "key_width", "value_width"), [(12, 2, 128, 128), (4, 4, 16, 24), (6, 1, 8, 8)]
+)
+@pytest.mark.parametrize("count", [1, 7, 64, 200])
+def test_attention_of_a_row_is_that_of_torch_and_the_same_in_a_chain(
+    kernels: Kernels, queries: int, kept: int, key_width: int, value_width: int, count: int
+) -> None:
+    capacity, scale = 256, 0.2
+    keys, values = (random(kept, capacity, width).half() for width in (key_width, value_width))
+    query, new = random(queries, key_width), (random(kept, key_width), random(kept, value_width))
+    held = keys.clone(), values.clone()
+    for whole, own in zip(held, new, strict=True):
+        whole[:, count - 1] = own
+    wide = [one[:, :count].float() for one in held]
+    out = torch.empty(queries, value_width)
+    kernels.attend(query, wide[0], wide[1], scale, out)
+    grouped = query.view(1, kept, -1, key_width)
+    expected = torch.nn.functional.scaled_dot_product_attention(grouped, wide[0][None], wide[1][None], scale=scale)
+    torch.testing.assert_close(out, expected.view(queries, -1), rtol=1e-5, atol=1e-5)
+
+    heads = Heads(queries, kept, key_width, value_width)
+    chain = kernels.chain(Attending.OPERATIONS)
+    attending = chain.attend(heads, capacity, scale)
+    chain.seal(True)
+    chained, room = (
+        torch.empty(queries, value_width),
+        [torch.empty(kept, capacity, w) for w in (key_width, value_width)],
+    )
+    attending.set(
+        count,
+        (query.data_ptr(), 4 * key_width),
+        chained.data_ptr(),
+        *[Positions(one.data_ptr(), 4 * one.stride(0)) for one in room],
+    )
+    rows = tuple((one.data_ptr(), 4 * one.stride(0)) for one in new)
+    places = [Positions(one.data_ptr(), 2 * one.stride(0)) for one in (keys, values)]
+    attending.set_packed(count, rows, *places)  # type: ignore[arg-type]
+    chain.compute()
+    assert torch.equal(chained, out)
+    assert torch.equal(keys, held[0])  # the row's own is where it belongs
+    assert torch.equal(values, held[1])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_experts_of_a_row_are_those_of_their_products_one_by_one(kernels: Kernels, parts: int) -> None:
+    hidden, inner, count = 64, 96, 3
+    x = random(1, hidden)
+    ups = [random(2 * inner, hidden) for _ in range(count)]
+    downs = [random(hidden, inner) for _ in range(count)]
+
+    def piece(rows: torch.Tensor) -> Piece:
+        return Piece("F32", len(rows), rows.data_ptr(), 0)
+
+    form = Form((("F32", 2 * inner // parts),) * parts, (("F32", hidden),))
+    experts = [[*map(piece, up.split(2 * inner // parts)), piece(down)] for up, down in zip(ups, downs, strict=True)]
+    outputs = [torch.empty(1, hidden) for _ in range(count)]
+    kernels.gated(x, form, experts, outputs)
+    for up, down, output in zip(ups, downs, outputs, strict=True):
+        raised, gate, expected = torch.empty(1, 2 * inner), torch.empty(1, inner), torch.empty(1, hidden)
+        kernels.multiply_each([(x, piece(up), raised)], exact=True)
+        kernels.silu(gate, raised[:, :inner])
+        kernels.multiply_each([(gate * raised[:, inner:], piece(down), expected)], exact=True)
+        assert torch.equal(output, expected)

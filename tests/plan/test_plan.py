@@ -27,7 +27,8 @@ from headrace.plan import (
 from headrace.plan.cost import FEW_ROWS
 from headrace.plan.plan import Change
 from headrace.plan.profile import machine_name, profile_path, save_profile
-from headrace.plan.rooms import ROW_MULTIPLE, UNIT_BYTES
+from headrace.plan.rooms import ROW_MULTIPLE, SCORES_BYTES, UNIT_BYTES, divide
+from headrace.plan.shape import shape_of
 from headrace.units import GB, GIB, MIB, gib, parse_bytes
 
 PROPERTY = settings(max_examples=120, deadline=None)
@@ -755,3 +756,37 @@ def test_a_rate_between_two_measured_numbers_of_rows_is_interpolated_in_time() -
 
 def test_a_type_that_was_not_measured_is_as_slow_as_the_slowest() -> None:
     assert MEASURED.kernel("IQ1_S", 1) == MEASURED.kernel("F16", 1)
+
+
+def test_a_model_that_takes_its_prompt_whole_needs_room_for_it() -> None:
+    checkpoint = model(
+        layers=4, heads=8, head_dim=128, feed_forward=4096, kv_heads=2, vocab=1000, kind="Q4_K", tied=False
+    )
+    own = shape_of(checkpoint)
+    whole = replace(own, one_by_one=True)
+    request = Request(context_tokens=4096, prompt_tokens=2048)
+    for shape, fits in ((own, True), (whole, False)):
+        try:
+            found = divide(shape, None, MEASURED, given_budget(700 * MIB), request, None)
+            assert fits
+            assert found.floor <= 700 * MIB
+        except BudgetError:
+            assert not fits
+
+
+def test_scores_that_come_into_memory_are_counted() -> None:
+    shape: Shape = {
+        "layers": 4,
+        "heads": 8,
+        "head_dim": 128,
+        "feed_forward": 4096,
+        "kv_heads": 2,
+        "vocab": 1000,
+        "kind": "Q4_K",
+    }
+    plain = shape_of(model(**shape, tied=False))
+    capped = shape_of(model(**shape, tied=False, metadata={"llama.attn_logit_softcapping": 50.0}))
+    request = Request(context_tokens=4096, prompt_tokens=512)
+    budget = given_budget(4 * GIB)
+    taken = [divide(one, None, MEASURED, budget, request, None).activations for one in (plain, capped)]
+    assert taken[1] - taken[0] == SCORES_BYTES

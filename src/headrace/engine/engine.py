@@ -244,7 +244,7 @@ class Engine:
             spans=self.trace,
         )
         per_token = self.checkpoint.number("expert_used_count", 1)
-        return ExpertProducts(stream, self.kernels, self.trace, LookAhead(shell.experts, per_token))
+        return ExpertProducts(stream, self.kernels, self.trace, LookAhead(shell.experts, per_token, self.kernels))
 
     def __enter__(self) -> "Engine":
         return self

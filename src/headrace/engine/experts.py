@@ -17,6 +17,7 @@ import torch
 from headrace.engine.look_ahead import LookAhead
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, Piece, ReferenceKernels
+from headrace.kernels.gated import Form
 from headrace.kernels.limits import EXPERTS_TOGETHER
 from headrace.model.packed import PackedExperts
 from headrace.stream.experts import ExpertStream
@@ -34,7 +35,7 @@ class ExpertProducts:
         self.kernel_s = 0.0
         self._kernels = kernels
         self._spans = spans
-        self._plain: dict[int, bool] = {}  # by layer, whether `_of_one_row` will do
+        self._plain: dict[int, Form | None] = {}  # by layer, where `_of_one_row` will do
 
     def __call__(
         self, packed: PackedExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, exact: bool
@@ -53,8 +54,8 @@ class ExpertProducts:
         """
         rows, chosen = ids.shape
         hidden = hidden.contiguous()
-        if rows == 1 and self._has_plain_gates(packed):
-            return self._of_one_row(packed, hidden, ids[0].numpy(), weights)
+        if rows == 1 and (form := self._plain_form(packed)) is not None:
+            return self._of_one_row(packed, form, hidden, ids[0].numpy(), weights)
         order = ids.reshape(-1).argsort(stable=True)  # pairs of a row and an expert, expert after expert
         sizes = _counted(packed, ids.reshape(-1).numpy())
         owners = order // chosen  # the row of each pair
@@ -86,14 +87,18 @@ class ExpertProducts:
         placed[order] = pairs
         return placed.view(rows, chosen, -1).mul_(weights.unsqueeze(-1)).sum(1)
 
-    def _has_plain_gates(self, packed: PackedExperts) -> bool:
-        known = self._plain.get(packed.index)
-        if known is None:
-            known = self._plain[packed.index] = isinstance(self._kernels, Kernels) and packed.has_plain_gates
-        return known
+    def _plain_form(self, packed: PackedExperts) -> Form | None:
+        if packed.index not in self._plain:
+            self._plain[packed.index] = packed.plain_form if isinstance(self._kernels, Kernels) else None
+        return self._plain[packed.index]
 
     def _of_one_row(
-        self, packed: PackedExperts, hidden: torch.Tensor, chosen: npt.NDArray[np.int64], weights: torch.Tensor
+        self,
+        packed: PackedExperts,
+        form: Form,
+        hidden: torch.Tensor,
+        chosen: npt.NDArray[np.int64],
+        weights: torch.Tensor,
     ) -> torch.Tensor:
         """The same for a single row, which chooses no expert twice: of each group one call."""
         assert isinstance(self._kernels, Kernels)
@@ -104,7 +109,6 @@ class ExpertProducts:
         for expert, place in places.items():
             if expert >= packed.count:
                 results[place].copy_(hidden)
-        split = len(packed.up[0].slices)
         self.look_ahead.judge(packed.index, sizes)
 
         def read_ahead() -> None:
@@ -115,8 +119,8 @@ class ExpertProducts:
             start = time.perf_counter()
             for first in range(0, len(ready), EXPERTS_TOGETHER):
                 some = ready[first : first + EXPERTS_TOGETHER]
-                matrices = [(pieces[:split], pieces[split:]) for _, pieces in some]
-                self._kernels.gated(hidden, matrices, [results[places[expert]] for expert, _ in some])
+                outputs = [results[places[expert]] for expert, _ in some]
+                self._kernels.gated(hidden, form, [pieces for _, pieces in some], outputs)
             end = time.perf_counter()
             self.kernel_s += end - start
             if self._spans is not None:

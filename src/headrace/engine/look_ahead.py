@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import linear
 
-from headrace.kernels import FEW_ROWS
-from headrace.model.packed import PackedExperts
+from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels
+from headrace.model.packed import PackedExperts, Router
 
 DISTANCE = 2  # layers
 # A wrong guess costs a read, a right one hides a read. By distance: two layers ahead only what is nearly sure, since the next
@@ -25,8 +24,9 @@ TRIALS = 96  # guesses at a rank before it is judged
 class LookAhead:
     """Guesses for one engine, for the next layer and the one after it, and how often they were right."""
 
-    def __init__(self, layers: Sequence[PackedExperts], per_token: int):
+    def __init__(self, layers: Sequence[PackedExperts], per_token: int, kernels: Kernels | ReferenceKernels):
         self._layers = layers
+        self._kernels = kernels
         self._right = np.zeros((DISTANCE, per_token))
         self._tried = np.zeros((DISTANCE, per_token))
         self._guesses: dict[tuple[int, int], npt.NDArray[np.int64]] = {}  # by (layer, distance): (rows, ranks)
@@ -49,16 +49,31 @@ class LookAhead:
         """(layer, experts that are worth reading ahead), the next layer first; (rows, hidden) is the input of `layer`'s."""
         if hidden.shape[0] > FEW_ROWS:
             return
-        for distance in range(1, DISTANCE + 1):
-            router = self._layers[layer + distance].router if layer + distance < len(self._layers) else None
-            if router is None:
-                continue
-            scores = linear(hidden, router.weight, router.bias)
+        asked = [
+            (distance, router)
+            for distance, ahead in enumerate(self._layers[layer + 1 : layer + 1 + DISTANCE], 1)
+            if (router := ahead.router) is not None
+        ]
+        for (distance, router), scores in zip(
+            asked, self._scores([router for _, router in asked], hidden), strict=True
+        ):
+            if router.bias is not None:
+                scores += router.bias
             if router.correction is not None:
                 scores = scores.sigmoid() + router.correction
-            guess = scores.topk(self._right.shape[1], -1).indices.numpy()
+            guess = np.argsort(-scores.numpy(), axis=-1)[:, : self._right.shape[1]]
             self._guesses[layer + distance, distance] = guess
             worth = np.unique(guess[:, : self.ranks(distance)])
             worth = worth[worth < self._layers[layer + distance].count]  # the others have no weights
             if len(worth):
                 yield layer + distance, worth.tolist()
+
+    def _scores(self, routers: Sequence[Router], hidden: torch.Tensor) -> list[torch.Tensor]:
+        """Products with their weights, in one graph: a megabyte each, which two cores fetch sooner than one."""
+        found = [hidden.new_empty((len(hidden), len(router.weight))) for router in routers]
+        jobs = [
+            (hidden, Piece("F32", len(router.weight), router.weight.data_ptr(), 0), scores)
+            for router, scores in zip(routers, found, strict=True)
+        ]
+        self._kernels.multiply_each(jobs, exact=True)
+        return found

@@ -7,7 +7,6 @@ import numpy as np
 
 from headrace.kernels.ggml_graph import Graph, Part, Workers
 from headrace.kernels.interleaved import Interleaving
-from headrace.kernels.piece import Piece
 
 
 class Form(NamedTuple):
@@ -16,19 +15,13 @@ class Form(NamedTuple):
     up: tuple[tuple[str, int], ...]
     down: tuple[tuple[str, int], ...]
 
-    @classmethod
-    def of(cls, up: Sequence[Piece], down: Sequence[Piece]) -> "Form":
-        """The form of these pieces."""
-        return cls(tuple([(p.type, p.rows) for p in up]), tuple([(p.type, p.rows) for p in down]))
-
 
 class GatedExperts(Graph):
-    """Experts of these forms, on a row of so many columns. Gates and ups lie one after another in what leads up."""
+    """So many experts of this form, on a row of so many columns. Gates and ups lie one after another in what leads up."""
 
-    def __init__(self, forms: Sequence[Form], columns: int, dots: bool, workers: Workers, interleaving: Interleaving):
-        count = len(forms)
-        super().__init__(workers, 2 + sum(len(form.up) + len(form.down) for form in forms))
-        raised = sum(rows for _, rows in forms[0].up)
+    def __init__(self, form: Form, count: int, columns: int, dots: bool, workers: Workers, interleaving: Interleaving):
+        super().__init__(workers, 2 + count * (len(form.up) + len(form.down)))
+        raised = sum(rows for _, rows in form.up)
         inner = raised // 2
         self._scratch = np.empty(count * (raised + 2 * inner), np.float32)
         start = self._scratch.ctypes.data
@@ -40,7 +33,7 @@ class GatedExperts(Graph):
             [],
             [],
         )  # the last with the bytes from where the expert's result begins
-        for i, form in enumerate(forms):
+        for i in range(count):
             column = 0
             for kind, rows in form.up:
                 part = Part(kind, rows, columns, "F32", 4 * columns, 4 * raised, interleaved=False)
@@ -60,7 +53,7 @@ class GatedExperts(Graph):
         gated = self.add("mul", silu, up)
         gated.contents.data = product
         nodes += [silu, gated]
-        for i, form in enumerate(forms):
+        for i in range(count):
             column = 0
             for kind, rows in form.down:
                 part = Part(kind, rows, inner, "F32", 4 * inner, 4 * columns, interleaved=False)

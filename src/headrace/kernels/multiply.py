@@ -66,7 +66,7 @@ class Kernels:
         self._casts: dict[tuple[str, str, int, bool], Cast] = {}
         self._one_worker = Workers(1, spin=False)
         self._row_functions: dict[tuple[str, int, float, bool], RowFunction] = {}
-        self._gated: dict[tuple[int, tuple[Form, ...]], GatedExperts] = {}
+        self._gated: dict[tuple[int, Form, int], GatedExperts] = {}
         self._attentions: dict[tuple[Heads, int, float], Attention] = {}
         self._chains: list[Chain] = []
         self._scratch: torch.Tensor | None = None
@@ -196,21 +196,26 @@ class Kernels:
             for start in range(0, len(some), _MOST_PARTS):
                 self._run(some[start : start + _MOST_PARTS], by_dots)
 
-    def gated(self, x: torch.Tensor, experts: Sequence["_Expert"], outputs: Sequence[torch.Tensor]) -> None:
+    def gated(
+        self, x: torch.Tensor, form: Form, experts: Sequence[Sequence[Piece]], outputs: Sequence[torch.Tensor]
+    ) -> None:
         """For one row the experts whose gate is SiLU.
 
         Args:
             x: fp32, contiguous, (1, columns).
-            experts: of each the pieces that lead up to gate and up, and those that lead down; none in slabs.
+            form: that all of the experts have.
+            experts: of each the pieces that lead up to gate and up, then those that lead down; none in slabs.
             outputs: for each expert (1, columns of its down), fp32, contiguous.
         """
-        forms = tuple([Form.of(up, down) for up, down in experts])
-        graph = self._gated.get((x.shape[1], forms))
+        key = x.shape[1], form, len(experts)
+        graph = self._gated.get(key)
         if graph is None:
-            made = GatedExperts(forms, x.shape[1], self.row_invariant, self.few_workers, self.interleaving)
-            graph = self._gated[x.shape[1], forms] = made
-        weights = [piece.address for up, _ in experts for piece in up]
-        weights += [piece.address for _, down in experts for piece in down]
+            graph = self._gated[key] = GatedExperts(
+                form, len(experts), x.shape[1], self.row_invariant, self.few_workers, self.interleaving
+            )
+        split = len(form.up)
+        weights = [piece.address for pieces in experts for piece in pieces[:split]]
+        weights += [piece.address for pieces in experts for piece in pieces[split:]]
         graph(x.data_ptr(), weights, [output.data_ptr() for output in outputs])
 
     def _few_rows(self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
@@ -493,7 +498,6 @@ def _job(x: torch.Tensor, piece: Piece, output: torch.Tensor, to: int = 0) -> "_
 
 
 _Job: TypeAlias = tuple[Part, Operands]
-_Expert: TypeAlias = tuple[Sequence[Piece], Sequence[Piece]]
 _Pieces: TypeAlias = Sequence[tuple[int, Piece]]
 
 _ROWS_8_BITS = "Q8_K"  # in which ggml's tiles take activations

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers.integrations.moe import _default_apply_gate
 
+from headrace.kernels.gated import Form
 from headrace.kernels.limits import FEW_ROWS
 from headrace.model.matrix import Matrix
 
@@ -126,22 +127,28 @@ class PackedExperts:
         return len(self.up)
 
     @property
-    def has_plain_gates(self) -> bool:
-        """Whether an expert is no more than down(silu(gate) * up), without biases, its rows and columns in order."""
+    def plain_form(self) -> Form | None:
+        """That of every expert, where all are alike and no more than down(silu(gate) * up), without biases, rows and columns in
+        order."""
         module = self.module
         if (
             module.has_bias
             or not module.has_gate
             or getattr(type(module), "_apply_gate", None) is not _default_apply_gate
         ):
-            return False
+            return None
         matrices = (*self.up, *self.down)
         plain = all(one.order is None and not any(part.tensor.slabs for part in one.slices) for one in matrices)
-        return plain and isinstance(module.act_fn, Silu)
+        forms = {Form(_pieces_of(up), _pieces_of(down)) for up, down in zip(self.up, self.down, strict=True)}
+        return forms.pop() if plain and len(forms) == 1 and isinstance(module.act_fn, Silu) else None
 
     def matrices(self, expert: int) -> tuple[Matrix, Matrix]:
         """Up and down of one expert."""
         return self.up[expert], self.down[expert]
+
+
+def _pieces_of(matrix: Matrix) -> tuple[tuple[str, int], ...]:
+    return tuple([(part.tensor.type, part.rows) for part in matrix.slices])
 
 
 class GatheredEmbedding:

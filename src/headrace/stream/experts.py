@@ -129,6 +129,7 @@ class ExpertStream:
         self._loading: dict[int, _Load] = {}  # by expert, of the layer at hand
         self._ahead: dict[int, dict[int, _Load]] = {}  # by layer and expert
         self._strays: dict[tuple[int, int], _Load] = {}  # read ahead in vain, and still under way
+        self._made: dict[int, tuple[tuple[int, int], tuple[Piece, ...]]] = {}  # by slot: of whom, and where they lie
         self._populated = 0  # bytes of the arena
 
     def __enter__(self) -> "ExpertStream":
@@ -280,21 +281,22 @@ class ExpertStream:
         return [(load.expert, load.slot) for load in done]
 
     def _pieces(self, layer: int, ready: Sequence[tuple[int, int]]) -> Ready:
-        return [
-            (
-                expert,
-                tuple(
-                    piece_of(
-                        read.part.tensor,
-                        0,
-                        read.part.tensor.rows if read.part.tensor.slabs else read.part.rows,
-                        self._arena.address + slot * self._slot_bytes + read.place + read.delta,
-                    )
-                    for read in self._bundles[layer][expert].reads
-                ),
-            )
-            for expert, slot in ready
-        ]
+        found = []
+        for expert, slot in ready:
+            of, pieces = self._made.get(slot, (None, ()))
+            if of != (layer, expert):
+                pieces = self._pieces_in(slot, self._bundles[layer][expert])
+                self._made[slot] = (layer, expert), pieces
+            found.append((expert, pieces))
+        return found
+
+    def _pieces_in(self, slot: int, bundle: Bundle) -> tuple[Piece, ...]:
+        start = self._arena.address + slot * self._slot_bytes
+        pieces = []
+        for read in bundle.reads:
+            part, address = read.part, start + read.place + read.delta
+            pieces.append(piece_of(part.tensor, 0, part.tensor.rows if part.tensor.slabs else part.rows, address))
+        return tuple(pieces)
 
     def _let_go(self, slots: Sequence[int], held: list[int]) -> None:
         with self._readers.room:
