@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine import PROMPT, make_engine
+from tiny import random_model, write_gguf
 
 from headrace.engine import Rows
 from headrace.engine.blocks import Blocks
@@ -170,3 +171,20 @@ def test_large_results_are_the_same_and_lie_in_few_blocks() -> None:
     assert torch.equal(found, expected)
     assert recycling._blocks.holds(found)
     assert sum(map(len, recycling._blocks._blocks.values())) <= 8
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "phi3", "gpt2", "qwen3moe", "gpt-oss", "gemma2"])
+def test_chains_change_no_bit_whatever_the_model_does_between_products(family: str, tmp_path: Path) -> None:
+    path = write_gguf(random_model(family), family, tmp_path / "tiny.gguf", "Q8_0")
+    found = []
+    for plays in (True, False):
+        with make_engine(path, 1.0) as engine:
+            if not plays:
+                engine._tapes = NeverTapes()
+            cache = engine.new_cache(64)
+            engine.step([Rows(cache=cache, tokens=PROMPT)])
+            found.append(torch.cat([engine.step([Rows(cache=cache, tokens=[token])]) for token in range(3, 33)]))
+            if plays:
+                played = engine._tapes._ready[((1, 1),)]._calls
+                assert any(isinstance(call.function, Linked) for call in played)
+    assert torch.equal(found[0], found[1])

@@ -121,6 +121,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         varying = [tensor for tensor in given if self._blocks.holds(tensor)]
         if not varying:
             return func(*args, **kwargs)
+        if func is _aten.dropout.default and not args[2]:  # which is none but in training
+            return args[0]
         if _SPOILING & set(func.tags) and not _by_numbers(func, args):
             self.spoil(f"{func} depends on values")
             return func(*args, **kwargs)

@@ -39,8 +39,25 @@ class Attending:
 
     OPERATIONS = 7
 
-    def __init__(self, graph: Graph, heads: Heads, most: int, scale: float, packed: bool):
-        """`most` is the most positions, `packed` whether keys and values are given in fp16."""
+    def __init__(
+        self,
+        graph: Graph,
+        heads: Heads,
+        most: int,
+        scale: float,
+        packed: bool,
+        scratch: np.ndarray[Any, np.dtype[np.float32]],
+    ):
+        """What is fixed.
+
+        Args:
+            graph: that it is a part of.
+            heads: their numbers.
+            most: positions at most.
+            scale: of the scores.
+            packed: whether keys and values are given in fp16.
+            scratch: `scratch_numbers` or more, which others may use before and after.
+        """
         self.heads, self.most = heads, most
         self.results: list[Any] = []
         self._graph = graph
@@ -57,13 +74,13 @@ class Attending:
         turned = graph.tensor("F32", heads.groups, most, heads.kept)
         out = graph.add("out_prod", values, turned)
         self.results += [scores, chances, out]
-        self._scratch = np.empty(2 * heads.queries * most, np.float32)
+        self._scratch = scratch
         named = (keys, values, query, scores, chances, turned, out)
         self._keys, self._values, self._query, self._scores, self._chances, self._turned, self._out = (
             one.contents for one in named
         )
         self._scores.data = self._scratch.ctypes.data
-        self._chances.data = self._turned.data = self._scratch.ctypes.data + self._scratch.nbytes // 2
+        self._chances.data = self._turned.data = self._scratch.ctypes.data + 2 * scratch_numbers(heads, most)
 
     def _positions(self, width: int, packed: bool) -> Any:
         """The tensor of keys or values in fp32."""
@@ -127,13 +144,19 @@ class Attention(Graph):
 
     def __init__(self, workers: Workers, heads: Heads, most: int, scale: float, dots: bool):
         super().__init__(workers, Attending.OPERATIONS)
-        self.attending = Attending(self, heads, most, scale, packed=False)
+        scratch = np.empty(scratch_numbers(heads, most), np.float32)
+        self.attending = Attending(self, heads, most, scale, False, scratch)
         self.plan(self.attending.results, dots)
 
     def __call__(self, count: int, query: tuple[int, int], out: int, keys: Positions, values: Positions) -> None:
         """As `Attending.set`."""
         self.attending.set(count, query, out, keys, values)
         self.compute()
+
+
+def scratch_numbers(heads: Heads, most: int) -> int:
+    """For scores and what softmax makes of them."""
+    return 2 * heads.queries * most
 
 
 @cache

@@ -9,9 +9,10 @@ and gates are ggml's everywhere (`Kernels.rms_norm`, `Kernels.silu`): so results
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from headrace.kernels.attending import Attending, Heads
+from headrace.kernels.attending import Attending, Heads, scratch_numbers
 from headrace.kernels.ggml_graph import Graph, Operands, Part, Workers
 from headrace.kernels.interleaved import Interleaving
 
@@ -31,6 +32,7 @@ class Chain(Graph):
         self._threads = workers.threads
         self._interleaving = interleaving
         self._results: list[Any] = []
+        self._scratch = np.empty(0, np.float32)  # of all attentions
         self._kept: list[torch.Tensor] = []  # what lies nowhere else
 
     def seal(self, dots: bool) -> None:
@@ -99,7 +101,9 @@ class Chain(Graph):
 
     def attend(self, heads: Heads, most: int, scale: float) -> Attending:
         """Attention of a row over at most so many positions that lie in fp16, to which its own is added."""
-        attending = Attending(self, heads, most, scale, packed=True)
+        if self._scratch.size < scratch_numbers(heads, most):
+            self._scratch = np.empty(scratch_numbers(heads, most), np.float32)
+        attending = Attending(self, heads, most, scale, True, self._scratch)
         self._results += attending.results
         return attending
 

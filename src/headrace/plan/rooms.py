@@ -186,7 +186,9 @@ def _activations(shape: Shape, request: Request, rows: int, exact: bool = False)
     attention = 10 * shape.attention_width
     # Keys and values of one layer in fp32, and of latent attention its matrix.
     widths = shape.head_dim if shape.latent_numbers else 2 * shape.kv_heads * shape.head_dim
-    wide = 4 * (shape.latent_numbers + context_tokens * widths)
+    # And a row's scores.
+    heads = shape.attention_width // shape.head_dim
+    wide = 4 * (shape.latent_numbers + context_tokens * (widths + 2 * heads))
     copies = 3 if shape.checkpoint.get("final_logit_softcapping") else 1
     logits = (3 + copies * with_logits) * shape.checkpoint.vocab_size * 4
     if rows <= FEW_ROWS or exact:
