@@ -52,7 +52,7 @@ class Group(click.Group):
         """What click would end with 1: Ctrl-C, and a reader of our output that has gone."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, click.Abort):  # the latter at a question
             click.echo("\ninterrupted", err=True)
             sys.exit(show.INTERRUPTED)
         except BrokenPipeError:
