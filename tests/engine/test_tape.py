@@ -41,9 +41,9 @@ def test_what_is_played_back_equals_what_is_computed(tiny_llama: Path, share: fl
 
 
 class NeverTapes(Tapes):
-    def taking_down(self, key: object) -> object:  # type: ignore[override]
+    def taking_down(self, key: object, at_once: bool = False) -> object:  # type: ignore[override]
         self._spoilt[key] = "never"  # type: ignore[index]
-        return super().taking_down(key)  # type: ignore[arg-type]
+        return super().taking_down(key, at_once)  # type: ignore[arg-type]
 
 
 def take_down(blocks: Blocks, function: object, value: torch.Tensor) -> Tape:

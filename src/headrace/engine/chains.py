@@ -6,6 +6,7 @@ stream, attention with caps or sinks or on a cache in 8 bits. Where there is non
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import torch
@@ -55,22 +56,20 @@ class Linker:
     def __call__(self, calls: Sequence[Call]) -> list[Call]:
         """The same calls, in chains where they can be."""
         done: list[Call] = []
-        run: list[Call] = []
-        for call in calls:
-            if self._fits(call):
-                run.append(call)
-            else:
-                done += [*self._linked(run), call]
-                run = []
-        return done + self._linked(run)
+        for likely, together in groupby(calls, self._is_likely):
+            run = list(together)
+            done += self._linked(run) if likely else run
+        return done
 
-    def _fits(self, call: Call) -> bool:
-        """Whether ggml can do it. It is tried out, in a chain that is thrown away."""
-        chain = Chain(self._kernels.few_workers, self._operations(call), self._kernels.interleaving)
-        try:
-            return self._add(chain, call, Parts())
-        finally:
-            chain.close()
+    def _is_likely(self, call: Call) -> bool:
+        """Whether ggml can do it, as far as can be seen without trying."""
+        function, arguments, _ = call
+        if function == self._multiply:
+            return self._weights(arguments[0]) is not None
+        if function is put_all:
+            return arguments[1] is _aten.index_select.default
+        own = (self._attention.attend, self._kernels.rms_norm, self._kernels.silu)
+        return function in own or function in (*_COMBINING, _aten.neg.out, _aten.cat.out)
 
     def _operations(self, call: Call) -> int:
         """At most so many of ggml."""
@@ -86,13 +85,18 @@ class Linker:
         return stream.whole(place)
 
     def _linked(self, run: list[Call]) -> list[Call]:
-        if len(run) < 2 or not any(call.function == self._multiply for call in run):
-            return run
-        chain, parts = self._kernels.chain(sum(map(self._operations, run))), Parts()
-        for call in run:
-            self._add(chain, call, parts)
-        chain.seal(self._kernels.row_invariant)
-        return [Call(Linked(run, chain, parts, self._products), (), {})]
+        done: list[Call] = []
+        while len(run) > 1 and any(call.function == self._multiply for call in run):
+            chain, parts = self._kernels.chain(sum(map(self._operations, run))), Parts()
+            count = next((i for i, call in enumerate(run) if not self._add(chain, call, parts)), len(run))
+            if parts.visits and count > 1:
+                chain.seal(self._kernels.row_invariant)
+                done.append(Call(Linked(run[:count], chain, parts, self._products), (), {}))
+            else:
+                done += run[:count]
+            done += run[count : count + 1]
+            run = run[count + 1 :]
+        return done + run
 
     def _add(self, chain: Chain, call: Call, parts: "Parts") -> bool:
         """Whether ggml can do it; then it is added."""

@@ -454,7 +454,7 @@ class Engine:
         found = self._tapes.tape(key)
         if found is not None:
             return found.play(tokens, positions)
-        with self._tapes.taking_down(key) as tape:
+        with self._tapes.taking_down(key, at_once=self._rows == 1) as tape:
             if tape is None:
                 return self._logits(arguments, torch.tensor(wanted))
             self._tape = self._attention.tape = tape

@@ -46,10 +46,9 @@ _MOST_SEEN = 4096
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, takes down what varies: all that is computed from its inputs."""
 
-    def __init__(self, blocks: Blocks, link: Link = list) -> None:
-        """`blocks` may be shared by tapes that are not played at the same time. What has been played once is given to `link`."""
+    def __init__(self, blocks: Blocks) -> None:
+        """`blocks` may be shared by tapes that are not played at the same time."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._link = link
         self.spoilt: str | None = None
         self._blocks = blocks
         self._calls: list[Call] = []
@@ -58,7 +57,6 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._inputs: list[torch.Tensor] = []
         self._output: torch.Tensor | None = None
         self._off = 0
-        self._linked = False  # whether what can be done in chains is
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # torch asks whether its compiler is to be kept out, at some us an operation
@@ -244,11 +242,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             place.copy_(value)
         for function, arguments, named in self._calls:
             function(*arguments, **named)
-        result = self._output.clone()
-        if not self._linked:
-            self._linked = True
-            self._calls = self._link(self._calls)
-        return result
+        return self._output.clone()
+
+    def link(self, link: Link) -> None:
+        """From now on do what `link` makes of the calls."""
+        self._calls = link(self._calls)
 
 
 class Tapes:
@@ -267,18 +265,18 @@ class Tapes:
         return self._ready.get(key)
 
     @contextmanager
-    def taking_down(self, key: Hashable) -> Iterator[Tape | None]:
+    def taking_down(self, key: Hashable, at_once: bool = False) -> Iterator[Tape | None]:
         """Within it a pass is taken down, unless that was in vain before. The second tape is played from then on.
 
-        Not the first of its kind: batches with guesses have passes of so many kinds that most never come again.
+        Not the first of its kind, unless `at_once`: batches with guesses have passes of so many kinds that most never come again.
         """
-        if key not in self._seen or key in self._spoilt or len(self._ready) >= MOST_TAPES:
+        if (key not in self._seen and not at_once) or key in self._spoilt or len(self._ready) >= MOST_TAPES:
             if len(self._seen) >= _MOST_SEEN:
                 self._seen.clear()
             self._seen.add(key)
             yield None
             return
-        tape = Tape(self._blocks, self._link)
+        tape = Tape(self._blocks)
         with tape:
             yield tape
         first = self._first.pop(key, None)
@@ -289,6 +287,7 @@ class Tapes:
             if len(self._first) > MOST_TAPES:
                 del self._first[next(iter(self._first))]
         elif tape.is_like(first):
+            tape.link(self._link)
             self._ready[key] = tape
         else:
             self._spoilt[key] = "it differs from token to token"
