@@ -26,7 +26,7 @@ from typing import Any
 from ceiling import run_under
 from models import HOME
 
-from headrace.plan.profile import Profile, kept, load_profile, save_profile
+from headrace.plan.profile import Profile, load_profile, save_profile
 from headrace.probe import measure_disk, probe
 
 MIB = 1 << 20
@@ -164,7 +164,9 @@ def main() -> None:
     if missing:
         sys.exit(f"Error: missing: {missing[0]} (see docs/benchmarks.md)")
     os.environ["HEADRACE_HOME"] = str(arguments.out.resolve().parent / "benchmark-profile")
-    rounds = measure(arguments, load_profile() or kept(probe(arguments.model)))
+    profile = load_profile() or probe(arguments.model)
+    save_profile(profile)
+    rounds = measure(arguments, profile)
     print(table(rounds))
 
 

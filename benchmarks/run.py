@@ -21,7 +21,7 @@ from typing import Any
 from ceiling import run_under
 from models import HOME
 
-from headrace.plan.profile import Profile, kept, load_profile, save_profile
+from headrace.plan.profile import Profile, load_profile, save_profile
 from headrace.probe import measure_disk, probe
 
 MIB = 1 << 20
@@ -206,7 +206,8 @@ def main() -> None:
         sys.exit(f"Error: missing: {', '.join(missing) or arguments.llama / 'llama-bench'} (see docs/benchmarks.md)")
     os.environ["HEADRACE_HOME"] = str(arguments.out.resolve().parent / "benchmark-profile")
     first = next(p for p in paths.values() if p is not None)
-    profile = load_profile() or kept(probe(first))
+    profile = load_profile() or probe(first)
+    save_profile(profile)
     subprocess.run(["lscpu"], stdout=sys.stderr, check=False)
     results = []
     for row in rows:

@@ -293,9 +293,9 @@ def test_only_the_latest_passes_are_kept_but_all_are_counted(monkeypatch: pytest
     for number in range(10):
         log.append(PassStats(rows=number, start_s=0, seconds=1, read_bytes=0, stall_s=0, kernel_s=0))
     assert len(log) == 10
-    assert [one.rows for one in log] == [one.rows for one in log[0:]]
+    assert [one.rows for one in log] == [one.rows for one in log[0:]] == [6, 7, 8, 9]
     assert [one.rows for one in log[8:]] == [8, 9]
-    assert [one.rows for one in log[5:9]] == [6, 7, 8][-len(log[5:9]) :]
+    assert [one.rows for one in log[5:9]] == [6, 7, 8]
     assert log[-1].rows == log[9].rows == 9
     with pytest.raises(IndexError):
         log[0]

@@ -18,7 +18,7 @@ from headrace.errors import HeadraceError, UsageError
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 # Parameters that would change the answer, and that we do not have: an error is better than another answer.
-_UNSUPPORTED = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "response_format", "suffix", "echo")
+_UNSUPPORTED = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "suffix", "echo")
 _WITHOUT_EFFECT: dict[str, Any] = {  # values that ask for nothing
     "response_format": {"type": "text"},
     "presence_penalty": 0,
@@ -106,11 +106,11 @@ def _request(line: int, custom_id: str, value: Mapping[str, Any]) -> BatchReques
         raise _Refused("invalid_url", f"only POST to {CHAT} and {COMPLETION} is known, not {value.get('method')} {url}")
     if not isinstance(body, dict):
         raise _Refused("invalid_request", "the body is not an object")
-    for key in (*_UNSUPPORTED, *_WITHOUT_EFFECT):
-        given = body.get(key)
-        if given is not None and given != _WITHOUT_EFFECT[key] if key in _WITHOUT_EFFECT else given:
-            advice = ", ask several times with different seeds" if key == "n" else ""
-            raise _Refused("unsupported_parameter", f"{key} is not supported{advice}")
+    asked = [key for key in _UNSUPPORTED if body.get(key)]
+    asked += [key for key, nothing in _WITHOUT_EFFECT.items() if body.get(key) not in (None, nothing)]
+    if asked:
+        advice = ", ask several times with different seeds" if asked[0] == "n" else ""
+        raise _Refused("unsupported_parameter", f"{asked[0]} is not supported{advice}")
     chat = url == CHAT
     most = body.get("max_completion_tokens", body.get("max_tokens"))
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):

@@ -8,6 +8,7 @@ choices.
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -65,11 +66,9 @@ class ExpertProducts:
         pairs[idle] = hidden[owners[idle]]
         self.look_ahead.judge(packed.index, sizes)
 
-        def read_ahead() -> None:
-            for layer, guessed in self.look_ahead.guess(packed.index, hidden):
-                self.stream.expect(layer, guessed)
-
-        for ready in self.stream.fetch(packed.index, sizes[: packed.count], rows, read_ahead):
+        for ready in self.stream.fetch(
+            packed.index, sizes[: packed.count], rows, partial(self._read_ahead, packed, hidden)
+        ):
             start = time.perf_counter()
             for first in range(0, len(ready), EXPERTS_TOGETHER):
                 members = []
@@ -86,6 +85,10 @@ class ExpertProducts:
         placed = torch.empty_like(pairs)
         placed[order] = pairs
         return placed.view(rows, chosen, -1).mul_(weights.unsqueeze(-1)).sum(1)
+
+    def _read_ahead(self, packed: PackedExperts, hidden: torch.Tensor) -> None:
+        for layer, guessed in self.look_ahead.guess(packed.index, hidden):
+            self.stream.expect(layer, guessed)
 
     def _plain_form(self, packed: PackedExperts) -> Form | None:
         if packed.index not in self._plain:
@@ -111,11 +114,9 @@ class ExpertProducts:
                 results[place].copy_(hidden)
         self.look_ahead.judge(packed.index, sizes)
 
-        def read_ahead() -> None:
-            for layer, guessed in self.look_ahead.guess(packed.index, hidden):
-                self.stream.expect(layer, guessed)
-
-        for ready in self.stream.fetch(packed.index, sizes[: packed.count], 1, read_ahead):
+        for ready in self.stream.fetch(
+            packed.index, sizes[: packed.count], 1, partial(self._read_ahead, packed, hidden)
+        ):
             start = time.perf_counter()
             for first in range(0, len(ready), EXPERTS_TOGETHER):
                 some = ready[first : first + EXPERTS_TOGETHER]

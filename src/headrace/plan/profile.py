@@ -176,12 +176,6 @@ def profile_of(text: str) -> Profile | None:
     return profile if profile.schema == SCHEMA and profile.machine == machine_name() else None
 
 
-def kept(profile: Profile) -> Profile:
-    """The profile, after it was kept."""
-    save_profile(profile)
-    return profile
-
-
 def save_profile(profile: Profile, path: Path | None = None) -> Path:
     """Keep a profile; a reader sees the old one or the new one, never half of it.
 

@@ -195,10 +195,8 @@ def _activations(shape: Shape, request: Request, rows: int, exact: bool = False)
         return rows * 4 * (narrow + max(mlp, attention)) + logits + wide
     # Many rows: weights unpacked beside them, and a mask.
     masked = wide + rows * context_tokens + (SCORES_BYTES if shape.makes_scores else 0)
-    if (
-        shape.one_by_one and shape.cached_numbers
-    ):  # every row sees every other: biases, scores and their softmax, in fp32
-        masked += 4 * 4 * rows**2 * (shape.attention_width // shape.head_dim)
+    if shape.one_by_one and shape.cached_numbers:  # all rows see each other: biases, scores and their softmax, in fp32
+        masked += 4 * 4 * rows**2 * heads
     unpacked = MANY_ROWS_BYTES if shape.experts is None else 2 * MANY_ROWS_BYTES  # once left 18 MiB of 5000
     return rows * 4 * (narrow + max(mlp, attention)) + logits + masked + unpacked
 

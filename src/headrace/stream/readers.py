@@ -120,9 +120,7 @@ class Readers:
                     break
                 self.arrived.wait(timeout=step_s)
                 now = time.perf_counter()
-                silence += min(
-                    now - before, 2 * step_s
-                )  # time in which the whole process was stopped is none of the disk's
+                silence += min(now - before, 2 * step_s)  # while the whole process was stopped the disk was not silent
                 before = now
                 if self._counters.reads != reads:
                     reads, silence = self._counters.reads, 0.0
