@@ -65,6 +65,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     disks[str(stat(target).st_dev)] = measure_disk(target)
     say("kernels")
     kernels = Kernels(threads, row_invariant=False)
+    kernels.spin()
     types = dict.fromkeys([*_types_of(target), *USUAL_TYPES])
     rates = {kind: _measure_kernel(kernels, kind) for kind in types}
     packed = {kind: {**plain, **_measure_tiles(threads, kind)} for kind, (plain, _) in rates.items()}

@@ -163,9 +163,10 @@ def test_experts_of_a_row_are_those_of_their_products_one_by_one(kernels: Kernel
         return Piece("F32", len(rows), rows.data_ptr(), 0)
 
     form = Form((("F32", 2 * inner // parts),) * parts, (("F32", hidden),))
-    experts = [[*map(piece, up.split(2 * inner // parts)), piece(down)] for up, down in zip(ups, downs, strict=True)]
+    pieces = [[*up.split(2 * inner // parts), down] for up, down in zip(ups, downs, strict=True)]
     outputs = [torch.empty(1, hidden) for _ in range(count)]
-    kernels.gated(x, form, experts, outputs)
+    addresses = [[one.data_ptr() for one in expert] for expert in pieces]
+    kernels.gated(x, form, addresses, [output.data_ptr() for output in outputs])
     for up, down, output in zip(ups, downs, outputs, strict=True):
         raised, gate, expected = torch.empty(1, 2 * inner), torch.empty(1, inner), torch.empty(1, hidden)
         kernels.multiply_each([(x, piece(up), raised)], exact=True)

@@ -57,9 +57,9 @@ def check(stream: ExpertStream, numbers: np.ndarray, layer: int, wanted: Sequenc
     counts[list(wanted)] = 1
     seen = []
     for ready in stream.fetch(layer, counts, rows):
-        for expert, pieces in ready:
+        for expert, address in ready:
             seen.append(expert)
-            for which, piece in enumerate(pieces):
+            for which, piece in enumerate(stream.bundles[layer][expert].pieces(address)):
                 assert np.array_equal(contents(piece.address), numbers[layer, expert, which])
     assert sorted(seen) == sorted(wanted)
 

@@ -174,6 +174,7 @@ class Engine:
         self.way = shell.way
         self.opening = shell.opening
         self._keeps_states = self.way == "model" and keeps_states(self.model)
+        look_ahead = LookAhead(shell.experts, checkpoint.number("expert_used_count", 1), self.kernels)
         if callable(options):
             options = options(shell)
         self._options = options
@@ -191,7 +192,9 @@ class Engine:
         if len(self._again) < len(shell.steps):
             once = [step for step in shell.steps if step.once]
             self._make_stream(once, options, options.opening_slots or options.slots, 0, None)
-        self.experts = self._make_experts(shell, options)
+        self.experts = self._make_experts(shell, options, look_ahead)
+        if not (self.stream.layout.reads_always or (self.experts is not None and self.experts.stream.reads_always)):
+            self.kernels.spin()
         self._order: Sequence[Step] = self.steps  # of the pass in progress
 
     def _make_stream(
@@ -224,7 +227,7 @@ class Engine:
         self._places |= {step: (stream, visit) for visit, step in enumerate(linears)}
         return stream
 
-    def _make_experts(self, shell: Shell, options: StreamOptions) -> ExpertProducts | None:
+    def _make_experts(self, shell: Shell, options: StreamOptions, look_ahead: LookAhead) -> ExpertProducts | None:
         if not shell.experts:
             return None
         for packed in shell.experts:
@@ -243,8 +246,7 @@ class Engine:
             file_of=self._files.__getitem__,
             spans=self.trace,
         )
-        per_token = self.checkpoint.number("expert_used_count", 1)
-        return ExpertProducts(stream, self.kernels, self.trace, LookAhead(shell.experts, per_token, self.kernels))
+        return ExpertProducts(stream, self.kernels, self.trace, look_ahead)
 
     def __enter__(self) -> "Engine":
         return self
@@ -384,7 +386,7 @@ class Engine:
         stream.lend(bool(self._lends))
 
     def _share_cores(self, shared_rows: int) -> None:
-        """torch's small operations stay on one core while ggml works, whose threads wait by spinning on all of them."""
+        """torch's small operations stay on one core while ggml works, whose threads may wait by spinning on all of them."""
         threads = self.kernels.threads if shared_rows > FEW_ROWS else 1
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)

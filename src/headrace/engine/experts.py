@@ -65,6 +65,7 @@ class ExpertProducts:
         idle = slice(firsts[packed.count], None)
         pairs[idle] = hidden[owners[idle]]
         self.look_ahead.judge(packed.index, sizes)
+        bundles = self.stream.bundles[packed.index]
 
         for ready in self.stream.fetch(
             packed.index, sizes[: packed.count], rows, partial(self._read_ahead, packed, hidden)
@@ -72,8 +73,9 @@ class ExpertProducts:
             start = time.perf_counter()
             for first in range(0, len(ready), EXPERTS_TOGETHER):
                 members = []
-                for expert, pieces in ready[first : first + EXPERTS_TOGETHER]:
+                for expert, address in ready[first : first + EXPERTS_TOGETHER]:
                     mine = slice(firsts[expert], firsts[expert + 1])
+                    pieces = bundles[expert].pieces(address)
                     members.append(_Member(expert, pieces, hidden if rows == 1 else hidden[owners[mine]], pairs[mine]))
                 self._group(packed, members, exact)
             end = time.perf_counter()
@@ -106,13 +108,13 @@ class ExpertProducts:
         """The same for a single row, which chooses no expert twice: of each group one call."""
         assert isinstance(self._kernels, Kernels)
         sizes = _counted(packed, chosen)
-        places = {expert: place for place, expert in enumerate(chosen.tolist())}
         pairs = hidden.new_empty((len(chosen), hidden.shape[1]))
-        results = torch.split(pairs, 1)
-        for expert, place in places.items():
-            if expert >= packed.count:
-                results[place].copy_(hidden)
+        first_result, row_bytes = pairs.data_ptr(), 4 * hidden.shape[1]
+        results = {expert: first_result + place * row_bytes for place, expert in enumerate(chosen.tolist())}
+        if packed.identities:
+            pairs[torch.from_numpy(chosen) >= packed.count] = hidden
         self.look_ahead.judge(packed.index, sizes)
+        bundles = self.stream.bundles[packed.index]
 
         for ready in self.stream.fetch(
             packed.index, sizes[: packed.count], 1, partial(self._read_ahead, packed, hidden)
@@ -120,8 +122,8 @@ class ExpertProducts:
             start = time.perf_counter()
             for first in range(0, len(ready), EXPERTS_TOGETHER):
                 some = ready[first : first + EXPERTS_TOGETHER]
-                outputs = [results[places[expert]] for expert, _ in some]
-                self._kernels.gated(hidden, form, [pieces for _, pieces in some], outputs)
+                addresses = [[address + offset for offset in bundles[expert].offsets] for expert, address in some]
+                self._kernels.gated(hidden, form, addresses, [results[expert] for expert, _ in some])
             end = time.perf_counter()
             self.kernel_s += end - start
             if self._spans is not None:

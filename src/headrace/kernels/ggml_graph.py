@@ -21,7 +21,8 @@ _SPIN = 1
 class Workers:
     """The threads that compute, and the scratch they ask for: shared by graphs that run one after another.
 
-    Those that `spin` start at once, where waking takes some 30 us; but they are in the way of torch's threads.
+    Those that `spin` start at once, where waking takes some 30 us; but they are in the way of torch's threads, and of the
+    disk where a virtual machine's reads are made by the host on the same cores.
     """
 
     def __init__(self, threads: int, spin: bool) -> None:

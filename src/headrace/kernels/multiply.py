@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from headrace.checkpoint.tensor import row_bytes
+from headrace.checkpoint.tensor import block_of, row_bytes
 from headrace.kernels import interleaved
 from headrace.kernels.attending import Attention, Heads, Positions
 from headrace.kernels.chain import Chain
@@ -61,7 +61,7 @@ class Kernels:
         self.tiled = frozenset(kind for kind in tiled if takes_super_blocks(kind))
         self.tiles_exactly = tiles_exactly
         self.interleaving = Interleaving()
-        self.few_workers, self._many_workers = Workers(threads, spin=True), Workers(threads, spin=False)
+        self._many_workers = self.few_workers = Workers(threads, spin=False)
         self._products: dict[tuple[object, ...], Products] = {}
         self._casts: dict[tuple[str, str, int, bool], Cast] = {}
         self._one_worker = Workers(1, spin=False)
@@ -78,6 +78,11 @@ class Kernels:
         self._copies: list[torch.Tensor] = []
         self._known: dict[tuple[int, ...], _Known] = {}
         self._last: tuple[Products, list[Operands]] | None = None  # all that the product in progress consists of
+
+    def spin(self) -> None:
+        """From now on threads start at once on products of few rows. Before the first of them, and only if nothing is read."""
+        if self.few_workers is self._many_workers:
+            self.few_workers = Workers(self.threads, spin=True)
 
     def interleave(self, piece: Piece, columns: int, in_place: bool = False) -> Piece:
         """The same piece with an interleaved copy, where ggml has that layout for it. The copy lives as long as this.
@@ -196,16 +201,14 @@ class Kernels:
             for start in range(0, len(some), _MOST_PARTS):
                 self._run(some[start : start + _MOST_PARTS], by_dots)
 
-    def gated(
-        self, x: torch.Tensor, form: Form, experts: Sequence[Sequence[Piece]], outputs: Sequence[torch.Tensor]
-    ) -> None:
+    def gated(self, x: torch.Tensor, form: Form, experts: Sequence[Sequence[int]], outputs: Sequence[int]) -> None:
         """For one row the experts whose gate is SiLU.
 
         Args:
             x: fp32, contiguous, (1, columns).
             form: that all of the experts have.
-            experts: of each the pieces that lead up to gate and up, then those that lead down; none in slabs.
-            outputs: for each expert (1, columns of its down), fp32, contiguous.
+            experts: of each the addresses of the pieces that lead up to gate and up, then of those that lead down.
+            outputs: for each expert the address of a row, in fp32.
         """
         key = x.shape[1], form, len(experts)
         graph = self._gated.get(key)
@@ -214,9 +217,9 @@ class Kernels:
                 form, len(experts), x.shape[1], self.row_invariant, self.few_workers, self.interleaving
             )
         split = len(form.up)
-        weights = [piece.address for pieces in experts for piece in pieces[:split]]
-        weights += [piece.address for pieces in experts for piece in pieces[split:]]
-        graph(x.data_ptr(), weights, [output.data_ptr() for output in outputs])
+        weights = [address for pieces in experts for address in pieces[:split]]
+        weights += [address for pieces in experts for address in pieces[split:]]
+        graph(x.data_ptr(), weights, outputs)
 
     def _few_rows(self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
         for i, piece in pieces:
@@ -411,6 +414,15 @@ class Kernels:
         self._chains.append(chain)
         return chain
 
+    def shortened(self, weight: torch.Tensor) -> tuple[Piece, object]:
+        """A matrix (rows, columns) in fp32 rounded to 8 bits, or as it is where its rows are not whole blocks; its owner."""
+        rows, columns = weight.shape
+        if columns % block_of(_SHORT)[0]:
+            return Piece("F32", rows, weight.data_ptr(), 0), weight
+        packed = torch.empty((rows, row_bytes(_SHORT, columns)), dtype=torch.uint8)
+        self._cast("F32", _SHORT, columns, many=True)(weight.data_ptr(), packed.data_ptr(), rows)
+        return Piece(_SHORT, rows, packed.data_ptr(), 0), packed
+
     def known(self, x: torch.Tensor, pieces: "_Pieces", outputs: Sequence[torch.Tensor]) -> "_Known | None":
         """A product with one row that was done before."""
         known = self._known.get(_called(x, pieces, outputs))
@@ -447,7 +459,7 @@ class Kernels:
         self._copies.clear()
         self.interleaving.close()
         self._to_half.close()
-        for workers in (self._one_worker, self.few_workers, self._many_workers):
+        for workers in {self._one_worker, self.few_workers, self._many_workers}:
             workers.close()
 
 
@@ -500,6 +512,7 @@ def _job(x: torch.Tensor, piece: Piece, output: torch.Tensor, to: int = 0) -> "_
 _Job: TypeAlias = tuple[Part, Operands]
 _Pieces: TypeAlias = Sequence[tuple[int, Piece]]
 
+_SHORT = "Q8_0"
 _ROWS_8_BITS = "Q8_K"  # in which ggml's tiles take activations
 _LEAST_POSITIONS = 64  # that a graph of attention is made for
 _MOST_PARTS = 32  # products in one graph

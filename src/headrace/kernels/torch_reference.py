@@ -36,6 +36,9 @@ class ReferenceKernels:
         self.threads = threads
         self.tiles_exactly = False  # every row is computed alike anyway
 
+    def spin(self) -> None:
+        """As `Kernels.spin`: torch's threads wait as they are told to elsewhere."""
+
     def interleave(self, piece: Piece, columns: int, in_place: bool = False) -> Piece:
         """As `Kernels.interleave`: there is no other layout here."""
         return piece
@@ -63,6 +66,10 @@ class ReferenceKernels:
         """As `Kernels.multiply_each`, in fp32."""
         for x, piece, output in jobs:
             self.multiply(x, [(0, piece)], [output])
+
+    def shortened(self, weight: torch.Tensor) -> tuple[Piece, object]:
+        """As `Kernels.shortened`, but as it is."""
+        return Piece("F32", len(weight), weight.data_ptr(), 0), weight
 
     def rms_norm(self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         """As `Kernels.rms_norm`."""

@@ -34,8 +34,8 @@ MOST_AHEAD = 12
 _TAKEN_AT_ONCE = 4 << 20
 _LOW_PRIORITY = 10  # of `nice`; at the lowest of all it would be made to wait while it holds the interpreter's lock
 
-# Pieces of one expert in the order of its slices.
-Ready: TypeAlias = list[tuple[int, tuple[Piece, ...]]]
+# Experts in memory, each with its address.
+Ready: TypeAlias = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,6 @@ class Read:
     length: int
     needed: int
     place: int  # of `start` in the slot
-    delta: int  # bytes before the first row
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +54,30 @@ class Bundle:
     """All that is read for one expert."""
 
     reads: tuple[Read, ...]
+    offsets: tuple[int, ...]  # of each slice's first row, in the slot
     nbytes: int  # in its slot
+
+    def pieces(self, address: int) -> tuple[Piece, ...]:
+        """Of each slice, where the slot has that address."""
+        found = []
+        for read, offset in zip(self.reads, self.offsets, strict=True):
+            part = read.part
+            rows = part.tensor.rows if part.tensor.slabs else part.rows
+            found.append(piece_of(part.tensor, 0, rows, address + offset))
+        return tuple(found)
 
 
 def bundle_of(slices: Sequence[Slice]) -> Bundle:
     """Lay out an expert's slices one after another."""
-    reads, place = [], 0
+    reads, offsets, place = [], [], 0
     for part in slices:
         offset = part.tensor.offset + part.first * part.tensor.row_bytes
         size = part.tensor.nbytes if part.tensor.slabs else part.rows * part.tensor.row_bytes
         start, length = aligned(offset, size)
-        reads.append(Read(part, start, length, offset - start + size, place, offset - start))
+        reads.append(Read(part, start, length, offset - start + size, place))
+        offsets.append(place + offset - start)
         place += length
-    return Bundle(tuple(reads), place)
+    return Bundle(tuple(reads), tuple(offsets), place)
 
 
 @dataclass(slots=True)
@@ -116,8 +126,8 @@ class ExpertStream:
         """
         self.counters = ExpertCounters()
         self.cache = cache
-        self._bundles = [[bundle_of(slices) for slices in experts] for experts in layers]
-        self._slot_bytes = max(bundle.nbytes for experts in self._bundles for bundle in experts)
+        self.bundles = [[bundle_of(slices) for slices in experts] for experts in layers]
+        self._slot_bytes = max(bundle.nbytes for experts in self.bundles for bundle in experts)
         self._arena = Arena(slots * self._slot_bytes)
         paths = {part.tensor.path for experts in layers for slices in experts for part in slices}
         self._files = {path: file_of(path) for path in sorted(paths)}
@@ -129,7 +139,6 @@ class ExpertStream:
         self._loading: dict[int, _Load] = {}  # by expert, of the layer at hand
         self._ahead: dict[int, dict[int, _Load]] = {}  # by layer and expert
         self._strays: dict[tuple[int, int], _Load] = {}  # read ahead in vain, and still under way
-        self._made: dict[int, tuple[tuple[int, int], tuple[Piece, ...]]] = {}  # by slot: of whom, and where they lie
         self._populated = 0  # bytes of the arena
 
     def __enter__(self) -> "ExpertStream":
@@ -137,6 +146,11 @@ class ExpertStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def reads_always(self) -> bool:
+        """Whether memory cannot hold all experts."""
+        return self._arena.nbytes < self._slot_bytes * sum(map(len, self.bundles))
 
     # -- the consumer -------------------------------------------------------------------------------------------
 
@@ -164,11 +178,11 @@ class ExpertStream:
                 self._issue(layer, missing, held)
             ordered()
             if ready:
-                yield self._pieces(layer, ready)
+                yield self._placed(ready)
                 self._let_go([slot for _, slot in ready], held)
             while missing or self._loading:
                 ready = self._wait(layer, missing, held, together=rows <= FEW_ROWS)
-                yield self._pieces(layer, ready)
+                yield self._placed(ready)
                 self._let_go([slot for _, slot in ready], held)
         finally:
             self._abandon(held)
@@ -221,8 +235,8 @@ class ExpertStream:
             load.unwanted = True
             waiting = [one for one in self._later if one[0] is load]
             load.left -= len(waiting)
-            read = len(self._bundles[load.layer][load.expert].reads)
-            self.counters.wasted_bytes += self._bundles[load.layer][load.expert].nbytes * (read - len(waiting)) // read
+            read = len(self.bundles[load.layer][load.expert].reads)
+            self.counters.wasted_bytes += self.bundles[load.layer][load.expert].nbytes * (read - len(waiting)) // read
             if waiting:
                 self._later = deque(one for one in self._later if one[0] is not load)
                 self.cache.forget(load.slot)
@@ -242,7 +256,7 @@ class ExpertStream:
                 slot = self.cache.place(layer, expert)
                 if slot is None:
                     return
-                reads = self._bundles[layer][expert].reads
+                reads = self.bundles[layer][expert].reads
                 load = ahead[expert] = _Load(layer, expert, slot, len(reads))
                 self._later.extend((load, read) for read in reads)
                 self._readers.room.notify(len(reads))
@@ -255,7 +269,7 @@ class ExpertStream:
                 return
             held.append(slot)
             expert = missing.popleft()
-            reads = self._bundles[layer][expert].reads
+            reads = self.bundles[layer][expert].reads
             load = _Load(layer, expert, slot, len(reads))
             self._loading[expert] = load
             self._queue.extend((load, read) for read in reads)
@@ -280,23 +294,8 @@ class ExpertStream:
             del self._loading[load.expert]
         return [(load.expert, load.slot) for load in done]
 
-    def _pieces(self, layer: int, ready: Sequence[tuple[int, int]]) -> Ready:
-        found = []
-        for expert, slot in ready:
-            of, pieces = self._made.get(slot, (None, ()))
-            if of != (layer, expert):
-                pieces = self._pieces_in(slot, self._bundles[layer][expert])
-                self._made[slot] = (layer, expert), pieces
-            found.append((expert, pieces))
-        return found
-
-    def _pieces_in(self, slot: int, bundle: Bundle) -> tuple[Piece, ...]:
-        start = self._arena.address + slot * self._slot_bytes
-        pieces = []
-        for read in bundle.reads:
-            part, address = read.part, start + read.place + read.delta
-            pieces.append(piece_of(part.tensor, 0, part.tensor.rows if part.tensor.slabs else part.rows, address))
-        return tuple(pieces)
+    def _placed(self, ready: Sequence[tuple[int, int]]) -> Ready:
+        return [(expert, self._arena.address + slot * self._slot_bytes) for expert, slot in ready]
 
     def _let_go(self, slots: Sequence[int], held: list[int]) -> None:
         with self._readers.room:

@@ -79,6 +79,11 @@ class Layout:
         return sum(unit.length for visit in self.visits for _, unit in visit.streamed_unlent)
 
     @property
+    def reads_always(self) -> bool:
+        """Whether a pass reads even while memory is lent."""
+        return any(visit.streamed for visit in self.visits)
+
+    @property
     def streamed_units(self) -> int:
         """Reads in such a pass."""
         return sum(len(visit.streamed_unlent) for visit in self.visits)

@@ -55,8 +55,7 @@ class ExpertCache:
         self._holds = [0] * slots
         self._free = list(range(slots - 1, -1, -1))
         self._leaving = np.full_like(self._usual, np.inf)  # the chance, where an expert is in memory and not held
-        self._least = np.full(layers, np.inf, np.float32)  # of each row of `_leaving`, unless the layer is in `_stale`
-        self._stale: set[int] = set()
+        self._leaving_by_number, self._chance_by_number = self._leaving.reshape(-1), self._chance.reshape(-1)
 
     @property
     def scores(self) -> npt.NDArray[np.float32]:
@@ -70,14 +69,17 @@ class ExpertCache:
 
     def note(self, layer: int, counts: npt.NDArray[np.integer], rows: int) -> None:
         """The router of `layer` has chosen: `counts[e]` of this pass's `rows` rows go to expert e."""
-        asked = (counts / rows).astype(np.float32)  # (experts,)
+        asked = counts.astype(np.float32)  # (experts,)
+        asked /= rows
         usual, last, chance, leaving = self._usual[layer], self._last[layer], self._chance[layer], self._leaving[layer]
-        self._measure(last - usual, asked - usual)
-        usual += np.float32(1 - 0.5 ** (rows**0.5 / HALF_LIFE)) * (asked - usual)
+        news = asked - usual
+        self._measure(last - usual, news)
+        share = 1 - 0.5 ** (rows**0.5 / HALF_LIFE)
+        usual += share * news
         last[:] = asked
-        chance[:] = usual + np.float32(self.locality) * (asked - usual)
+        # asked - usual, now that the news are in `usual`, is what is left of them
+        np.add(usual, self.locality * (1 - share) * news, out=chance)
         np.copyto(leaving, chance, where=leaving < np.inf)
-        self._stale.add(layer)
 
     def find(self, layer: int, expert: int) -> int | None:
         """The slot of an expert, or None if it is not in memory."""
@@ -91,8 +93,7 @@ class ExpertCache:
         """
         if self._free:
             return True
-        self._refresh()
-        return bool(self._chance[layer, expert] > self._least.min())
+        return bool(self._chance[layer, expert] > self._leaving.min())
 
     def place(self, layer: int, expert: int) -> int | None:
         """A slot for a missing expert, held: a free one or that of the least likely one not held; None if all are held."""
@@ -107,10 +108,7 @@ class ExpertCache:
         """A slot with an expert in it is in use, once more, and must not be given away."""
         assert self._expert_in[slot] != NOTHING
         self._holds[slot] += 1
-        if self._holds[slot] == 1:
-            layer, expert = divmod(self._expert_in[slot], self.experts)
-            self._leaving[layer, expert] = np.inf
-            self._stale.add(layer)
+        self._leaving_by_number[self._expert_in[slot]] = np.inf
 
     def release(self, slot: int) -> None:
         """One use of a slot has ended."""
@@ -121,9 +119,8 @@ class ExpertCache:
         if self._expert_in[slot] == NOTHING:
             self._free.append(slot)
             return
-        layer, expert = divmod(self._expert_in[slot], self.experts)
-        self._leaving[layer, expert] = self._chance[layer, expert]
-        self._stale.add(layer)
+        number = self._expert_in[slot]
+        self._leaving_by_number[number] = self._chance_by_number[number]
 
     def forget(self, slot: int) -> None:
         """A held slot holds nothing, its read has failed: nobody finds it, and it is free after its last `release`."""
@@ -137,20 +134,11 @@ class ExpertCache:
         self._agreement = kept * self._agreement + float(last @ asked)
         self._deviation = kept * self._deviation + float(last @ last)
 
-    def _refresh(self) -> None:
-        for layer in self._stale:
-            self._least[layer] = self._leaving[layer].min()
-        self._stale.clear()
-
     def _evict(self) -> int | None:
-        self._refresh()
-        layer = int(self._least.argmin())
-        if self._least[layer] == np.inf:
+        number = int(self._leaving_by_number.argmin())
+        if self._leaving_by_number[number] == np.inf:
             return None
-        expert = int(self._leaving[layer].argmin())
-        self._leaving[layer, expert] = np.inf
-        self._stale.add(layer)
-        number = layer * self.experts + expert
+        self._leaving_by_number[number] = np.inf
         slot, self._slot_of[number] = self._slot_of[number], NOTHING
         return slot
 
