@@ -3,15 +3,16 @@
     seconds = max(disk, compute(rows) + reading * disk)        disk = streamed bytes * read share / rate
     compute(rows) = sum over types of weights / kernel rate + layers * (layer_s + rows * layer_row_s)
 
-The first pass reads everything, the later ones what is not pinned. Sources: the disk and kernel rates are measured by
-the probe; they overlap, but reading takes time of the cores (`plan.fit`).
+To the compute belongs, too, the time in which it waits for experts that nobody has foreseen. The first pass reads
+everything, the later ones what is not pinned. Sources: the disk and kernel rates are measured by the probe; they overlap,
+but reading takes time of the cores (`plan.fit`).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from headrace.kernels.limits import ACTIVATION_ROWS, FEW_ROWS, TILE_ROWS
-from headrace.plan.experts import LAYER_S, Experts, average_weights
+from headrace.plan.experts import FOUND_LATE, LAYER_S, Experts, average_weights
 from headrace.plan.profile import Profile
 
 
@@ -127,9 +128,11 @@ def pass_cost(
 ) -> PassCost:
     """The cost of one pass in which `read_bytes` arrive and the experts that it misses; the others as for `compute_seconds`."""
     missed = weights.experts.missed_bytes(rows) if weights.experts is not None else 0.0
+    late = FOUND_LATE * missed if rows <= FEW_ROWS else 0.0  # a prompt takes experts as they come
     return PassCost(
         disk_s=(read_bytes * weights.read_share + missed) / disk_bytes_per_s,
         compute_s=compute_seconds(profile, weights, layers, rows, exact)
-        + read_bytes * weights.decoding_core_s_per_byte / profile.threads,
+        + read_bytes * weights.decoding_core_s_per_byte / profile.threads
+        + late / disk_bytes_per_s,
         reading=profile.reading,
     )

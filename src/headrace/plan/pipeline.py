@@ -8,13 +8,16 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 
 from headrace.forecast.schedule import Timeline, Unit, simulate
+from headrace.kernels.limits import FEW_ROWS
 from headrace.plan.cost import exact_rate, expert_seconds, layer_seconds
-from headrace.plan.experts import Experts
+from headrace.plan.experts import FOUND_LATE, Experts
 from headrace.plan.plan import Plan
 
 READ_LATENCY_S = (
     150e-6  # of one request of 2 MiB to a solid-state disk, before its bytes come: guessed, and hidden by the readers
 )
+
+LAYERS_AHEAD = 2  # whose experts are read
 
 
 def pass_units(plan: Plan, rows: int) -> list[Unit]:
@@ -45,11 +48,11 @@ def pass_units(plan: Plan, rows: int) -> list[Unit]:
 def _with_experts(units: Sequence[Unit], plan: Plan, experts: Experts, rows: int) -> Iterator[Unit]:
     """After each layer's share of the units what the layer misses of its experts, and their compute.
 
-    That experts are known only when the router has chosen is left out: most are foreseen (`engine.look_ahead`).
+    Most are foreseen (`engine.look_ahead`); for the others the layer waits.
     """
     read_s = experts.missed_bytes(rows) / experts.layers / plan.disk_bytes_per_s
     compute_s = expert_seconds(plan.profile, experts, rows, plan.weights.row_invariant) / experts.layers
-    compute_s += plan.profile.reading * read_s
+    compute_s += (plan.profile.reading + (FOUND_LATE if rows <= FEW_ROWS else 0.0)) * read_s
     share = max(1, len(units) // experts.layers)
     for layer in range(experts.layers):
         last = len(units) if layer == experts.layers - 1 else (layer + 1) * share
@@ -60,4 +63,5 @@ def _with_experts(units: Sequence[Unit], plan: Plan, experts: Experts, rows: int
 def pipeline(plan: Plan, rows: int | None = None, passes: int = 2) -> Timeline:
     """Decoding passes one after another; from the second on the pipe is full."""
     units = pass_units(plan, rows or plan.decode_rows)
-    return simulate(units, max(1, plan.ring_slots), readers=max(1, plan.readers), passes=passes)
+    ahead = 1 if plan.experts is None else 1 + LAYERS_AHEAD
+    return simulate(units, max(ahead, plan.ring_slots), readers=max(1, plan.readers), passes=passes)

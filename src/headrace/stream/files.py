@@ -11,7 +11,7 @@ from headrace.errors import ReadError
 from headrace.stream.memory import PAGE_BYTES
 
 # One request to the disk. Larger ones are split by the kernel, smaller ones cost a turn of the interpreter each.
-REQUEST_BYTES = 1 << 20
+REQUEST_BYTES = 2 << 20
 
 
 class File(Protocol):
