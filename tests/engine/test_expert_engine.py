@@ -91,3 +91,11 @@ def test_a_router_that_chooses_an_expert_that_does_not_exist_is_an_error(folder:
         hidden = torch.zeros((1, 64))
         with pytest.raises(CheckpointError, match="chose expert 99 of"):
             engine.experts(packed, hidden, torch.tensor([[0, 99]]), torch.ones((1, 2)), exact=True)
+
+
+def test_threads_spin_only_where_nothing_is_read(folder: Path) -> None:
+    for slots, share, spins in ((7, 1.0, False), (64, 0.5, False), (64, 1.0, True)):
+        with engine_of(folder, slots=slots, share=share) as engine:
+            kernels = engine.kernels
+            assert isinstance(kernels, Kernels)
+            assert (kernels.few_workers is not kernels._many_workers) == spins

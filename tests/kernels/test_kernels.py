@@ -220,3 +220,29 @@ def test_a_folder_without_ggml_is_refused_with_a_hint(monkeypatch: pytest.Monkey
 def cut_off(kind: str, packed: torch.Tensor, first: int) -> Piece:
     block, size = block_of(kind)
     return Piece(kind, ROWS - first, packed.data_ptr() + first * (COLUMNS // block * size), first)
+
+
+def test_threads_that_spin_give_the_same() -> None:
+    weights = torch.randn(4096, 256)
+    x = torch.randn(1, 256)
+    found = []
+    for spins in (False, True):
+        kernels = Kernels(2)
+        if spins:
+            kernels.spin()
+        output = torch.empty(1, 4096)
+        kernels.multiply(x, [(0, Piece("F32", 4096, weights.data_ptr(), 0))], [output])
+        kernels.close()
+        found.append(output)
+    assert torch.equal(*found)
+
+
+def test_a_shortened_matrix_is_near() -> None:
+    kernels = Kernels(2)
+    for columns, error in ((256, 0.01), (40, 1e-6)):  # in blocks of 8 bits; as it is
+        weights, x = torch.randn(24, columns), torch.randn(1, columns)
+        piece, _owner = kernels.shortened(weights)
+        output = torch.empty(1, 24)
+        kernels.multiply(x, [(0, piece)], [output])
+        assert (output - x @ weights.T).norm() < error * (x @ weights.T).norm()
+    kernels.close()

@@ -89,6 +89,8 @@ class ExpertProducts:
         return placed.view(rows, chosen, -1).mul_(weights.unsqueeze(-1)).sum(1)
 
     def _read_ahead(self, packed: PackedExperts, hidden: torch.Tensor) -> None:
+        if not self.stream.reads_always:
+            return
         for layer, guessed in self.look_ahead.guess(packed.index, hidden):
             self.stream.expect(layer, guessed)
 

@@ -273,6 +273,8 @@ class Kernels:
         graph = self._products.get(key)
         if graph is None:
             workers = self._many_workers if most_rows > FEW_ROWS else self.few_workers
+            if sum([part.rows * row_bytes(part.type, part.columns) for part in parts]) * most_rows <= _OF_ONE:
+                workers = self._one_worker
             graph = self._products[key] = Products(parts, most_rows, dots, workers, self.interleaving)
         operands = [operands for _, operands in jobs]
         graph(operands)
@@ -512,6 +514,7 @@ def _job(x: torch.Tensor, piece: Piece, output: torch.Tensor, to: int = 0) -> "_
 _Job: TypeAlias = tuple[Part, Operands]
 _Pieces: TypeAlias = Sequence[tuple[int, Piece]]
 
+_OF_ONE = 640 << 10  # bytes of weights times rows that one thread has multiplied before another wakes
 _SHORT = "Q8_0"
 _ROWS_8_BITS = "Q8_K"  # in which ggml's tiles take activations
 _LEAST_POSITIONS = 64  # that a graph of attention is made for

@@ -1,0 +1,73 @@
+"""Guesses of the next layers' experts: right where the routers agree, and read ahead only once they have been right."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from headrace.engine.look_ahead import DISTANCE, TRIALS, LookAhead
+from headrace.kernels import Kernels
+from headrace.model.packed import Router
+
+EXPERTS, CHOSEN = 16, 3
+
+
+@pytest.fixture
+def kernels() -> Iterator[Kernels]:
+    made = Kernels(2)
+    yield made
+    made.close()
+
+
+def layers_of(count: int, hidden: int, identities: int = 0) -> list[Any]:
+    """Layers whose routers are all the same."""
+    torch.manual_seed(0)
+    linear = nn.Linear(hidden, EXPERTS, bias=False)
+    linear.weight.requires_grad_(False)
+    return [SimpleNamespace(count=EXPERTS - identities, router=Router(linear, linear)) for _ in range(count)]
+
+
+def counted(scores: torch.Tensor) -> np.ndarray:
+    chosen = scores.topk(CHOSEN).indices.reshape(-1)
+    return np.bincount(chosen.numpy(), minlength=EXPERTS)
+
+
+@pytest.mark.parametrize("hidden", [64, 48])  # whole blocks of 8 bits, and not
+@pytest.mark.parametrize("rows", [1, 3])
+def test_experts_are_read_ahead_once_their_rank_has_been_right(kernels: Kernels, hidden: int, rows: int) -> None:
+    layers = layers_of(4, hidden)
+    look = LookAhead(layers, CHOSEN, kernels)
+    for _ in range(TRIALS // 2):
+        x = torch.randn(rows, hidden)
+        for layer in range(len(layers)):
+            look.judge(layer, counted(x @ layers[layer].router.weight.T))
+            told = dict(look.guess(layer, x))
+            ahead = {layer + distance for distance in range(1, DISTANCE + 1) if look.ranks(distance)}
+            assert set(told) == {one for one in ahead if one < len(layers)}
+    assert look.ranks(1) == CHOSEN  # the same activations, the same routers
+    x = torch.randn(rows, hidden)
+    asked = np.flatnonzero(counted(x @ layers[1].router.weight.T))
+    told = dict(look.guess(0, x))
+    assert len(set(told[1]) & set(asked)) >= len(asked) - rows  # but for choices that were close
+
+
+def test_what_was_mostly_wrong_is_not_read_ahead(kernels: Kernels) -> None:
+    layers = layers_of(3, 64)
+    look = LookAhead(layers, CHOSEN, kernels)
+    never = np.zeros(EXPERTS, np.int64)
+    for _ in range(2 * TRIALS):
+        x = torch.randn(1, 64)
+        for layer in range(len(layers)):
+            look.judge(layer, never)
+            assert not dict(look.guess(layer, x))
+
+
+def test_experts_without_weights_are_not_read(kernels: Kernels) -> None:
+    layers = layers_of(2, 64, identities=EXPERTS)
+    look = LookAhead(layers, CHOSEN, kernels)
+    look._ranks[:] = [CHOSEN] * DISTANCE
+    assert dict(look.guess(0, torch.randn(1, 64))) == {1: []}
