@@ -19,7 +19,7 @@ DISTANCE = 2  # layers
 # A wrong guess costs a read, a right one hides a read. By distance: two layers ahead only what is nearly sure, since the next
 # layer will be asked again.
 RIGHT_ENOUGH = (0.6, 0.8)
-TRIALS = 96  # guesses after which the ranks are judged anew
+TRIALS = 32  # guesses after which the ranks are judged anew
 
 
 class LookAhead:

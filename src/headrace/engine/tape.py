@@ -10,6 +10,7 @@ that brings a value into the interpreter spoils a tape, and two tapes of success
 """
 
 import ctypes
+import gc
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -277,8 +278,12 @@ class Tapes:
             yield None
             return
         tape = Tape(self._blocks)
-        with tape:
-            yield tape
+        with _without_collections():
+            with tape:
+                yield tape
+            self._keep(key, tape)
+
+    def _keep(self, key: Hashable, tape: Tape) -> None:
         first = self._first.pop(key, None)
         if tape.spoilt is not None:
             self._spoilt[key] = tape.spoilt
@@ -291,6 +296,18 @@ class Tapes:
             self._ready[key] = tape
         else:
             self._spoilt[key] = "it differs from token to token"
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Ten thousand new objects that stay would have Python look for garbage among all that there are, for 0.1 s and more."""
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collected:
+            gc.enable()
 
 
 @cache
