@@ -9,8 +9,8 @@ same prompt greedily. With random weights their roundings soon part them: then t
 
     seconds per token = max(M / B, C)        M bytes missed per token, B disk bytes/s, C the kernels' seconds per token
 
-M is what headrace read per token after the prompt, B the probe's stream before and after its run, C its compute time per
-pass after the prompt's: that of a run of one token, made once before the rounds, is taken off.
+M is what headrace read per token after the prompt, B the probe's stream before and after its run, C what of its own time
+per token it did not wait for the disk: with all that reading takes from the cores (`together.py` measures that).
 """
 
 import argparse
@@ -48,9 +48,7 @@ def headrace(path: Path, ceiling_mib: int, tokens: int) -> dict[str, Any]:
         "s_per_token": 1 / timings["decode_tok_per_s"] if timings.get("decode_tok_per_s") else None,
         "ttft_s": timings["ttft_s"],
         "missed_bytes": experts.get("bytes_per_token", timings.get("read_bytes_per_pass")),
-        "compute_s": timings.get("compute_s"),
-        "passes": timings["passes"],
-        "stall_s": timings.get("stall_s"),
+        "stall_s": timings["decode_stall_s"] / (answer["usage"]["completion_tokens"] - 1),
         "predicted_s": answer["plan"]["decode_s_per_token"]["expected"],
         "experts": experts,
         "own_peak_bytes": answer["memory"]["peak_bytes"],
@@ -91,7 +89,6 @@ def bench(path: Path, llama: Path, ceiling_mib: int, tokens: int) -> dict[str, A
 def measure(arguments: argparse.Namespace, profile: Profile) -> list[dict[str, Any]]:
     """All rounds; each goes to the file as it ends."""
     path, rounds = arguments.model, []
-    prompt = headrace(path, arguments.ceiling, 1)
     for number in range(arguments.rounds):
         before = measure_disk(path)
         save_profile(replace(profile, disk_bytes_per_s={str(path.stat().st_dev): before}))
@@ -102,7 +99,7 @@ def measure(arguments: argparse.Namespace, profile: Profile) -> list[dict[str, A
             "ours": ours,
             "disks": disks,
             "disk_bytes_per_s": disk,
-            "limit_s": limit(ours, prompt, disk),
+            "limit_s": limit(ours, disk),
         }
         one["completion"] = completion(path, arguments.llama, arguments.ceiling, arguments.peer_tokens)
         if arguments.bench:
@@ -113,12 +110,11 @@ def measure(arguments: argparse.Namespace, profile: Profile) -> list[dict[str, A
     return rounds
 
 
-def limit(ours: dict[str, Any], prompt: dict[str, Any], disk_bytes_per_s: float) -> float | None:
-    """Seconds per token that the disk or the kernels take alone; `prompt` is a run of one token."""
-    if any(run.get("compute_s") is None for run in (ours, prompt)) or ours["missed_bytes"] is None:
+def limit(ours: dict[str, Any], disk_bytes_per_s: float) -> float | None:
+    """Seconds per token that the disk or the cores take alone."""
+    if "failed" in ours or ours["missed_bytes"] is None:
         return None
-    compute_s = (ours["compute_s"] - prompt["compute_s"]) / (ours["passes"] - prompt["passes"])
-    return max(float(ours["missed_bytes"]) / disk_bytes_per_s, float(compute_s))
+    return float(max(ours["missed_bytes"] / disk_bytes_per_s, ours["s_per_token"] - ours["stall_s"]))
 
 
 def table(rounds: list[dict[str, Any]]) -> str:

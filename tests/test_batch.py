@@ -172,6 +172,10 @@ def test_chat_requests_use_the_template_and_text_parts_are_joined(tmp_path: Path
     record = answer_record(request, text="hi", finish_reason="stop", prompt_tokens=3, completion_tokens=2, model="tiny")
     choice = record["response"]["body"]["choices"][0]
     assert choice["message"] == {"role": "assistant", "content": "hi"}
+    told = {"finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2, "model": "tiny"}
+    record = answer_record(request, text="hi", thinking="hm", **told)  # type: ignore[arg-type]
+    choice = record["response"]["body"]["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": "hi", "reasoning_content": "hm"}
 
 
 def test_a_half_line_is_cut_off_and_its_request_done_again(tiny_llama: Path, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ from headrace.engine.stops import StopScanner
 from headrace.errors import CheckpointError, ContextError, UsageError
 from headrace.kernels import make_kernels
 from headrace.model import Shell, Tokenizer
-from headrace.model.tokenizer import Message, Prompt, TextStream
+from headrace.model.thinking import AnswerStream
+from headrace.model.tokenizer import Message, Prompt
 from headrace.plan import (
     NO_DRAFT,
     Budget,
@@ -80,6 +81,7 @@ class Piece:
     passes: int  # over the weights so far, since loading
     index: int = 0  # of the prompt, where several were given
     finish_reason: str | None = None  # "stop" or "length", in the last piece of its prompt
+    thinking: str = ""  # what the model thinks before it answers, where it marks that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ class Completion:
     """A whole answer with its measurements; `as_json` is what `--json` prints."""
 
     text: str
+    thinking: str  # before the answer, where the model marks that; not part of `text`
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
@@ -100,6 +103,7 @@ class Completion:
         """One JSON-ready object; keys carry their units and are only ever added to."""
         return {
             "text": self.text,
+            "thinking": self.thinking,
             "finish_reason": self.finish_reason,
             "model": self.plan.model,
             "version": __version__,
@@ -122,7 +126,7 @@ class _Live:
 
     index: int
     answer: Answer
-    text: TextStream
+    text: AnswerStream
     scanner: StopScanner
     start: float
     ttft_s: float = 0.0
@@ -228,7 +232,7 @@ class Model:
             max_tokens: at most so many for each prompt; None: until the model ends or the context is full.
             sampling: None: the file's recommendation.
             stop: a string that ends the answer and is not part of it, or several.
-            raw: complete the text as it is, without the chat template.
+            raw: complete the text as it is, without the chat template, and without telling thoughts from the answer.
             on_progress: called during the passes before the first piece.
 
         Raises:
@@ -239,7 +243,7 @@ class Model:
         sampling = sampling or self.default_sampling()
         stops = (stop,) if isinstance(stop, str) else stop
         jobs = [
-            Job(tokens=self.encode(one, raw=raw), max_tokens=max_tokens, sampling=sampling, stop=stops)
+            Job(tokens=self.encode(one, raw=raw), max_tokens=max_tokens, sampling=sampling, stop=stops, raw=raw)
             for one in _prompts(prompt)
         ]
         return self.stream_jobs(iter(jobs), on_progress)
@@ -300,7 +304,7 @@ class Model:
                     live[answer] = _Live(
                         index=index,
                         answer=answer,
-                        text=self.tokenizer.stream(),
+                        text=self.tokenizer.answer(job.tokens, raw=job.raw),
                         scanner=StopScanner(job.stop),
                         start=time.perf_counter(),
                     )
@@ -341,21 +345,23 @@ class Model:
                 passes=len(self._engine.passes),
                 index=one.index,
             )
+            thought = ""
             if token in self.tokenizer.end_ids:
                 shown = one.scanner.rest()
                 reason: str | None = "stop"
             else:
-                shown, stopped = one.scanner.push(one.text.step(token))
+                text, thought = one.text.step(token)
+                shown, stopped = one.scanner.push(text)
                 reason = "stop" if stopped else "length" if one.count == answer.most_tokens else None
                 if reason == "length":
                     shown += one.scanner.rest()
             if reason is None:
-                yield replace(piece, text=shown)
+                yield replace(piece, text=shown, thinking=thought)
                 continue
             self._scheduler.remove(answer)
             del live[answer]
             if token not in self.tokenizer.end_ids:
-                yield replace(piece, text=shown)
+                yield replace(piece, text=shown, thinking=thought)
                 shown = ""
             yield replace(piece, text=shown, token=None, finish_reason=reason)
             return
@@ -430,6 +436,7 @@ class Model:
         read = sum(p.read_bytes for p in passes)
         return Completion(
             text="".join(piece.text for piece in pieces),
+            thinking="".join(piece.thinking for piece in pieces).rstrip(),
             finish_reason=(last.finish_reason if last else None) or "interrupted",
             prompt_tokens=last.prompt_tokens if last else 0,
             completion_tokens=sum(piece.token is not None for piece in pieces),
@@ -444,6 +451,7 @@ class Model:
                 "read_bytes_per_pass": sum(p.read_bytes for p in decode) // len(decode) if decode else None,
                 "read_bytes_per_s": read / sum(p.seconds for p in passes) if passes else None,
                 "stall_s": sum(p.stall_s for p in passes),
+                "decode_stall_s": sum(p.stall_s for p in decode),
                 "compute_s": sum(p.seconds - p.stall_s for p in passes),
                 "draft_s": sum(p.draft_s for p in passes),
             },
@@ -501,6 +509,7 @@ class Job:
     max_tokens: int | None
     sampling: Sampling
     stop: Sequence[str] = ()
+    raw: bool = False  # what the model thinks is not told from what it answers
 
     def __post_init__(self) -> None:
         """Refuse an answer of no tokens: it would have no end.

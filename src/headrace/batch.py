@@ -164,11 +164,19 @@ def _stops(value: object) -> tuple[str, ...]:
 
 
 def answer_record(
-    request: BatchRequest, *, text: str, finish_reason: str, prompt_tokens: int, completion_tokens: int, model: str
+    request: BatchRequest,
+    *,
+    text: str,
+    finish_reason: str,
+    prompt_tokens: int,
+    completion_tokens: int,
+    model: str,
+    thinking: str = "",
 ) -> dict[str, Any]:
-    """The result of a request that was answered."""
+    """The result of a request that was answered; `reasoning_content` is where other servers put what was thought."""
     choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
-    choice |= {"message": {"role": "assistant", "content": text}} if request.chat else {"text": text}
+    thought = {"reasoning_content": thinking} if thinking else {}
+    choice |= {"message": {"role": "assistant", "content": text, **thought}} if request.chat else {"text": text}
     body = {
         "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{request.line}",
         "object": "chat.completion" if request.chat else "text_completion",

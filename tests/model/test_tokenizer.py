@@ -225,3 +225,18 @@ def test_bytes_that_begin_no_character_do_not_end_the_answer(ours: Tokenizer, ba
     ]
     text = "".join(stream.step(token) for token in tokens)
     assert text.endswith("ba")
+
+
+def test_thoughts_are_told_from_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = of_bytes("hello so")
+    marks = ["<think>", "</think>"]
+    backend.add_tokens(marks)
+    monkeypatch.setitem(globals(), "VISIBLE", [*VISIBLE, *marks])
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
+    ours = described(backend, "gpt2", "gpt-2", tmp_path / "tokenizer.gguf", template=template)
+    prompt = ours.chat([{"role": "user", "content": "hello"}])
+    said = ours.encode("so</think>\n\nhello", special=False)
+    for raw, expected in ((False, ("hello", "so")), (True, ("so</think>\n\nhello", ""))):
+        stream = ours.answer(prompt, raw=raw)
+        pieces = [stream.step(token) for token in said]
+        assert ("".join(answer for answer, _ in pieces), "".join(thought for _, thought in pieces)) == expected

@@ -116,7 +116,7 @@ class Batch:
         self._results = results
         self._max_tokens = max_tokens
         self._running: list[BatchRequest] = []  # by the index of their job
-        self._texts: dict[int, list[str]] = {}
+        self._texts: dict[int, list[tuple[str, str]]] = {}
 
     def run(self, board: "Board") -> int:
         """Answer all; returns the exit code."""
@@ -147,18 +147,20 @@ class Batch:
                 max_tokens=request.max_tokens or self._max_tokens,
                 sampling=sampling,
                 stop=request.stop,
+                raw=not request.chat,
             )
 
     def _take(self, piece: "Piece", board: "Board") -> None:
         texts = self._texts.setdefault(piece.index, [])
-        texts.append(piece.text)
+        texts.append((piece.text, piece.thinking))
         board.token(piece)
         if piece.finish_reason is None:
             return
         self._results.add(
             answer_record(
                 self._running[piece.index],
-                text="".join(texts),
+                text="".join(text for text, _ in texts),
+                thinking="".join(thought for _, thought in texts),
                 finish_reason=piece.finish_reason,
                 prompt_tokens=piece.prompt_tokens,
                 completion_tokens=piece.completion_tokens,

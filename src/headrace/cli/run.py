@@ -171,7 +171,7 @@ def _answer(model: "Model", prompt: "Prompt", settings: Settings) -> tuple["Comp
     pieces: list[Piece] = []
     progress = show.ProgressLine(settings.quiet)
     first, start = len(model.passes), time.perf_counter()
-    interrupted = False
+    interrupted, thinks = False, False
     try:
         for piece in model.stream(
             prompt,
@@ -183,6 +183,12 @@ def _answer(model: "Model", prompt: "Prompt", settings: Settings) -> tuple["Comp
         ):
             progress.clear()
             pieces.append(piece)
+            if piece.thinking and not (settings.as_json or settings.quiet):
+                show.thought(piece.thinking)
+                thinks = True
+            if thinks and piece.text:
+                show.thought("\n\n")
+                thinks = False
             if not settings.as_json and piece.text:
                 click.echo(piece.text, nl=False)
                 sys.stdout.flush()

@@ -88,6 +88,11 @@ class ProgressLine:
         self._width = max(self._width, len(text))
 
 
+def thought(text: str) -> None:
+    """Some of what the model thinks: not of the answer, so on stderr, and dim."""
+    click.echo(click.style(text, dim=True), nl=False, err=True)
+
+
 def stats(completion: "Completion") -> str:
     """One line after the text: predicted beside measured."""
     t, plan = completion.timings, completion.plan

@@ -26,6 +26,7 @@ from headrace.checkpoint import Checkpoint
 from headrace.errors import CheckpointError, UnsupportedError, UsageError
 from headrace.model.config import opening_of
 from headrace.model.cuts import BEGIN, LIKE, TAKE_WORDS_WHOLE, cut, is_known
+from headrace.model.thinking import AnswerStream, Marks
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
@@ -110,6 +111,19 @@ class Tokenizer:
     def stream(self) -> "TextStream":
         """A decoder that is given one token at a time."""
         return TextStream(self._backend)
+
+    def answer(self, prompt: Sequence[int], *, raw: bool = False) -> AnswerStream:
+        """A decoder for what follows these tokens, which tells thoughts from the answer unless the text is `raw`."""
+        return AnswerStream(Marks() if raw else self._marks, self.stream, prompt)
+
+    @cached_property
+    def _marks(self) -> Marks:
+        return Marks.among(lambda token: self._whole(token) if self.has_chat_template else None)
+
+    def _whole(self, token: str) -> int | None:
+        """The number of a token, if it stands for itself in a text."""
+        number: int | None = self._backend.token_to_id(token)
+        return number if number is not None and self._ids(token, False) == [number] else None
 
     def prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt. A text is one user message where the model has a chat template, unless `raw`.
