@@ -63,8 +63,9 @@ def test_the_memory_of_prompts_holds_weights_between_them(
         checkpoint = open_checkpoint(tiny_llama)
         rows = {tensor.name: tensor.rows for tensor in checkpoint.tensors.values()}
         options = StreamOptions(
-            pinned_rows={name: int(0.3 * count) for name, count in rows.items()},
-            lent_rows={name: int(lent * count) for name, count in rows.items()},
+            # By the 16: how torch adds up a prompt's row may depend on how many others are left over at a cut.
+            pinned_rows={name: int(0.3 * count) // 16 * 16 for name, count in rows.items()},
+            lent_rows={name: int(lent * count) // 16 * 16 for name, count in rows.items()},
             memory_limit_bytes=limit,
             unit_bytes=16 << 10,
             slots=3,

@@ -371,7 +371,7 @@ class ExpertStream:
             self._readers.came(count)
             load.left -= 1
             if not load.left:
-                self._readers.arrived.notify()
                 if load.unwanted:
                     self._strays.pop((load.layer, load.expert), None)
                     self.cache.release(load.slot)
+                self._readers.wake()
