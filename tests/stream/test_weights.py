@@ -70,7 +70,7 @@ SHAPES = [(7, 33), (64, 256), (1, 5000), (300, 40), (5, 1024)]
 @given(
     share=st.floats(0, 1),
     unit_bytes=st.integers(1, 60_000),
-    slots=st.integers(1, 9),
+    slots=st.integers(1, 20),
     readers=st.integers(0, 4),
 )
 def test_every_pass_delivers_every_byte(
@@ -87,7 +87,7 @@ def test_every_pass_delivers_every_byte(
     share=st.floats(0, 1),
     lent=st.floats(0, 1),
     unit_bytes=st.integers(1, 60_000),
-    slots=st.integers(1, 9),
+    slots=st.integers(1, 20),
     readers=st.integers(0, 4),
     lends=st.lists(st.booleans(), min_size=2, max_size=6),
 )
@@ -309,6 +309,18 @@ def test_a_file_system_without_direct_reads_is_read_buffered(tmp_path: Path, mon
 
 
 @pytest.mark.stress
+@pytest.mark.parametrize(("slots", "together"), [(3, 1), (8, 2), (16, 4), (64, 4)])
+@pytest.mark.parametrize("readers", [0, 2])
+def test_units_come_several_at_a_time_where_a_quarter_of_the_ring_holds_them(
+    tmp_path: Path, slots: int, together: int, readers: int
+) -> None:
+    tensors, _ = make_file(tmp_path / "w", SHAPES)
+    with WeightStream(layout_of(tensors, 0.0, 4096), slots=slots, readers=readers) as stream:
+        for _ in range(2):
+            sizes = [len(batch) for index in range(len(stream.layout.visits)) for batch in stream.visit(index)]
+            assert max(sizes) == together
+
+
 def test_many_readers_and_rewinds_never_mix_up_slots(tmp_path: Path) -> None:
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     for round_ in range(60):

@@ -273,7 +273,8 @@ class Kernels:
         graph = self._products.get(key)
         if graph is None:
             workers = self._many_workers if most_rows > FEW_ROWS else self.few_workers
-            if sum([part.rows * row_bytes(part.type, part.columns) for part in parts]) * most_rows <= _OF_ONE:
+            nbytes = sum([part.rows * row_bytes(part.type, part.columns) for part in parts])
+            if nbytes * most_rows <= _OF_ONE and self.few_workers is self._many_workers:  # none that spin
                 workers = self._one_worker
             graph = self._products[key] = Products(parts, most_rows, dots, workers, self.interleaving)
         operands = [operands for _, operands in jobs]
