@@ -99,15 +99,12 @@ def main() -> None:
             model.generate(PROMPT, max_tokens=count, sampling=Sampling(temperature=0), raw=True)
             return statistics.median(one.seconds for one in model.passes[before + 1 :])
 
-        passes(arguments.tokens)
-        while model.passes[
-            -1
-        ].read_bytes:  # until all that these tokens need is in memory, and nothing is taken any more
+        while True:  # until all that these tokens need is in memory
             before = len(model.passes)
             passes(arguments.tokens)
             if not sum(one.read_bytes for one in model.passes[before:]):
                 break
-        time.sleep(10)
+        time.sleep(10)  # in which the rest of the memory is taken
         rows = []
         for number in range(arguments.rounds):
             compute = passes(arguments.tokens)
