@@ -48,7 +48,7 @@ def headrace(path: Path, ceiling_mib: int, tokens: int) -> dict[str, Any]:
         "s_per_token": 1 / timings["decode_tok_per_s"] if timings.get("decode_tok_per_s") else None,
         "ttft_s": timings["ttft_s"],
         "missed_bytes": experts.get("bytes_per_token", timings.get("read_bytes_per_pass")),
-        "stall_s": timings["decode_stall_s"] / (answer["usage"]["completion_tokens"] - 1),
+        "stall_s": timings["decode_stall_s"] / max(1, answer["usage"]["completion_tokens"] - 1),
         "predicted_s": answer["plan"]["decode_s_per_token"]["expected"],
         "experts": experts,
         "own_peak_bytes": answer["memory"]["peak_bytes"],
@@ -112,7 +112,7 @@ def measure(arguments: argparse.Namespace, profile: Profile) -> list[dict[str, A
 
 def limit(ours: dict[str, Any], disk_bytes_per_s: float) -> float | None:
     """Seconds per token that the disk or the cores take alone."""
-    if "failed" in ours or ours["missed_bytes"] is None:
+    if "failed" in ours or ours["missed_bytes"] is None or ours["s_per_token"] is None:
         return None
     return float(max(ours["missed_bytes"] / disk_bytes_per_s, ours["s_per_token"] - ours["stall_s"]))
 

@@ -308,7 +308,6 @@ def test_a_file_system_without_direct_reads_is_read_buffered(tmp_path: Path, mon
         assert read_pass(stream) == contents
 
 
-@pytest.mark.stress
 @pytest.mark.parametrize(("slots", "together"), [(3, 1), (8, 2), (16, 4), (64, 4)])
 @pytest.mark.parametrize("readers", [0, 2])
 def test_units_come_several_at_a_time_where_a_quarter_of_the_ring_holds_them(
@@ -321,6 +320,7 @@ def test_units_come_several_at_a_time_where_a_quarter_of_the_ring_holds_them(
             assert max(sizes) == together
 
 
+@pytest.mark.stress
 def test_many_readers_and_rewinds_never_mix_up_slots(tmp_path: Path) -> None:
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     for round_ in range(60):

@@ -17,7 +17,7 @@ READ_LATENCY_S = (
     150e-6  # of one request of 2 MiB to a solid-state disk, before its bytes come: guessed, and hidden by the readers
 )
 
-LAYERS_AHEAD = 2  # whose experts are read
+LAYERS_AHEAD = 2  # whose experts are read (`engine.look_ahead`)
 
 
 def pass_units(plan: Plan, rows: int) -> list[Unit]:

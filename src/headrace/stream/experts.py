@@ -128,6 +128,7 @@ class ExpertStream:
         self.cache = cache
         self.bundles = [[bundle_of(slices) for slices in experts] for experts in layers]
         self._slot_bytes = max(bundle.nbytes for experts in self.bundles for bundle in experts)
+        self.reads_always = slots < sum(map(len, self.bundles))  # for ever: memory cannot hold all experts
         self._arena = Arena(slots * self._slot_bytes)
         paths = {part.tensor.path for experts in layers for slices in experts for part in slices}
         self._files = {path: file_of(path) for path in sorted(paths)}
@@ -146,11 +147,6 @@ class ExpertStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def reads_always(self) -> bool:
-        """Whether memory cannot hold all experts."""
-        return self._arena.nbytes < self._slot_bytes * sum(map(len, self.bundles))
 
     # -- the consumer -------------------------------------------------------------------------------------------
 
