@@ -385,7 +385,10 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         **GROUPED, "attention_window_size": 8, "block_types": ["recurrent", "recurrent", "attention"],
         "lru_width": 64,
     },
-    "rwkv": {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "context_length": 128, **NO_TOKENS},
+    "rwkv": {
+        "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 3, "context_length": 128, "rescale_every": 2,
+        **NO_TOKENS,
+    },
     "xlstm": {**SIZES, "hidden_size": 128, "num_heads": 4, "chunk_size": 16},
     "zamba": {
         **COMMON, "num_hidden_layers": 6, "num_key_value_heads": 4, "n_mamba_heads": 2, "mamba_d_state": 8,

@@ -18,17 +18,6 @@ TOKENS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_see
 # One pass of many rows, then single rows, several on top of others, single ones again.
 PARTS = (30, 1, 1, 5, 1, 1, 1)
 
-_OWN_EXPERTS = "its experts are multiplied in a way of their own"
-_BY_NUMBERS = "which weights it asks for depends on the numbers that it computes"
-_NO_CACHE = "transformers keeps no cache for it, so each token would read the whole text anew"
-REFUSED = {
-    "jetmoe": _OWN_EXPERTS,
-    "openai-gpt": _NO_CACHE,
-    "qwen4_exp_text": _BY_NUMBERS,
-    "recurrent_gemma": "its state lies in its modules, where sequences would share it",
-    "rwkv": _NO_CACHE,
-}
-
 
 @dataclass(frozen=True)
 class Outcome:

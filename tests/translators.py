@@ -26,6 +26,17 @@ BART = {
     "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 80, "max_position_embeddings": 64,
     "decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+SMALL = {key: value for key, value in BART.items() if key != "vocab_size"}
+SWITCH = {
+    **T5, "num_experts": 8, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_layers": 4,
+    "num_decoder_layers": 4,
+}  # fmt: skip
+SPECIAL = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+GEMMA = {
+    **SPECIAL, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "sliding_window": 8,
+    "query_pre_attn_scalar": 16,
+}  # fmt: skip
 BERT = {
     "model_type": "bert", "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "intermediate_size": 96, "max_position_embeddings": 64,
@@ -46,6 +57,26 @@ CASES: dict[str, dict[str, Any]] = {
     "blenderbot": BART,
     "blenderbot-small": BART,
     "mvp": BART,
+    "bigbird_pegasus": {**BART, "attention_type": "original_full"},
+    "bigbird_pegasus:blocks": BART,  # which are for longer texts
+    "led": {**BART, "attention_window": 8, "max_encoder_position_embeddings": 64},
+    "prophetnet": {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 3,
+        "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4,
+        "encoder_ffn_dim": 96,
+        "decoder_ffn_dim": 80,
+        "max_position_embeddings": 64,
+        "decoder_start_token_id": 2,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    },
+    "switch_transformers": SWITCH,
+    "switch_transformers:full": {**SWITCH, "num_experts": 2, "expert_capacity": 15},  # for most of the text
+    "t5gemma": {"encoder": GEMMA, "decoder": {**GEMMA, "num_hidden_layers": 3}, **SPECIAL},
     "plbart": BART,
     "encoder-decoder": {
         "encoder": BERT,
@@ -55,17 +86,12 @@ CASES: dict[str, dict[str, Any]] = {
         "eos_token_id": 1,
     },
 }
-SMALL = {key: value for key, value in BART.items() if key != "vocab_size"}
 # What transformers has besides, and why it does not run.
 REFUSED = {
-    "fsmt": ({**SMALL, "langs": ["en", "de"], "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB}, "whole answer"),
-    "led": ({**BART, "attention_window": 8, "max_encoder_position_embeddings": 64}, "traced"),
-    "nllb-moe": ({**BART, "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2}, "traced"),
-    "switch_transformers": (
-        {**T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}, "traced",
-    ),
+    "fsmt": ({**SMALL, "langs": ["en", "de"], "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB}, "two languages"),
+    "nllb-moe": ({**BART, "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2}, "first two experts"),
     "seamless_m4t": ({**SMALL, "vocab_size": VOCAB, "hidden_size": 64}, "speech"),
-}  # fmt: skip
+}
 UNTIED = ("t5:gated", "mt5")
 # As files: GGUF's t5 with the buckets' distance that no metadata carries.
 FILES = {

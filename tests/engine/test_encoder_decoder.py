@@ -44,7 +44,7 @@ def logits_of(engine: Engine, text: torch.Tensor = TEXT, answer: torch.Tensor = 
 def expected_of(model: torch.nn.Module, opening: tuple[int, ...]) -> torch.Tensor:
     decoded = torch.cat([torch.tensor([opening]), ANSWER], 1)
     with torch.inference_mode():
-        return model(input_ids=TEXT, decoder_input_ids=decoded).logits[0]
+        return model(input_ids=TEXT, decoder_input_ids=decoded, use_cache=False).logits[0]
 
 
 def greedy(engine: Engine, count: int) -> list[int]:
@@ -76,7 +76,8 @@ def test_a_folder_gives_the_logits_and_the_answer_of_transformers(name: str, tmp
         model.config.eos_token_id = model.generation_config.eos_token_id = None
         assert greedy(engine, 20) == greedy_of_transformers(model, engine.opening, 20)
         assert engine.way == "model"
-        assert all(type(module) is not torch.nn.Linear for module in engine.model.modules()), "kept in memory"
+        kept = [module for module in engine.model.modules() if type(module) is torch.nn.Linear]
+        assert all(one.weight.is_meta or len(one.weight) <= 8 for one in kept), "only routers are kept in memory"
 
 
 @pytest.mark.parametrize("name", FILES)

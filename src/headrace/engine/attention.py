@@ -224,6 +224,7 @@ class PackedAttention:
         self.strange: set[str] = set()  # what they asked for that is not done here
         self.room = Room()
         self.tape: Tape | None = None  # that takes down what happens
+        self.records = False  # whether calls are looked at and not computed
         self._turns: dict[torch.nn.Module, Turns | None] = {}  # of a layer that is about to attend to latent vectors
 
     def begin(self, batch: Sequence[Entry]) -> None:
@@ -270,7 +271,7 @@ class PackedAttention:
 
         `s_aux` are sinks, one for each head: a further position to attend to that has no value.
         """
-        if query.is_meta:
+        if self.records:
             if key.shape[2] != query.shape[2]:
                 self.strange.add("keys beyond those of the rows")
             self._note(module, attention_mask, others, key, value)
@@ -280,7 +281,7 @@ class PackedAttention:
                 width = module.v_head_dim
                 if softcap is not None or s_aux is not None:
                     self.strange.add("latent vectors, with scores that are capped or have sinks")
-            return query.new_empty((*query.shape[:3], width)).transpose(1, 2), None
+            return query.new_zeros((1, query.shape[2], query.shape[1], width)), None
         if module in self._turns:
             return self._latent(module, query[0], key, value, scaling, sliding_window), None
         layer: int = module.layer_idx  # type: ignore[assignment]
@@ -353,7 +354,7 @@ class PackedAttention:
         key: torch.Tensor,
         value: torch.Tensor,
     ) -> None:
-        """A call on meta, while the order is recorded: remember who called and what is out of the ordinary."""
+        """A call while the order is recorded: remember who called and what is out of the ordinary."""
         layer = getattr(module, "layer_idx", None)
         if not isinstance(layer, int) or layer < 0 or layer in self.layers:
             self.strange.add("layers that share a place in the cache")

@@ -28,13 +28,12 @@ from headrace.engine.model_cache import (
     ModelCache,
     arguments_for,
     keeps_states,
-    maker_of,
     parameters_of,
     sees_a_window,
     sees_chunks,
     trial_of,
 )
-from headrace.engine.numbers import floats_of
+from headrace.engine.numbers import numbers_of
 from headrace.engine.recycling import Recycling
 from headrace.engine.tape import Tape, Tapes
 from headrace.engine.trace import PassLog, PassStats, Trace
@@ -173,7 +172,6 @@ class Engine:
         self.steps = shell.steps
         self.way = shell.way
         self.opening = shell.opening
-        self._keeps_states = self.way == "model" and keeps_states(self.model)
         look_ahead = LookAhead(shell.experts, checkpoint.number("expert_used_count", 1), self.kernels)
         if callable(options):
             options = options(shell)
@@ -276,8 +274,7 @@ class Engine:
     def new_cache(self, capacity: int, bits: int = 16) -> "KVCache | ModelCache":
         """An empty cache for one sequence of at most `capacity` tokens, with keys and values in 16 or 8 bits."""
         if self.way == "model":
-            continues, opening = not self._keeps_states, len(self.opening)
-            return ModelCache(maker_of(self.model), capacity, continues, opening)
+            return ModelCache(self.model, capacity, len(self.opening))
         return KVCache(self.layers, capacity, bits)
 
     @property
@@ -400,15 +397,16 @@ class Engine:
         for rows in batch:
             cache, tokens = rows.cache, list(rows.tokens)
             assert isinstance(cache, ModelCache)
-            step = 1 if cache.length and self._keeps_states else len(tokens)
+            step = len(tokens) if cache.continues or not cache.length else 1
             before, found = cache.length, []
             for first in range(0, len(tokens), step):
                 self._begin(self._again if cache.length else self.steps)
-                self._rows = step if cache.length else step - cache.opening
+                self._rows = cache.rows(step)
                 self._exact_rows = self._rows if rows.is_exact else 0
                 part = replace(rows, tokens=tokens[first : first + step], logits=min(step, rows.logits))
-                arguments = arguments_for(self.model, cache, torch.tensor([part.tokens]))
-                found.append(self._logits(arguments, torch.arange(-part.logits, 0)))
+                with cache.in_modules():
+                    arguments = arguments_for(self.model, cache, torch.tensor([part.tokens]))
+                    found.append(self._logits(arguments, torch.arange(-part.logits, 0)))
                 cache.length += step
             cache.length = before
             parts.append(torch.cat(found)[-rows.logits :])
@@ -626,7 +624,7 @@ class Engine:
         return step
 
     def _record(self, recorder: Recorder | None) -> None:
-        self._recorder = recorder
+        self._recorder, self._attention.records = recorder, recorder is not None
         if recorder is not None:
             self._attention.layers, self._attention.strange = {}, set()
 
@@ -652,12 +650,12 @@ class Engine:
         return self.kernels.interleave(piece, tensor.columns, options.interleaved_in_place)
 
     def _unpack(self, tensor: Tensor) -> torch.Tensor:
-        """A small tensor read whole: fp32, in its shape."""
+        """A small tensor read whole, in its shape: fp32, or the whole numbers that are stored."""
         data = self._read(tensor.path, tensor.offset, tensor.nbytes)
         if tensor.slabs:
-            plain = self._to_floats(tensor, data).view(tensor.slabs, tensor.outputs, tensor.columns)
+            plain = self._to_numbers(tensor, data).view(tensor.slabs, tensor.outputs, tensor.columns)
             return plain.transpose(0, 1).reshape(tensor.outputs, tensor.inputs)
-        return self._to_floats(tensor, data).view(tensor.shape)
+        return self._to_numbers(tensor, data).view(tensor.shape)
 
     def _gather(self, tensor: Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Rows of a table, (tokens, columns): one short read each."""
@@ -670,7 +668,7 @@ class Engine:
                 hint="the tokenizer is of another model",
             )
         packed = np.concatenate([self._row(tensor, token) for token in tokens.tolist()])
-        return self._to_floats(tensor, packed).view(-1, tensor.columns)
+        return self._to_numbers(tensor, packed).view(-1, tensor.columns).float()
 
     def _row(self, tensor: Tensor, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """One row of a table, packed. The last ones stay: a text says most of its words again."""
@@ -683,8 +681,8 @@ class Engine:
             self._rows_read_bytes -= self._rows_read.pop(next(iter(self._rows_read))).nbytes
         return row
 
-    def _to_floats(self, tensor: Tensor, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
-        plain = floats_of(tensor.type, data)
+    def _to_numbers(self, tensor: Tensor, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
+        plain = numbers_of(tensor.type, data)
         if plain is not None:
             return plain
         rows = len(data) // tensor.row_bytes
@@ -718,7 +716,7 @@ _THREADS = _Threads()
 
 
 def _positions() -> Iterator[dict[str, Any]]:
-    """Arguments of the forward on meta in which the order is recorded."""
+    """Arguments of the forward in which the order is recorded."""
     ids = torch.zeros((1, 2), dtype=torch.long)
     yield {"input_ids": ids, "position_ids": ids}
 

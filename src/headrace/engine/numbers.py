@@ -1,4 +1,4 @@
-"""Small tensors of types that no kernel multiplies, as fp32: counts, masks, and numbers of double precision."""
+"""Small tensors of types that no kernel multiplies: counts, masks, and numbers of double precision."""
 
 from typing import Any
 
@@ -11,10 +11,13 @@ _NUMPY = {
 }  # fmt: skip
 
 
-def floats_of(type_name: str, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor | None:
-    """The numbers in these bytes, in one dimension; None for the types that kernels unpack."""
+def numbers_of(type_name: str, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor | None:
+    """The numbers in these bytes, in one dimension; None for the types that kernels unpack.
+
+    Whole numbers stay as they are: the multipliers of a hash are larger than fp32 can tell apart.
+    """
     if type_name in _NUMPY:
-        return torch.from_numpy(data.view(_NUMPY[type_name]).astype(np.float32))
+        return torch.from_numpy(data.view(_NUMPY[type_name]))
     if type_name in ("F8_E4M3", "F8_E5M2"):
         return torch.from_numpy(data).view(torch.float8_e4m3fn if type_name == "F8_E4M3" else torch.float8_e5m2).float()
     return None

@@ -38,7 +38,6 @@ _DECODER_HALF = "the decoder of a model with an encoder"
 _OTHERS = {
     "blt": "a model over bytes, with models of its own for patches of them",
     "cpmant": "a model that lets a token see what follows it",
-    "recurrent_gemma": "a model that keeps its state in its modules, where sequences would share it",
     "reformer": "a model with hashed attention, drawn anew each time",
     "xlm": _ENCODER,
     "xlnet": "a model with permuted attention",
@@ -61,7 +60,8 @@ _OTHERS = {
     ),
 }  # fmt: skip
 _OTHERS_WITH_ENCODER = {
-    "fsmt": "a model that is given its whole answer for each token, cache or not",
+    "fsmt": "a model with a vocabulary for each of two languages",
+    "nllb-moe": "a mixture that transformers computes with the first two experts of each layer, whatever its router says",
     "seamless_m4t": "a model of speech",
     "seamless_m4t_v2": "a model of speech",
 }
@@ -195,12 +195,19 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
         )
     given = {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
     try:
-        return CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(given))
+        config = CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(given))
     except Exception as error:  # whatever an untrusted config provokes in transformers' checks of it
         raise CheckpointError(
             f"{checkpoint.path}: config.json makes no {kind} model: {error}",
             hint="the config is damaged, or of another version of transformers",
         ) from error
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = (
+            0  # keeps RWKV's numbers within half precision, by changing its weights; here they are fp32
+        )
+    if kind == "bigbird_pegasus":
+        config.attention_type = "original_full"  # it changes to that by itself for a short text, and not back
+    return config
 
 
 def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:

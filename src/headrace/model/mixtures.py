@@ -17,12 +17,18 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The matrices of all experts of a layer, in one parameter."""
+    """The matrices of all experts of a layer, in one parameter or one for each."""
 
-    parameter: str  # its name below the module of experts
+    parameter: str  # its name below the module of experts; with {} for an expert's number, where each has its own
     shape: tuple[int, ...]  # (experts, outputs, inputs)
     outputs_last: bool = False  # the shape is (experts, inputs, outputs)
     interleaved: bool = False  # gates and ups take turns
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of all."""
+        count = self.shape[0] if "{}" in self.parameter else 1
+        return tuple(self.parameter.format(i) for i in range(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +85,10 @@ def _multiply(
     return out
 
 
-def _describe(module: Any, mixture: Mixture, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Tell of a module with gates and without biases what transformers' interface would."""
+def _describe(
+    module: Any, mixture: Mixture, activation: Callable[[torch.Tensor], torch.Tensor], gated: bool = True
+) -> None:
+    """Tell of a module without biases what transformers' interface would."""
 
     def apply_gate(raised: torch.Tensor) -> torch.Tensor:
         gate, up = raised.chunk(2, dim=-1)
@@ -88,8 +96,8 @@ def _describe(module: Any, mixture: Mixture, activation: Callable[[torch.Tensor]
 
     module.mixture = mixture
     module.num_experts = mixture.down.shape[0]
-    module.has_gate, module.has_bias, module.has_post_expert_norm = True, False, False
-    module._apply_gate = apply_gate
+    module.has_gate, module.has_bias, module.has_post_expert_norm = gated, False, False
+    module._apply_gate, module.act_fn = apply_gate, activation
 
 
 def _llama4(block: Any, multiply: Multiply) -> None:
@@ -131,8 +139,77 @@ def _longcat_flash(experts: Any, multiply: Multiply) -> None:
     experts.forward = partial(multiply, experts)
 
 
+def _jetmoe(block: Any, multiply: Multiply) -> None:
+    """JetMoe sorts rows by expert, of which it asks for the counts."""
+    up, down = (Stack(f"{one}.weight", tuple(getattr(block, one).weight.shape)) for one in _JETMOES)
+    _describe(block, Mixture((up,), down), block.activation)
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        rows = hidden.reshape(-1, block.input_size)
+        scores, ids = block.router.layer(rows).topk(block.router.top_k, dim=-1)
+        summed: torch.Tensor = block.bias + multiply(block, rows, ids, scores.softmax(-1)).view_as(hidden)
+        return summed
+
+    block.forward = forward
+
+
+def _jetmoe_attention(block: Any, _: Multiply) -> None:
+    """JetMoe also chooses what makes its queries, and what is made of the heads. Here all of that is computed, as one product,
+    and what was not chosen is left: two of eight are too many to be worth a wait."""
+    for name in _JETMOES:
+        experts = getattr(block, name)
+        with torch.device("meta"):
+            one = nn.Linear(experts.input_size, block.num_experts * experts.output_size, bias=False)
+        setattr(block, name, one.requires_grad_(False))
+
+    def chosen(linear: nn.Module, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """(rows, inputs), (rows, chosen) to (rows, chosen, outputs)."""
+        found: torch.Tensor = linear(rows).view(len(rows), block.num_experts, -1)
+        return found.gather(1, ids.unsqueeze(-1).expand(-1, -1, found.shape[-1]))
+
+    def queries(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        rows = hidden.reshape(-1, block.input_size)
+        scores, ids = block.router.layer(rows).topk(block.top_k, dim=-1)
+        found = chosen(block.input_linear, rows, ids)
+        return found.view(*hidden.shape[:-1], *found.shape[1:]), scores, (ids, scores.softmax(-1))
+
+    def reduced(heads: torch.Tensor, chose: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        ids, weights = chose
+        found = chosen(block.output_linear, heads.reshape(-1, heads.shape[-1]), ids.view(-1, 1))
+        summed: torch.Tensor = block.bias + (found.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(1)
+        return summed.view(*heads.shape[:-2], -1)
+
+    block.map, block.reduce = queries, reduced
+
+
+_JETMOES = "input_linear", "output_linear"
+
+
+def _switch(block: Any, multiply: Multiply) -> None:
+    """Switch Transformers have a module for each expert, and leave out rows for which an expert has no more room."""
+    experts, router = block.experts, block.router
+    first = experts["expert_0"]
+    up, down = (
+        Stack(f"expert_{{}}.{one}.weight", (experts.num_experts, *getattr(first, one).weight.shape))
+        for one in ("wi", "wo")
+    )
+    _describe(experts, Mixture((up,), down), first.act, gated=False)
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        weights, ids = router.classifier(hidden).softmax(-1).max(-1, keepdim=True)
+        places = nn.functional.one_hot(ids.squeeze(-1), experts.num_experts).cumsum(-2).gather(-1, ids)
+        weights = weights * (places <= router.expert_capacity)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return multiply(experts, rows, ids.view(-1, 1), weights.view(-1, 1)).view_as(hidden)
+
+    block.forward = forward
+
+
 _OWN: dict[str, Callable[[Any, Multiply], None]] = {
     "Llama4TextMoe": _llama4,
     "DbrxExperts": _dbrx,
     "LongcatFlashExperts": _longcat_flash,
+    "JetMoeMoE": _jetmoe,
+    "JetMoeMoA": _jetmoe_attention,
+    "SwitchTransformersSparseMLP": _switch,
 }

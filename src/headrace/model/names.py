@@ -33,7 +33,7 @@ from headrace.checkpoint.tensor import Slice, block_of, layer_of
 from headrace.errors import CheckpointError, UnsupportedError
 from headrace.model.matrix import Matrix, matrix_of, part_of
 
-Read = Callable[[Tensor], torch.Tensor]  # a small tensor whole, fp32, in its shape
+Read = Callable[[Tensor], torch.Tensor]  # a small tensor whole, in its shape: fp32, or whole numbers
 
 
 class Names(Protocol):
@@ -57,7 +57,7 @@ class Names(Protocol):
         """
 
     def value(self, parameter: str, shape: Sequence[int], read: Read) -> torch.Tensor:
-        """A small parameter itself, fp32."""
+        """A small parameter itself: fp32, or the whole numbers that are stored."""
 
     def homeless(self) -> list[str]:
         """Tensors that have no place in the model."""

@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.distributions import Distribution
 from transformers import PreTrainedModel
 
 from headrace.checkpoint import Tensor
@@ -54,12 +53,12 @@ class Recorder:
     def product(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         """Record a call; the result has the right shape and no content."""
         self.calls.append((linear, x))
-        return x.new_empty((*x.shape[:-1], linear.matrix.outputs))
+        return x.new_zeros((*x.shape[:-1], linear.matrix.outputs))
 
     def experts(self, packed: PackedExperts, hidden: torch.Tensor) -> torch.Tensor:
         """Record that a layer's experts were asked for."""
         self.calls.append((packed, None))
-        return torch.empty_like(hidden)
+        return torch.zeros_like(hidden)
 
     def take(self) -> tuple[Step, ...]:
         """The calls since the last time, those on the same activations together."""
@@ -91,9 +90,11 @@ def record_steps(
     """
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     with (
-        _products(linears, recorder.product), _on_meta(model), _kept_attributes(model), _unchecked_distributions(),
-        torch.inference_mode(), torch.device("meta"),
-    ):  # fmt: skip
+        _products(linears, recorder.product),
+        _stood_in_for(model),
+        _kept_attributes(model),
+        torch.inference_mode(),
+    ):
         passes = []
         for given in forwards():
             model(**{"use_cache": False, **given})
@@ -132,19 +133,9 @@ def _products(linears: list[PackedLinear], product: Callable[[PackedLinear, torc
 
 
 @contextmanager
-def _unchecked_distributions() -> Any:
-    """torch's distributions look at the numbers that they are given, and on meta there are none."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
-
-
-@contextmanager
-def _on_meta(model: nn.Module) -> Any:
-    """Some models make tables of numbers while they are built; on meta like the rest, they do not mix devices."""
+def _stood_in_for(model: nn.Module) -> Any:
+    """Zeros stand for all weights that are on meta, ones for whole numbers: of each a single number, which is repeated
+    without taking memory. Numbers that depend on the tokens and their positions alone are then what they would be."""
     tables: list[dict[str, Any]] = [
         table for module in model.modules() for table in (module._buffers, module._parameters)
     ]
@@ -152,10 +143,11 @@ def _on_meta(model: nn.Module) -> Any:
         (table, key, tensor)
         for table in tables
         for key, tensor in table.items()
-        if tensor is not None and not tensor.is_meta
+        if tensor is not None and tensor.is_meta
     ]
     for table, key, tensor in held:
-        table[key] = tensor.to("meta")
+        number = torch.full((), not tensor.is_floating_point(), dtype=tensor.dtype).expand(tensor.shape)
+        table[key] = nn.Parameter(number, requires_grad=False) if isinstance(tensor, nn.Parameter) else number
     try:
         yield
     finally:

@@ -5,7 +5,6 @@ no checkpoint; llama's writers permute the rows of q and k; gemma's store their 
 of its own; a tensor of the file that finds no place in the model means that the model is a different one.
 """
 
-import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from headrace.checkpoint.tensor import Slice
 from headrace.errors import CheckpointError, UnsupportedError
 from headrace.model.config import make_config, opening_of
 from headrace.model.matrix import Matrix, below_one_another
-from headrace.model.mixtures import Mixture, adopt_mixtures, mixture_of
+from headrace.model.mixtures import Mixture, Stack, adopt_mixtures, mixture_of
 from headrace.model.names import Names, names_of, tied_to
 from headrace.model.order import ExpertStep, LinearStep, Recorder, Step, record_steps
 from headrace.model.packed import (
@@ -97,7 +96,7 @@ class Hooks:
 
     implementation: str  # of attention and experts, as registered with transformers
     product: Product  # multiplies a packed linear
-    read: Callable[[Tensor], torch.Tensor]  # a small tensor whole, fp32, in its shape
+    read: Callable[[Tensor], torch.Tensor]  # a small tensor whole, in its shape: fp32, or whole numbers
     gather: Callable[[Tensor, torch.Tensor], torch.Tensor]  # rows of a table
     norm: Norm
     silu: Gate
@@ -165,19 +164,9 @@ _NOT_TEXT = frozenset({"pixel_values", "pixel_values_videos", "input_features", 
 
 
 def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """A model that forgets what it has read, or multiplies its experts by itself, would run and be wrong or be huge."""
+    """A model that multiplies its experts by itself would run and be huge; one for images would run and be blind."""
     kind = model.config.model_type
-    if not {"past_key_values", "cache_params"} & set(inspect.signature(model.forward).parameters):
-        raise UnsupportedError(
-            f"{checkpoint.path}: transformers' {kind} model keeps no cache, so each token would read the whole text anew",
-            hint=_OTHER_WAY,
-        )
-    packed = {
-        id(module.get_parameter(stack.parameter))
-        for module in model.modules()
-        if (mixture := mixture_of(module)) is not None
-        for stack in mixture.stacks
-    }
+    packed = _of_experts(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.main_input_name in _NOT_TEXT:
             raise UnsupportedError(
@@ -201,6 +190,17 @@ def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) 
             )
 
 
+def _of_experts(model: nn.Module) -> set[int]:
+    """Identities of the parameters of routed experts in a model or a part of it."""
+    return {
+        id(module.get_parameter(parameter))
+        for module in model.modules()
+        if (mixture := mixture_of(module)) is not None
+        for stack in mixture.stacks
+        for parameter in stack.parameters
+    }
+
+
 def _find(checkpoint: Checkpoint, name: str) -> Tensor:
     tensor = checkpoint.tensors.get(name)
     if tensor is None:
@@ -218,9 +218,12 @@ def _pack_linears(
     mixtures = ((name, mixture_of(module)) for name, module in model.named_modules())
     routers = [_router(model, name, mixture) for name, mixture in mixtures if mixture is not None]
     kept = {found[0] for found in routers if found is not None}
+    experts = _of_experts(model)
     for name, module in list(model.named_modules()):
         kind: Any = type(module)
-        if module in kept or not (kind.forward is Conv1D.forward or _multiplies(kind)):
+        if module in kept or id(module._parameters.get("weight")) in experts:
+            continue
+        if not (kind.forward is Conv1D.forward or _multiplies(kind)):
             continue
         matrix = names.matrix(
             _owner(f"{name}.weight", names, tied), tuple(module.weight.shape), isinstance(module, Conv1D)
@@ -248,10 +251,13 @@ def _multiplies(kind: type[nn.Module]) -> bool:
 
 def _router(model: PreTrainedModel, name: str, mixture: Mixture) -> tuple[nn.Module, nn.Module] | None:
     """Of a module of experts: (what holds one row of weights for each expert, the module around both). It is kept in memory."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    for candidate in owner.modules():
+    module, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    experts = _of_experts(module)
+    for candidate in (*module.modules(), *owner.modules()):
         weight = candidate._parameters.get("weight")
-        if weight is not None and weight.dim() == 2 and weight.shape[0] == mixture.choices:
+        if weight is None or id(weight) in experts:
+            continue
+        if weight.dim() == 2 and weight.shape[0] == mixture.choices:
             return candidate, owner
     return None
 
@@ -268,18 +274,22 @@ def _pack_experts(model: PreTrainedModel, names: Names) -> set[str]:
         mixture = mixture_of(module)
         if mixture is None:
             continue
-        *ups, down = (
-            names.stack(f"{name}.{one.parameter}", one.shape, one.outputs_last, one.interleaved, mixture.identities)
-            for one in mixture.stacks
-        )
+        *ups, down = (_matrices(names, name, one, mixture.identities) for one in mixture.stacks)
         up = ups[0] if len(ups) == 1 else tuple(below_one_another(parts) for parts in zip(*ups, strict=True))
         found = _router(model, name, mixture)
         module.packed = PackedExperts(
             count, module, up, down, None if found is None else Router(*found), mixture.identities
         )
-        taken |= {f"{name}.{one.parameter}" for one in mixture.stacks}
+        taken |= {f"{name}.{parameter}" for one in mixture.stacks for parameter in one.parameters}
         count += 1
     return taken
+
+
+def _matrices(names: Names, module: str, stack: Stack, spare: int) -> tuple[Matrix, ...]:
+    parameters = [f"{module}.{parameter}" for parameter in stack.parameters]
+    if len(parameters) == 1:
+        return names.stack(parameters[0], stack.shape, stack.outputs_last, stack.interleaved, spare)
+    return tuple(names.matrix(one, stack.shape[1:], stack.outputs_last) for one in parameters)
 
 
 def _record(
@@ -416,12 +426,12 @@ def _fill(model: PreTrainedModel, names: Names, tied: Mapping[str, str], elsewhe
             if parameter is None or _within(name, key) in elsewhere:
                 continue
             full = _owner(_within(name, key), names, tied)
-            module._parameters[key] = nn.Parameter(names.value(full, parameter.shape, hooks.read), requires_grad=False)
+            value = names.value(full, parameter.shape, hooks.read).to(parameter.dtype)
+            module._parameters[key] = nn.Parameter(value, requires_grad=False)
         for key, buffer in list(module._buffers.items()):
             full = _within(name, key)
             if buffer is not None and (buffer.is_meta or full in names):
-                value = names.value(full, buffer.shape, hooks.read)
-                module._buffers[key] = value.to(buffer.dtype)
+                module._buffers[key] = names.value(full, buffer.shape, hooks.read).to(buffer.dtype)
 
 
 def _refuse_homeless(checkpoint: Checkpoint, names: Names) -> None:
