@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from corpus import VOCAB, tiny_model, write_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -73,6 +74,21 @@ def test_a_mixture_runs_from_its_folder_and_says_what_its_experts_cost(mixture: 
     assert 0 <= answer["experts"]["hit_rate"] <= 1
     assert answer["experts"]["wasted_bytes"] >= 0
     assert answer["memory"]["peak_bytes"] < answer["memory"]["budget_bytes"]
+
+
+@pytest.mark.parametrize("name", ["jetmoe", "openai-gpt", "qwen4_exp_text", "recurrent_gemma", "rwkv"])
+def test_models_with_a_memory_of_their_own_or_none_answer_as_transformers_does(name: str, tmp_path: Path) -> None:
+    theirs = tiny_model(name)
+    with library.load(str(folder_of(name, tmp_path / "model")), memory=ROOMY, draft="none") as model:
+        for prompt in ("hello there", "a"):
+            pieces = model.stream(prompt, raw=True, max_tokens=10, sampling=GREEDY)
+            answer = [piece.token for piece in pieces if piece.token is not None]
+            told = list(model.encode(prompt, raw=True))
+            for token in answer:
+                with torch.inference_mode():
+                    assert token == int(theirs(torch.tensor([told])).logits[0, -1].argmax())
+                told.append(token)
+            assert answer
 
 
 def test_a_text_prompt_goes_through_the_folders_own_chat_template(mixture: Path) -> None:

@@ -127,6 +127,8 @@ def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any
         found["ssm.inner_size"], found["ssm.state_size"] = heads * width, keys
     if "expert_count" not in found:
         found["expert_count"] = 0
+    if inner.get("model_type") == "switch_transformers":
+        found["expert_used_count"] = 1
     sampling = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     for ours, theirs in sampling.items():
         value = generation.get(theirs)

@@ -290,24 +290,29 @@ def _is_wide(tensor: Tensor) -> bool:
 # Names of GGUF files and those of Hugging Face's models.
 _HEAD = re.compile(r"^output\.weight|(^|\.)(lm_head|embed_out|unembed|output_projection)\.weight")
 _TOKEN_TABLE = re.compile(
-    r"^token_embd\.weight|(^|\.)(embed_tokens|embed|wte|word_embeddings|embed_in|embeddings|tok_embeddings)\.weight|"
-    r"^(model\.)?shared\.weight|^transformer\.w\.weight"
+    r"^token_embd\.weight|(^|\.)(embed_tokens|tokens_embed|embed|wte|word_embeddings|embed_in|embeddings|tok_embeddings)\.weight|"
+    r"^(\w+\.)?shared\.weight|^transformer\.w\.weight"
 )
 _TABLE = re.compile(
-    r"^((per_layer_)?token_embd|position_embd|token_types)\.weight|(?<!un)embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\.|"
-    r"^(model\.)?shared\.weight|^transformer\.w\.weight|attn_rel_b\.|relative_attention_bias\.|^final_logits_bias$"
+    r"^((per_layer_)?token_embd|position_embd|token_types)\.weight|(?<!un)(?<!relative_pos_)embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\.|"
+    r"^(\w+\.)?shared\.weight|^transformer\.w\.weight|attn_rel_b\.|relative_attention_bias\.|^final_logits_bias$"
 )
 # Encoders, and the keys and values that decoders make of their results.
 _OPENING = re.compile(
     r"^enc\.|\.cross_attn_[kv]\.|(^|\.)encoder\.|\.(EncDecAttention|encoder_attn|cross_attn)\.(k|v|key|value)(_proj)?\."
 )
 _LATENT = re.compile(r"\.attn_[kv]_b\.weight$")  # of every head one after another
-_EXPERTS = re.compile(r"^(blk\.\d+)\.ffn_\w+_exps\.weight$|^(.*(?<!shared_)experts)\.(?:\d+\.|mlp\.)?\w+(?:\.weight)?$")
+_EXPERTS = re.compile(
+    r"^(blk\.\d+)\.ffn_\w+_exps\.weight$|^(.*(?<!shared_)experts)\.(?:(?:expert_)?\d+\.|mlp\.)?\w+(?:\.weight)?$"
+)
+_OF_ATTENTION = re.compile(r"attention\.experts\.")  # JetMoe's, which are all computed
 
 
 def is_linear(tensor: Tensor) -> bool:
     """Whether a tensor is multiplied in every pass, by its name and shape: a matrix, and not a table of embeddings."""
-    plain = len(tensor.shape) == 2 or tensor.slabs > 0 or _LATENT.search(tensor.name)
+    plain = (
+        len(tensor.shape) == 2 or tensor.slabs > 0 or _LATENT.search(tensor.name) or _OF_ATTENTION.search(tensor.name)
+    )
     return bool(plain) and not _TABLE.search(tensor.name)
 
 
@@ -317,6 +322,8 @@ def expert_tensors(checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
     count = checkpoint.number("expert_count", 0)
     for tensor in checkpoint.tensors.values() if count else ():
         match = _EXPERTS.match(tensor.name)
+        if _OF_ATTENTION.search(tensor.name):
+            continue
         if match is not None and len(tensor.shape) >= 2:
             found.setdefault(match[1] or match[2], []).append(tensor)
         elif len(tensor.shape) == 3 and tensor.shape[0] == count and not is_linear(tensor):
