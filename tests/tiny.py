@@ -376,6 +376,112 @@ FAMILIES = {
         {"rope.freq_base": 1e6},
         written_as="exaone4",
     ),
+    "qwen3next": Family(
+        "qwen3_next",
+        {
+            **COMMON, **{key: value for key, value in DELTA.items() if key != "rope_parameters"}, "num_experts": 8,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+        },
+        {
+            **{key: value for key, value in STATES.items() if key != "rope.dimension_sections"}, **CHOOSING,
+            "expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 64,
+        },
+        norm_plus_one=True,
+    ),
+    "lfm2moe": Family(
+        "lfm2_moe",
+        {
+            **COMMON, **HEADS, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True,
+            "conv_L_cache": 3, "num_dense_layers": 1, "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32, "rope_theta": 1e6,
+        },
+        {
+            **CHOOSING, "attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 3, "rope.freq_base": 1e6,
+            "attention.layer_norm_rms_epsilon": 1e-5, "leading_dense_block_count": 1, "expert_gating_func": 2,
+            "expert_feed_forward_length": 32,
+        },
+    ),
+    "olmoe": Family(
+        "olmoe", {**COMMON, **HEADS, "num_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e4, "pad_token_id": 0},
+        {**CHOOSING, "rope.freq_base": 1e4},
+    ),
+    "dots1": Family(
+        "dots1",
+        {
+            **COMMON, **HEADS, "head_dim": 32, "num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 2,
+            "moe_intermediate_size": 32, "first_k_dense_replace": 1, "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5, "sliding_window": None, "layer_types": ["full_attention"] * 3,
+            "rope_theta": 1e6,
+        },
+        {
+            **CHOOSING, "attention.key_length": 32, "rope.freq_base": 1e6, "expert_feed_forward_length": 32,
+            "expert_shared_count": 2, "leading_dense_block_count": 1, "expert_weights_scale": 2.5,
+            "expert_weights_norm": True, "expert_gating_func": 2,
+        },
+    ),
+    "ernie4_5": Family(
+        "ernie4_5", {**COMMON, **HEADS, "head_dim": 32, "rope_theta": 5e5},
+        {"attention.key_length": 32, "rope.freq_base": 5e5},
+    ),
+    "ernie4_5-moe": Family(
+        "ernie4_5_moe",
+        {
+            **COMMON, **HEADS, "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "rope_theta": 5e5,
+        },
+        {
+            **CHOOSING, "rope.freq_base": 5e5, "expert_feed_forward_length": 32, "expert_shared_count": 2,
+            "expert_shared_feed_forward_length": 64, "leading_dense_block_count": 1, "interleave_moe_layer_step": 1,
+        },
+    ),
+    "hunyuan-moe": Family(
+        "hunyuan_v1_moe",
+        {
+            **COMMON, **HEADS, "head_dim": 32, "num_experts": 8, "moe_topk": 2,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
+        },
+        {
+            **CHOOSING, "attention.key_length": 32, "rope.freq_base": 1e4 * 1000 ** (32 / 30),
+            "rope.scaling.type": "none", "rope.scaling.factor": 1.0, "expert_feed_forward_length": 96,
+            "expert_shared_feed_forward_length": 96, "expert_shared_count": 1,
+        },
+    ),
+    "hunyuan-dense": Family(
+        "hunyuan_v1_dense", {**COMMON, **HEADS, "head_dim": 32, "rope_theta": 1e5},
+        {"attention.key_length": 32, "rope.freq_base": 1e5, "rope.scaling.type": "none", "rope.scaling.factor": 1.0},
+    ),
+    "glm4": Family(
+        "glm4",
+        {
+            **COMMON, **HEADS, "head_dim": 32, "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+        {"attention.key_length": 32, "rope.dimension_count": 16, "rope.freq_base": 1e4},
+    ),
+    "gemma": Family(
+        "gemma", {**COMMON, **HEADS, "head_dim": 32}, {"attention.key_length": 32}, norm_plus_one=True,
+    ),
+    "arcee": Family("arcee", {**COMMON, **HEADS, "rope_theta": 1e4}, {"rope.dimension_count": 16}, permute=True),
+    "qwen2vl": Family(
+        "qwen2", {**COMMON, **HEADS, "rope_theta": 1e6},
+        {"rope.freq_base": 1e6, "rope.dimension_sections": [4, 2, 2, 0]},
+    ),
+    "qwen3vl": Family(
+        "qwen3", {**COMMON, **HEADS, "head_dim": 32, "rope_theta": 5e6},
+        {"attention.key_length": 32, "rope.freq_base": 5e6, "rope.dimension_sections": [6, 5, 5, 0]},
+    ),
+    "qwen3vlmoe": Family(
+        "qwen3_moe",
+        {
+            **COMMON, **HEADS, **OF_EIGHT, "head_dim": 32, "moe_intermediate_size": 32, "norm_topk_prob": True,
+            "rope_theta": 5e6,
+        },
+        {
+            **CHOOSING, "attention.key_length": 32, "expert_feed_forward_length": 32, "rope.freq_base": 5e6,
+            "rope.dimension_sections": [6, 5, 5, 0],
+        },
+    ),
     "minimax-m2": Family(
         "minimax_m2",
         {**COMMON, **HEADS, **OF_EIGHT, "head_dim": 32, "rotary_dim": 16},
@@ -416,14 +522,16 @@ def write_gguf(
     kind: str = "F32",
     extra: dict[str, Any] | None = None,
     more: dict[str, np.ndarray] | None = None,
+    without: tuple[str, ...] = (),
 ) -> Path:
     """Write a transformers model as GGUF. `kind` is the format of the matrices: F32, F16, BF16, Q8_0, Q4_0 ...
 
-    `extra` is further metadata, `more` further tensors.
+    `extra` is further metadata, `more` further tensors; those of `without`, names in a layer, are left out.
     """
     family, config = FAMILIES[architecture], model.config
     architecture = family.written_as or architecture
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = _Writer(path, architecture)
+    writer.without = without
     heads = getattr(config, "num_attention_heads", 0)
     values = {
         "block_count": config.num_hidden_layers,
@@ -435,6 +543,8 @@ def write_gguf(
         **family.metadata,
         **(extra or {}),
     }
+    if "attention.key_length" in values:
+        values.setdefault("attention.value_length", values["attention.key_length"])
     for key, value in values.items():
         if isinstance(value, list):
             writer.add_array(f"{architecture}.{key}", value)
@@ -457,6 +567,14 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+class _Writer(gguf.GGUFWriter):
+    without: tuple[str, ...] = ()
+
+    def add_tensor(self, name: str, *given: Any, **named: Any) -> None:
+        if not any(f".{one}." in name for one in self.without):
+            super().add_tensor(name, *given, **named)
 
 
 def rounded_to(value: np.ndarray, kind: str) -> np.ndarray:
@@ -506,6 +624,7 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
                 writer.add_tensor(expert_name, data, raw_dtype=gguf.GGMLQuantizationType[stored])
             continue
         name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        name = name.replace("mlp.gate.moe_statics", "mlp.moe_statics") + ".bias" * name.endswith("expert_bias")
         name += ".weight" if name.endswith(("sinks", "layer_scalar")) else ""
         name = name.replace("router.scale", "router.proj.scale")
         name = name.replace("router.per_expert_scale", "experts.down_proj.scale")
@@ -526,8 +645,14 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
             value = _by_thirds(value, model.config.n_head)
         if suffix == "A_log":
             value = -np.exp(value)
-        if ".linear_attn." in name:
+        if ".linear_attn." in name and architecture != "qwen3next":
             value = _tiled(name, value, model.config)
+        if "in_proj_qkvz" in name:
+            for part_name, part in _ungrouped(value, model.config):
+                data = gguf.quantize(np.ascontiguousarray(part), gguf.GGMLQuantizationType[kind])
+                stored_name = f"blk.{name.split('.')[2]}.{part_name}.weight"
+                writer.add_tensor(stored_name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+            continue
         value = value.squeeze(1) if "conv" in name and value.ndim == 3 else value
         if family.permute and (".q_proj." in name or ".k_proj." in name):
             value = _permuted(value, model.config, ".q_proj." in name)
@@ -599,6 +724,14 @@ def _tiled(name: str, value: np.ndarray, config: Any) -> np.ndarray:
         return tiled(value.T).T
     first = 2 * config.linear_key_head_dim * keys if ".in_proj_qkv." in name or ".conv1d." in name else 0
     return np.concatenate([value[:first], tiled(value[first:])])
+
+
+def _ungrouped(value: np.ndarray, config: Any) -> list[tuple[str, np.ndarray]]:
+    """Queries, keys and values of all heads one after another, and gates, where the model has those of a key head together."""
+    widths = np.array([config.linear_key_head_dim] * 2 + [config.linear_value_head_dim * 3] * 2)
+    heads = value.reshape(config.linear_num_key_heads, widths.sum(), -1)
+    parts = [one.reshape(-1, value.shape[1]) for one in np.split(heads, widths.cumsum()[:-1], 1)]
+    return [("attn_qkv", np.concatenate(parts[:3])), ("attn_gate", parts[3])]
 
 
 def _by_thirds(value: np.ndarray, heads: int) -> np.ndarray:

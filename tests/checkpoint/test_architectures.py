@@ -13,7 +13,9 @@ NOT_ARCHITECTURES = {"general", "tokenizer"}
 UNLISTED = {"t5encoder"}
 # Known to transformers as models only: their files need no more than names and a config.
 OURS = {
-    "cohere2", "command-r", "deepseek2", "exaone4", "glm4moe", "granite", "llama4", "olmo2", "seed_oss", "smollm3",
+    "arcee", "cohere2", "command-r", "deepseek2", "dots1", "ernie4_5", "ernie4_5-moe", "exaone4", "gemma", "glm4",
+    "glm4moe", "granite", "hunyuan-dense", "hunyuan-moe", "lfm2moe", "llama4", "olmo2", "olmoe", "qwen2vl", "qwen3next",
+    "qwen3vl", "qwen3vlmoe", "seed_oss", "smollm3",
 }  # fmt: skip
 
 

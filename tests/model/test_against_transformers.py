@@ -65,6 +65,22 @@ def test_logits_equal_those_of_the_model_the_file_was_made_of(architecture: str,
     assert same_choice(ours, expected)
 
 
+def test_qwen3_next_as_it_was_converted_at_first(tmp_path: Path) -> None:
+    """With what makes queries, keys, values and gates as it is in the model, and experts' gates and ups in one."""
+    model = random_model("qwen3next")
+    names = ("attn_qkv", "attn_gate", "ffn_gate_exps", "ffn_up_exps")
+    older: dict[str, np.ndarray] = {}
+    for layer in range(4):
+        state = model.model.layers[layer].state_dict()
+        if "linear_attn.in_proj_qkvz.weight" in state:
+            older[f"blk.{layer}.ssm_in.weight"] = state["linear_attn.in_proj_qkvz.weight"].numpy()
+        older[f"blk.{layer}.ffn_gate_up_exps.weight"] = state["mlp.experts.gate_up_proj"].numpy()
+    path = write_gguf(model, "qwen3next", tmp_path / "tiny.gguf", more=older, without=names)
+    with torch.inference_mode():
+        expected = model(TOKENS).logits[0]
+    assert divergence(logits_of(path, (30, 10)), expected) < 1e-3
+
+
 def test_a_block_that_guesses_further_tokens_is_neither_planned_nor_read(tmp_path: Path) -> None:
     """It is written as one layer more, and counted with the others."""
     model = random_model("qwen35")

@@ -25,12 +25,20 @@ MODEL_TYPES = {
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
     "command-r": "cohere",
+    "ernie4_5-moe": "ernie4_5_moe",
     "glm4moe": "glm4_moe",
     "gpt-oss": "gpt_oss",
+    "hunyuan-dense": "hunyuan_v1_dense",
+    "hunyuan-moe": "hunyuan_v1_moe",
+    "lfm2moe": "lfm2_moe",
     "llama4": "llama4_text",
     "minimax-m2": "minimax_m2",
     "qwen2moe": "qwen2_moe",
+    "qwen2vl": "qwen2",
     "qwen3moe": "qwen3_moe",
+    "qwen3next": "qwen3_next",
+    "qwen3vl": "qwen3",
+    "qwen3vlmoe": "qwen3_moe",
 }
 # Types that transformers has a class with a language head for, and that cannot write texts from left to right as others do.
 _ENCODER = "an encoder, which sees what follows a token"
@@ -562,28 +570,123 @@ def _qwen3(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"head_dim": _head_dim(checkpoint), "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors}
 
 
+def _qwen3next(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Every so many layers one with full attention, the others with linear attention."""
+    layers, interval = checkpoint.layers, checkpoint.number("full_attention_interval", 4)
+    if layers > len(checkpoint.tensors) or interval < 1:
+        raise CheckpointError(f"{checkpoint.path}: {layers} layers, of which every {interval}th has full attention")
+    value_heads = checkpoint.number("ssm.time_step_rank")
+    return _mixture(checkpoint) | {
+        "num_hidden_layers": layers,
+        "layer_types": ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)],
+        "linear_conv_kernel_dim": checkpoint.number("ssm.conv_kernel"),
+        "linear_key_head_dim": checkpoint.number("ssm.state_size"),
+        "linear_num_key_heads": checkpoint.number("ssm.group_count"),
+        "linear_num_value_heads": value_heads,
+        "linear_value_head_dim": checkpoint.number("ssm.inner_size") // max(1, value_heads),
+        "num_experts": checkpoint.number("expert_count"),
+        "num_experts_per_tok": checkpoint.number("expert_used_count"),
+        "norm_topk_prob": True,
+    }
+
+
+def _lfm2moe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Layers without heads for keys are convolutions."""
+    kv_heads = _of_layers(checkpoint, "attention.head_count_kv")
+    return {
+        "num_key_value_heads": max(kv_heads),
+        "layer_types": ["full_attention" if heads else "conv" for heads in kv_heads],
+        "norm_eps": checkpoint.get("attention.layer_norm_rms_epsilon") or 1e-5,
+        "conv_L_cache": checkpoint.number("shortconv.l_cache"),
+        "conv_bias": any(name.endswith("shortconv.in_proj.bias") for name in checkpoint.tensors),
+        "num_dense_layers": checkpoint.number("leading_dense_block_count", 0),
+        "moe_intermediate_size": checkpoint.number("expert_feed_forward_length"),
+        "num_experts": checkpoint.number("expert_count"),
+        "num_experts_per_tok": checkpoint.number("expert_used_count"),
+        "use_expert_bias": any(name.endswith("exp_probs_b.bias") for name in checkpoint.tensors),
+        "norm_topk_prob": True,
+    }
+
+
+def _olmoe(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "num_experts": checkpoint.number("expert_count"),
+        "num_experts_per_tok": checkpoint.number("expert_used_count"),
+        "norm_topk_prob": False,
+    }
+
+
+def _dots1(checkpoint: Checkpoint) -> dict[str, Any]:
+    values = _glm4moe(checkpoint)
+    return values | {"layer_types": ["full_attention"] * values["num_hidden_layers"], "sliding_window": None}
+
+
+def _ernie4_5(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"head_dim": _head_dim(checkpoint), "use_bias": "blk.0.attn_q.bias" in checkpoint.tensors}
+
+
+def _ernie4_5_moe(checkpoint: Checkpoint) -> dict[str, Any]:
+    return _ernie4_5(checkpoint) | {
+        "moe_num_experts": checkpoint.number("expert_count"),
+        "moe_k": checkpoint.number("expert_used_count"),
+        "moe_intermediate_size": checkpoint.number("expert_feed_forward_length"),
+        "moe_num_shared_experts": checkpoint.number("expert_shared_count", 0),
+        "moe_layer_start_index": checkpoint.number("leading_dense_block_count", 0),
+        "moe_layer_interval": checkpoint.number("interleave_moe_layer_step", 1),
+    }
+
+
+def _hunyuan(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The base of its frequencies is stored scaled."""
+    values = {"head_dim": _head_dim(checkpoint), "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors}
+    experts = checkpoint.number("expert_count", 0)
+    if not experts:
+        return values
+    width, shared = checkpoint.number("expert_feed_forward_length"), "expert_shared_feed_forward_length"
+    if width != checkpoint.number(shared, width):
+        raise UnsupportedError(f"{checkpoint.path}: experts of different widths in a hunyuan model are not supported")
+    return values | {
+        "num_experts": experts,
+        "moe_topk": checkpoint.number("expert_used_count"),
+        "intermediate_size": width,
+    }
+
+
 _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
+    "arcee": _llama,
     "cohere2": _cohere,
     "command-r": _cohere,
     "deepseek2": _deepseek2,
+    "dots1": _dots1,
+    "ernie4_5": _ernie4_5,
+    "ernie4_5-moe": _ernie4_5_moe,
     "exaone4": _windowed,
     "falcon": _falcon,
+    "gemma": _qwen3,
     "gemma2": _gemma,
     "gemma3": _gemma,
     "gemma4": _gemma4,
+    "glm4": _qwen3,
     "glm4moe": _glm4moe,
     "gpt-oss": _mixture,
     "gpt2": _gpt2,
     "granite": _granite,
+    "hunyuan-dense": _hunyuan,
+    "hunyuan-moe": _hunyuan,
+    "lfm2moe": _lfm2moe,
     "llama": _llama,
     "llama4": _llama4,
     "minimax-m2": _mixture,
     "nemotron": _nemotron,
     "olmo2": _windowed,
+    "olmoe": _olmoe,
     "phi3": _phi3,
     "qwen2moe": _mixture,
     "qwen3": _qwen3,
     "qwen3moe": _mixture,
+    "qwen3next": _qwen3next,
+    "qwen3vl": _qwen3,
+    "qwen3vlmoe": _mixture,
     "seed_oss": _seed_oss,
     "smollm3": _llama,
     "stablelm": _stablelm,

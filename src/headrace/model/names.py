@@ -24,13 +24,13 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.encodings import Encoding, transposed
 from headrace.checkpoint.tensor import Slice, block_of, layer_of
 from headrace.errors import CheckpointError, UnsupportedError
+from headrace.model.gguf_mappings import mapping_of
 from headrace.model.matrix import Matrix, matrix_of, part_of
 
 Read = Callable[[Tensor], torch.Tensor]  # a small tensor whole, in its shape: fp32, or whole numbers
@@ -67,14 +67,8 @@ def names_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Names:
     """The names of a checkpoint in a model that is still as transformers built it."""
     if checkpoint.config is not None:
         return ConvertedNames(checkpoint, model, get_model_conversion_mapping(model))
-    if checkpoint.architecture in GGUF_ARCHS:
-        mapping = [*GGUF_ARCHS[checkpoint.architecture](model.config), *_ALSO_IN_FILES]
-        return ConvertedNames(checkpoint, model, mapping)
-    return GgufNames(checkpoint, model)
-
-
-# What llama.cpp's converter may write, and transformers' mappings of its files do not know.
-_ALSO_IN_FILES = (WeightRenaming(r"\.ffn_gate_up_exps\.weight", ".mlp.experts.gate_up_proj"),)
+    mapping = mapping_of(checkpoint.architecture, model.config)
+    return GgufNames(checkpoint, model) if mapping is None else ConvertedNames(checkpoint, model, mapping)
 
 
 class _Made:
@@ -314,7 +308,7 @@ class GgufNames(_Made):
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel):
         super().__init__(checkpoint)
-        alike = "llama" if checkpoint.architecture in _PERMUTED else checkpoint.architecture
+        alike = _ALIKE.get(checkpoint.architecture, checkpoint.architecture)
         self._processor = TENSOR_PROCESSORS.get(alike, TensorProcessor)(config=model.config.to_dict())
         self._mapped = _gguf_names(checkpoint, model, self._processor)
         self._ignored = _ignored_names(checkpoint, model)
@@ -457,6 +451,7 @@ def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: Tenso
         suffix = f".{path.pop()}" if path[-1] in ("weight", "bias") else ""
         if path[-1] == "e_score_correction_bias":  # a buffer of the block in the model, in files the bias of a name
             path[-1], suffix = "e_score_correction", ".bias"
+            path = [word for word in path if word != "gate" or "moe_statics" not in path]
         if path[-2:] == ["router", "scale"]:  # of the router's input; files count scales to the matrices beside them
             path[-1], suffix = "proj", ".scale"
         if path[-2:] == ["router", "per_expert_scale"]:
@@ -469,8 +464,8 @@ def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: Tenso
     return found
 
 
-# Converters permute q and k of these as they do llama's.
-_PERMUTED = frozenset({"granite", "smollm3"})
+# Converters do to these what they do to another: permute q and k, or add one to norms.
+_ALIKE = {"arcee": "llama", "gemma": "gemma2", "granite": "llama", "smollm3": "llama"}
 EMBEDDING = "token_embd.weight"
 _UNUSED_BIAS = re.compile(
     r"^dec\.blk\.\d+\.cross_attn_rel_b\.weight$"
