@@ -60,6 +60,23 @@ LATENT_IN_FILES = {
 }  # fmt: skip
 
 
+# State spaces of the second kind, and in files.
+NEMOTRON_H = {
+    "head_dim": 32, "ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 2, "chunk_size": 16,
+    "conv_kernel": 4, "use_mamba_kernels": False,
+}  # fmt: skip
+SPACE = {
+    "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": 2, "ssm.inner_size": 128, "ssm.time_step_rank": 4,
+}  # fmt: skip
+GRANITE = {
+    "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+    "rope_theta": 1e6,
+}  # fmt: skip
+GRANITE_IN_FILES = {
+    "attention.scale": 0.3, "embedding_scale": 3.0, "residual_scale": 0.5, "logit_scale": 2.0, "rope.freq_base": 1e6,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Family:
     model_type: str
@@ -402,6 +419,63 @@ FAMILIES = {
             "expert_feed_forward_length": 32,
         },
     ),
+    "nemotron_h": Family(
+        "nemotron_h",
+        {
+            "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, **HEADS, **NEMOTRON_H,
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+        },
+        {
+            **SPACE, "attention.key_length": 32, "attention.head_count_kv": [0, 0, 2, 0],
+            "feed_forward_length": [0, 96, 0, 96], "attention.layer_norm_rms_epsilon": 1e-5,
+        },
+    ),
+    "nemotron_h_moe": Family(
+        "nemotron_h",
+        {
+            "vocab_size": VOCAB, "hidden_size": 64, **HEADS, **NEMOTRON_H, "n_routed_experts": 8,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48, "routed_scaling_factor": 2.5,
+            "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+        },
+        {
+            **SPACE, **CHOOSING, "attention.key_length": 32, "attention.head_count_kv": [0, 0, 2, 0],
+            "feed_forward_length": [0, 32, 0, 32], "attention.layer_norm_rms_epsilon": 1e-5,
+            "expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 48, "expert_shared_count": 1,
+            "expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_group_count": 1,
+        },
+    ),
+    "granitehybrid": Family(
+        "granitemoehybrid",
+        {
+            **COMMON, **HEADS, **GRANITE, **OF_EIGHT, "shared_intermediate_size": 48, "mamba_n_heads": 4,
+            "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_d_conv": 4, "mamba_chunk_size": 16,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+        {
+            **SPACE, **CHOOSING, **GRANITE_IN_FILES, "attention.head_count_kv": [0, 2, 0],
+            "expert_shared_feed_forward_length": 48, "rope.scaling.finetuned": False,
+        },
+        permute=True,
+    ),
+    "granitehybrid-dense": Family(
+        "granitemoehybrid",
+        {
+            **COMMON, **HEADS, **GRANITE, "num_local_experts": 0, "shared_intermediate_size": 96, "mamba_n_heads": 4,
+            "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_d_conv": 4, "mamba_chunk_size": 16,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+        {
+            **SPACE, **GRANITE_IN_FILES, "attention.head_count_kv": [0, 2, 0],
+            "expert_shared_feed_forward_length": 96, "rope.scaling.finetuned": False,
+        },
+        permute=True, written_as="granitehybrid",
+    ),
+    "granitemoe": Family(
+        "granitemoeshared", {**COMMON, **HEADS, **GRANITE, **OF_EIGHT, "shared_intermediate_size": 48},
+        {**CHOOSING, **GRANITE_IN_FILES, "expert_shared_feed_forward_length": 48, "rope.dimension_count": 16},
+        permute=True,
+    ),
     "olmoe": Family(
         "olmoe", {**COMMON, **HEADS, "num_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e4, "pad_token_id": 0},
         {**CHOOSING, "rope.freq_base": 1e4},
@@ -629,9 +703,19 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
         name = name.replace("router.scale", "router.proj.scale")
         name = name.replace("router.per_expert_scale", "experts.down_proj.scale")
         name = name.replace("dt_bias", "dt_proj.bias") if ".linear_attn." in name else name
-        base, suffix = name.rsplit(".", 1) if not name.endswith(("A_log", "mixer.D")) else (name, name[-5:])
+        name = _name_of_old(name)
+        if "shared_mlp.input_linear" in name:
+            ends = "" if not family.metadata.get("expert_count") else "_shexp"
+            for half, part in zip(("gate", "up"), np.split(parameter.numpy(), 2), strict=True):
+                data = gguf.quantize(np.ascontiguousarray(part), gguf.GGMLQuantizationType[kind])
+                stored_name = f"blk.{name.split('.')[2]}.ffn_{half}{ends}.weight"
+                writer.add_tensor(stored_name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+            continue
+        base, suffix = name.rsplit(".", 1) if not name.endswith(("A_log", ".D")) else (name, name[-5:])
         gguf_name = names.get_name(base) or names.get_name(base.removeprefix("model.").removeprefix("transformer."))
         assert gguf_name, name
+        if "shared_mlp.output_linear" in name and not family.metadata.get("expert_count"):
+            gguf_name = gguf_name.replace("_shexp", "")
         value = parameter.numpy().astype(np.float32)
         if ".kv_b_proj." in name and "attention.key_length_mla" in family.metadata:
             for half, part in _halves(value, model.config):
@@ -653,13 +737,16 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
                 stored_name = f"blk.{name.split('.')[2]}.{part_name}.weight"
                 writer.add_tensor(stored_name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
             continue
+        if SPACE.items() <= family.metadata.items():  # columns, and groups
+            value = value.reshape(-1, 1) if name.endswith(("A_log", ".D")) else value
+            value = value.reshape(2, -1) if name.endswith((".mixer.norm.weight", ".mamba.norm.weight")) else value
         value = value.squeeze(1) if "conv" in name and value.ndim == 3 else value
         if family.permute and (".q_proj." in name or ".k_proj." in name):
             value = _permuted(value, model.config, ".q_proj." in name)
         if family.norm_plus_one and "norm" in name and suffix == "weight" and ".linear_attn." not in name:
             value = value + 1
         plain = value.ndim == 1 or any(
-            word in gguf_name for word in ("position", "gate_inp", "ssm_a", "conv1d", "conv.conv")
+            word in gguf_name for word in ("position", "gate_inp", "ssm_a", "ssm_d", "ssm_norm", "conv1d", "conv.conv")
         )
         stored = "F32" if plain else kind
         data = gguf.quantize(np.ascontiguousarray(value), gguf.GGMLQuantizationType[stored])
@@ -670,6 +757,15 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
             writer.add_tensor(f"blk.{model.config.num_hidden_layers}.{name}.weight", np.zeros(shape, np.float32))
     if architecture == "gemma4":
         _add_what_gemma4_does_not_need(writer, model.config, kind)
+
+
+def _name_of_old(name: str) -> str:
+    """What a parameter of Nemotron-H and Granite was called when the converter was written."""
+    if ".mixer." in name or ".mamba." in name:
+        name = name.replace("dt_bias", "dt_proj.bias")
+    if name.startswith("model.") and (".mixer." in name or name.startswith(("model.embeddings", "model.norm_f"))):
+        name = "backbone" + name.removeprefix("model")
+    return name.replace("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight")
 
 
 def _add_what_gemma4_does_not_need(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
@@ -698,7 +794,7 @@ def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str,
     if architecture == "gemma4":  # gates and ups in one
         return [(f"{base}{'gate_up' if 'gate_up' in name else 'down'}{suffix}", value)]
     if "gate_up" not in name:
-        return [(f"{base}down{suffix}", value)]
+        return [(f"{base}{'up' if 'up_proj' in name else 'down'}{suffix}", value)]
     half = value.shape[1] // 2
     gate, up = (value[:, ::2], value[:, 1::2]) if architecture == "gpt-oss" else (value[:, :half], value[:, half:])
     return [(f"{base}gate{suffix}", gate), (f"{base}up{suffix}", up)]

@@ -14,8 +14,9 @@ UNLISTED = {"t5encoder"}
 # Known to transformers as models only: their files need no more than names and a config.
 OURS = {
     "arcee", "cohere2", "command-r", "deepseek2", "dots1", "ernie4_5", "ernie4_5-moe", "exaone4", "gemma", "glm4",
-    "glm4moe", "granite", "hunyuan-dense", "hunyuan-moe", "lfm2moe", "llama4", "olmo2", "olmoe", "qwen2vl", "qwen3next",
-    "qwen3vl", "qwen3vlmoe", "seed_oss", "smollm3",
+    "glm4moe", "granite", "granitehybrid", "granitemoe", "hunyuan-dense", "hunyuan-moe", "lfm2moe", "llama4",
+    "nemotron_h", "nemotron_h_moe", "olmo2", "olmoe", "qwen2vl", "qwen3next", "qwen3vl", "qwen3vlmoe", "seed_oss",
+    "smollm3",
 }  # fmt: skip
 
 

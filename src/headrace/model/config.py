@@ -28,11 +28,14 @@ MODEL_TYPES = {
     "ernie4_5-moe": "ernie4_5_moe",
     "glm4moe": "glm4_moe",
     "gpt-oss": "gpt_oss",
+    "granitehybrid": "granitemoehybrid",
+    "granitemoe": "granitemoeshared",
     "hunyuan-dense": "hunyuan_v1_dense",
     "hunyuan-moe": "hunyuan_v1_moe",
     "lfm2moe": "lfm2_moe",
     "llama4": "llama4_text",
     "minimax-m2": "minimax_m2",
+    "nemotron_h_moe": "nemotron_h",
     "qwen2moe": "qwen2_moe",
     "qwen2vl": "qwen2",
     "qwen3moe": "qwen3_moe",
@@ -242,7 +245,7 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
     return values
 
 
-_WITHOUT_ROTATION = ("bloom", "mamba", "t5")
+_WITHOUT_ROTATION = ("bloom", "granitehybrid", "mamba", "nemotron_h", "nemotron_h_moe", "t5")
 
 
 def _head_dim(checkpoint: Checkpoint) -> int:
@@ -496,13 +499,82 @@ def _granite(checkpoint: Checkpoint) -> dict[str, Any]:
         raise UnsupportedError(
             f"{checkpoint.path}: attention of a granite model knows no positions, which is not supported"
         )
-    scales = {
-        "attention_multiplier": "attention.scale",
-        "embedding_multiplier": "embedding_scale",
-        "residual_multiplier": "residual_scale",
-        "logits_scaling": "logit_scale",
+    return _llama(checkpoint) | {name: checkpoint.get(key) or 1.0 for name, key in _GRANITE_SCALES.items()}
+
+
+_GRANITE_SCALES = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+
+
+def _granitemoe(checkpoint: Checkpoint) -> dict[str, Any]:
+    shared = checkpoint.number("expert_shared_feed_forward_length", 0)
+    return _granite(checkpoint) | {"shared_intermediate_size": shared}
+
+
+def _granitehybrid(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Attention, in the layers that have heads for keys, knows no positions."""
+    if checkpoint.get("rope.scaling.finetuned") is True:
+        raise UnsupportedError(f"{checkpoint.path}: a hybrid granite model that knows positions is not supported")
+    kv_heads, heads = _of_layers(checkpoint, "attention.head_count_kv"), checkpoint.number("ssm.time_step_rank")
+    width = checkpoint.number("expert_shared_feed_forward_length", 0)
+    scales = {name: checkpoint.get(key) or 1.0 for name, key in _GRANITE_SCALES.items()}
+    return scales | {
+        "num_key_value_heads": max(kv_heads),
+        "layer_types": ["full_attention" if count else "linear_attention" for count in kv_heads],
+        "num_local_experts": checkpoint.number("expert_count", 0),
+        "num_experts_per_tok": checkpoint.number("expert_used_count", 0),
+        "shared_intermediate_size": width or checkpoint.number("feed_forward_length"),
+        "mamba_n_heads": heads,
+        "mamba_d_head": checkpoint.number("ssm.inner_size") // max(1, heads),
+        "mamba_n_groups": checkpoint.number("ssm.group_count", 1),
+        "mamba_d_state": checkpoint.number("ssm.state_size"),
+        "mamba_d_conv": checkpoint.number("ssm.conv_kernel"),
+        "mamba_expand": checkpoint.number("ssm.inner_size") // checkpoint.number("embedding_length"),
+        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in checkpoint.tensors),
     }
-    return _llama(checkpoint) | {name: checkpoint.get(key) or 1.0 for name, key in scales.items()}
+
+
+def _nemotron_h(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a layer is, its widths tell: heads for keys, an MLP or experts, or neither."""
+    layers = checkpoint.layers
+    kv_heads, widths = (
+        _of_layers(checkpoint, key)[:layers] for key in ("attention.head_count_kv", "feed_forward_length")
+    )
+    wide, heads = "mlp" if checkpoint.architecture == "nemotron_h" else "moe", checkpoint.number("ssm.time_step_rank")
+    values = {
+        "layers_block_type": [
+            "full_attention" if count else wide if width else "linear_attention"
+            for count, width in zip(kv_heads, widths, strict=True)
+        ],
+        "num_key_value_heads": max(kv_heads),
+        "head_dim": _head_dim(checkpoint),
+        "intermediate_size": max(widths),
+        "layer_norm_epsilon": checkpoint.get("attention.layer_norm_rms_epsilon") or 1e-5,
+        "mamba_num_heads": heads,
+        "mamba_head_dim": checkpoint.number("ssm.inner_size") // max(1, heads),
+        "n_groups": checkpoint.number("ssm.group_count"),
+        "ssm_state_size": checkpoint.number("ssm.state_size"),
+        "conv_kernel": checkpoint.number("ssm.conv_kernel"),
+        "use_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in checkpoint.tensors),
+    }
+    if wide == "mlp":
+        return values
+    return values | {
+        "n_routed_experts": checkpoint.number("expert_count"),
+        "num_experts_per_tok": checkpoint.number("expert_used_count"),
+        "n_shared_experts": checkpoint.number("expert_shared_count", 1),
+        "moe_intermediate_size": checkpoint.number("expert_feed_forward_length"),
+        "moe_shared_expert_intermediate_size": checkpoint.number("expert_shared_feed_forward_length"),
+        "moe_latent_size": checkpoint.get("moe_latent_size"),
+        "n_group": checkpoint.number("expert_group_count", 1),
+        "topk_group": checkpoint.number("expert_group_used_count", 1),
+        "routed_scaling_factor": checkpoint.get("expert_weights_scale") or 1.0,
+        "norm_topk_prob": checkpoint.get("expert_weights_norm") is True,
+    }
 
 
 def _cohere(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -671,6 +743,8 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "gpt-oss": _mixture,
     "gpt2": _gpt2,
     "granite": _granite,
+    "granitehybrid": _granitehybrid,
+    "granitemoe": _granitemoe,
     "hunyuan-dense": _hunyuan,
     "hunyuan-moe": _hunyuan,
     "lfm2moe": _lfm2moe,
@@ -678,6 +752,8 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "llama4": _llama4,
     "minimax-m2": _mixture,
     "nemotron": _nemotron,
+    "nemotron_h": _nemotron_h,
+    "nemotron_h_moe": _nemotron_h,
     "olmo2": _windowed,
     "olmoe": _olmoe,
     "phi3": _phi3,

@@ -15,6 +15,7 @@ from transformers.integrations.gguf.gguf_conversion_mapping import (
     GGUF_ARCHS,
     ConcatenateRows,
     LogNegate,
+    PermuteRows,
     SubtractOne,
     Unsqueeze,
 )
@@ -56,6 +57,27 @@ class GroupedByKeyHead(ConversionOps):  # type: ignore[misc]  # transformers tel
         return {target_patterns[0]: torch.cat(parts, 1).flatten(0, 1)}
 
 
+class Flat(ConversionOps):  # type: ignore[misc]  # transformers tells no types
+    """A vector that files hold as a column, or in groups."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, torch.Tensor]:
+        """The same numbers in one dimension."""
+        (found,) = input_dict.values()
+        return {target_patterns[0]: (found[0] if isinstance(found, list) else found).flatten()}
+
+
+def _converted(target: str, *operations: ConversionOps) -> WeightConverter:
+    """What a name has become, by these operations."""
+    return WeightConverter(target, target, operations=list(operations))
+
+
+def _renamed(names: dict[str, str]) -> Mapping:
+    return [WeightRenaming(stored, target) for stored, target in names.items()]
+
+
 def _norms_less_one(**names: str) -> Mapping:
     """Norms around one, which files hold whole."""
     return [
@@ -64,10 +86,10 @@ def _norms_less_one(**names: str) -> Mapping:
     ]
 
 
-def _of_experts(block: str) -> Mapping:
+def _of_experts(block: str, router: str = "gate") -> Mapping:
     """Stacks of routed experts, gates and ups apart or in one."""
     return [
-        WeightRenaming(r"\.ffn_gate_inp\.", f".{block}.gate."),
+        WeightRenaming(r"\.ffn_gate_inp\.", f".{block}.{router}."),
         WeightRenaming(r"\.ffn_down_exps\.weight", f".{block}.experts.down_proj"),
         WeightRenaming(r"\.ffn_gate_up_exps\.weight", f".{block}.experts.gate_up_proj"),
         WeightConverter(
@@ -75,6 +97,19 @@ def _of_experts(block: str) -> Mapping:
             f".{block}.experts.gate_up_proj",
             operations=[ConcatenateRows(dim=1)],
         ),
+    ]
+
+
+def _of_mamba2(block: str) -> Mapping:
+    """A state-space layer of the second kind."""
+    names = {r"\.ssm_(in|out)\.": rf".{block}.\1_proj.", r"\.ssm_(conv1d|norm)\.": rf".{block}.\1."}
+    vectors = {r"\.ssm_dt\.bias": f".{block}.dt_bias", r"\.ssm_a$": f".{block}.A_log", r"\.ssm_d$": f".{block}.D"}
+    return [
+        *_renamed(names | vectors),
+        _converted(f"{block}.A_log", LogNegate(), Flat()),
+        _converted(f"{block}.D", Flat()),
+        _converted(f"{block}.norm.weight", Flat()),
+        _converted(f"{block}.conv1d.weight", Unsqueeze(1)),
     ]
 
 
@@ -95,7 +130,7 @@ def _qwen3next(config: Any) -> Mapping:
     }
     return [
         *DENSE_DECODER_RENAMINGS,
-        *(WeightRenaming(stored, target) for stored, target in renamed.items()),
+        *_renamed(renamed),
         *_of_experts("mlp"),
         WeightConverter(r"^output_norm\.weight", "model.norm.weight", operations=[SubtractOne()]),
         *_norms_less_one(
@@ -104,13 +139,9 @@ def _qwen3next(config: Any) -> Mapping:
             attn_q_norm="self_attn.q_norm",
             attn_k_norm="self_attn.k_norm",
         ),
-        WeightConverter("linear_attn.A_log", "linear_attn.A_log", operations=[LogNegate()]),
-        WeightConverter("linear_attn.conv1d.weight", "linear_attn.conv1d.weight", operations=[Unsqueeze(1)]),
-        WeightConverter(
-            "mlp.shared_expert_gate.weight",
-            "mlp.shared_expert_gate.weight",
-            operations=[Unsqueeze(0, expected_ndim=2)],
-        ),
+        _converted("linear_attn.A_log", LogNegate()),
+        _converted("linear_attn.conv1d.weight", Unsqueeze(1)),
+        _converted("mlp.shared_expert_gate.weight", Unsqueeze(0, expected_ndim=2)),
         WeightConverter(
             [r"\.attn_qkv\.weight", r"\.attn_gate\.weight"],
             ".linear_attn.in_proj_qkvz.weight",
@@ -128,4 +159,67 @@ def _lfm2moe(config: Any) -> Mapping:
     ]
 
 
-_MAPPINGS: dict[str, Callable[[Any], Mapping]] = {"lfm2moe": _lfm2moe, "qwen3next": _qwen3next}
+def _nemotron_h(config: Any) -> Mapping:
+    """Nemotron-H and Nemotron 3: every layer is one thing, a state space, attention, an MLP or experts without gates."""
+    names = {
+        r"^token_embd\.": "model.embeddings.",
+        r"^output_norm\.": "model.norm_f.",
+        r"^output\.": "lm_head.",
+        r"^blk\.": "model.layers.",
+        r"\.attn_norm\.": ".norm.",
+        r"\.attn_([qkv])\.": r".mixer.\1_proj.",
+        r"\.attn_output\.": ".mixer.o_proj.",
+        r"\.ffn_(up|down)\.": r".mixer.\1_proj.",
+        r"\.ffn_(up|down)_exps\.weight": r".mixer.experts.\1_proj",
+        r"\.ffn_(up|down)_shexp\.": r".mixer.shared_experts.\1_proj.",
+        r"\.ffn_gate_inp\.": ".mixer.gate.",
+        r"\.exp_probs_b\.bias": ".mixer.gate.e_score_correction_bias",
+        r"\.ffn_latent_down\.": ".mixer.fc1_latent_proj.",
+        r"\.ffn_latent_up\.": ".mixer.fc2_latent_proj.",
+    }
+    return [*_renamed(names), *_of_mamba2("mixer")]
+
+
+def _granite(config: Any) -> Mapping:
+    """Granite with experts, a shared MLP, and in the hybrid state spaces. Queries and keys are permuted as llama's."""
+    names = {
+        r"^output_norm\.": "model.norm.",
+        r"\.attn_norm\.": ".input_layernorm.",
+        r"\.ffn_norm\.": ".post_attention_layernorm.",
+        r"\.ffn_down_shexp\.": ".shared_mlp.output_linear.",
+        r"\.ffn_down\.": ".shared_mlp.output_linear.",
+    }
+    shared = [
+        WeightConverter(
+            [rf"\.ffn_gate{kind}\.weight", rf"\.ffn_up{kind}\.weight"],
+            ".shared_mlp.input_linear.weight",
+            operations=[ConcatenateRows(dim=0)],
+        )
+        for kind in ("_shexp", "")
+    ]
+    mlp = (".mlp.gate_proj.", ".mlp.up_proj.", ".mlp.down_proj.")
+    return [
+        *(one for one in DENSE_DECODER_RENAMINGS if one.target_patterns[0] not in mlp),
+        *_renamed(names),
+        *_of_mamba2("mamba"),
+        *_of_experts("block_sparse_moe", "router"),
+        *shared,
+        _converted("self_attn.q_proj.weight", PermuteRows(_by_halves(config, config.num_attention_heads))),
+        _converted("self_attn.k_proj.weight", PermuteRows(_by_halves(config, config.num_key_value_heads))),
+    ]
+
+
+def _by_halves(config: Any, heads: int) -> torch.Tensor:
+    """Rows of heads whose two halves take turns in files."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return torch.arange(heads * width, device="cpu").view(heads, -1, 2).swapaxes(1, 2).flatten()
+
+
+_MAPPINGS: dict[str, Callable[[Any], Mapping]] = {
+    "granitehybrid": _granite,
+    "granitemoe": _granite,
+    "lfm2moe": _lfm2moe,
+    "nemotron_h": _nemotron_h,
+    "nemotron_h_moe": _nemotron_h,
+    "qwen3next": _qwen3next,
+}
