@@ -12,7 +12,7 @@ from headrace.plan.plan import Change, Plan, plan_for
 from headrace.plan.profile import Profile
 from headrace.plan.request import Request
 from headrace.plan.rooms import MARGIN_BYTES, MARGIN_SHARE
-from headrace.plan.shape import Built
+from headrace.plan.shape import Built, shape_of
 from headrace.units import MIB, gigabytes, option, seconds
 
 SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # that may run together in a batch
@@ -54,6 +54,8 @@ def choose_drafting(
     checkpoint: Checkpoint, profile: Profile, budget: Budget, request: Request, options: Sequence[Drafting]
 ) -> tuple[Drafting, str]:
     """(the best way to draft, the comparison in words). The first option must fit; a later one must gain a twentieth."""
+    if len(options) > 1 and shape_of(checkpoint).one_by_one:
+        options = options[:1]  # states cannot take guesses back
     best, least = options[0], float("inf")
     words = []
     for drafting in options:
@@ -85,7 +87,7 @@ def choose_sequences(
     More sequences share a pass; their caches take memory from pinned weights, and their rows take compute.
     """
     best, least = None, float("inf")
-    for count in sorted({min(most, count) for count in ((1,) if checkpoint.has_encoder else SEQUENCES)}):
+    for count in sorted({min(most, count) for count in ((1,) if shape_of(checkpoint).one_by_one else SEQUENCES)}):
         wanted = replace(request, sequences=count)
         try:
             drafting, _ = choose_drafting(checkpoint, profile, budget, wanted, options)
