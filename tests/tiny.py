@@ -476,6 +476,77 @@ FAMILIES = {
         {**CHOOSING, **GRANITE_IN_FILES, "expert_shared_feed_forward_length": 48, "rope.dimension_count": 16},
         permute=True,
     ),
+    "glm-dsa": Family(  # what it leaves out comes after more positions than a test has
+        "glm_moe_dsa",
+        {
+            **LATENT, "q_lora_rank": 32, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5, "head_dim": 16,
+            "norm_topk_prob": True, "index_n_heads": 2, "index_head_dim": 64, "index_topk": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        {
+            **LATENT_IN_FILES, "attention.head_count_kv": 1, "attention.q_lora_rank": 32, "attention.key_length": 80,
+            "attention.value_length": 64, "attention.key_length_mla": 48, "attention.value_length_mla": 24,
+            "expert_gating_func": 2, "expert_group_count": 1, "expert_group_used_count": 1, "expert_weights_scale": 2.5,
+            "expert_weights_norm": True, "attention.indexer.head_count": 2, "attention.indexer.key_length": 64,
+            "attention.indexer.top_k": 512,
+        },
+    ),
+    "mistral3": Family(
+        "ministral3",
+        {
+            **COMMON, **HEADS, "head_dim": 32, "max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 64,
+                "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+            },
+        },
+        {
+            "attention.key_length": 32, "rope.dimension_count": 32, "rope.freq_base": 1e6, "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 16.0, "rope.scaling.original_context_length": 64, "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0, "rope.scaling.yarn_log_multiplier": 1.0,
+            "attention.temperature_scale": 0.1,
+        },
+        permute=True,
+    ),
+    "exaone-moe": Family(
+        "exaone_moe",
+        {
+            **COMMON, **HEADS, "num_hidden_layers": 4, "head_dim": 32, "sliding_window": 8, "num_experts": 8,
+            "num_experts_per_tok": 2, "num_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+            "mlp_layer_types": ["dense"] + ["sparse"] * 3, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        {
+            **CHOOSING, "attention.key_length": 32, "attention.sliding_window": 8, "rope.freq_base": 1e6,
+            "attention.sliding_window_pattern": [True] * 3 + [False], "expert_feed_forward_length": 32,
+            "expert_shared_feed_forward_length": 32, "expert_shared_count": 1, "leading_dense_block_count": 1,
+            "expert_weights_scale": 2.5, "expert_weights_norm": True, "expert_gating_func": 2,
+            "rope.scaling.type": "none",
+        },
+    ),
+    "afmoe": Family(
+        "afmoe",
+        {
+            **COMMON, **HEADS, "num_hidden_layers": 5, "head_dim": 32, "sliding_window": 8, "num_dense_layers": 1,
+            "num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1, "moe_intermediate_size": 32,
+            "route_scale": 1.5, "mup_enabled": True, "rope_theta": 1e4,
+        },
+        {
+            **CHOOSING, "attention.key_length": 32, "attention.sliding_window": 8, "rope.freq_base": 1e4,
+            "rope.dimension_count": 32, "expert_feed_forward_length": 32, "expert_shared_count": 1,
+            "leading_dense_block_count": 1, "expert_weights_scale": 1.5, "expert_weights_norm": True,
+            "expert_gating_func": 2,
+        },
+    ),
+    "phimoe": Family(
+        "phimoe",
+        {
+            **COMMON, **HEADS, **OF_EIGHT, "attention_bias": True, "lm_head_bias": True, "pad_token_id": 0,
+            "sliding_window": None, "rope_theta": 1e4,
+        },
+        {**CHOOSING, "rope.freq_base": 1e4, "rope.dimension_count": 16, "attention.layer_norm_rms_epsilon": 1e-5},
+    ),
     "olmoe": Family(
         "olmoe", {**COMMON, **HEADS, "num_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e4, "pad_token_id": 0},
         {**CHOOSING, "rope.freq_base": 1e4},

@@ -13,10 +13,10 @@ NOT_ARCHITECTURES = {"general", "tokenizer"}
 UNLISTED = {"t5encoder"}
 # Known to transformers as models only: their files need no more than names and a config.
 OURS = {
-    "arcee", "cohere2", "command-r", "deepseek2", "dots1", "ernie4_5", "ernie4_5-moe", "exaone4", "gemma", "glm4",
-    "glm4moe", "granite", "granitehybrid", "granitemoe", "hunyuan-dense", "hunyuan-moe", "lfm2moe", "llama4",
-    "nemotron_h", "nemotron_h_moe", "olmo2", "olmoe", "qwen2vl", "qwen3next", "qwen3vl", "qwen3vlmoe", "seed_oss",
-    "smollm3",
+    "afmoe", "arcee", "cohere2", "command-r", "deepseek2", "dots1", "ernie4_5", "ernie4_5-moe", "exaone-moe",
+    "exaone4", "gemma", "glm-dsa", "glm4", "glm4moe", "granite", "granitehybrid", "granitemoe", "hunyuan-dense",
+    "hunyuan-moe", "lfm2moe", "llama4", "mistral3", "nemotron_h", "nemotron_h_moe", "olmo2", "olmoe", "phimoe",
+    "qwen2vl", "qwen3next", "qwen3vl", "qwen3vlmoe", "seed_oss", "smollm3",
 }  # fmt: skip
 
 

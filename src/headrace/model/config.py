@@ -26,6 +26,8 @@ MODEL_TYPES = {
     "gemma4": "gemma4_text",
     "command-r": "cohere",
     "ernie4_5-moe": "ernie4_5_moe",
+    "exaone-moe": "exaone_moe",
+    "glm-dsa": "deepseek_v3",  # its indexer leaves out positions from the 2049th on; here, as in llama.cpp, all are seen
     "glm4moe": "glm4_moe",
     "gpt-oss": "gpt_oss",
     "granitehybrid": "granitemoehybrid",
@@ -35,6 +37,7 @@ MODEL_TYPES = {
     "lfm2moe": "lfm2_moe",
     "llama4": "llama4_text",
     "minimax-m2": "minimax_m2",
+    "mistral3": "ministral3",
     "nemotron_h_moe": "nemotron_h",
     "qwen2moe": "qwen2_moe",
     "qwen2vl": "qwen2",
@@ -229,12 +232,16 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
     if architecture == "gemma4":
         return values | {"rope_parameters": _gemma4_rope(checkpoint, read_floats)}
     rope = _rope(checkpoint, read_floats)
-    if architecture == "deepseek2":  # rotated is a part of a head that has a width of its own
+    if architecture in ("deepseek2", "glm-dsa"):  # rotated is a part of a head that has a width of its own
         rope.pop("partial_rotary_factor", None)
         logarithm = checkpoint.get("rope.scaling.yarn_log_multiplier")
         if rope["rope_type"] == "yarn" and isinstance(logarithm, float):
             rope |= dict.fromkeys(("mscale", "mscale_all_dim"), 10 * logarithm)
-    if architecture == "gemma3":
+    if architecture == "mistral3" and rope["rope_type"] == "yarn":
+        beta = checkpoint.get("attention.temperature_scale") or 0.0
+        rope |= {"mscale": 1.0, "mscale_all_dim": checkpoint.get("rope.scaling.yarn_log_multiplier") or 0.0}
+        values["rope_parameters"] = rope | {"llama_4_scaling_beta": beta}
+    elif architecture == "gemma3":
         local = {"rope_type": "default", "rope_theta": checkpoint.get("rope.freq_base_swa") or 10000.0}
         values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     elif _model_type(checkpoint) == "olmo3":
@@ -693,6 +700,48 @@ def _dots1(checkpoint: Checkpoint) -> dict[str, Any]:
     return values | {"layer_types": ["full_attention"] * values["num_hidden_layers"], "sliding_window": None}
 
 
+def _exaone_moe(checkpoint: Checkpoint) -> dict[str, Any]:
+    values = _windowed(checkpoint)
+    dense = checkpoint.number("leading_dense_block_count", 0)
+    return values | {
+        "mlp_layer_types": ["dense" if i < dense else "sparse" for i in range(values["num_hidden_layers"])],
+        "first_k_dense_replace": dense,
+        "num_experts": checkpoint.number("expert_count"),
+        "num_experts_per_tok": checkpoint.number("expert_used_count"),
+        "num_shared_experts": checkpoint.number("expert_shared_count", 1),
+        "moe_intermediate_size": checkpoint.number("expert_feed_forward_length"),
+        "routed_scaling_factor": checkpoint.get("expert_weights_scale") or 1.0,
+        "norm_topk_prob": checkpoint.get("expert_weights_norm") is True,
+    }
+
+
+def _afmoe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Every fourth layer sees everything, which no metadata says; embeddings are scaled."""
+    return {
+        "head_dim": _head_dim(checkpoint),
+        "sliding_window": checkpoint.number("attention.sliding_window"),
+        "num_dense_layers": checkpoint.number("leading_dense_block_count", 0),
+        "num_experts": checkpoint.number("expert_count"),
+        "num_experts_per_tok": checkpoint.number("expert_used_count"),
+        "num_shared_experts": checkpoint.number("expert_shared_count", 0),
+        "moe_intermediate_size": checkpoint.number("expert_feed_forward_length"),
+        "route_scale": checkpoint.get("expert_weights_scale") or 1.0,
+        "mup_enabled": True,
+    }
+
+
+def _phimoe(checkpoint: Checkpoint) -> dict[str, Any]:
+    return _phi3(checkpoint) | {
+        "rms_norm_eps": checkpoint.get("attention.layer_norm_epsilon")
+        or checkpoint.get("attention.layer_norm_rms_epsilon")
+        or 1e-5,
+        "num_local_experts": checkpoint.number("expert_count"),
+        "num_experts_per_tok": checkpoint.number("expert_used_count"),
+        "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
+        "lm_head_bias": "output.bias" in checkpoint.tensors,
+    }
+
+
 def _ernie4_5(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"head_dim": _head_dim(checkpoint), "use_bias": "blk.0.attn_q.bias" in checkpoint.tensors}
 
@@ -725,6 +774,7 @@ def _hunyuan(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
+    "afmoe": _afmoe,
     "arcee": _llama,
     "cohere2": _cohere,
     "command-r": _cohere,
@@ -732,12 +782,14 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "dots1": _dots1,
     "ernie4_5": _ernie4_5,
     "ernie4_5-moe": _ernie4_5_moe,
+    "exaone-moe": _exaone_moe,
     "exaone4": _windowed,
     "falcon": _falcon,
     "gemma": _qwen3,
     "gemma2": _gemma,
     "gemma3": _gemma,
     "gemma4": _gemma4,
+    "glm-dsa": _deepseek2,
     "glm4": _qwen3,
     "glm4moe": _glm4moe,
     "gpt-oss": _mixture,
@@ -751,12 +803,14 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "llama": _llama,
     "llama4": _llama4,
     "minimax-m2": _mixture,
+    "mistral3": _llama,
     "nemotron": _nemotron,
     "nemotron_h": _nemotron_h,
     "nemotron_h_moe": _nemotron_h,
     "olmo2": _windowed,
     "olmoe": _olmoe,
     "phi3": _phi3,
+    "phimoe": _phimoe,
     "qwen2moe": _mixture,
     "qwen3": _qwen3,
     "qwen3moe": _mixture,

@@ -426,6 +426,7 @@ class GgufNames(_Made):
         mapped = self._mapped.keys() | {f"{name}.weight" for name in self._mapped}
         left = self._checkpoint.tensors.keys() - mapped - self._used - _NOT_WEIGHTS
         left = {name for name in left if layer_of(name) < self._checkpoint.layers and not _UNUSED_BIAS.search(name)}
+        left = {name for name in left if self._checkpoint.architecture != "glm-dsa" or ".indexer." not in name}
         return sorted(name for name in left if name.rpartition(".")[0] not in self._ignored)
 
 
@@ -452,6 +453,8 @@ def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: Tenso
         if path[-1] == "e_score_correction_bias":  # a buffer of the block in the model, in files the bias of a name
             path[-1], suffix = "e_score_correction", ".bias"
             path = [word for word in path if word != "gate" or "moe_statics" not in path]
+        if path[-1] == "expert_bias":
+            suffix = ".bias"
         if path[-2:] == ["router", "scale"]:  # of the router's input; files count scales to the matrices beside them
             path[-1], suffix = "proj", ".scale"
         if path[-2:] == ["router", "per_expert_scale"]:
@@ -465,7 +468,7 @@ def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: Tenso
 
 
 # Converters do to these what they do to another: permute q and k, or add one to norms.
-_ALIKE = {"arcee": "llama", "gemma": "gemma2", "granite": "llama", "smollm3": "llama"}
+_ALIKE = {"arcee": "llama", "mistral3": "llama", "gemma": "gemma2", "granite": "llama", "smollm3": "llama"}
 EMBEDDING = "token_embd.weight"
 _UNUSED_BIAS = re.compile(
     r"^dec\.blk\.\d+\.cross_attn_rel_b\.weight$"

@@ -273,10 +273,12 @@ def _linears(checkpoint: Checkpoint, others: set[str]) -> tuple[Tensor, ...]:
 
 
 def _unused(checkpoint: Checkpoint) -> set[str]:
-    """What makes keys and values of layers that look at those of others: files hold it, and nobody reads it."""
+    """What makes keys and values of layers that look at those of others, or chooses positions: files hold it, and nobody reads
+    it."""
     first = checkpoint.layers - _shared(checkpoint)
     found = (re.match(r"^blk\.(\d+)\.attn_[kv](_norm)?\.weight$", name) for name in checkpoint.tensors)
-    return {match[0] for match in found if match is not None and int(match[1]) >= first}
+    unused = {match[0] for match in found if match is not None and int(match[1]) >= first}
+    return unused | {name for name in checkpoint.tensors if name.startswith("blk.") and ".indexer." in name}
 
 
 def _is_small(tensor: Tensor, known: set[str]) -> bool:
