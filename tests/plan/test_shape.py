@@ -10,6 +10,16 @@ from headrace.engine import Engine
 from headrace.engine.engine import StreamOptions
 from headrace.kernels import Kernels
 from headrace.model.order import LinearStep
+from headrace.plan import (
+    Budget,
+    Request,
+    choose_drafting,
+    choose_sequences,
+    drafting_options,
+    guessed_profile,
+    make_plan,
+)
+from headrace.plan.draft import NO_DRAFT
 from headrace.plan.shape import Built, shape_of
 
 
@@ -22,8 +32,12 @@ from headrace.plan.shape import Built, shape_of
         ("gemma4-26b", 2 * (2 * (2 * 32) + 2 * (1 * 64)), 6),
         ("deepseek2", 3 * (64 + 16), 3),  # one vector and what is rotated, for all heads
         ("deepseek2-lite", 3 * (64 + 16), 3),
+        ("glm-dsa", 3 * (64 + 16), 3),
         ("glm4moe", 2 * 3 * (2 * 32), 6),  # a fourth layer only guesses
         ("lfm2", 2 * (2 * 16), 2),
+        ("nemotron_h_moe", 2 * (2 * 32), 2),
+        ("granitehybrid", 2 * (2 * 16), 2),
+        ("qwen3next", 2 * (2 * 32), 2),
         ("llama", 2 * 3 * (2 * 16), 6),
     ],
 )
@@ -48,6 +62,12 @@ def test_the_cache_is_counted_by_the_layers_that_have_one(
         "llama",
         "llama4",
         "qwen3moe",
+        "glm-dsa",
+        "granitehybrid",
+        "granitehybrid-dense",
+        "lfm2moe",
+        "nemotron_h_moe",
+        "qwen3next",
     ],
 )
 def test_what_a_pass_multiplies_is_what_the_model_multiplies(architecture: str, tmp_path: Path) -> None:
@@ -68,3 +88,24 @@ def test_once_the_model_is_built_it_says_what_its_layers_keep(tmp_path: Path) ->
     built = Built(linears=shape_of(checkpoint).linears, experts=(), one_by_one=False, cached=((2, 40), (1, 30)))
     shape = shape_of(checkpoint, built)
     assert (shape.cached_heads, shape.cached_numbers) == (3, 70)
+
+
+@pytest.mark.parametrize("architecture", ["granitehybrid", "lfm2", "mamba", "qwen3next"])
+def test_models_that_keep_states_are_planned_without_guesses_and_one_by_one(architecture: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf"))
+    budget, profile = Budget(nbytes=8 << 30, reason="test"), guessed_profile()
+    options = drafting_options(checkpoint, "auto")
+    assert len(options) > 1
+    assert choose_drafting(checkpoint, profile, budget, Request(), options)[0] is NO_DRAFT
+    assert choose_sequences(checkpoint, profile, budget, Request(), options, 16).sequences == 1
+
+
+def test_that_all_positions_are_seen_where_a_model_would_choose_is_said(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_gguf(random_model("glm-dsa"), "glm-dsa", tmp_path / "tiny.gguf"))
+    budget = Budget(nbytes=8 << 30, reason="test")
+    said = {
+        tokens: any("512 positions" in reason for reason in plan.reasons)
+        for tokens in (512, 2048)
+        for plan in [make_plan(checkpoint, guessed_profile(), budget, Request(context_tokens=tokens, prompt_tokens=64))]
+    }
+    assert said == {512: False, 2048: True}

@@ -27,7 +27,7 @@ MODEL_TYPES = {
     "command-r": "cohere",
     "ernie4_5-moe": "ernie4_5_moe",
     "exaone-moe": "exaone_moe",
-    "glm-dsa": "deepseek_v3",  # its indexer leaves out positions from the 2049th on; here, as in llama.cpp, all are seen
+    "glm-dsa": "deepseek_v3",  # with an indexer, which chooses positions where there are many; here all are seen
     "glm4moe": "glm4_moe",
     "gpt-oss": "gpt_oss",
     "granitehybrid": "granitemoehybrid",

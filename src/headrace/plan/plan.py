@@ -277,6 +277,9 @@ def plan_for(
         )
     if best.weights.tiles_exactly:
         reasons.append("single rows padded to tiles of eight: guesses and other sequences pay for it")
+    chosen = checkpoint.number("attention.indexer.top_k", 0)
+    if 0 < chosen < request.context_tokens:
+        reasons.append(f"the model would choose {chosen} positions to look at; here each token sees all before it")
     return Plan(
         model=checkpoint.name,
         type_bits=8 * shape.all_bytes / shape.weights_count,
