@@ -88,14 +88,19 @@ def theirs(path: Path, text: Path, llama: Path) -> float | str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architectures", nargs="*", default=sorted(FAMILIES))
+    parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help=", ".join(sorted(FAMILIES)))
     parser.add_argument("--llama", type=Path, default=Path.home() / ".cache/headrace/llama.cpp/bin")
     arguments = parser.parse_args()
+    unknown = set(arguments.architectures) - set(FAMILIES)
+    if unknown or not (arguments.llama / "llama-perplexity").exists():
+        parser.error(
+            f"no such architecture: {', '.join(unknown)}" if unknown else f"no llama-perplexity in {arguments.llama}"
+        )
     text = (Path(__file__).parent / "text.txt").read_text().encode("ascii", "ignore").decode()[:1200]
     print("| architecture | ours | llama.cpp | apart |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "text").write_text(text)
-        for name in arguments.architectures:
+        for name in arguments.architectures or sorted(FAMILIES):
             FAMILIES[name] = wanted(name)
             path = write_gguf(random_model(name), name, Path(folder) / "tiny.gguf")
             mine, other = ours(path, text), theirs(path, Path(folder) / "text", arguments.llama)

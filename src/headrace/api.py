@@ -679,6 +679,7 @@ def _built(shell: Shell) -> Built:
         experts=shell.expert_slices,
         one_by_one=shell.way == "model",
         cached=shell.cached,
+        remembers=shell.remembers,
     )
 
 

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from os import stat
@@ -44,6 +44,7 @@ KERNEL_ROWS = (1, 2, 4, 8, FEW_ROWS)
 PRODUCT_ROWS = (32, 128, 512)
 DISK_BYTES = GIB
 ROUNDS = 3
+LEAST_READING, MOST_READING = 0.05, 1.5  # shares that a noisy machine may not pass
 PROBE_BYTES = 256 * MIB  # of weights in memory at a time: the probe may run where there is little
 
 
@@ -71,6 +72,8 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     packed = {kind: {**plain, **_measure_tiles(threads, kind)} for kind, (plain, _) in rates.items()}
     woven = {kind: interleaved for kind, (_, interleaved) in rates.items() if interleaved}
     unpacked = {kind: _measure_unpack(kernels, kind) for kind in types if kind != "F32"} | {"F32": 1e12}
+    say("disk and kernels together")
+    reading = measure_reading(target, threads, rates["Q4_K"][0]["1"], DISK_BYTES // 2)
     say("matrix products")
     products = {kind: _measure_products(kernels, kind) for kind in ("Q4_K", "F16")}
     kernels.close()
@@ -91,6 +94,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
         layer_s=layer_s,
         layer_row_s=layer_row_s,
         runtime_bytes=_measure_runtime(),
+        reading_share=reading,
     )
 
 
@@ -107,16 +111,63 @@ def measure_disk(target: Path, total_bytes: int = DISK_BYTES, rounds: int = ROUN
     Raises:
         HeadraceError: the file cannot be read, or none can be written into the folder.
     """
+    with _something_to_read(target, total_bytes) as path:
+        nbytes, seconds = _streamed(path, total_bytes, rounds)
+        return nbytes / seconds
+
+
+def measure_reading(target: Path, threads: int, weights_per_s: float, total_bytes: int = DISK_BYTES) -> float:
+    """Share of the disk's seconds for which the cores are busy with reading, or held up by it.
+
+    Products that take as long as the disk run while it is read, as in the engine; what both take together, less what the
+    products take alone, is of the disk's seconds the share that comes on top.
+
+    Args:
+        target: as in `measure_disk`.
+        threads: that multiply.
+        weights_per_s: about how many Q4_K weights they multiply with one row.
+    """
+    kernels = Kernels(threads, row_invariant=False)
+    with closing(kernels), _something_to_read(target, total_bytes) as path:
+        nbytes, alone_s = _streamed(path, total_bytes, ROUNDS)
+        rows = int(weights_per_s * alone_s * UNIT_BYTES / nbytes / COLUMNS)
+        rows = min(WEIGHT_ROWS, max(64, rows))
+        copies = max(1, PROBE_BYTES // (row_bytes("Q4_K", COLUMNS) * rows))
+        arena, piece_bytes = _packed("Q4_K", rows, copies)
+        x, out, done = torch.randn(1, COLUMNS), torch.empty(1, rows), 0
+
+        def multiply(units: int) -> None:
+            nonlocal done
+            for _ in range(units):
+                piece = Piece("Q4_K", rows, arena.address + done % copies * piece_bytes, 0)
+                kernels.multiply(x, [(0, piece)], [out])
+                done += 1
+
+        units = -(-nbytes // UNIT_BYTES)
+        shares = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            multiply(units)
+            products_s = time.perf_counter() - start
+            _, together_s = _streamed(path, total_bytes, 1, multiply)
+            shares.append((together_s - products_s) / alone_s)
+    return min(MOST_READING, max(LEAST_READING, statistics.median(shares)))
+
+
+@contextmanager
+def _something_to_read(target: Path, total_bytes: int) -> Iterator[Path]:
+    """A file on the file system of `target`: itself, or for a folder one that is written for it."""
     try:
         if target.is_file() and target.stat().st_size >= PAGE_BYTES:
-            return _stream_rate(target, total_bytes, rounds)
+            yield target
+            return
         folder = target if target.is_dir() else target.parent
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".headrace-probe-") as file:
             block = np.random.default_rng(0).integers(0, 256, 8 * MIB, np.uint8).tobytes()
             for _ in range(total_bytes // 2 // len(block)):
                 file.write(block)
             file.flush()
-            return _stream_rate(Path(file.name), total_bytes, rounds)
+            yield Path(file.name)
     except OSError as error:
         raise HeadraceError(
             f"the disk at {target} cannot be measured: {error.strerror}",
@@ -124,25 +175,30 @@ def measure_disk(target: Path, total_bytes: int = DISK_BYTES, rounds: int = ROUN
         ) from error
 
 
-def _stream_rate(path: Path, total_bytes: int, rounds: int) -> float:
-    """The bytes of a file, whatever they mean, in rows of a page."""
+def _streamed(
+    path: Path, total_bytes: int, rounds: int, use: Callable[[int], None] = lambda _: None
+) -> tuple[int, float]:
+    """The bytes of a file, whatever they mean, in rows of a page: how many, and the seconds it takes to read them.
+
+    `use` is told how many units have come each time.
+    """
     rows = min(path.stat().st_size, total_bytes) // PAGE_BYTES
     whole = Tensor(
         name="probe", shape=(rows, PAGE_BYTES // 4), type="F32", path=str(path), offset=0, nbytes=rows * PAGE_BYTES
     )
     layout = make_layout([[whole]], {whole.name: 0}, UNIT_BYTES)
-    rates = []
+    times = []
     with (
         closing(WeightFile(str(path))) as file,
         WeightStream(layout, slots=MOST_RING_SLOTS, readers=READERS, file_of=lambda _: file) as stream,
     ):
         for round_ in range(rounds + 1):
             start = time.perf_counter()
-            for _ in stream.visit(0):
-                pass
+            for pieces in stream.visit(0):
+                use(len(pieces))
             if round_:  # the first fills the ring and starts the threads
-                rates.append(layout.streamed_bytes / (time.perf_counter() - start))
-    return statistics.median(rates)
+                times.append(time.perf_counter() - start)
+    return layout.streamed_bytes, statistics.median(times)
 
 
 def _median_s(work: Callable[[int], object], rounds: int = ROUNDS) -> float:

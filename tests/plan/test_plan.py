@@ -705,7 +705,9 @@ def test_a_truncated_profile_is_ignored(tmp_path: Path) -> None:
         assert load_profile(path) is None, length
 
 
-@pytest.mark.parametrize("key", sorted(set(asdict(MEASURED)) - {"schema", "factors", "spread", "probed_at"}))
+@pytest.mark.parametrize(
+    "key", sorted(set(asdict(MEASURED)) - {"schema", "factors", "spread", "probed_at", "reading_share"})
+)
 def test_a_profile_that_lacks_something_is_ignored(tmp_path: Path, key: str) -> None:
     values = asdict(MEASURED)
     del values[key]

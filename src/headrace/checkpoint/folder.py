@@ -44,6 +44,23 @@ _NAMES = {
 _LAYERS = ("layers_block_type", "layer_types")  # lists of all layers
 
 
+def _state_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(width, numbers for each) of what a layer keeps, of models that are nothing but state spaces; None: of others."""
+
+    def number(name: str, usual: int) -> int:
+        found = config.get(name)
+        return found if isinstance(found, int) and found > 0 else usual
+
+    hidden, kind = number("hidden_size", 0), config.get("model_type")
+    if kind in ("mamba", "falcon_mamba"):
+        return number("intermediate_size", number("expand", 2) * hidden), number("state_size", 16)
+    if kind == "mamba2":
+        return number("num_heads", 128) * number("head_dim", 64), number("state_size", 128)
+    if kind == "rwkv":
+        return hidden, 5
+    return (hidden, hidden // number("num_heads", 8)) if kind == "xlstm" else None
+
+
 def open_folder(path: str, open_source: OpenSource = LocalSource) -> Checkpoint:
     """Read the headers of a Hugging Face folder, or of the one .safetensors file in it that is named.
 
@@ -125,6 +142,10 @@ def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any
     heads, width, keys = (inner.get(f"linear_{name}") for name in ("num_value_heads", "value_head_dim", "key_head_dim"))
     if isinstance(heads, int) and isinstance(width, int) and isinstance(keys, int):  # the state of linear attention
         found["ssm.inner_size"], found["ssm.state_size"] = heads * width, keys
+    state = _state_of(inner)
+    if state is not None:  # no layer has keys and values
+        found["attention.head_count"] = 0
+        found["ssm.inner_size"], found["ssm.state_size"] = state
     if "expert_count" not in found:
         found["expert_count"] = 0
     if inner.get("model_type") == "switch_transformers":

@@ -297,6 +297,7 @@ def probe_command(target: Path, as_json: bool) -> None:
     lines = [
         ("machine", profile.machine),
         ("disk", f"{gigabytes(profile.disk_bytes_per_s[device])}/s, read as the engine reads"),
+        ("reading", f"costs the cores {profile.reading_share:.0%} of its time"),
         ("Q4_K", f"{one / 1e9:.1f} billion weights/s for 1 row, {few / 1e9:.1f} for 16"),
         (
             "products",

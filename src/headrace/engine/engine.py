@@ -28,6 +28,7 @@ from headrace.engine.model_cache import (
     ModelCache,
     arguments_for,
     keeps_states,
+    memory_of,
     parameters_of,
     sees_a_window,
     sees_chunks,
@@ -165,6 +166,7 @@ class Engine:
                 record=self._record,
                 ways=self._ways,
                 cached=lambda: tuple(self._attention.layers.values()),
+                remembers=lambda model: memory_of(model) is not None,
             ),
         )
         self._files.add(shell.made_path, shell.made)
@@ -484,8 +486,11 @@ class Engine:
 
     def _compute(self, linear: PackedLinear, x: torch.Tensor) -> None:
         step = self._next_step()
-        assert isinstance(step, LinearStep), "linears were called in another order than they were traced"
-        assert step.linears[0] is linear, "linears were called in another order than they were traced"
+        if not isinstance(step, LinearStep) or step.linears[0] is not linear:
+            raise UnsupportedError(
+                f"{self.checkpoint.path}: the model asks for its weights in an order that depends on what it computes",
+                hint="use a GGUF file of the model with llama.cpp",
+            )
         tensors = step.tensors
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         # The head is given only the rows that need logits: few, so all of them are exact.

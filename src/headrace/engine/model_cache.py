@@ -71,6 +71,7 @@ class ModelCache:
         if length == self.length:
             return
         plain = type(self.states) is DynamicCache and all(type(layer) is DynamicLayer for layer in self.states.layers)
+        plain = plain and not self._places
         if length and self.whole and not self.opening:
             self._tokens, self.length = self._tokens[:, :length], length
         elif length and plain:
@@ -165,7 +166,7 @@ def sees_chunks(model: PreTrainedModel) -> bool:
 
 def keeps_states(model: PreTrainedModel) -> bool:
     """Whether some layer remembers other things than keys and values."""
-    if memory_of(model) != "past_key_values":
+    if memory_of(model) != "past_key_values" or _places_in_modules(model):
         return True
     try:
         cache = maker_of(model)()

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 from headrace.checkpoint import Checkpoint
 from headrace.checkpoint.gguf import ArrayRef
-from headrace.errors import CheckpointError, UnsupportedError, did_you_mean
+from headrace.errors import CheckpointError, HeadraceError, UnsupportedError, did_you_mean
 
 MODEL_TYPES = {
     "gemma3": "gemma3_text",
@@ -97,6 +97,18 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
     """
     if checkpoint.config is not None:
         return _of_folder(checkpoint, checkpoint.config)
+    if not 0 < checkpoint.layers <= len(checkpoint.tensors):
+        raise CheckpointError(
+            f"{checkpoint.path}: the metadata says {checkpoint.layers} layers, of {len(checkpoint.tensors)} tensors",
+            hint=_BROKEN,
+        )
+    return _made(checkpoint, lambda: _of_gguf(checkpoint, read_floats))
+
+
+_BROKEN = "the file was written by a broken converter; get it from another source"
+
+
+def _of_gguf(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> PreTrainedConfig:
     if checkpoint.architecture in GGUF_CONFIG_ARCHS:
         return _by_transformers(checkpoint)
     architecture = checkpoint.architecture
@@ -115,7 +127,7 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
     }
     values |= _corrections(checkpoint, read_floats)
     values.pop("model_type", None)
-    return _made(checkpoint, lambda: AutoConfig.for_model(_model_type(checkpoint), **values))
+    return AutoConfig.for_model(_model_type(checkpoint), **values)
 
 
 def _by_transformers(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -125,23 +137,19 @@ def _by_transformers(checkpoint: Checkpoint) -> PreTrainedConfig:
         for key, value in checkpoint.metadata.items()
     }
     metadata["tokenizer.ggml.tokens"] = checkpoint.vocab_size
-    derive = GGUF_CONFIG_ARCHS[checkpoint.architecture]
-
-    def make() -> PreTrainedConfig:
-        values = derive(metadata, tuple(checkpoint.tensors))
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-
-    return _made(checkpoint, make)
+    values = GGUF_CONFIG_ARCHS[checkpoint.architecture](metadata, tuple(checkpoint.tensors))
+    return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def _made(checkpoint: Checkpoint, make: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
     try:
         return make()
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+    except HeadraceError:
+        raise
+    except Exception as error:  # whatever untrusted metadata provokes, here and in transformers' checks
         missing = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) and error.args else error
         raise CheckpointError(
-            f"{checkpoint.path}: the metadata makes no {checkpoint.architecture} model: {missing}",
-            hint="the file was written by a broken converter; get it from another source",
+            f"{checkpoint.path}: the metadata makes no {checkpoint.architecture} model: {missing}", hint=_BROKEN
         ) from error
 
 
@@ -152,6 +160,8 @@ def _model_type(checkpoint: Checkpoint) -> str:
         return "mixtral"
     if checkpoint.architecture == "deepseek2":
         return "deepseek_v3" if checkpoint.number("expert_gating_func", _SOFTMAX) == _SIGMOID else "deepseek_v2"
+    if checkpoint.architecture == "mistral3" and checkpoint.get("rope.scaling.type") != "yarn":
+        return "mistral"  # Mistral Small 3.1 and what is like it
     if checkpoint.architecture == "olmo2" and checkpoint.number("attention.sliding_window", 0):
         return "olmo3"
     if checkpoint.architecture == "t5" and "enc.blk.1.attn_rel_b.weight" in checkpoint.tensors:
@@ -205,7 +215,7 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
     if kind in others:
         raise UnsupportedError(
             f"{checkpoint.path} is a {kind} model: {others[kind]}, which is not supported",
-            hint="use a model that decodes with a cache, or a GGUF file with llama.cpp",
+            hint="docs/architectures.md lists what runs",
         )
     given = {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
     try:
@@ -226,6 +236,7 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
 
 def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:
     architecture = checkpoint.architecture
+    _check_router(checkpoint)
     values = dict(_FAMILIES.get(architecture, _plain)(checkpoint))
     if architecture in _WITHOUT_ROTATION:
         return values
@@ -255,6 +266,23 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
 _WITHOUT_ROTATION = ("bloom", "granitehybrid", "mamba", "nemotron_h", "nemotron_h_moe", "t5")
 
 
+# How the routers of these turn scores into weights; files may say it.
+_GATED = {
+    **dict.fromkeys(("afmoe", "dots1", "exaone-moe", "lfm2moe", "minimax-m2"), _SIGMOID),
+    **dict.fromkeys(("ernie4_5-moe", "hunyuan-moe", "olmoe", "qwen2moe", "qwen3moe", "qwen3next"), _SOFTMAX),
+}
+
+
+def _check_router(checkpoint: Checkpoint) -> None:
+    """Refuse a file whose router is said to work otherwise than the model's."""
+    usual = _GATED.get(checkpoint.architecture)
+    if usual is not None and checkpoint.number("expert_gating_func", usual) not in (0, usual):
+        raise UnsupportedError(
+            f"{checkpoint.path}: the routers of this {checkpoint.architecture} model weigh experts in another way",
+            hint="use the model's folder",
+        )
+
+
 def _head_dim(checkpoint: Checkpoint) -> int:
     heads = checkpoint.number("attention.head_count")
     if heads < 1:
@@ -281,6 +309,8 @@ def _rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> 
             "attention_factor": checkpoint.get("rope.scaling.attn_factor"),
             "factor": context / int(original or context),
         }
+        if checkpoint.architecture == "phimoe":
+            rope |= dict.fromkeys(("short_mscale", "long_mscale"), checkpoint.get("rope.scaling.attn_factor") or 1.0)
         return rope
     kind = checkpoint.get("rope.scaling.type")
     if kind in (None, "none", "default") or not checkpoint.get("rope.scaling.factor"):
@@ -524,8 +554,10 @@ def _granitemoe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _granitehybrid(checkpoint: Checkpoint) -> dict[str, Any]:
     """Attention, in the layers that have heads for keys, knows no positions."""
-    if checkpoint.get("rope.scaling.finetuned") is True:
-        raise UnsupportedError(f"{checkpoint.path}: a hybrid granite model that knows positions is not supported")
+    if checkpoint.get("rope.scaling.finetuned") is not False:
+        raise UnsupportedError(
+            f"{checkpoint.path}: a hybrid granite model that knows positions is not supported", hint="use its folder"
+        )
     kv_heads, heads = _of_layers(checkpoint, "attention.head_count_kv"), checkpoint.number("ssm.time_step_rank")
     width = checkpoint.number("expert_shared_feed_forward_length", 0)
     scales = {name: checkpoint.get(key) or 1.0 for name, key in _GRANITE_SCALES.items()}
@@ -582,6 +614,10 @@ def _nemotron_h(checkpoint: Checkpoint) -> dict[str, Any]:
         "routed_scaling_factor": checkpoint.get("expert_weights_scale") or 1.0,
         "norm_topk_prob": checkpoint.get("expert_weights_norm") is True,
     }
+
+
+def _mistral3(checkpoint: Checkpoint) -> dict[str, Any]:
+    return _llama(checkpoint) | {"sliding_window": checkpoint.number("attention.sliding_window", 0) or None}
 
 
 def _cohere(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -652,8 +688,6 @@ def _qwen3(checkpoint: Checkpoint) -> dict[str, Any]:
 def _qwen3next(checkpoint: Checkpoint) -> dict[str, Any]:
     """Every so many layers one with full attention, the others with linear attention."""
     layers, interval = checkpoint.layers, checkpoint.number("full_attention_interval", 4)
-    if layers > len(checkpoint.tensors) or interval < 1:
-        raise CheckpointError(f"{checkpoint.path}: {layers} layers, of which every {interval}th has full attention")
     value_heads = checkpoint.number("ssm.time_step_rank")
     return _mixture(checkpoint) | {
         "num_hidden_layers": layers,
@@ -716,7 +750,11 @@ def _exaone_moe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _afmoe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Every fourth layer sees everything, which no metadata says; embeddings are scaled."""
+    """Every fourth layer sees everything, which no metadata says; embeddings are scaled, weights of experts add up to one."""
+    if checkpoint.get("expert_weights_norm") is False:
+        raise UnsupportedError(
+            f"{checkpoint.path}: weights of experts that do not add up to one are not supported", hint="use its folder"
+        )
     return {
         "head_dim": _head_dim(checkpoint),
         "sliding_window": checkpoint.number("attention.sliding_window"),
@@ -757,6 +795,16 @@ def _ernie4_5_moe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _glm4(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is multimodal (GLM 4V, GLM-OCR) goes by the same name, turned another way round."""
+    if checkpoint.array("rope.dimension_sections") or checkpoint.get("rope.dimension_sections") is not None:
+        raise UnsupportedError(
+            f"{checkpoint.path}: positions of a glm4 model with several axes are not supported",
+            hint="use a text-only model of the family",
+        )
+    return _qwen3(checkpoint) | {"num_hidden_layers": checkpoint.layers}
+
+
 def _hunyuan(checkpoint: Checkpoint) -> dict[str, Any]:
     """The base of its frequencies is stored scaled."""
     values = {"head_dim": _head_dim(checkpoint), "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors}
@@ -765,7 +813,10 @@ def _hunyuan(checkpoint: Checkpoint) -> dict[str, Any]:
         return values
     width, shared = checkpoint.number("expert_feed_forward_length"), "expert_shared_feed_forward_length"
     if width != checkpoint.number(shared, width):
-        raise UnsupportedError(f"{checkpoint.path}: experts of different widths in a hunyuan model are not supported")
+        raise UnsupportedError(
+            f"{checkpoint.path}: experts of different widths in a hunyuan model are not supported",
+            hint="use a file of another model of the family",
+        )
     return values | {
         "num_experts": experts,
         "moe_topk": checkpoint.number("expert_used_count"),
@@ -790,7 +841,7 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "gemma3": _gemma,
     "gemma4": _gemma4,
     "glm-dsa": _deepseek2,
-    "glm4": _qwen3,
+    "glm4": _glm4,
     "glm4moe": _glm4moe,
     "gpt-oss": _mixture,
     "gpt2": _gpt2,
@@ -803,7 +854,7 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "llama": _llama,
     "llama4": _llama4,
     "minimax-m2": _mixture,
-    "mistral3": _llama,
+    "mistral3": _mistral3,
     "nemotron": _nemotron,
     "nemotron_h": _nemotron_h,
     "nemotron_h_moe": _nemotron_h,

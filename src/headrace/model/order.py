@@ -1,4 +1,4 @@
-"""In which order a pass asks for weights: recorded in one forward on meta, where nothing is computed.
+"""In which order a pass asks for weights: recorded in one forward over two tokens, in which zeros stand for all weights.
 
 Linears that are called one after another with the same activations are one step. The order is not known from any list of
 families, and the engine asserts at run time that it holds.
@@ -157,7 +157,7 @@ def _stood_in_for(model: nn.Module) -> Any:
 
 @contextmanager
 def _kept_attributes(model: nn.Module) -> Any:
-    """Whatever modules remember of a forward (frequencies for a length, states) is forgotten: it was on meta."""
+    """Whatever modules remember of a forward (frequencies for a length, states) is forgotten: it came of zeros."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
         yield

@@ -7,6 +7,7 @@ of its own; a tensor of the file that finds no place in the model means that the
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
@@ -20,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.encodings import Encoding
 from headrace.checkpoint.tensor import Slice
-from headrace.errors import CheckpointError, UnsupportedError
+from headrace.errors import CheckpointError, HeadraceError, UnsupportedError
 from headrace.model.config import make_config, opening_of
 from headrace.model.matrix import Matrix, below_one_another
 from headrace.model.mixtures import Mixture, Stack, adopt_mixtures, mixture_of
@@ -44,7 +45,7 @@ _OTHER_WAY = "use a GGUF file of the model with llama.cpp"
 _SMALL_TABLE_BYTES = 4 << 20
 
 
-# A way to run attention: its name, what forwards on meta are given, and whether these showed it to be right.
+# A way to run attention: its name, what the forwards are given that record the order, and whether these showed it to be right.
 Way: TypeAlias = tuple[str, Callable[[], Iterator[dict[str, Any]]], Callable[[], bool]]
 
 
@@ -58,6 +59,7 @@ class Shell:
     cached: tuple[
         tuple[int, int], ...
     ]  # heads and numbers kept of a position, by layer; empty: the model keeps them itself
+    remembers: bool  # whether a pass that adds tokens computes these alone; False: all anew
     opening: tuple[int, ...]  # the tokens of a prompt that are the decoder's, where an encoder reads the others
     made_path: str
     made: Sequence[tuple[Tensor, Encoding]]  # tensors on that path, besides the checkpoint's own
@@ -104,6 +106,7 @@ class Hooks:
     ways: Callable[[PreTrainedModel], Iterator[Way]]  # to run attention, the best first
     # Of each layer whose attention came to the engine while the order was recorded: heads and numbers kept of a position.
     cached: Callable[[], tuple[tuple[int, int], ...]]
+    remembers: Callable[[PreTrainedModel], bool]  # whether a model that runs in its own way takes a memory
 
 
 def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
@@ -115,14 +118,16 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
     """
     config = make_config(checkpoint, lambda name: [float(x) for x in hooks.read(_find(checkpoint, name)).flatten()])
     config.use_cache = False
-    model = _on_meta(checkpoint, config, hooks.implementation).eval().requires_grad_(False)
-    adopt_mixtures(model, hooks.implementation)
-    _refuse_what_would_go_wrong(checkpoint, model)
-    names = names_of(checkpoint, model)
-    tied = tied_to(model)
-    derived = _fill_derived(model, names, tied)
-    before = _pack_linears(model, names, tied, hooks.product)
-    elsewhere = derived | _pack_experts(model, names)
+    with _blaming(checkpoint):
+        model = _on_meta(checkpoint, config, hooks.implementation).eval().requires_grad_(False)
+        _check_size(checkpoint, model)
+        adopt_mixtures(model, hooks.implementation)
+        _refuse_what_would_go_wrong(checkpoint, model)
+        names = names_of(checkpoint, model)
+        tied = tied_to(model)
+        derived = _fill_derived(model, names, tied)
+        before = _pack_linears(model, names, tied, hooks.product)
+        elsewhere = derived | _pack_experts(model, names)
     steps, way = _record(model, before, hooks)
     _scale_frequencies(checkpoint, model, hooks.read)
     _gather_tables(model, names, tied, derived, hooks)
@@ -134,10 +139,39 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
         steps=steps,
         way=way,
         cached=hooks.cached() if way == "packed" else (),
+        remembers=way != "model" or hooks.remembers(model),
         opening=opening_of(checkpoint),
         made_path=names.made_path,
         made=names.made,
     )
+
+
+@contextmanager
+def _blaming(checkpoint: Checkpoint) -> Iterator[None]:
+    """Sizes that make no model end in all kinds of errors in transformers' code; whose fault they are is clear."""
+    try:
+        yield
+    except HeadraceError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: the sizes it gives make no {checkpoint.architecture} model: {error}",
+            hint="the file is damaged, or of another version of transformers",
+        ) from error
+
+
+def _check_size(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """A model far larger than its checkpoint is another one, and computing with its sizes could take any memory."""
+    asked = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(tensor.rows * tensor.columns for tensor in checkpoint.tensors.values())
+    if asked > 2 * stored + _SLACK:
+        raise CheckpointError(
+            f"{checkpoint.path}: the sizes it gives make {asked / 1e9:.1f} billion parameters, it holds {stored / 1e9:.1f}",
+            hint="the file is damaged, or config and tensors are of different models",
+        )
+
+
+_SLACK = 64 << 20  # parameters: what is derived, or shared by many
 
 
 def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
@@ -174,8 +208,11 @@ def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) 
                 " which are not supported",
                 hint="use the text-only model of the family, or a GGUF file of its language model",
             )
+        of_many = isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1
         own = [
-            one for one in module._parameters.values() if one is not None and one.dim() > 1 and id(one) not in packed
+            one
+            for one in (module.parameters() if of_many else module._parameters.values())
+            if one is not None and one.dim() > 1 and id(one) not in packed
         ]
         if (
             own
@@ -308,7 +345,7 @@ def _record(
                 path, module = before[asked.linear]
                 model.set_submodule(path, module)
                 continue
-            except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
+            except Exception as error:  # of whatever transformers' code is made to compute
                 refused = error
                 break
             finally:

@@ -21,8 +21,8 @@ from headrace.plan.routing import Routing
 # Exponent of the Zipf law where nothing has been counted: a guess, until a run of the model has left its hit rate.
 SKEW = 0.6
 # Of one layer with experts, beside its weights at the kernels' rate: the router, the interpreter, products that are small.
-LAYER_S = 2e-3
-FOUND_LATE = 0.25  # of the bytes missed: nobody foresaw them, so the layer waits for them
+LAYER_S = 0.2e-3
+FOUND_LATE = 0.2  # of the bytes missed: nobody foresaw them, so the layer waits for them
 WASTED = 0.07  # bytes read ahead in vain, for each byte that was needed
 
 

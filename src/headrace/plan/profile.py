@@ -43,6 +43,7 @@ class Profile:
     runtime_bytes: int  # interpreter, torch, transformers, the code of one model
     factors: Mapping[str, float] = field(default_factory=dict)  # of `plan.fit`, already in the rates above
     spread: tuple[float, float] | None = None  # measured / predicted of 80 % of the runs that it was fitted to
+    reading_share: float = READING  # of the disk's seconds: for which the cores are busy with reading, or held up by it
     probed_at: str = ""  # the rates' own time, to the second: runs that others predicted say nothing about them
     schema: int = field(default=SCHEMA)
 
@@ -54,7 +55,7 @@ class Profile:
         rates = [
             rate for table in (*tables, self.disk_bytes_per_s, self.unpack_weights_per_s) for rate in table.values()
         ]
-        rates += [self.layer_s, self.layer_row_s, self.runtime_bytes]
+        rates += [self.layer_s, self.layer_row_s, self.runtime_bytes, self.reading_share]
         rates += [*self.factors.values(), *(self.spread or ())]
         if not all(0 < rate < math.inf for rate in rates) or not all(int(key) > 0 for table in tables for key in table):
             raise ValueError("a profile's rates are positive numbers")
@@ -103,7 +104,7 @@ class Profile:
     @property
     def reading(self) -> float:
         """Share of the disk's seconds for which the cores are busy with reading: they copy, and memory is shared."""
-        return self.factors.get("reading", READING)
+        return self.factors.get("reading", self.reading_share)
 
     def unpack(self, type_name: str) -> float:
         """Weights per second unpacked to fp32."""

@@ -89,7 +89,7 @@ def divide(
     least = base - margin + MARGIN_BYTES + least_rings + few_experts
     exact = _activations(shape, request, request.verify_rows, exact=True)
     if shape.one_by_one:  # it takes its prompt whole
-        exact = max(exact, _activations(shape, request, max(FEW_ROWS, request.prompt_rows)))
+        exact = max(exact, _activations(shape, request, _whole_rows(shape, request)))
     floor = ceil((least + exact) / (1 - MARGIN_SHARE))
     if runtime_bytes is None:
         floor = max(floor, profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BUILD_BYTES_PER_TOKEN)
@@ -210,13 +210,18 @@ def _expert_numbers(experts: Experts | None) -> int:
     return 0 if experts is None else experts.per_token * 8 * (experts.hidden + experts.width)
 
 
+def _whole_rows(shape: Shape, request: Request) -> int:
+    """Rows of the largest pass of a model that takes its prompt whole, or, if it remembers nothing, the answer as well."""
+    return max(FEW_ROWS, request.prompt_rows if shape.remembers else request.context_tokens)
+
+
 def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) -> int:
     """As many prompt rows per pass as fit into an eighth of the budget: passes cost more than pins until then.
 
     A model that keeps states of its own takes a prompt whole, and so does an encoder.
     """
     if shape.one_by_one:
-        return max(FEW_ROWS, request.prompt_rows)
+        return _whole_rows(shape, request)
     limit = min(room, max(budget_bytes // 8, 192 * MIB))
     rows = request.prompt_rows
     if rows <= FEW_ROWS:

@@ -24,6 +24,7 @@ class Built:
     experts: Sequence[Sequence[Sequence[Slice]]]  # of every expert of every layer, its slices
     one_by_one: bool  # sequences do not share passes, and keys and values are kept in fp32
     cached: Sequence[tuple[int, int]] = ()  # of each layer, heads that keep keys and values, and numbers of a position
+    remembers: bool = True  # False: every pass computes all positions anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class Shape:
     cached_numbers: int  # that these keep of one position
     context_limit: int
     one_by_one: bool = False
+    remembers: bool = True
 
     @property
     def tied(self) -> bool:
@@ -201,7 +203,7 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
         experts=_experts(checkpoint, stacks, built, hidden),
         small_bytes=small,
         layers=layers,
-        state_bytes=(layers - kv_layers) * 2 * 4 * _state_numbers(checkpoint),
+        state_bytes=_state_layers(checkpoint, layers, kv_layers) * 2 * 4 * _state_numbers(checkpoint),
         hidden=hidden,
         feed_forward=max((t.outputs for t in (*linears, *opening) if _is_wide(t)), default=hidden),
         attention_width=attention_width,
@@ -212,6 +214,7 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
         cached_numbers=cached_numbers,
         context_limit=checkpoint.context_limit(1 << 20),
         one_by_one=checkpoint.has_encoder or (kv_layers < layers if built is None else built.one_by_one),
+        remembers=built is None or built.remembers,
     )
 
 
@@ -225,7 +228,17 @@ def _kv_layers(checkpoint: Checkpoint, layers: int) -> int:
     types = (checkpoint.config or {}).get("layer_types")
     if isinstance(types, list):
         return sum(1 for kind in types if kind not in _STATES)
-    return layers // max(1, checkpoint.number("full_attention_interval", 1))
+    usual = 4 if checkpoint.architecture == "qwen3next" else 1
+    return layers // max(1, checkpoint.number("full_attention_interval", usual))
+
+
+def _state_layers(checkpoint: Checkpoint, layers: int, kv_layers: int) -> int:
+    """Layers that keep a state: those without keys, but for such as are an MLP and nothing else."""
+    widths = checkpoint.array("feed_forward_length")[:layers]
+    kept = checkpoint.array("attention.head_count_kv")[:layers]
+    if 0 not in widths or len(kept) != len(widths):
+        return layers - kv_layers
+    return sum(1 for width, heads in zip(widths, kept, strict=True) if not width and not heads)
 
 
 _STATES = ("linear_attention", "conv", "mamba")
