@@ -33,9 +33,10 @@ REFUSED_HEAD = """
 ## With an encoder
 
 T5, mT5, UMT5, LongT5, T5Gemma, Switch Transformers (experts on demand), BART, mBART, Pegasus, BigBird-Pegasus (with full
-attention), Marian, M2M100, Blenderbot, MVP, PLBart, LED and ProphetNet run as folders, T5 and UMT5 as GGUF: the prompt goes to
-the encoder, which is read once for it. `tests/engine/test_encoder_decoder.py` holds them to transformers. Refused are FSMT, which
-has a vocabulary for each of two languages, speech models, and NLLB-MoE, of which transformers asks the first two experts only.
+attention), Marian, M2M100, Blenderbot, MVP, PLBart and LED run as folders, T5 and UMT5 as GGUF: the prompt goes to the encoder,
+which is read once for it. `tests/engine/test_encoder_decoder.py` holds them to transformers. Refused are FSMT, which has a
+vocabulary for each of two languages, speech models, NLLB-MoE, of which transformers asks the first two experts only, and
+ProphetNet, of which it computes a token in another way when more tokens follow.
 
 ## As GGUF
 

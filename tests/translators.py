@@ -60,20 +60,6 @@ CASES: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": {**BART, "attention_type": "original_full"},
     "bigbird_pegasus:blocks": BART,  # which are for longer texts
     "led": {**BART, "attention_window": 8, "max_encoder_position_embeddings": 64},
-    "prophetnet": {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "num_encoder_layers": 2,
-        "num_decoder_layers": 3,
-        "num_encoder_attention_heads": 4,
-        "num_decoder_attention_heads": 4,
-        "encoder_ffn_dim": 96,
-        "decoder_ffn_dim": 80,
-        "max_position_embeddings": 64,
-        "decoder_start_token_id": 2,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    },
     "switch_transformers": SWITCH,
     "switch_transformers:full": {**SWITCH, "num_experts": 2, "expert_capacity": 15},  # for most of the text
     "t5gemma": {"encoder": GEMMA, "decoder": {**GEMMA, "num_hidden_layers": 3}, **SPECIAL},
@@ -90,6 +76,23 @@ CASES: dict[str, dict[str, Any]] = {
 REFUSED = {
     "fsmt": ({**SMALL, "langs": ["en", "de"], "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB}, "two languages"),
     "nllb-moe": ({**BART, "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2}, "first two experts"),
+    "prophetnet": (
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "num_encoder_layers": 2,
+            "num_decoder_layers": 3,
+            "num_encoder_attention_heads": 4,
+            "num_decoder_attention_heads": 4,
+            "encoder_ffn_dim": 96,
+            "decoder_ffn_dim": 80,
+            "max_position_embeddings": 64,
+            "decoder_start_token_id": 2,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+        },
+        "more tokens follow",
+    ),
     "seamless_m4t": ({**SMALL, "vocab_size": VOCAB, "hidden_size": 64}, "speech"),
 }
 UNTIED = ("t5:gated", "mt5")

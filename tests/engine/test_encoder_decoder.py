@@ -44,7 +44,7 @@ def logits_of(engine: Engine, text: torch.Tensor = TEXT, answer: torch.Tensor = 
 def expected_of(model: torch.nn.Module, opening: tuple[int, ...]) -> torch.Tensor:
     decoded = torch.cat([torch.tensor([opening]), ANSWER], 1)
     with torch.inference_mode():
-        return model(input_ids=TEXT, decoder_input_ids=decoded, use_cache=False).logits[0]
+        return model(input_ids=TEXT, decoder_input_ids=decoded).logits[0]
 
 
 def greedy(engine: Engine, count: int) -> list[int]:

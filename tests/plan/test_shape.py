@@ -96,8 +96,9 @@ def test_models_that_keep_states_are_planned_without_guesses_and_one_by_one(arch
     budget, profile = Budget(nbytes=8 << 30, reason="test"), guessed_profile()
     options = drafting_options(checkpoint, "auto")
     assert len(options) > 1
-    assert choose_drafting(checkpoint, profile, budget, Request(), options)[0] is NO_DRAFT
-    assert choose_sequences(checkpoint, profile, budget, Request(), options, 16).sequences == 1
+    request = Request(context_tokens=256, prompt_tokens=64)
+    assert choose_drafting(checkpoint, profile, budget, request, options)[0] is NO_DRAFT
+    assert choose_sequences(checkpoint, profile, budget, request, options, 16).sequences == 1
 
 
 def test_that_all_positions_are_seen_where_a_model_would_choose_is_said(tmp_path: Path) -> None:

@@ -132,9 +132,7 @@ def maker_of(model: PreTrainedModel) -> Callable[[], Any]:
         return lambda: _rwkv_state(model.config)
     if model.config.is_encoder_decoder:
         config = getattr(model.get_decoder(), "config", model.config)
-        # ProphetNet's says how many layers the encoder has.
-        told = {"config": config} if config.num_hidden_layers >= getattr(config, "num_decoder_layers", 0) else {}
-        return lambda: EncoderDecoderCache(DynamicCache(**told), DynamicCache())
+        return lambda: EncoderDecoderCache(DynamicCache(config=config), DynamicCache())
     module = inspect.getmodule(type(model))
     own = [
         value

@@ -76,6 +76,7 @@ _OTHERS = {
 _OTHERS_WITH_ENCODER = {
     "fsmt": "a model with a vocabulary for each of two languages",
     "nllb-moe": "a mixture that transformers computes with the first two experts of each layer, whatever its router says",
+    "prophetnet": "a model of which transformers computes a token in another way when more tokens follow it",
     "seamless_m4t": "a model of speech",
     "seamless_m4t_v2": "a model of speech",
 }

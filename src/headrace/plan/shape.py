@@ -309,7 +309,7 @@ _TOKEN_TABLE = re.compile(
     r"^(\w+\.)?shared\.weight|^transformer\.w\.weight"
 )
 _TABLE = re.compile(
-    r"^((per_layer_)?token_embd|position_embd|token_types)\.weight|(?<!un)(?<!relative_pos_)embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\.|"
+    r"^((per_layer_)?token_embd|position_embd|token_types)\.weight|(?<!un)embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\.|"
     r"^(\w+\.)?shared\.weight|^transformer\.w\.weight|attn_rel_b\.|relative_attention_bias\.|^final_logits_bias$"
 )
 # Encoders, and the keys and values that decoders make of their results.
@@ -320,6 +320,7 @@ _LATENT = re.compile(r"\.attn_[kv]_b\.weight$")  # of every head one after anoth
 _EXPERTS = re.compile(
     r"^(blk\.\d+)\.ffn_\w+_exps\.weight$|^(.*(?<!shared_)experts)\.(?:(?:expert_)?\d+\.|mlp\.)?\w+(?:\.weight)?$"
 )
+_OF_STATES = re.compile(r"\.(ssm_(a|d|norm|conv1d)|shortconv\.conv)(\.weight)?$")  # columns, groups and kernels
 _OF_ATTENTION = re.compile(r"attention\.experts\.")  # JetMoe's, which are all computed
 
 
@@ -328,7 +329,7 @@ def is_linear(tensor: Tensor) -> bool:
     plain = (
         len(tensor.shape) == 2 or tensor.slabs > 0 or _LATENT.search(tensor.name) or _OF_ATTENTION.search(tensor.name)
     )
-    return bool(plain) and not _TABLE.search(tensor.name)
+    return bool(plain) and not _TABLE.search(tensor.name) and not _OF_STATES.search(tensor.name)
 
 
 def expert_tensors(checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
