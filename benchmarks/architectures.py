@@ -77,11 +77,12 @@ def theirs(path: Path, text: Path, llama: Path) -> float | str:
     """llama-perplexity's, or why there is none."""
     command = [str(llama / "llama-perplexity"), "-m", str(path), "-f", str(text), "-c", str(WINDOW), "-b", str(WINDOW)]
     command += ["--chunks", str(WINDOWS), "-t", "2", "--no-repack", "-ctk", "f32", "-ctv", "f32", "-fa", "off"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    said = result.stdout + result.stderr
-    match = re.search(r"Final estimate: PPL = ([0-9.]+)", said)
-    if match is not None:
-        return float(match[1])
+    for _ in range(3):  # now and then it ends before its last line is out
+        result = subprocess.run(command, capture_output=True, text=True)
+        said = result.stdout + result.stderr
+        match = re.search(r"Final estimate: PPL = ([0-9.]+)", said)
+        if match is not None:
+            return float(match[1])
     wrong = [line for line in said.splitlines() if "error loading model:" in line or "GGML_ASSERT" in line]
     return wrong[0].rpartition("error loading model:")[2].strip()[:100] if wrong else f"ended with {result.returncode}"
 

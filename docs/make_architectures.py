@@ -42,16 +42,18 @@ ProphetNet, of which it computes a token in another way when more tokens follow.
 
 `checkpoint/architectures.py` lists the names that run, `tests/model/test_against_transformers.py` holds each to the
 transformers model that a tiny file was made of. That is transformers' own mapping of GGUF but Deci, for which it has no
-model, and further ones: Gemma 1 and 4 with its mixtures, DeepSeek V2 and V3 and what is converted as they are, Llama 4, GLM 4,
-4.5 and 4.6, Qwen3-Next, the language models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, Nemotron-H and Nemotron 3, Granite with its
-mixtures and hybrids, LFM2 with experts, OLMo 2 and 3, OLMoE, ERNIE 4.5, Hunyuan, dots.llm1, SmolLM3, Command R, EXAONE 4,
-Seed-OSS, Arcee.
+model, and further ones: Gemma 1 and 4 with its mixtures, DeepSeek V2 and V3 and what is converted as they are, Llama 4,
+Ministral 3, GLM 4, 4.5, 4.6 and 5, Qwen3-Next, the language models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, Nemotron-H and
+Nemotron 3, Granite with its mixtures and hybrids, LFM2 with experts, OLMo 2 and 3, OLMoE, ERNIE 4.5, Hunyuan, dots.llm1,
+SmolLM3, Command R, EXAONE 4 and with experts, Seed-OSS, Arcee and Trinity, Phi-3.5-MoE. GLM 5 chooses 2048 positions to look
+at where there are more; here each token sees all before it, and the plan says so.
 
 A test whose writer and reader share a mistake would not see it. So `python benchmarks/architectures.py` gives the same tiny
-files to llama.cpp, all in fp32, and compares perplexities: of 59 files 56 are taken by both (the other three it wants in another
+files to llama.cpp, all in fp32, and compares perplexities: of 64 files 61 are taken by both (the other three it wants in another
 shape: EXAONE 4 with heads of one width, DeepSeek V2 Lite by its number of layers, GLM 4.5 with a whole block that guesses).
-42 agree to 1e-6 and better, 13 to 1e-4, eleven of them with GELU, which ggml looks up in a table of fp16; gpt-oss to 4e-4:
-llama.cpp rounds where YaRN begins and ends, which the model's config forbids.
+46 agree to 1e-6 and better, 13 to 1e-4, eleven of them with GELU, which ggml looks up in a table of fp16; gpt-oss to 4e-4:
+llama.cpp rounds where YaRN begins and ends, which the model's config forbids; Phi-3.5-MoE to 5e-3: transformers routes as the
+model was trained, llama.cpp by a softmax.
 
 ## Refused
 

@@ -1,5 +1,6 @@
 """Every architecture against two oracles: the transformers model that the file was made of, and transformers' own loader."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny import FAMILIES, VOCAB, random_model, rounded_to, write_gguf
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
 from headrace.engine.engine import StreamOptions
+from headrace.errors import UnsupportedError
 from headrace.kernels import Kernels
 from headrace.plan.shape import shape_of
 
@@ -63,6 +65,55 @@ def test_logits_equal_those_of_the_model_the_file_was_made_of(architecture: str,
     # fp16 keys and values are the only rounding: about 1e-3 of a logit.
     assert divergence(ours, expected) < 1e-3
     assert same_choice(ours, expected)
+
+
+def test_phi_moe_with_factors_for_long_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short, long = [1.0 + i / 8 for i in range(8)], [4.0] * 8
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long, "short_mscale": 1.2,
+        "long_mscale": 1.2, "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    family = FAMILIES["phimoe"]
+    config = {**family.config, "rope_parameters": rope, "max_position_embeddings": 256}
+    monkeypatch.setitem(FAMILIES, "phimoe", replace(family, config=config))
+    model = random_model("phimoe")
+    factors = {
+        f"rope_factors_{name}.weight": np.array(of, np.float32) for name, of in (("short", short), ("long", long))
+    }
+    extra = {"rope.scaling.attn_factor": 1.2, "rope.scaling.original_context_length": 64}
+    path = write_gguf(model, "phimoe", tmp_path / "tiny.gguf", extra=extra, more=factors)
+    with torch.inference_mode():
+        expected = model(TOKENS).logits[0]
+    assert divergence(logits_of(path, (30, 10)), expected) < 1e-3
+
+
+def test_a_mistral_that_is_no_ministral(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral Small 3.1 goes by the same name, without YaRN."""
+    plain = replace(FAMILIES["mistral"], written_as="mistral3")
+    monkeypatch.setitem(FAMILIES, "mistral", plain)
+    model = random_model("mistral")
+    path = write_gguf(model, "mistral", tmp_path / "tiny.gguf")
+    with torch.inference_mode():
+        expected = model(TOKENS).logits[0]
+    assert divergence(logits_of(path, (30, 10)), expected) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "extra", "words"),
+    [
+        ("glm4", {"rope.dimension_sections": [8, 4, 4, 0]}, "several axes"),
+        ("granitehybrid", {"rope.scaling.finetuned": True}, "knows positions"),
+        ("dots1", {"expert_gating_func": 1}, "weigh experts in another way"),
+        ("afmoe", {"expert_weights_norm": False}, "add up to one"),
+    ],
+)
+def test_files_that_say_what_we_do_not_do_are_refused(
+    architecture: str, extra: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    path = write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf", extra=extra)
+    with pytest.raises(UnsupportedError, match=words) as refusal:
+        logits_of(path, (30, 10))
+    assert refusal.value.hint
 
 
 def test_qwen3_next_as_it_was_converted_at_first(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""Metadata of GGUF files that makes no sense: a model, or an error with words; never a traceback, a flood of memory, a hang."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import FAMILIES, random_model, write_gguf
+
+from headrace.checkpoint import open_checkpoint
+from headrace.engine import Engine
+from headrace.engine.engine import StreamOptions
+from headrace.errors import CheckpointError, HeadraceError
+from headrace.kernels import Kernels
+
+ARCHITECTURES = ("afmoe", "ernie4_5-moe", "glm-dsa", "granitehybrid", "lfm2moe", "nemotron_h_moe", "qwen3next")
+GENERAL = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
+
+
+def wrong(value: Any) -> list[Any]:
+    """Other values of a key: nothing, far too much, of another kind; lists too short or of such values."""
+    if isinstance(value, list):
+        return [value[:-1], [0] * len(value), [1 << 30] * len(value)]
+    return [0, 1 << 31, "word"]
+
+
+def is_refused(path: Path, what: str) -> bool:
+    """Whether the model is refused with words; anything else that it ends in is a failure."""
+    try:
+        checkpoint = open_checkpoint(path)
+        pinned = dict.fromkeys(checkpoint.tensors, 0)
+        options = StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=1, expert_slots=4)
+        with Engine(checkpoint, options, Kernels(1)):
+            return False
+    except HeadraceError as error:
+        return bool(str(error))
+    except Exception as error:
+        raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_whatever_a_key_holds_it_is_a_model_or_an_error_with_words(architecture: str, tmp_path: Path) -> None:
+    family = FAMILIES[architecture]
+    model = random_model(architecture)
+    refused = 0
+    for key in sorted({*family.metadata, *GENERAL}):
+        for value in wrong(family.metadata.get(key, 0)):
+            path = write_gguf(model, architecture, tmp_path / "tiny.gguf", extra={key: value})
+            refused += is_refused(path, f"{key} = {value}")
+    assert refused > len(family.metadata)
+
+
+def test_a_model_far_larger_than_its_file_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    path = write_gguf(random_model("lfm2moe"), "lfm2moe", tmp_path / "tiny.gguf", extra={"shortconv.l_cache": 1 << 26})
+    with (
+        pytest.raises(CheckpointError, match="billion parameters") as refusal,
+        Engine(
+            open_checkpoint(path), StreamOptions(pinned_rows={}, unit_bytes=16 << 10, slots=3, readers=1), Kernels(1)
+        ),
+    ):
+        pass
+    assert refusal.value.hint
