@@ -462,11 +462,11 @@ FAMILIES = {
         "granitemoehybrid",
         {
             **COMMON, **HEADS, **GRANITE, "num_local_experts": 0, "shared_intermediate_size": 96, "mamba_n_heads": 4,
-            "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_d_conv": 4, "mamba_chunk_size": 16,
+            "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_d_conv": 4, "mamba_chunk_size": 16,
             "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         },
         {
-            **SPACE, **GRANITE_IN_FILES, "attention.head_count_kv": [0, 2, 0],
+            **SPACE, **GRANITE_IN_FILES, "ssm.group_count": 1, "attention.head_count_kv": [0, 2, 0],
             "expert_shared_feed_forward_length": 96, "rope.scaling.finetuned": False,
         },
         permute=True, written_as="granitehybrid",
@@ -808,9 +808,10 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
                 stored_name = f"blk.{name.split('.')[2]}.{part_name}.weight"
                 writer.add_tensor(stored_name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
             continue
-        if SPACE.items() <= family.metadata.items():  # columns, and groups
+        if "ssm.group_count" in family.metadata and (".mixer." in name or ".mamba." in name):  # columns, and groups
+            groups = family.metadata["ssm.group_count"]
             value = value.reshape(-1, 1) if name.endswith(("A_log", ".D")) else value
-            value = value.reshape(2, -1) if name.endswith((".mixer.norm.weight", ".mamba.norm.weight")) else value
+            value = value.reshape(groups, -1) if name.endswith((".mixer.norm.weight", ".mamba.norm.weight")) else value
         value = value.squeeze(1) if "conv" in name and value.ndim == 3 else value
         if family.permute and (".q_proj." in name or ".k_proj." in name):
             value = _permuted(value, model.config, ".q_proj." in name)

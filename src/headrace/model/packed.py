@@ -1,6 +1,7 @@
 """Modules whose weights never become tensors of the model: they are multiplied where they lie."""
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, TypeAlias
 
 import torch
@@ -195,6 +196,8 @@ class RmsNorm(nn.Module):
         weight = module._parameters.get("weight")
         if not isinstance(eps, float) or weight is None or len(module._parameters) > 1 or weight.dim() != 1:
             return None
+        if len(signature(module.forward).parameters) > 1:
+            return None  # it may be given a gate besides
         x = torch.randn((3, weight.shape[0]), generator=torch.Generator().manual_seed(0))
         try:
             expected = module(x)

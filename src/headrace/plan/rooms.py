@@ -197,6 +197,9 @@ def _activations(shape: Shape, request: Request, rows: int, exact: bool = False)
     masked = wide + rows * context_tokens + (SCORES_BYTES if shape.makes_scores else 0)
     if shape.one_by_one and shape.cached_numbers:  # all rows see each other: biases, scores and their softmax, in fp32
         masked += 4 * 4 * rows**2 * heads
+    if shape.scanned is not None:  # scores, decays, their product and what einsum makes of them
+        scanning, chunk = shape.scanned
+        masked += 4 * 4 * scanning * chunk * ceil(rows / chunk) * chunk
     unpacked = MANY_ROWS_BYTES if shape.experts is None else 2 * MANY_ROWS_BYTES  # once left 18 MiB of 5000
     return rows * 4 * (narrow + max(mlp, attention)) + logits + masked + unpacked
 

@@ -52,6 +52,9 @@ class Shape:
     context_limit: int
     one_by_one: bool = False
     remembers: bool = True
+    scanned: tuple[int, int] | None = (
+        None  # heads, and rows that see each other, of state spaces that take rows in chunks
+    )
 
     @property
     def tied(self) -> bool:
@@ -215,6 +218,7 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
         context_limit=checkpoint.context_limit(1 << 20),
         one_by_one=checkpoint.has_encoder or (kv_layers < layers if built is None else built.one_by_one),
         remembers=built is None or built.remembers,
+        scanned=_scanned(checkpoint),
     )
 
 
@@ -230,6 +234,19 @@ def _kv_layers(checkpoint: Checkpoint, layers: int) -> int:
         return sum(1 for kind in types if kind not in _STATES)
     usual = 4 if checkpoint.architecture == "qwen3next" else 1
     return layers // max(1, checkpoint.number("full_attention_interval", usual))
+
+
+def _scanned(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """Heads and chunk of Mamba's second kind: the config's, or of files that say no chunk what transformers takes."""
+    config = checkpoint.config
+    if config is None:
+        chunk = {"granitehybrid": 256, "nemotron_h": 128, "nemotron_h_moe": 128}.get(checkpoint.architecture)
+        return None if chunk is None else (checkpoint.number("ssm.time_step_rank"), chunk)
+    heads = [config.get(key) for key in ("mamba_num_heads", "mamba_n_heads")]
+    heads += [config.get("num_heads")] if config.get("model_type") == "mamba2" else []
+    chunks = [config.get(key) for key in ("chunk_size", "mamba_chunk_size")]
+    known = next((one for one in heads if isinstance(one, int)), 0)
+    return (known, next((one for one in chunks if isinstance(one, int)), 256)) if known else None
 
 
 def _state_layers(checkpoint: Checkpoint, layers: int, kv_layers: int) -> int:
