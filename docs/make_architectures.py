@@ -53,7 +53,7 @@ files to llama.cpp, all in fp32, and compares perplexities: of 64 files 61 are t
 shape: EXAONE 4 with heads of one width, DeepSeek V2 Lite by its number of layers, GLM 4.5 with a whole block that guesses).
 46 agree to 1e-6 and better, 13 to 1e-4, eleven of them with GELU, which ggml looks up in a table of fp16; gpt-oss to 4e-4:
 llama.cpp rounds where YaRN begins and ends, which the model's config forbids; Phi-3.5-MoE to 5e-3: transformers routes as the
-model was trained, llama.cpp by a softmax.
+model was trained, llama.cpp by a softmax (and of long contexts, its files scale rotations by less than the model's config does).
 
 ## Refused
 

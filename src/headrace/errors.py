@@ -18,18 +18,23 @@ class HeadraceError(Exception):
     """Something a user can act on. `str()` is the message, `hint` the next thing to try."""
 
     exit_code = 1
+    usual_hint: str | None = None  # where nothing better is known
 
     def __init__(self, message: str, *, hint: str | None = None):
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class CheckpointError(HeadraceError):
     """The model file is damaged, truncated, or not a model file."""
 
+    usual_hint = "the file is damaged, or was written by a broken converter; get it from another source"
+
 
 class UnsupportedError(CheckpointError):
     """The model file is sound, but needs what headrace does not do."""
+
+    usual_hint = "docs/architectures.md lists what runs; use another file of the model, or llama.cpp"
 
 
 class ReadError(HeadraceError):

@@ -4,13 +4,14 @@ Everything is measured with the parts that will run: the disk by the stream with
 kernels and a whole small model by the engine. Rounds are repeated and the median kept; the machine may be shared.
 """
 
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from os import stat
@@ -119,60 +120,69 @@ def measure_disk(target: Path, total_bytes: int = DISK_BYTES, rounds: int = ROUN
 def measure_reading(target: Path, threads: int, weights_per_s: float, total_bytes: int = DISK_BYTES) -> float:
     """Share of the disk's seconds for which the cores are busy with reading, or held up by it.
 
-    Products that take as long as the disk run while it is read, as in the engine; what both take together, less what the
-    products take alone, is of the disk's seconds the share that comes on top.
+    Products that take somewhat longer than the disk run while it is read, as in the engine; what both take together, less
+    what the products take alone, is of the disk's seconds the share that comes on top.
 
     Args:
         target: as in `measure_disk`.
         threads: that multiply.
         weights_per_s: about how many Q4_K weights they multiply with one row.
+        total_bytes: how much is read at a time.
     """
     kernels = Kernels(threads, row_invariant=False)
     with closing(kernels), _something_to_read(target, total_bytes) as path:
         nbytes, alone_s = _streamed(path, total_bytes, ROUNDS)
-        rows = int(weights_per_s * alone_s * UNIT_BYTES / nbytes / COLUMNS)
-        rows = min(WEIGHT_ROWS, max(64, rows))
+        units = -(-nbytes // UNIT_BYTES)
+        rows = max(64, min(WEIGHT_ROWS, int(weights_per_s * alone_s / units / COLUMNS)))
         copies = max(1, PROBE_BYTES // (row_bytes("Q4_K", COLUMNS) * rows))
         arena, piece_bytes = _packed("Q4_K", rows, copies)
-        x, out, done = torch.randn(1, COLUMNS), torch.empty(1, rows), 0
+        x, out, done, each = torch.randn(1, COLUMNS), torch.empty(1, rows), 0, 1
 
-        def multiply(units: int) -> None:
+        def multiply(count: int) -> None:
             nonlocal done
-            for _ in range(units):
+            for _ in range(count * each):
                 piece = Piece("Q4_K", rows, arena.address + done % copies * piece_bytes, 0)
                 kernels.multiply(x, [(0, piece)], [out])
                 done += 1
 
-        units = -(-nbytes // UNIT_BYTES)
-        shares = []
-        for _ in range(ROUNDS):
+        def products_s() -> float:
             start = time.perf_counter()
             multiply(units)
-            products_s = time.perf_counter() - start
+            return time.perf_counter() - start
+
+        each = max(1, math.ceil(1.2 * alone_s / products_s()))  # else waiting for the disk would count
+        shares = []
+        for _ in range(ROUNDS):
+            alone = products_s()
             _, together_s = _streamed(path, total_bytes, 1, multiply)
-            shares.append((together_s - products_s) / alone_s)
+            shares.append((together_s - alone) / alone_s)
     return min(MOST_READING, max(LEAST_READING, statistics.median(shares)))
 
 
 @contextmanager
 def _something_to_read(target: Path, total_bytes: int) -> Iterator[Path]:
     """A file on the file system of `target`: itself, or for a folder one that is written for it."""
-    try:
-        if target.is_file() and target.stat().st_size >= PAGE_BYTES:
-            yield target
-            return
-        folder = target if target.is_dir() else target.parent
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".headrace-probe-") as file:
-            block = np.random.default_rng(0).integers(0, 256, 8 * MIB, np.uint8).tobytes()
-            for _ in range(total_bytes // 2 // len(block)):
-                file.write(block)
-            file.flush()
-            yield Path(file.name)
-    except OSError as error:
-        raise HeadraceError(
-            f"the disk at {target} cannot be measured: {error.strerror}",
-            hint=f"name a folder with {gib(total_bytes // 2)} free that may be written to",
-        ) from error
+    with ExitStack() as stack:
+        try:
+            path = target
+            if not (target.is_file() and target.stat().st_size >= PAGE_BYTES):
+                path = stack.enter_context(_written(target if target.is_dir() else target.parent, total_bytes // 2))
+        except OSError as error:
+            raise HeadraceError(
+                f"the disk at {target} cannot be measured: {error.strerror}",
+                hint=f"name a folder with {gib(total_bytes // 2)} free that may be written to",
+            ) from error
+        yield path
+
+
+@contextmanager
+def _written(folder: Path, nbytes: int) -> Iterator[Path]:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".headrace-probe-") as file:
+        block = np.random.default_rng(0).integers(0, 256, 8 * MIB, np.uint8).tobytes()
+        for _ in range(nbytes // len(block)):
+            file.write(block)
+        file.flush()
+        yield Path(file.name)
 
 
 def _streamed(

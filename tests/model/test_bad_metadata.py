@@ -24,7 +24,7 @@ def wrong(value: Any) -> list[Any]:
 
 
 def is_refused(path: Path, what: str) -> bool:
-    """Whether the model is refused with words; anything else that it ends in is a failure."""
+    """Whether the model is refused with words and a hint; anything else that it ends in is a failure."""
     try:
         checkpoint = open_checkpoint(path)
         pinned = dict.fromkeys(checkpoint.tensors, 0)
@@ -32,7 +32,9 @@ def is_refused(path: Path, what: str) -> bool:
         with Engine(checkpoint, options, Kernels(1)):
             return False
     except HeadraceError as error:
-        return bool(str(error))
+        if error.hint:
+            return True
+        raise AssertionError(f"{what}: no hint beside {error}") from error
     except Exception as error:
         raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
 

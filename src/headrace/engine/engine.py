@@ -485,12 +485,8 @@ class Engine:
         return out
 
     def _compute(self, linear: PackedLinear, x: torch.Tensor) -> None:
-        step = self._next_step()
-        if not isinstance(step, LinearStep) or step.linears[0] is not linear:
-            raise UnsupportedError(
-                f"{self.checkpoint.path}: the model asks for its weights in an order that depends on what it computes",
-                hint="use a GGUF file of the model with llama.cpp",
-            )
+        step = self._next_step(linear)
+        assert isinstance(step, LinearStep)
         tensors = step.tensors
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         # The head is given only the rows that need logits: few, so all of them are exact.
@@ -570,9 +566,8 @@ class Engine:
             return self._attention.take(layer, None, vectors, rotated)
         if self._tape is not None:
             self._tape.spoil("a matrix is unpacked")
-        step = self._next_step()
-        assert isinstance(step, LinearStep), "linears were called in another order than they were traced"
-        assert step.linears == (linear,), "linears were called in another order than they were traced"
+        step = self._next_step(linear)
+        assert isinstance(step, LinearStep)
         sizes = [tensor.rows * tensor.columns for tensor in step.tensors]
         if self._plain.numel() < sum(sizes):
             self._plain = torch.empty(sum(sizes))
@@ -589,7 +584,7 @@ class Engine:
         packed: PackedExperts = module.packed
         if self._recorder is not None:
             return self._recorder.experts(packed, hidden)
-        self._next_step()
+        self._next_step(packed)
         shape = hidden.shape
         rows = hidden.reshape(-1, shape[-1]), ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
         arguments = (packed, *rows, self._exact_rows > 0)
@@ -623,9 +618,15 @@ class Engine:
             return torch.cat(parts, -2)
         return tuple(torch.cat(one, -2) for one in zip(*parts, strict=True))
 
-    def _next_step(self) -> LinearStep | ExpertStep:
-        step = self._order[self._step]
+    def _next_step(self, called: PackedLinear | PackedExperts) -> LinearStep | ExpertStep:
+        """The step that begins with this linear, or is of these experts."""
+        step = self._order[self._step] if self._step < len(self._order) else None
         self._step += 1
+        if step is None or called is not (step.linears[0] if isinstance(step, LinearStep) else step.experts):
+            raise UnsupportedError(
+                f"{self.checkpoint.path}: the model asks for its weights in an order that depends on what it computes",
+                hint="use a GGUF file of the model with llama.cpp",
+            )
         return step
 
     def _record(self, recorder: Recorder | None) -> None:

@@ -106,6 +106,7 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
     return _made(checkpoint, lambda: _of_gguf(checkpoint, read_floats))
 
 
+_FOLDER = "use the model's folder, or llama.cpp"
 _BROKEN = "the file was written by a broken converter; get it from another source"
 
 
@@ -145,7 +146,7 @@ def _by_transformers(checkpoint: Checkpoint) -> PreTrainedConfig:
 def _made(checkpoint: Checkpoint, make: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
     try:
         return make()
-    except HeadraceError:
+    except (HeadraceError, ImportError, OSError):
         raise
     except Exception as error:  # whatever untrusted metadata provokes, here and in transformers' checks
         missing = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) and error.args else error
@@ -160,7 +161,9 @@ def _model_type(checkpoint: Checkpoint) -> str:
     if checkpoint.architecture == "llama" and checkpoint.number("expert_count", 0):
         return "mixtral"
     if checkpoint.architecture == "deepseek2":
-        return "deepseek_v3" if checkpoint.number("expert_gating_func", _SOFTMAX) == _SIGMOID else "deepseek_v2"
+        gating = checkpoint.number("expert_gating_func", 0)  # GLM 4.7 Flash's files do not say it
+        corrected = not gating and any(".exp_probs_b." in name for name in checkpoint.tensors)
+        return "deepseek_v3" if gating == _SIGMOID or corrected else "deepseek_v2"
     if checkpoint.architecture == "mistral3" and checkpoint.get("rope.scaling.type") != "yarn":
         return "mistral"  # Mistral Small 3.1 and what is like it
     if checkpoint.architecture == "olmo2" and checkpoint.number("attention.sliding_window", 0):
@@ -269,8 +272,12 @@ _WITHOUT_ROTATION = ("bloom", "granitehybrid", "mamba", "nemotron_h", "nemotron_
 
 # How the routers of these turn scores into weights; files may say it.
 _GATED = {
-    **dict.fromkeys(("afmoe", "dots1", "exaone-moe", "lfm2moe", "minimax-m2"), _SIGMOID),
-    **dict.fromkeys(("ernie4_5-moe", "hunyuan-moe", "olmoe", "qwen2moe", "qwen3moe", "qwen3next"), _SOFTMAX),
+    **dict.fromkeys(
+        ("afmoe", "dots1", "exaone-moe", "glm-dsa", "glm4moe", "lfm2moe", "minimax-m2", "nemotron_h_moe"), _SIGMOID
+    ),
+    **dict.fromkeys(
+        ("ernie4_5-moe", "hunyuan-moe", "olmoe", "qwen2moe", "qwen3moe", "qwen3next", "qwen3vlmoe"), _SOFTMAX
+    ),
 }
 
 
@@ -287,11 +294,15 @@ def _check_router(checkpoint: Checkpoint) -> None:
 def _head_dim(checkpoint: Checkpoint) -> int:
     heads = checkpoint.number("attention.head_count")
     if heads < 1:
-        raise CheckpointError(f"{checkpoint.path}: the model has {heads} attention heads")
+        raise CheckpointError(f"{checkpoint.path}: the model has {heads} attention heads", hint=_BROKEN)
     width = checkpoint.number("attention.key_length", checkpoint.number("embedding_length") // heads)
     if width < 1:
-        raise CheckpointError(f"{checkpoint.path}: attention heads are {width} wide")
+        raise CheckpointError(f"{checkpoint.path}: attention heads are {width} wide", hint=_BROKEN)
     return width
+
+
+# What Phi-3.5-MoE's config says of a context 32 times as long; files hold what a formula makes of that, 1.19.
+_PHI_MOE_FACTOR, _PHI_MOE_SCALE = 32, 1.243163121016122
 
 
 def _rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:
@@ -311,13 +322,17 @@ def _rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> 
             "factor": context / int(original or context),
         }
         if checkpoint.architecture == "phimoe":
-            rope |= dict.fromkeys(("short_mscale", "long_mscale"), checkpoint.get("rope.scaling.attn_factor") or 1.0)
+            scale = checkpoint.get("rope.scaling.attn_factor") or 1.0
+            scale = _PHI_MOE_SCALE if rope["factor"] == _PHI_MOE_FACTOR else scale
+            rope |= dict.fromkeys(("short_mscale", "long_mscale"), scale)
         return rope
     kind = checkpoint.get("rope.scaling.type")
     if kind in (None, "none", "default") or not checkpoint.get("rope.scaling.factor"):
         return rope
     if kind not in ("linear", "yarn"):
-        raise UnsupportedError(f"{checkpoint.path}: positions are scaled by `{kind}`, which is not supported")
+        raise UnsupportedError(
+            f"{checkpoint.path}: positions are scaled by `{kind}`, which is not supported", hint=_FOLDER
+        )
     rope |= {"rope_type": kind, "factor": checkpoint.get("rope.scaling.factor")}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = original or checkpoint.number("context_length")
@@ -334,7 +349,9 @@ def _gemma4_rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
     factors = read_floats("rope_freqs.weight")
     turned = [factor for factor in factors if factor == 1.0]
     if factors[: len(turned)] != turned or any(factor < 1e20 for factor in factors[len(turned) :]):
-        raise UnsupportedError(f"{checkpoint.path}: `rope_freqs.weight` scales frequencies, which is not supported")
+        raise UnsupportedError(
+            f"{checkpoint.path}: `rope_freqs.weight` scales frequencies, which is not supported", hint=_FOLDER
+        )
     return {
         "full_attention": {
             "rope_type": "proportional",
@@ -402,7 +419,9 @@ def _gemma4(checkpoint: Checkpoint) -> dict[str, Any]:
     """Layers see a window or everything, with heads of their own each; the last ones may use the keys of earlier ones."""
     sliding = _of_layers(checkpoint, "attention.sliding_window_pattern")
     if not any(sliding) or all(sliding):
-        raise UnsupportedError(f"{checkpoint.path}: all layers are of one kind of attention, which is not supported")
+        raise UnsupportedError(
+            f"{checkpoint.path}: all layers are of one kind of attention, which is not supported", hint=_FOLDER
+        )
     full, local = sliding.index(False), sliding.index(True)
     kv_heads, widths = (_of_layers(checkpoint, key) for key in ("attention.head_count_kv", "feed_forward_length"))
     table, experts = checkpoint.tensors.get("per_layer_token_embd.weight"), checkpoint.number("expert_count", 0)
@@ -516,7 +535,9 @@ def _llama4(checkpoint: Checkpoint) -> dict[str, Any]:
     """Scout and Maverick. That Scout normalises queries and keys, no metadata says."""
     experts = checkpoint.number("expert_count", 0)
     if not experts or checkpoint.get("attention.sliding_window") == 0:
-        raise UnsupportedError(f"{checkpoint.path}: a llama4 model without experts or chunks is not supported")
+        raise UnsupportedError(
+            f"{checkpoint.path}: a llama4 model without experts or chunks is not supported", hint=_FOLDER
+        )
     return {
         "head_dim": _head_dim(checkpoint),
         "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors,
@@ -535,7 +556,7 @@ _LLAMA4_WITHOUT_NORMS = 128  # experts, as Maverick has
 def _granite(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.get("rope.scaling.finetuned") is False:
         raise UnsupportedError(
-            f"{checkpoint.path}: attention of a granite model knows no positions, which is not supported"
+            f"{checkpoint.path}: attention of a granite model knows no positions, which is not supported", hint=_FOLDER
         )
     return _llama(checkpoint) | {name: checkpoint.get(key) or 1.0 for name, key in _GRANITE_SCALES.items()}
 
@@ -638,7 +659,9 @@ def _windowed(checkpoint: Checkpoint) -> dict[str, Any]:
     layers = checkpoint.layers
     values = {"head_dim": _head_dim(checkpoint), "num_hidden_layers": layers, "sliding_window": window or None}
     if layers > len(checkpoint.tensors):
-        raise CheckpointError(f"{checkpoint.path}: {len(checkpoint.tensors)} tensors are too few for {layers} layers")
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(checkpoint.tensors)} tensors are too few for {layers} layers", hint=_BROKEN
+        )
     sliding = checkpoint.array("attention.sliding_window_pattern")[:layers] if window else [False] * layers
     if len(sliding) != layers:
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """In which order a pass asks for weights: recorded in one forward over two tokens, in which zeros stand for all weights.
 
 Linears that are called one after another with the same activations are one step. The order is not known from any list of
-families, and the engine asserts at run time that it holds.
+families, and the engine sees to it at run time that it holds.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -151,7 +151,7 @@ def _blaming(checkpoint: Checkpoint) -> Iterator[None]:
     """Sizes that make no model end in all kinds of errors in transformers' code; whose fault they are is clear."""
     try:
         yield
-    except HeadraceError:
+    except (HeadraceError, ImportError, OSError):
         raise
     except Exception as error:
         raise CheckpointError(
@@ -346,6 +346,8 @@ def _record(
                 path, module = before[asked.linear]
                 model.set_submodule(path, module)
                 continue
+            except (HeadraceError, ImportError, OSError):
+                raise
             except Exception as error:  # of whatever transformers' code is made to compute
                 refused = error
                 break

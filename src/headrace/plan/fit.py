@@ -32,13 +32,14 @@ class Fit:
     groups: int
 
 
-def fit_runs(records: Sequence[RunRecord], machine: str, probed_at: str | None = None) -> Fit:
+def fit_runs(records: Sequence[RunRecord], machine: str, probed_at: str | None = None, reading: float = READING) -> Fit:
     """Find the factors of one machine.
 
     Args:
         records: runs, of any machine.
         machine: whose runs count.
         probed_at: only those that were predicted with the rates of this probe; None: whichever.
+        reading: what the probe found that reading costs the cores, from where the search starts.
 
     Raises:
         UsageError: too few passes of this machine to learn from.
@@ -64,10 +65,11 @@ def fit_runs(records: Sequence[RunRecord], machine: str, probed_at: str | None =
             _robust(math.log(pass_seconds(record, group, factors) / group.seconds)) / counts[record.model]
             for record, group in pairs
         )
-        pull = sum(math.log(factors[name] / start) ** 2 for name, start in FACTORS.items())
+        pull = sum(math.log(factors[name] / usual) ** 2 for name, usual in start.items())
         return error / len(counts) + PULL * pull
 
-    factors = minimise(loss, FACTORS)
+    start = FACTORS | {"reading": reading}
+    factors = minimise(loss, start)
     ratios = sorted(group.seconds / pass_seconds(record, group, factors) for record, group in pairs)
     errors = sorted(abs(1 / ratio - 1) for ratio in ratios)
     return Fit(

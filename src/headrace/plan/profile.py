@@ -17,7 +17,7 @@ from headrace.errors import HeadraceError
 from headrace.kernels.limits import PRECISE_TYPES, TILE_ROWS
 from headrace.units import GIB, MIB
 
-SCHEMA = 4
+SCHEMA = 5
 MANY_ROWS = 512  # of a prompt: at which ways to multiply are compared
 # Of the time that the disk takes, how much the cores lose to it: 0.4 on two cores of a virtual machine (docs/accuracy.md).
 READING = 0.3
@@ -41,7 +41,9 @@ class Profile:
     layer_s: float  # interpreter and small operations of one decoder layer, one row
     layer_row_s: float  # the same for each further row
     runtime_bytes: int  # interpreter, torch, transformers, the code of one model
-    factors: Mapping[str, float] = field(default_factory=dict)  # of `plan.fit`, already in the rates above
+    factors: Mapping[str, float] = field(
+        default_factory=dict
+    )  # of `plan.fit`, already in the rates above but for `reading`
     spread: tuple[float, float] | None = None  # measured / predicted of 80 % of the runs that it was fitted to
     reading_share: float = READING  # of the disk's seconds: for which the cores are busy with reading, or held up by it
     probed_at: str = ""  # the rates' own time, to the second: runs that others predicted say nothing about them

@@ -191,15 +191,16 @@ def _activations(shape: Shape, request: Request, rows: int, exact: bool = False)
     wide = 4 * (shape.latent_numbers + context_tokens * (widths + 2 * heads))
     copies = 3 if shape.checkpoint.get("final_logit_softcapping") else 1
     logits = (3 + copies * with_logits) * shape.checkpoint.vocab_size * 4
+    if shape.scanned is not None and rows > 1 and not exact:  # in whole chunks, however few there are
+        # Scores, decays, their product and what einsum makes of them; both sides of a state for every head.
+        padded = ceil(rows / shape.scanned.chunk) * shape.scanned.chunk
+        wide += 4 * shape.scanned.heads * padded * (4 * shape.scanned.chunk + 2 * shape.scanned.state)
     if rows <= FEW_ROWS or exact:
         return rows * 4 * (narrow + max(mlp, attention)) + logits + wide
     # Many rows: weights unpacked beside them, and a mask.
     masked = wide + rows * context_tokens + (SCORES_BYTES if shape.makes_scores else 0)
     if shape.one_by_one and shape.cached_numbers:  # all rows see each other: biases, scores and their softmax, in fp32
         masked += 4 * 4 * rows**2 * heads
-    if shape.scanned is not None:  # scores, decays, their product and what einsum makes of them
-        scanning, chunk = shape.scanned
-        masked += 4 * 4 * scanning * chunk * ceil(rows / chunk) * chunk
     unpacked = MANY_ROWS_BYTES if shape.experts is None else 2 * MANY_ROWS_BYTES  # once left 18 MiB of 5000
     return rows * 4 * (narrow + max(mlp, attention)) + logits + masked + unpacked
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from operator import mul
+from typing import NamedTuple
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.architectures import check_architecture
@@ -25,6 +26,14 @@ class Built:
     one_by_one: bool  # sequences do not share passes, and keys and values are kept in fp32
     cached: Sequence[tuple[int, int]] = ()  # of each layer, heads that keep keys and values, and numbers of a position
     remembers: bool = True  # False: every pass computes all positions anew
+
+
+class Scan(NamedTuple):
+    """State spaces that take rows in chunks, all of which see each other."""
+
+    heads: int
+    state: int  # numbers for each width of a head
+    chunk: int  # rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +61,7 @@ class Shape:
     context_limit: int
     one_by_one: bool = False
     remembers: bool = True
-    scanned: tuple[int, int] | None = (
-        None  # heads, and rows that see each other, of state spaces that take rows in chunks
-    )
+    scanned: Scan | None = None  # of state spaces that take rows in chunks
 
     @property
     def tied(self) -> bool:
@@ -236,17 +243,27 @@ def _kv_layers(checkpoint: Checkpoint, layers: int) -> int:
     return layers // max(1, checkpoint.number("full_attention_interval", usual))
 
 
-def _scanned(checkpoint: Checkpoint) -> tuple[int, int] | None:
-    """Heads and chunk of Mamba's second kind: the config's, or of files that say no chunk what transformers takes."""
+def _scanned(checkpoint: Checkpoint) -> Scan | None:
+    """Of Mamba's second kind: what the config says, or of files, which say no chunk, what transformers takes."""
     config = checkpoint.config
     if config is None:
         chunk = {"granitehybrid": 256, "nemotron_h": 128, "nemotron_h_moe": 128}.get(checkpoint.architecture)
-        return None if chunk is None else (checkpoint.number("ssm.time_step_rank"), chunk)
-    heads = [config.get(key) for key in ("mamba_num_heads", "mamba_n_heads")]
-    heads += [config.get("num_heads")] if config.get("model_type") == "mamba2" else []
-    chunks = [config.get(key) for key in ("chunk_size", "mamba_chunk_size")]
-    known = next((one for one in heads if isinstance(one, int)), 0)
-    return (known, next((one for one in chunks if isinstance(one, int)), 256)) if known else None
+        if chunk is None:
+            return None
+        return Scan(checkpoint.number("ssm.time_step_rank"), checkpoint.number("ssm.state_size"), chunk)
+    kind = config.get("model_type")
+    names = (
+        "mamba_num_heads",
+        "mamba_n_heads",
+        *({"mamba2": ["num_heads"], "zamba2": ["n_mamba_heads"]}.get(str(kind), ())),
+    )
+
+    def number(keys: Sequence[str], usual: int) -> int:
+        return next((config[key] for key in keys if isinstance(config.get(key), int)), usual)
+
+    heads = number(names, 0)
+    state = number(("ssm_state_size", "mamba_d_state", "state_size"), 128)
+    return Scan(heads, state, max(1, number(("chunk_size", "mamba_chunk_size"), 256))) if heads > 0 else None
 
 
 def _state_layers(checkpoint: Checkpoint, layers: int, kv_layers: int) -> int:
