@@ -155,7 +155,7 @@ def _jetmoe(block: Any, multiply: Multiply) -> None:
 
 def _jetmoe_attention(block: Any, _: Multiply) -> None:
     """JetMoe also chooses what makes its queries, and what is made of the heads. Here all of that is computed, as one product,
-    and what was not chosen is left: two of eight are too many to be worth a wait."""
+    and what was not chosen is left."""
     for name in _JETMOES:
         experts = getattr(block, name)
         with torch.device("meta"):
