@@ -1,9 +1,11 @@
 """What the probe measures, on files too small to say much: that it measures, cleans up and refuses."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from headrace import probe
 from headrace.errors import HeadraceError
 from headrace.probe import LEAST_READING, MOST_READING, measure_disk, measure_reading
 from headrace.units import MIB
@@ -21,3 +23,34 @@ def test_a_folder_that_is_not_there_is_an_error_with_a_hint(tmp_path: Path) -> N
         with pytest.raises(HeadraceError) as refusal:
             measure(tmp_path / "none" / "file.gguf")
         assert refusal.value.hint
+
+
+@pytest.mark.parametrize(("costs", "product_s"), [(0.5, 0.01), (0.9, 0.001), (0.25, 0.1)])
+def test_what_reading_costs_is_what_comes_on_top_of_the_products(
+    costs: float, product_s: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a clock that only products and reads move: however long a product takes, waiting for the disk does not count."""
+    alone_s, now = 0.8, 0.0
+
+    class Timed:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def close(self) -> None: ...
+
+        def multiply(self, *_: object) -> None:
+            nonlocal now
+            now += product_s
+
+    def streamed(_path: Path, nbytes: int, _rounds: int, use: Callable[[int], None] | None = None) -> tuple[int, float]:
+        if use is None:
+            return nbytes, alone_s
+        start = now
+        use(-(-nbytes // probe.UNIT_BYTES))
+        return nbytes, max(alone_s, now - start + costs * alone_s)
+
+    monkeypatch.setattr(probe, "Kernels", Timed)
+    monkeypatch.setattr(probe, "_streamed", streamed)
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now)
+    (tmp_path / "file").write_bytes(bytes(8192))
+    found = measure_reading(tmp_path / "file", threads=1, weights_per_s=1e9, total_bytes=64 * MIB)
+    assert found == pytest.approx(costs)
