@@ -10,7 +10,7 @@ from typing import Any
 class _ModelParams(ctypes.Structure):
     """`llama_model_params` of the pinned version; returned by value, so its size must be right."""
 
-    _fields_ = [  # noqa: RUF012 (ctypes' own way)
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("devices", "tensor_buft_overrides")),
         *((name, ctypes.c_int32) for name in ("n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu")),
         *((name, ctypes.c_void_p) for name in ("tensor_split", "progress", "progress_data", "kv_overrides")),
@@ -59,8 +59,8 @@ class LlamaVocabulary:
 @cache
 def _library() -> Any:
     package = find_spec("xllamacpp")
-    assert package is not None and package.origin is not None, "install requirements-dev.txt"
-    (shared_object,) = Path(package.origin).parent.glob("*.so")
+    assert package is not None, "install requirements-dev.txt"
+    (shared_object,) = Path(str(package.origin)).parent.glob("*.so")
     lib = ctypes.CDLL(str(shared_object))
     lib.llama_model_default_params.restype = _ModelParams
     lib.llama_model_load_from_file.argtypes = [ctypes.c_char_p, _ModelParams]

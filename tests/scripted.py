@@ -5,6 +5,7 @@ is known before the run, to the token.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def sentencepiece(
 
 def in_turn(*tokens: int) -> dict[int, int]:
     """`follows` of a chain: each token after the one before it."""
-    return dict(zip(tokens[:-1], tokens[1:], strict=True))
+    return dict(pairwise(tokens))
 
 
 def write_scripted(
