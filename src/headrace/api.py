@@ -145,6 +145,7 @@ class Model:
         engine: Engine,
         draft_engine: Engine | None,
         tokenizer: Tokenizer,
+        deterministic: bool = True,
     ):
         """Use `load`."""
         self.checkpoint = checkpoint
@@ -154,7 +155,7 @@ class Model:
         self._engine = engine
         self._draft_engine = draft_engine
         slots = [Slot(engine.new_cache(plan.context_tokens, plan.kv_bits)) for _ in range(plan.sequences)]
-        self._scheduler = Scheduler(engine, slots, plan.prefill_rows, plan.most_guesses)
+        self._scheduler = Scheduler(engine, slots, plan.prefill_rows, plan.most_guesses, deterministic)
         if plan.most_guesses:
             self._scheduler.speculation = _speculation(plan, draft_engine)
         # An encoder's positions and a decoder's are each counted for itself; elsewhere the context is the limit.
@@ -545,6 +546,7 @@ def load(
     sequences: int = 1,
     kv_bits: int = 16,
     draft: str | Path | None = "auto",
+    deterministic: bool = True,
     size_for: Callable[[Tokenizer], Request] | None = None,
     profile: Profile | None = None,
     trace: bool = False,
@@ -563,6 +565,8 @@ def load(
         kv_bits: 16 or 8 bits for each number in the KV cache.
         draft: how to guess tokens that a pass then verifies: `none`, `prompt` (what followed the last time), `self` (a
             low-bit copy made in memory), the path of a draft model, or `auto`: what the plan finds best. None is `none`.
+        deterministic: the same prompt, seed and settings give the same tokens, whatever was asked before and whoever shares the
+            passes. False also reuses answers that have become part of a prompt, and chunks that a prompt shares in part.
         size_for: decides the request once the tokenizer is there, for prompts that are known already; what was given
             above is then only what must fit for the model to be built at all.
         profile: rates to plan with; None: those that `headrace probe` kept, else guesses.
@@ -601,14 +605,12 @@ def load(
     def decide(shell: Shell) -> StreamOptions:
         """Plan with what the process has really taken by now: everything is built, and no weights are in memory yet."""
         nonlocal request, why
-        if shell.way == "model":
+        if shell.way == "model" or (shell.way == "joined" and deterministic):
+            reason, hint = _why_alone(shell)
             if draft not in ("auto", "none"):
-                raise UsageError(
-                    f"{checkpoint.name} keeps a cache of its own, in which guesses cannot be taken back",
-                    hint="use --draft none",
-                )
+                raise UsageError(f"{checkpoint.name} runs without drafts: {reason}", hint=hint)
             request = replace(request, sequences=1, drafting=NO_DRAFT)
-            why = f"draft none: {'an encoder reads the prompt' if shell.opening else 'the model keeps a cache of its own'}"
+            why = f"draft none: {reason}"
         release_unused()
         taken = resident_bytes() + RUNTIME_GROWTH_BYTES
         plan = make_plan(checkpoint, profile, budget, request, runtime_bytes=taken, built=_built(shell))
@@ -646,7 +648,7 @@ def load(
             undo.callback(draft_engine.close)
         engine = Engine(checkpoint, decide, kernels, trace=Trace() if trace else None, open_file=open_file)
         undo.callback(engine.close)
-        if draft_engine is not None and engine.one_by_one:
+        if draft_engine is not None and request.drafting == NO_DRAFT:
             draft_engine.close()
             draft_engine = None
         if draft_engine is not None:
@@ -659,9 +661,18 @@ def load(
             engine=engine,
             draft_engine=draft_engine,
             tokenizer=tokenizer,
+            deterministic=deterministic,
         )
         undo.pop_all()
     return model
+
+
+def _why_alone(shell: Shell) -> tuple[str, str]:
+    """Why a model runs one sequence at a time and without drafts, and what to do about it."""
+    if shell.way == "joined":
+        reason = "it computes attention itself, so that rows of a pass change each other's last bits"
+        return reason, "use --draft none, or --no-deterministic"
+    return "an encoder reads the prompt" if shell.opening else "the model keeps a cache of its own", "use --draft none"
 
 
 def _scores(checkpoint: Checkpoint, shell: Shell) -> npt.NDArray[np.float32] | None:

@@ -90,7 +90,7 @@ def test_a_router_that_chooses_an_expert_that_does_not_exist_is_an_error(folder:
         packed = engine.steps[-1] and next(step.experts for step in engine.steps if hasattr(step, "experts"))
         hidden = torch.zeros((1, 64))
         with pytest.raises(CheckpointError, match="chose expert 99 of"):
-            engine.experts(packed, hidden, torch.tensor([[0, 99]]), torch.ones((1, 2)), exact=True)
+            engine.experts(packed, hidden, torch.tensor([[0, 99]]), torch.ones((1, 2)), exact_rows=1)
 
 
 def test_threads_spin_only_where_nothing_is_read(folder: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_window_is_the_same_for_many_rows_and_for_each_alone() -> None:
         for first, last in ((0, 20), (20, 25)):
             for part in attention.room.take((1, 64, 4), (1, 64, 16)):
                 part.fill_(torch.nan)  # what nobody has filled
-            attention.begin([Entry(cache, slice(0, last - first), exact)])
+            attention.begin([Entry(cache, slice(0, last - first), exact, first)])
             part = slice(first, last)
             key, value = attention.take(layer, turns, vectors[:, :, part], rotated[:, :, part])
             found.append(attention(layer, query[:, :, part], key, value, None, 0.3, sliding_window=4)[0])

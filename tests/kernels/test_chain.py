@@ -8,6 +8,7 @@ import torch
 from headrace.kernels import Kernels, Piece
 from headrace.kernels.attending import Attending, Heads, Positions
 from headrace.kernels.gated import Form
+from headrace.kernels.multiply import ExpertJob
 
 GENERATOR = torch.Generator().manual_seed(7)
 
@@ -169,7 +170,7 @@ def test_experts_of_a_row_are_those_of_their_products_one_by_one(kernels: Kernel
     kernels.gated(x, form, addresses, [output.data_ptr() for output in outputs])
     for up, down, output in zip(ups, downs, outputs, strict=True):
         raised, gate, expected = torch.empty(1, 2 * inner), torch.empty(1, inner), torch.empty(1, hidden)
-        kernels.multiply_each([(x, piece(up), raised)], exact=True)
+        kernels.multiply_each([ExpertJob(x, piece(up), raised, 1)])
         kernels.silu(gate, raised[:, :inner])
-        kernels.multiply_each([(gate * raised[:, inner:], piece(down), expected)], exact=True)
+        kernels.multiply_each([ExpertJob(gate * raised[:, inner:], piece(down), expected, 1)])
         assert torch.equal(output, expected)

@@ -12,6 +12,7 @@ from headrace.errors import HeadraceError
 from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels, make_kernels, torch_reference
 from headrace.kernels.ggml import library, type_number
 from headrace.kernels.limits import PRECISE_TYPES
+from headrace.kernels.multiply import ExpertJob
 
 COLUMNS, ROWS = 512, 24
 # The gguf package cannot unpack it, so there is no twin to compare with.
@@ -197,7 +198,7 @@ def test_experts_of_many_rows_go_through_tiles() -> None:
     results = []
     for kernels in (Kernels(2), Kernels(2, tiled=["Q4_K"])):
         outs = [torch.empty(rows, ROWS) for rows in (1, 9, 24)]
-        kernels.multiply_each([(x[: len(out)].contiguous(), piece, out) for out in outs], exact=False)
+        kernels.multiply_each([ExpertJob(x[: len(out)].contiguous(), piece, out, 0, [len(out)]) for out in outs])
         results.append(outs)
     for dots, tiles in zip(*results, strict=True):
         torch.testing.assert_close(tiles, dots, rtol=0, atol=2e-2 * float(dots.abs().max()))

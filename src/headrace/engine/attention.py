@@ -42,13 +42,13 @@ class KVCache:
         self._untaken: set[int] = set()  # layers whose shared positions have not been copied from the donor yet
         self._before = 0  # the length before sharing
 
-    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the rows after `length`: keys and values of shape (kv_heads, rows, head_dim)."""
+    def put(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the rows from position `start` on: keys and values of shape (kv_heads, rows, head_dim)."""
         held = self._held[layer]
         if held is None:
             made = _ROWS[self._bits]
             held = self._held[layer] = (made(keys, self.capacity), made(values, self.capacity))
-        assert self.length + keys.shape[1] <= self.capacity, "the engine checks the context before a pass"
+        assert start + keys.shape[1] <= self.capacity, "the engine checks the context before a pass"
         if layer in self._untaken:
             assert self._donor is not None
             source = self._donor._held[layer]
@@ -57,7 +57,7 @@ class KVCache:
                 mine.copy(theirs, self.length)
             self._untaken.discard(layer)
         for rows, new in zip(held, (keys, values), strict=True):
-            rows.put(self.length, new)
+            rows.put(start, new)
 
     def share(self, donor: "KVCache", count: int) -> None:
         """Begin with the first `count` positions of another cache of the same model.
@@ -199,11 +199,13 @@ class Room:
 
 
 class Entry(NamedTuple):
-    """The new rows of one sequence in a pass: its cache, its part of the rows, and whether each row is to be exact."""
+    """New rows of one sequence in a pass: its cache, their part of the pass, whether they are row-invariant, and the position
+    of the first of them. A sequence may have several, one after another."""
 
     cache: KVCache
     part: slice
     exact: bool
+    start: int
 
     @property
     def rows(self) -> int:
@@ -309,11 +311,11 @@ class PackedAttention:
     ) -> None:
         """For the sequences of this pass, to `out`: (1, rows, heads, head_dim)."""
         query, key, value = query[0], key[0], value[0]
-        for cache, part, exact in self.batch:
+        for cache, part, exact, start in self.batch:
             own = [one if len(self.batch) == 1 else one[:, part] for one in (query, key, value)]
-            cache.put(layer, own[1], own[2])
+            cache.put(layer, start, own[1], own[2])
             attend = self._row_by_row if exact else self._all_rows
-            attend(own[0], cache, layer, out[0, part], scaling, window, softcap, sinks)
+            attend(own[0], cache, start, layer, out[0, part], scaling, window, softcap, sinks)
 
     def _latent(
         self,
@@ -329,9 +331,9 @@ class PackedAttention:
         assert turns is not None
         layer: int = module.layer_idx  # type: ignore[assignment]
         out = query.new_empty((1, query.shape[1], query.shape[0], turns.values.shape[1]))
-        for cache, part, exact in self.batch:
-            cache.put(layer, rotated[0, :, part], vectors[0, :, part])
-            start, rows = cache.length, part.stop - part.start
+        for cache, part, exact, start in self.batch:
+            cache.put(layer, start, rotated[0, :, part], vectors[0, :, part])
+            rows = part.stop - part.start
             first = max(0, start + 1 - window) if window else 0
             places, seen = (held[0] for held in cache.floats(layer, first, start + rows, self.room))
             if not exact:
@@ -369,6 +371,7 @@ class PackedAttention:
         self,
         query: torch.Tensor,
         cache: KVCache,
+        start: int,
         layer: int,
         out: torch.Tensor,
         scaling: float | None,
@@ -378,12 +381,12 @@ class PackedAttention:
     ) -> None:
         """Each row alone, so that its result does not depend on the rows beside it. The heads of a group are the rows."""
         heads, rows, width = query.shape
-        first = max(0, cache.length + 1 - window) if window else 0
-        all_keys, all_values = cache.floats(layer, first, cache.length + rows, self.room)
+        first = max(0, start + 1 - window) if window else 0
+        all_keys, all_values = cache.floats(layer, first, start + rows, self.room)
         for row in range(rows):
-            last = cache.length + row + 1
-            start = max(0, last - window) if window else 0
-            keys, values = (one.narrow(1, start, last - start) for one in (all_keys, all_values))
+            last = start + row + 1
+            visible = max(0, last - window) if window else 0
+            keys, values = (one.narrow(1, visible, last - visible) for one in (all_keys, all_values))
             own, place = query.select(1, row), out.select(0, row)
             if self._kernels is not None and softcap is None and sinks is None:
                 own = own if own.stride(1) == 1 else own.contiguous()
@@ -396,6 +399,7 @@ class PackedAttention:
         self,
         query: torch.Tensor,
         cache: KVCache,
+        start: int,
         layer: int,
         out: torch.Tensor,
         scaling: float | None,
@@ -403,7 +407,7 @@ class PackedAttention:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> None:
-        rows, start = query.shape[1], cache.length
+        rows = query.shape[1]
         first = max(0, start + 1 - window) if window else 0
         keys, values = (wide[:, first:] for wide in cache.floats(layer, first, start + rows, self.room))
         mask = self._mask(start, rows, window or 0)[:, first:]
@@ -491,7 +495,7 @@ class JoinedCache:
     is_compileable = False
 
     def __init__(self, batch: Sequence[Entry]):
-        """One that shares the beginning of another comes after it."""
+        """One that shares the beginning of another comes after it; each cache has one entry."""
         self._batch = batch
         self._by_row = sorted(batch, key=lambda entry: entry.part.start)
 
@@ -499,22 +503,22 @@ class JoinedCache:
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new rows, return all of every sequence: (1, kv_heads, all positions, head_dim)."""
-        for cache, part, _exact in self._batch:
-            cache.put(layer_idx, key[0, :, part], value[0, :, part])
-        held = [entry.cache.get(layer_idx, entry.cache.length + entry.rows) for entry in self._by_row]
+        for cache, part, _exact, start in self._batch:
+            cache.put(layer_idx, start, key[0, :, part], value[0, :, part])
+        held = [entry.cache.get(layer_idx, entry.start + entry.rows) for entry in self._by_row]
         keys = torch.cat([keys for keys, _ in held], 1)
         values = torch.cat([values for _, values in held], 1)
         return keys[None].to(key.dtype), values[None].to(value.dtype)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before the new rows; the position ids say the rest."""
-        return sum(entry.cache.length for entry in self._batch)
+        return sum(entry.start for entry in self._batch)
 
     def mask(self) -> torch.Tensor:
         """(1, 1, new rows, all positions), zero where a row may look: its own sequence, not ahead."""
         blocks = []
         for entry in self._by_row:
-            length = entry.cache.length
+            length = entry.start
             own = torch.arange(length, length + entry.rows)[:, None]
             blocks.append(torch.arange(length + entry.rows)[None, :] <= own)
         allowed = torch.block_diag(*blocks).bool()  # type: ignore[no-untyped-call]

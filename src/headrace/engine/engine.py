@@ -5,10 +5,12 @@ for a product, the weights of its place in the pass are taken from the stream as
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -60,8 +62,11 @@ from headrace.stream.weights import Batch
 class Rows:
     """New tokens of one sequence, and how many of their last rows need logits.
 
-    Exact rows are computed one by one: their results do not depend on the rows beside them. The others may share faster
-    products. None: exact if they are few, as decoded and drafted tokens are, and prompts are not.
+    Exact rows are row-invariant: their results do not depend on the rows beside them. The others, a chunk of a prompt, share
+    the faster prefill kernels with each other alone: what they give depends on the chunk, not on the rest of the pass.
+    None: exact if they are few, as decoded and drafted tokens are, and prompts are not.
+
+    A sequence may have several chunks in a pass, in their order.
     """
 
     cache: KVCache | ModelCache
@@ -141,6 +146,7 @@ class Engine:
         self._broken_off = False  # whether a pass was, and the streams are still in the middle of it
         self._step = self._visited = 0
         self._rows = self._exact_rows = 0
+        self._chunks: list[int] = []  # rows of each chunk after the exact rows
         self._closed = False
         self._files = FileSet(checkpoint.paths, checkpoint.made, open_file)
         _THREADS.open()
@@ -294,16 +300,18 @@ class Engine:
             ContextError: a cache has no room for its rows.
             ReadError: the weights could not be read; no cache has grown, and the next step starts afresh.
         """
-        for rows in batch:
-            if rows.cache.length + len(rows.tokens) > rows.cache.capacity:
+        starts = _starts(batch)
+        for rows, first in zip(batch, starts, strict=True):
+            if first + len(rows.tokens) > rows.cache.capacity:
                 raise ContextError(
-                    f"{rows.cache.length + len(rows.tokens)} tokens do not fit into a context of {rows.cache.capacity}",
-                    hint=f"use --ctx-size {rows.cache.length + len(rows.tokens)} or more",
+                    f"{first + len(rows.tokens)} tokens do not fit into a context of {rows.cache.capacity}",
+                    hint=f"use --ctx-size {first + len(rows.tokens)} or more",
                 )
         if self._broken_off:  # and an interrupt came while that was cleaned up
             self._rewind()
         self._rows = sum(len(rows.tokens) for rows in batch)
         self._exact_rows = sum(len(rows.tokens) for rows in batch if rows.is_exact)
+        self._chunks = [len(rows.tokens) for rows in batch if not rows.is_exact]
         self._share_cores(self._rows - self._exact_rows)
         self._broken_off = True  # should an interrupt come while memory is lent
         self._lend()
@@ -313,7 +321,7 @@ class Engine:
         many = self._rows - self._exact_rows > FEW_ROWS
         try:
             with Recycling() if many else nullcontext():
-                logits = self._forward_in_order(batch) if self.way != "model" else self._by_model(batch)
+                logits = self._forward_in_order(batch, starts) if self.way != "model" else self._by_model(batch)
         except BaseException:
             self._broken_off = True
             for rows in batch:
@@ -405,6 +413,7 @@ class Engine:
                 self._begin(self._again if cache.length else self.steps)
                 self._rows = cache.rows(step)
                 self._exact_rows = self._rows if rows.is_exact else 0
+                self._chunks = [] if rows.is_exact else [self._rows]
                 part = replace(rows, tokens=tokens[first : first + step], logits=min(step, rows.logits))
                 with cache.in_modules():
                     arguments = arguments_for(self.model, cache, torch.tensor([part.tokens]))
@@ -417,7 +426,7 @@ class Engine:
     def _begin(self, order: Sequence[Step]) -> None:
         self._order, self._step, self._visited = order, 0, 0
 
-    def _forward_in_order(self, batch: Sequence[Rows]) -> torch.Tensor:
+    def _forward_in_order(self, batch: Sequence[Rows], starts: Sequence[int]) -> torch.Tensor:
         """Exact rows first, as the kernels want them; the logits in the order of the batch."""
         order = sorted(range(len(batch)), key=lambda i: not batch[i].is_exact)
         entries: dict[int, Entry] = {}
@@ -426,7 +435,7 @@ class Engine:
             last = first + len(batch[i].tokens)
             cache = batch[i].cache
             assert isinstance(cache, KVCache)
-            entries[i] = Entry(cache, slice(first, last), batch[i].is_exact)
+            entries[i] = Entry(cache, slice(first, last), batch[i].is_exact, starts[i])
             first = last
         logits = self._forward([batch[i] for i in order], [entries[i] for i in range(len(batch))])
         if order == list(range(len(batch))):
@@ -438,7 +447,8 @@ class Engine:
     def _forward(self, batch: Sequence[Rows], entries: Sequence[Entry]) -> torch.Tensor:
         """`batch` in the order of the rows, `entries` in the order of the step."""
         tokens = torch.tensor([[token for rows in batch for token in rows.tokens]])
-        positions = torch.cat([torch.arange(r.cache.length, r.cache.length + len(r.tokens)) for r in batch])[None]
+        by_row = sorted(entries, key=lambda entry: entry.part.start)
+        positions = torch.cat([torch.arange(entry.start, entry.start + entry.rows) for entry in by_row])[None]
         wanted: list[int] = []
         first = 0
         for rows in batch:
@@ -504,7 +514,8 @@ class Engine:
     def _multiply(self, step: LinearStep, rows: torch.Tensor, outputs: Sequence[torch.Tensor], exact: int) -> None:
         """The visit of a step: products with what is pinned and with what comes."""
         rows = rows.view(rows.shape)  # the kernels keep what they make of activations as long as these live
-        self._visit(step, lambda pieces: self.kernels.multiply(rows, pieces, outputs, exact))
+        chunks = self._chunks if exact < rows.shape[0] else ()
+        self._visit(step, lambda pieces: self.kernels.multiply(rows, pieces, outputs, exact, chunks))
 
     def place(self, step: LinearStep) -> tuple[WeightStream, int]:
         """The stream that a step's weights come from, and its visit there."""
@@ -587,7 +598,10 @@ class Engine:
         self._next_step(packed)
         shape = hidden.shape
         rows = hidden.reshape(-1, shape[-1]), ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
-        arguments = (packed, *rows, self._exact_rows > 0)
+        exact, chunks = self._exact_rows, self._chunks
+        if exact + sum(chunks) != len(rows[0]):
+            exact, chunks = len(rows[0]), []
+        arguments = (packed, *rows, exact, chunks)
         out = self._sum_up(*arguments) if self._tape is None else self._tape.call(self._sum_up, *arguments)
         return out.view(shape)
 
@@ -598,13 +612,15 @@ class Engine:
         return out
 
     def _choose(self, forward: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
-        """A router's forward, for exact rows one by one: torch adds up one row in another order than several.
+        """A router's forward, for exact rows one by one, for the others chunk by chunk: torch adds up one row in another order
+        than several.
 
         `others` are what some routers take besides: token ids, of which each row has its own, or corrections for all.
         """
         rows = hidden.shape[-2]
         exact = min(self._exact_rows, rows)
-        if exact < 2:
+        chunks = self._chunks if exact + sum(self._chunks) == rows else [rows - exact] * (exact < rows)
+        if exact + len(chunks) < 2:
             return forward(hidden, *others)
 
         def part(first: int, last: int) -> Any:
@@ -612,8 +628,10 @@ class Engine:
             return forward(hidden[..., first:last, :], *own)
 
         parts = [part(row, row + 1) for row in range(exact)]
-        if exact < rows:
-            parts.append(part(exact, rows))
+        for last in accumulate(chunks, initial=exact):
+            if last > exact:
+                parts.append(part(exact, last))
+                exact = last
         if isinstance(parts[0], torch.Tensor):
             return torch.cat(parts, -2)
         return tuple(torch.cat(one, -2) for one in zip(*parts, strict=True))
@@ -699,6 +717,16 @@ class Engine:
         scratch = self._scratch if length <= self._scratch.nbytes else Arena(length)
         self._files[path].read(start, scratch.view[:length], offset + nbytes - start)
         return np.frombuffer(scratch.view[offset - start : offset - start + nbytes], np.uint8).copy()
+
+
+def _starts(batch: Sequence[Rows]) -> list[int]:
+    """The position of each entry's first row: those of one sequence follow one another."""
+    taken = Counter[int]()
+    starts = []
+    for rows in batch:
+        starts.append(rows.cache.length + taken[id(rows.cache)])
+        taken[id(rows.cache)] += len(rows.tokens)
+    return starts
 
 
 class _Threads:

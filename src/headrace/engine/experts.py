@@ -20,6 +20,7 @@ from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, Piece, ReferenceKernels
 from headrace.kernels.gated import Form
 from headrace.kernels.limits import EXPERTS_TOGETHER
+from headrace.kernels.multiply import ExpertJob
 from headrace.model.packed import PackedExperts
 from headrace.stream.experts import ExpertStream
 from headrace.stream.readers import Spans
@@ -39,7 +40,13 @@ class ExpertProducts:
         self._plain: dict[int, Form | None] = {}  # by layer, where `_of_one_row` will do
 
     def __call__(
-        self, packed: PackedExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, exact: bool
+        self,
+        packed: PackedExperts,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        exact_rows: int,
+        chunks: Sequence[int] = (),
     ) -> torch.Tensor:
         """The weighted sum of the chosen experts' results.
 
@@ -48,7 +55,8 @@ class ExpertProducts:
             hidden: activations (rows, hidden), fp32.
             ids: which experts each row chose, (rows, chosen).
             weights: of the choices, (rows, chosen).
-            exact: whether each row is computed as if it were alone.
+            exact_rows: so many rows, from the first on, are row-invariant.
+            chunks: rows of each chunk of a prompt after them, whose results depend on the chunk alone.
 
         Returns:
             (rows, hidden).
@@ -76,8 +84,10 @@ class ExpertProducts:
                 for expert, address in ready[first : first + EXPERTS_TOGETHER]:
                     mine = slice(firsts[expert], firsts[expert + 1])
                     pieces = bundles[expert].pieces(address)
-                    members.append(_Member(expert, pieces, hidden if rows == 1 else hidden[owners[mine]], pairs[mine]))
-                self._group(packed, members, exact)
+                    own = hidden if rows == 1 else hidden[owners[mine]]
+                    groups = _groups(owners[mine], exact_rows, chunks)
+                    members.append(_Member(expert, pieces, own, pairs[mine], *groups))
+                self._group(packed, members)
             end = time.perf_counter()
             self.kernel_s += end - start
             if self._spans is not None:
@@ -134,37 +144,38 @@ class ExpertProducts:
             pairs = packed.module.post_expert_norm(pairs)
         return pairs.view(1, len(chosen), -1).mul_(weights.unsqueeze(-1)).sum(1)
 
-    def _group(self, packed: PackedExperts, members: Sequence["_Member"], exact: bool) -> None:
+    def _group(self, packed: PackedExperts, members: Sequence["_Member"]) -> None:
         """Some experts together: up, gate, down."""
         module = packed.module
         up, down = packed.matrices(members[0].expert)
         split = len(up.slices)
         raised = members[0].x.new_empty((sum(len(member.x) for member in members), up.outputs))
         parts = torch.split(raised, [len(member.x) for member in members])
-        self._multiply([(m.x, m.pieces[:split], part) for m, part in zip(members, parts, strict=True)], exact)
+        self._multiply([(m, m.x, m.pieces[:split], part) for m, part in zip(members, parts, strict=True)])
         if up.order is not None:
             raised = raised.index_select(1, up.order)
         if module.has_bias:
             raised = raised + _repeated(module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, members)
         gated = module._apply_gate(raised) if module.has_gate else module.act_fn(raised)
         inner = torch.split(gated.contiguous(), [len(member.x) for member in members])
-        self._multiply([(x, m.pieces[split:], m.result) for m, x in zip(members, inner, strict=True)], exact)
+        self._multiply([(m, x, m.pieces[split:], m.result) for m, x in zip(members, inner, strict=True)])
         if down.order is None and not module.has_bias:
             return
         for member in members:
             result = member.result if down.order is None else member.result.index_select(1, down.order)
             member.result.copy_(result + module.down_proj_bias[member.expert] if module.has_bias else result)
 
-    def _multiply(self, products: Sequence[tuple[torch.Tensor, Sequence[Piece], torch.Tensor]], exact: bool) -> None:
+    def _multiply(self, products: Sequence[tuple["_Member", torch.Tensor, Sequence[Piece], torch.Tensor]]) -> None:
         """Each x times the pieces of a matrix, which lie one under another: their results side by side."""
         jobs = []
-        for x, pieces, result in products:
+        for member, x, pieces, result in products:
             column = 0
             for piece in pieces:
                 height = piece.slab_rows or piece.rows
-                jobs.append((x, piece, result[:, column : column + height]))
+                output = result[:, column : column + height]
+                jobs.append(ExpertJob(x, piece, output, member.exact_rows, member.chunks))
                 column += height
-        self._kernels.multiply_each(jobs, exact)
+        self._kernels.multiply_each(jobs)
 
 
 def _counted(packed: PackedExperts, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -186,6 +197,17 @@ class _Member(NamedTuple):
     pieces: tuple[Piece, ...]
     x: torch.Tensor
     result: torch.Tensor
+    exact_rows: int
+    chunks: Sequence[int]
+
+
+def _groups(owners: torch.Tensor, exact_rows: int, chunks: Sequence[int]) -> tuple[int, Sequence[int]]:
+    """Of the rows that chose an expert, in order: how many are exact, and how many are of each chunk."""
+    if not chunks:
+        return len(owners), ()
+    bounds = np.cumsum([exact_rows, *chunks])
+    counts = np.diff(np.searchsorted(owners.numpy(), bounds), prepend=0)
+    return int(counts[0]), counts[1:][counts[1:] > 0].tolist()
 
 
 def _repeated(bias: torch.Tensor, members: Sequence[_Member]) -> torch.Tensor:

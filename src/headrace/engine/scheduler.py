@@ -1,13 +1,18 @@
 """Which rows a pass carries: prompts, decoded tokens and guesses of all answers in the making.
 
 An answer is a list of tokens, of which the cache holds the first so many. What is pending is computed by the next pass,
-in chunks where it is a long prompt; when nothing is pending but the last tokens, guesses follow them, and the pass yields
+in chunks where it is a prompt; when nothing is pending but the last tokens, guesses follow them, and the pass yields
 as many tokens as were guessed right and one more. So prefill, decode and verification are the same thing, for one answer
 as for many, and answers come and go between any two passes.
+
+A prompt is cut into chunks at the same positions whatever else is computed, and a chunk's results depend on its sequence
+alone. Only whole chunks of prompts are reused. So the same prompt gives the same tokens, whatever was asked before and
+whoever shares its passes. The price: a chunk that a prompt shares in part is computed again, and so is an answer that has
+become part of a prompt, because decode kernels round differently. `deterministic=False` reuses both.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +24,7 @@ from headrace.engine.engine import Engine, Rows
 from headrace.engine.model_cache import ModelCache
 from headrace.engine.sampling import Sampler
 from headrace.kernels import FEW_ROWS
+from headrace.kernels.limits import CHUNK_ROWS
 
 # A shared beginning shorter than this is computed again rather than waited for.
 WORTH_SHARING = 16
@@ -30,18 +36,23 @@ class Slot:
 
     cache: KVCache | ModelCache
     tokens: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0  # of these, how many were computed as a prompt
 
-    def holds(self, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt, all but its last at most, need not be computed again."""
+    def holds(self, prompt: Sequence[int], chunk_tokens: int | None) -> int:
+        """How many tokens of a prompt, all but its last at most, need not be computed again.
+
+        `chunk_tokens`: only whole chunks of a prompt are reused; None: all that the cache holds.
+        """
         common = min(common_length(self.tokens, prompt[:-1]), self.cache.length)
-        if isinstance(self.cache, ModelCache) and not self.cache.continues and common < len(prompt) - 1:
-            return 0  # several rows after others: sooner from the beginning
-        return common
+        if not self.cache.continues and (chunk_tokens is not None or common < len(prompt) - 1):
+            return 0  # it takes a prompt whole, and several rows after others sooner from the beginning
+        return common if chunk_tokens is None else min(common, self.prompt_tokens) // chunk_tokens * chunk_tokens
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` tokens."""
         self.cache.truncate(count)
         del self.tokens[count:]
+        self.prompt_tokens = min(self.prompt_tokens, count)
 
 
 @dataclass(eq=False)
@@ -70,13 +81,31 @@ class Answer:
 class Scheduler:
     """Makes passes for answers that come and go. `speculation=None`: one token per answer and pass."""
 
-    def __init__(self, engine: Engine, slots: Sequence[Slot], prefill_rows: int, most_guesses: int = 0):
-        """`prefill_rows` is the most prompt rows of a pass, `most_guesses` the most guesses for one answer."""
+    def __init__(
+        self,
+        engine: Engine,
+        slots: Sequence[Slot],
+        prefill_rows: int,
+        most_guesses: int = 0,
+        deterministic: bool = True,
+    ):
+        """What is fixed for all answers.
+
+        Args:
+            engine: makes the passes.
+            slots: one for each answer at a time.
+            prefill_rows: the most prompt rows of a pass.
+            most_guesses: the most guesses for one answer.
+            deterministic: reuse nothing whose reuse could change the last bits of a result.
+        """
         self.engine = engine
         self.speculation: Speculation | None = None
         self.answers: list[Answer] = []
         self._free = list(slots)
         self._prefill_rows = prefill_rows
+        # Models with attention of their own take one chunk of a sequence in a pass.
+        self._chunk_tokens = min(CHUNK_ROWS, prefill_rows) if engine.way == "packed" else prefill_rows
+        self._reused_chunk = self._chunk_tokens if deterministic else None
         self._most_guesses = most_guesses
 
     @property
@@ -86,19 +115,27 @@ class Scheduler:
 
     def add(self, prompt: list[int], most_tokens: int, sampler: Sampler) -> Answer:
         """Begin an answer. What its prompt shares with what a cache holds is not computed again."""
-        slot = max(self._free, key=lambda slot: slot.holds(prompt))
-        own = slot.holds(prompt)
+        slot = max(self._free, key=lambda slot: slot.holds(prompt, self._reused_chunk))
+        own = slot.holds(prompt, self._reused_chunk)
         answer = Answer(
             tokens=list(prompt), prompt_tokens=len(prompt), most_tokens=most_tokens, sampler=sampler, slot=slot
         )
         donor = max(self.answers, key=lambda other: common_length(other.tokens, prompt[:-1]), default=None)
-        shared = 0 if donor is None else common_length(donor.tokens, prompt[:-1])
+        shared = 0 if donor is None else self._shareable(donor, prompt)
         if shared >= own + WORTH_SHARING:
             answer.donor, answer.shared = donor, shared
         slot.keep(own)
+        slot.prompt_tokens = len(prompt)
         self._free.remove(slot)
         self.answers.append(answer)
         return answer
+
+    def _shareable(self, donor: Answer, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt another answer has computed or will compute, as far as they may be reused."""
+        common = common_length(donor.tokens, prompt[:-1])
+        if self._reused_chunk is None:
+            return common
+        return min(common, donor.prompt_tokens) // self._reused_chunk * self._reused_chunk
 
     def remove(self, answer: Answer) -> None:
         """End an answer, finished or not. Its cache is kept for what comes next."""
@@ -116,13 +153,16 @@ class Scheduler:
         start = time.perf_counter()
         loads = not self.engine.passes  # the first pass reads what will be pinned
         try:
-            chunks = self._chunks()
+            chunks = self._pending_chunks()
             drafts = [Draft(answer.tokens, answer.sampler) for answer, _ in chunks]
             if self.speculation is not None:
                 self._propose(self.speculation, chunks, drafts)
             draft_s = time.perf_counter() - start
-            batch = [_rows(answer, chunk, draft) for (answer, chunk), draft in zip(chunks, drafts, strict=True)]
-            logits = torch.split(self.engine.step(batch), [rows.logits for rows in batch])
+            batch = [
+                rows for (answer, own), draft in zip(chunks, drafts, strict=True) for rows in _rows(answer, own, draft)
+            ]
+            found = self.engine.step(batch)
+            logits = torch.split(found, [1 + len(draft.guesses) for draft in drafts])
         except BaseException:  # before the pass as well: some caches may already count on what others are to compute
             for answer in self.answers:
                 answer.slot.cache.abandon()
@@ -147,38 +187,60 @@ class Scheduler:
             self.engine.trace.add("step", f"bound by {stats.bound_by}", start, time.perf_counter())
         return news
 
-    def _chunks(self) -> list[tuple[Answer, list[int]]]:
-        """What of each answer is computed in this pass: a row at least, and the room for prompts in order of arrival."""
+    def _pending_chunks(self) -> list[tuple[Answer, list[list[int]]]]:
+        """What of each answer is computed in this pass, in order of arrival: whole chunks, as many as there is room for.
+
+        A row of each answer has room in any case.
+        """
         room = self._prefill_rows - 1
-        chunks: list[tuple[Answer, list[int]]] = []
+        chunks: list[tuple[Answer, list[list[int]]]] = []
         computed: dict[Answer, int] = {}  # positions after this pass
         for answer in self.answers:
             if answer.donor is not None:
-                if computed.get(answer.donor, 0) < answer.shared:
+                if computed.get(answer.donor, answer.donor.slot.cache.length) < answer.shared:
                     continue  # the donor's prompt takes several passes
                 mine, theirs = answer.slot.cache, answer.donor.slot.cache
                 assert isinstance(mine, KVCache)
                 assert isinstance(theirs, KVCache)
                 mine.share(theirs, answer.shared)
                 answer.donor = None
-            chunk = answer.pending[: 1 + room] if answer.slot.cache.continues else answer.pending
-            room -= len(chunk) - 1
-            chunks.append((answer, chunk))
-            computed[answer] = answer.slot.cache.length + len(chunk)
+            own: list[list[int]] = []
+            start, taken = answer.slot.cache.length, 0
+            for chunk in self._cut(answer):
+                if taken + len(chunk) > 1 + room and (own or chunks):
+                    break
+                own.append(chunk)
+                taken += len(chunk)
+            if own:
+                room = max(0, room - (taken - 1))
+                chunks.append((answer, own))
+                computed[answer] = start + taken
         return chunks
 
+    def _cut(self, answer: Answer) -> Iterator[list[int]]:
+        """What is pending of an answer in chunks, which end at multiples of their size and where the prompt ends."""
+        tokens, start = answer.tokens, answer.slot.cache.length
+        if not answer.slot.cache.continues:
+            yield tokens[start:]
+            return
+        while start < len(tokens):
+            end = (start // self._chunk_tokens + 1) * self._chunk_tokens
+            end = min(end, answer.prompt_tokens if start < answer.prompt_tokens else len(tokens))
+            yield tokens[start:end]
+            start = end
+
     def _propose(
-        self, speculation: Speculation, chunks: Sequence[tuple[Answer, list[int]]], drafts: Sequence[Draft]
+        self, speculation: Speculation, chunks: Sequence[tuple[Answer, list[list[int]]]], drafts: Sequence[Draft]
     ) -> None:
-        if any(len(chunk) > FEW_ROWS for _, chunk in chunks):
+        if any(len(chunk) > FEW_ROWS for _, own in chunks for chunk in own):
             return  # a prompt is on its way: the pass is long as it is, and rates are not those of decoding
         limits = []
-        for (answer, chunk), draft in zip(chunks, drafts, strict=True):
-            ready = len(chunk) == len(answer.pending)
+        for (answer, own), draft in zip(chunks, drafts, strict=True):
+            ready = sum(map(len, own)) == len(answer.pending)
             room = answer.slot.cache.capacity - len(answer.tokens)
             most = min(self._most_guesses, answer.most_tokens - answer.generated - 1, room) if ready else 0
             limits.append((draft, most))
-        speculation.propose(limits, sum(len(chunk) for _, chunk in chunks))
+        speculation.propose(limits, sum(len(chunk) for _, own in chunks for chunk in own))
 
     def _verify(self, answer: Answer, draft: Draft, logits: torch.Tensor) -> list[int]:
         """Draw from the logits of each row as long as the guesses agree; forget what was computed beyond."""
@@ -195,11 +257,9 @@ class Scheduler:
         return new
 
 
-def _rows(answer: Answer, chunk: list[int], draft: Draft) -> Rows:
-    guesses = [guess.token for guess in draft.guesses]
-    return Rows(
-        cache=answer.slot.cache,
-        tokens=chunk + guesses,
-        logits=1 + len(guesses),
-        exact=True if guesses else None,
-    )
+def _rows(answer: Answer, chunks: Sequence[list[int]], draft: Draft) -> Iterator[Rows]:
+    """The chunks of an answer, with the guesses behind the last. Only that one's last rows need logits."""
+    cache, guesses = answer.slot.cache, [guess.token for guess in draft.guesses]
+    for chunk in chunks[:-1]:
+        yield Rows(cache=cache, tokens=chunk, logits=0)
+    yield Rows(cache=cache, tokens=chunks[-1] + guesses, logits=1 + len(guesses), exact=True if guesses else None)

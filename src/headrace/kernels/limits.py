@@ -12,6 +12,13 @@ TILE_ROWS = 8
 # number of rows, others are filled up to a multiple.
 ACTIVATION_ROWS = 4
 
+# Rows of a chunk of a prompt: what is computed together for a sequence, and reused as a whole. Each chunk is multiplied by itself
+# where the kernel's results depend on the number of rows, so that they do not depend on what else a pass carries.
+CHUNK_ROWS = 64
+
+# Up to so many rows of a chunk, an expert's weights are multiplied as they are; with more of them they are unpacked first.
+FEW_EXPERT_ROWS = 4
+
 # Experts of a layer that are multiplied together: what they work on lies in memory at the same time.
 EXPERTS_TOGETHER = 16
 

@@ -9,6 +9,7 @@ import ctypes
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -21,7 +22,7 @@ from headrace.kernels.gated import Form, GatedExperts
 from headrace.kernels.ggml import takes_super_blocks
 from headrace.kernels.ggml_graph import Cast, Operands, Part, Products, RowFunction, Workers
 from headrace.kernels.interleaved import Interleaving
-from headrace.kernels.limits import ACTIVATION_ROWS, FEW_ROWS, PRECISE_TYPES, TILE_ROWS
+from headrace.kernels.limits import ACTIVATION_ROWS, FEW_EXPERT_ROWS, FEW_ROWS, PRECISE_TYPES, TILE_ROWS
 from headrace.kernels.piece import Piece
 from headrace.kernels.unpacking import ToHalf, unpack_pieces
 
@@ -116,6 +117,7 @@ class Kernels:
         pieces: Sequence[tuple[int, Piece]],
         outputs: Sequence[torch.Tensor],
         exact_rows: int | None = None,
+        chunks: Sequence[int] = (),
     ) -> None:
         """For every (i, piece), fill `outputs[i][:, first : first + rows]` with x times the piece.
 
@@ -128,6 +130,8 @@ class Kernels:
             outputs: fp32, contiguous, (rows, total rows of the tensor).
             exact_rows: so many rows, from the first on, are computed independently of each other; None: all of them if
                 they are few. The others may go through torch's products.
+            chunks: how many of the others belong together: results depend on the rows of the same chunk alone. None given:
+                they are one chunk, or exact if they are few.
         """
         called = None
         if type(pieces) is tuple and x.shape[0] == 1:
@@ -137,7 +141,7 @@ class Kernels:
                 known.graph(known.operands)
                 return
         self._last = None
-        self._multiply(x, pieces, outputs, exact_rows)
+        self._multiply(x, pieces, outputs, exact_rows, chunks)
         if called is not None and self._last is not None and len(self._last[1]) == len(pieces):
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
@@ -149,8 +153,9 @@ class Kernels:
         pieces: "_Pieces",
         outputs: Sequence[torch.Tensor],
         exact_rows: int | None,
+        chunks: Sequence[int],
     ) -> None:
-        if exact_rows is None or x.shape[0] - exact_rows <= FEW_ROWS:
+        if exact_rows is None or (not chunks and x.shape[0] - exact_rows <= FEW_ROWS):
             exact_rows = x.shape[0] if exact_rows is not None or x.shape[0] <= FEW_ROWS else 0
         if exact_rows < x.shape[0]:
             woven = [(i, piece) for i, piece in pieces if piece.only_interleaved]
@@ -162,7 +167,7 @@ class Kernels:
                 self._tiles(x, range(exact_rows, len(x)), tiled, outputs)
             for i, piece in others:
                 many = self._activations(x, exact_rows, piece.type)
-                self._many_rows(many, piece, outputs[i][exact_rows:])
+                self._many_rows(many, piece, outputs[i][exact_rows:], chunks)
         if exact_rows and pieces:
             if self.tiles_exactly if self.row_invariant else exact_rows >= TILE_ROWS:
                 tiled, pieces = self._divide(pieces, exact=True)
@@ -178,25 +183,33 @@ class Kernels:
         ]
         return tiled, [pair for pair in pieces if pair not in tiled] if tiled else pieces
 
-    def multiply_each(self, jobs: Sequence[tuple[torch.Tensor, Piece, torch.Tensor]], exact: bool) -> None:
-        """As `multiply`, for pieces that each have activations and an output of their own: those of experts.
-
-        Args:
-            jobs: (x (rows, columns), piece, output (rows, rows of the piece)), fp32, their rows contiguous.
-            exact: every row independently of the others; else those of many rows go through torch's products.
-        """
+    def multiply_each(self, jobs: Sequence["ExpertJob"]) -> None:
+        """As `multiply`, for pieces that each have activations and an output of their own: those of experts."""
         dots: list[_Job] = []
         others: list[_Job] = []
-        for x, piece, output in jobs:
-            invariant = exact and self.row_invariant
+        for x, piece, output, exact_rows, chunks in jobs:
             if piece.slab_rows:
-                self.multiply(x, [(0, piece)], [output], None if not exact else x.shape[0])
-            elif not invariant and x.shape[0] >= TILE_ROWS and piece.type in self.tiled:
-                others.append(_job(x, piece, output))
-            elif exact or x.shape[0] <= FEW_ROWS:
-                (dots if self.row_invariant else others).append(_job(x, piece, output))
+                self.multiply(x, [(0, piece)], [output], exact_rows, chunks)
+                continue
+            if exact_rows:
+                (dots if self.row_invariant else others).append(_job(x[:exact_rows], piece, output[:exact_rows]))
+            if not chunks:
+                continue
+            if piece.type in self.tiled and x.shape[0] - exact_rows >= TILE_ROWS:
+                others.append(_job(x[exact_rows:], piece, output[exact_rows:]))
+            elif piece.type in self.tiled:
+                self._tiles(x, range(exact_rows, x.shape[0]), [(0, piece)], [output])
             else:
-                self._many_rows(self._activations(x, 0, piece.type), piece, output)
+                many, first = [], exact_rows
+                for count in chunks:
+                    part = slice(first, first + count)
+                    if count <= FEW_EXPERT_ROWS:
+                        (dots if self.row_invariant else others).append(_job(x[part], piece, output[part]))
+                    else:
+                        many.append(part)
+                    first += count
+                if many:
+                    self._unpacked(self._activations(x, 0, piece.type), piece, output, many)
         for some, by_dots in ((dots, True), (others, False)):
             for start in range(0, len(some), _MOST_PARTS):
                 self._run(some[start : start + _MOST_PARTS], by_dots)
@@ -310,17 +323,21 @@ class Kernels:
             part = slice(piece.first, piece.first + piece.rows)
             outputs[i][:, part] = padded[i][:rows, part]
 
-    def _many_rows(self, x: torch.Tensor, piece: Piece, output: torch.Tensor) -> None:
+    def _many_rows(self, x: torch.Tensor, piece: Piece, output: torch.Tensor, chunks: Sequence[int]) -> None:
+        parts = [slice(last - count, last) for count, last in zip(chunks, accumulate(chunks), strict=True)]
+        parts = parts or [slice(None)]
         if piece.slab_rows:
             width = piece.slab_columns
             for index, slab in enumerate(piece.slabs()):
                 number = piece.first // piece.slab_rows + index
-                self._unpacked(x[:, number * width : (number + 1) * width], slab, output, add=number > 0)
+                self._unpacked(x[:, number * width : (number + 1) * width], slab, output, parts, add=number > 0)
         else:
-            self._unpacked(x, piece, output)
+            self._unpacked(x, piece, output, parts)
 
-    def _unpacked(self, x: torch.Tensor, piece: Piece, output: torch.Tensor, add: bool = False) -> None:
-        """Unpack some rows at a time and let torch multiply them."""
+    def _unpacked(
+        self, x: torch.Tensor, piece: Piece, output: torch.Tensor, parts: Sequence[slice], add: bool = False
+    ) -> None:
+        """Unpack some rows of weights at a time and let torch multiply them: of x each of these parts by itself."""
         columns = x.shape[1]
         stride = row_bytes(piece.type, columns)
         half = x.dtype == torch.bfloat16
@@ -330,8 +347,9 @@ class Kernels:
             rows = min(step, piece.rows - start)
             plain = self.plain(piece.type, piece.address + start * stride, rows, columns, half)
             target = output[:, piece.first + start : piece.first + start + rows]
-            product = torch.mm(x, plain.T)
-            target.add_(product) if add else target.copy_(product)
+            for part in parts:
+                product = torch.mm(x[part], plain.T)
+                target[part].add_(product) if add else target[part].copy_(product)
 
     def _activations(self, x: torch.Tensor, first: int, type_name: str) -> torch.Tensor:
         """The rows of x from `first` on as torch multiplies them with such weights: in bf16 made once for all pieces."""
@@ -464,6 +482,19 @@ class Kernels:
         self._to_half.close()
         for workers in {self._one_worker, self.few_workers, self._many_workers}:
             workers.close()
+
+
+class ExpertJob(NamedTuple):
+    """A product of an expert: x (rows, columns) times a piece to output (rows, rows of the piece), fp32, rows contiguous.
+
+    As in `Kernels.multiply`, `exact_rows` are computed independently, and those of a chunk depend on that chunk alone.
+    """
+
+    x: torch.Tensor
+    piece: Piece
+    output: torch.Tensor
+    exact_rows: int
+    chunks: Sequence[int] = ()
 
 
 class _Known(NamedTuple):

@@ -5,6 +5,7 @@ Tests compare the fast kernels with it, and it runs where ggml is not installed:
 
 import ctypes
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
@@ -13,6 +14,9 @@ import torch
 from headrace.checkpoint.tensor import row_bytes
 from headrace.kernels.piece import Piece
 from headrace.kernels.unpacking import unpack_pieces
+
+if TYPE_CHECKING:
+    from headrace.kernels.multiply import ExpertJob
 
 
 def unpack(type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
@@ -49,8 +53,15 @@ class ReferenceKernels:
         pieces: Sequence[tuple[int, Piece]],
         outputs: Sequence[torch.Tensor],
         exact_rows: int | None = None,
+        chunks: Sequence[int] = (),
     ) -> None:
         """As `Kernels.multiply`, in fp32."""
+        if chunks and exact_rows is not None:
+            parts = torch.split(x, [1] * exact_rows + list(chunks))
+            targets = zip(*(torch.split(output, [len(part) for part in parts]) for output in outputs), strict=True)
+            for part, target in zip(parts, targets, strict=True):
+                self.multiply(part, pieces, target)
+            return
         for i, piece in pieces:
             if not piece.slab_rows:
                 outputs[i][:, piece.first : piece.first + piece.rows] = multiply(
@@ -62,10 +73,10 @@ class ReferenceKernels:
                 part = multiply(x[:, number * width : (number + 1) * width], slab.type, slab.address, slab.rows)
                 outputs[i][:] = part if number == 0 else outputs[i] + part
 
-    def multiply_each(self, jobs: Sequence[tuple[torch.Tensor, Piece, torch.Tensor]], exact: bool) -> None:
+    def multiply_each(self, jobs: Sequence["ExpertJob"]) -> None:
         """As `Kernels.multiply_each`, in fp32."""
-        for x, piece, output in jobs:
-            self.multiply(x, [(0, piece)], [output])
+        for x, piece, output, exact_rows, chunks in jobs:
+            self.multiply(x, [(0, piece)], [output], exact_rows, chunks)
 
     def shortened(self, weight: torch.Tensor) -> tuple[Piece, object]:
         """As `Kernels.shortened`, but as it is."""

@@ -20,7 +20,7 @@ LIKE = {
     "stablelm2": "qwen2",
 }
 _AS_GPT2 = frozenset(
-    {"a.x-4.0", "default", "exaone4", "gigachat", "gpt-2", "granite-docling", "jais", "mellum", "modern-bert", "mpt"}
+    {"a.x-4.0", "exaone4", "gigachat", "gpt-2", "granite-docling", "jais", "mellum", "modern-bert", "mpt"}
     | {"olmo", "phi-2", "trillion"}
 )
 _AT_DIGITS = frozenset(
@@ -32,8 +32,10 @@ _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _ENDING, _SPACES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _BETWEEN_MARKS = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 _OF_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_MARKS = r"[\p{P}\$\+<=>\^~\|]+"
 _BY: dict[str, tuple[str, ...]] = {  # one after another
     "bloom": (_BETWEEN_MARKS,),
+    "default": (_MARKS, _OF_GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, r"\p{N}"),
     "deepseek-llm": (
         r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$",
@@ -65,17 +67,15 @@ BEGIN = frozenset(_AS_LLAMA3 - {"dbrx", "smaug-bpe"} | {"tekken", "chameleon"})
 TAKE_WORDS_WHOLE = frozenset(_AS_LLAMA3 - {"dbrx", "smaug-bpe"} | {"tekken", "glm4", "glm5", "youtu"})
 
 
-def is_known(name: str) -> bool:
-    """Whether text is cut in the way of this name, here or by transformers."""
-    return name in GGUF_PRE_TOKENIZER_SPLITS or name in LIKE or name in _AS_GPT2 or cut(name) is not None
-
-
 def cut(name: str) -> Any:
-    """What cuts text into words, if transformers does not know this name for it."""
+    """What cuts text into words by the way of this name, and spells their bytes; None: nobody knows the way."""
+    if name in _AS_GPT2:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if name in _AT_DIGITS:
         first: Any = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    if name in _BY:
-        cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _BY[name]]
-        return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    return None
+    patterns = _BY.get(name) or (GGUF_PRE_TOKENIZER_SPLITS.get(LIKE.get(name, name)),)
+    if patterns == (None,):
+        return None
+    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

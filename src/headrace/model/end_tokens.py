@@ -1,0 +1,48 @@
+"""Tokens that end an answer, by the spellings that published models give them; metadata often names only one of them."""
+
+from collections.abc import Callable
+
+END_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|tool_response>",  # what follows is for the caller to say
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (as DeepSeek spells it)
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[e~[",
+    # Code models go on with another file after these.
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+)
+# Where a turn consists of several messages, each with a channel: these mark its parts, and the last of them ends a message only.
+MESSAGE_MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>")
+_MESSAGE_END = "<|end|>"
+_RETURN, _CALLS, _FLUSH = "<|return|>", ("<|call|>", "<|calls|>"), "<|flush|>"
+
+
+def ends_among(exists: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """(tokens that end an answer, tokens that mark a message's parts) among a model's tokens."""
+    ends = [token for token in END_TOKENS if exists(token)]
+    marks = [token for token in MESSAGE_MARKS if exists(token)]
+    if _MESSAGE_END in ends and any(map(exists, _CALLS)) and (exists(_RETURN) or exists(_FLUSH)):
+        ends.remove(_MESSAGE_END)
+        marks.append(_MESSAGE_END)
+    if "<|tool_response>" in ends and "</s>" in ends:  # Gemma 4 has the latter as an ordinary token
+        ends.remove("</s>")
+    return ends, marks

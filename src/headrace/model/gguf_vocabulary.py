@@ -1,0 +1,299 @@
+"""The tokenizer that a GGUF file's metadata describes, by `tokenizer.ggml.model`:
+
+gpt2    byte-level BPE; `tokenizer.ggml.pre` says how text is cut into words (`cuts.py`)
+llama   SentencePiece's BPE
+gemma4  BPE over characters, spaces written as SentencePiece writes them
+t5      SentencePiece's unigram model
+
+Text becomes the same tokens as in llama.cpp, but for pre-tokenizers that it only approximates (docs/architectures.md).
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import BPE, Unigram
+from tokenizers.normalizers import Precompiled
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+
+from headrace.checkpoint import Checkpoint
+from headrace.errors import CheckpointError, UnsupportedError
+from headrace.model.cuts import BEGIN, TAKE_WORDS_WHOLE, cut
+from headrace.model.end_tokens import ends_among
+from headrace.model.panics import tables_trusted
+from headrace.model.sentencepiece import SPACE, SentencePieceBpe
+from headrace.model.special_tokens import SpecialToken, SpecialTokens
+from headrace.model.text_stream import ByteStream, TextStream
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # `tokenizer.ggml.token_type`
+# Ids that a file need not name.
+_USUAL_IDS = {
+    "llama": {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0},
+    "t5": {"eos_token_id": 1, "unknown_token_id": 2},
+}
+# Of Phi-3, special tokens swallow the white space after them, but for these.
+_KEEP_WHITE_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+# What texts of GLM-4 begin with.
+_GLM_PREFIX, _OF_GLM = ("[gMASK]", "<sop>"), ("chatglm-bpe", "glm4")
+_ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # whose keys name tokens that end an answer
+_SPACES, _LINE_ENDS = re.compile(" +"), re.compile("(\n+)")
+
+
+class GgufVocabulary:
+    """Text to token ids and back."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        """Raises `CheckpointError` where the metadata describe no tokenizer, `UnsupportedError` where an unknown one."""
+        self._path = checkpoint.path
+        tokens, kind = checkpoint.array("tokenizer.ggml.tokens"), checkpoint.get("tokenizer.ggml.model")
+        if not tokens or not isinstance(kind, str):
+            raise CheckpointError(
+                f"{checkpoint.path} holds no tokenizer", hint="get a file that was converted with one"
+            )
+        if kind not in _ENCODERS:
+            raise UnsupportedError(
+                f"{checkpoint.path}: its tokenizer is of the kind `{kind}`, which is not known here",
+                hint=f"known are {', '.join(_ENCODERS)}",
+            )
+        self._kind = kind
+        self._tokens = [str(token) for token in tokens]
+        self._types = _types(checkpoint, len(tokens))
+        self._ids = {token: i for i, token in reversed([*enumerate(self._tokens)])}  # the first of equal ones
+        self.bos_id, self._eos_id = self._named(checkpoint, "bos_token_id"), self._named(checkpoint, "eos_token_id")
+        self.end_ids = self._ends(checkpoint)
+        self._special = self._special_tokens(checkpoint)
+        pre = str(checkpoint.get("tokenizer.ggml.pre") or "default")
+        self._merges_spaces = kind == "llama" and _flag(checkpoint, "remove_extra_whitespaces", False)
+        self._space_first = kind in ("llama", "t5") and _flag(checkpoint, "add_space_prefix", True)
+        self.adds_bos = self.bos_id is not None and (
+            kind == "gemma4" or _flag(checkpoint, "add_bos_token", _begins(kind, pre))
+        )
+        # A decoder goes on with its prompt, so only what an encoder reads has an end.
+        self._adds_eos = _flag(checkpoint, "add_eos_token", kind == "t5")
+        self._prefix = [self._ids[one] for one in _GLM_PREFIX if pre in _OF_GLM and one in self._ids]
+        try:
+            self._encode_part: Callable[[str, bool], list[int]] = _ENCODERS[kind](self, checkpoint, pre)
+        except UnsupportedError:
+            raise
+        except Exception as error:  # whatever the untrusted vocabulary provokes in the libraries
+            raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
+        template = checkpoint.get("tokenizer.chat_template")
+        self.template = template if isinstance(template, str) else None
+        self._alphabet = {char: byte for byte, char in bytes_to_unicode().items()}
+
+    @property
+    def bos(self) -> str:
+        """The beginning token's spelling, for templates."""
+        return "" if self.bos_id is None else self._tokens[self.bos_id]
+
+    @property
+    def eos(self) -> str:
+        """The end token's spelling."""
+        return "" if self._eos_id is None else self._tokens[self._eos_id]
+
+    def plain(self, text: str) -> list[int]:
+        """As `Vocabulary.plain`."""
+        if self._merges_spaces:
+            text = _SPACES.sub(" ", text).strip(" ")
+        found: list[int] = []
+        after_special = True  # as is the beginning
+        with tables_trusted(self._path):
+            for part in self._special.split(text):
+                found += [part] if isinstance(part, int) else self._encode_part(part, after_special)
+                after_special = isinstance(part, int)
+        return found
+
+    def rendered(self, text: str) -> list[int]:
+        """As `Vocabulary.rendered`: llama.cpp adds a beginning token where the template left it out."""
+        return self._begun(self.plain(text))
+
+    def raw(self, text: str) -> list[int]:
+        """As `Vocabulary.raw`."""
+        ids, prefix = self.plain(text), self._prefix
+        return self._begun(ids if ids[: len(prefix)] == prefix else [*prefix, *ids])
+
+    def complete(self, text: str) -> list[int]:
+        """As `Vocabulary.complete`."""
+        return self.raw(text) + ([self._eos_id] if self._adds_eos and self._eos_id is not None else [])
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        if not self.adds_bos or ids[:1] == [self.bos_id]:
+            return ids
+        assert self.bos_id is not None
+        return [self.bos_id, *ids]
+
+    def special_id(self, token: str) -> int | None:
+        """As `Vocabulary.special_id`."""
+        found = self._special.split(token)
+        return found[0] if len(found) == 1 and isinstance(found[0], int) else None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """As `Vocabulary.decode`."""
+        text = b"".join(map(self.bytes_of, ids)).decode(errors="replace")
+        return text.removeprefix(" ") if self._space_first else text
+
+    def stream(self, before: Sequence[int] | None = None) -> TextStream:
+        """As `Vocabulary.stream`."""
+        return ByteStream(self.bytes_of, strip_space=self._space_first and before is None)
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token stands for, none of a control token."""
+        if not 0 <= token < len(self._tokens):
+            return b""
+        text, kind = self._tokens[token], self._types[token]
+        if kind == _USER_DEFINED:
+            return text.encode()
+        if kind == _BYTE:
+            return bytes([_byte_of(text)])
+        if kind != _NORMAL:
+            return b""
+        if self._kind == "gpt2":
+            return b"".join(bytes([self._alphabet[char]]) if char in self._alphabet else char.encode() for char in text)
+        return text.replace(SPACE, " ").encode()
+
+    def _named(self, checkpoint: Checkpoint, name: str) -> int | None:
+        token = checkpoint.get(f"tokenizer.ggml.{name}")
+        token = _USUAL_IDS.get(self._kind, {}).get(name) if token is None else token
+        return token if isinstance(token, int) and 0 <= token < len(self._tokens) else None
+
+    def _ends(self, checkpoint: Checkpoint) -> frozenset[int]:
+        """The tokens that end an answer, by the metadata and, of special tokens, by their spelling."""
+        ends = {self._named(checkpoint, f"{name}_token_id") for name in _ENDS}
+        special = {token for token, i in self._ids.items() if self._types[i] in (_CONTROL, _USER_DEFINED)}
+        spelled, marks = ends_among(special.__contains__)
+        for token in marks:  # they are shown
+            self._types[self._ids[token]] = _USER_DEFINED
+        return frozenset(i for i in (*ends, *(self._ids[token] for token in spelled)) if i is not None)
+
+    def _special_tokens(self, checkpoint: Checkpoint) -> SpecialTokens:
+        name = str(checkpoint.get("general.name") or "").lower()
+        phi3 = self._kind == "llama" and (checkpoint.architecture == "phi3" or "phi-3" in name or "phi3" in name)
+        return SpecialTokens(
+            [
+                SpecialToken(token_id=i, text=text, strips_right=phi3 and text not in _KEEP_WHITE_SPACE)
+                for i, (text, kind) in enumerate(zip(self._tokens, self._types, strict=True))
+                if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)
+            ]
+        )
+
+    # -- how the text between special tokens is encoded: (text, whether it begins the text or follows a special token) -----
+
+    def _byte_level(self, checkpoint: Checkpoint, pre: str) -> Callable[[str, bool], list[int]]:
+        words = cut(pre)
+        if words is None:
+            raise UnsupportedError(
+                f"{checkpoint.path}: its text is cut into words in a way that is not known here, `{pre}`",
+                hint="use the model's folder from the hub, whose tokenizer.json says how",
+            )
+        merges = _merges(checkpoint)
+        if not merges:  # as tiktoken has it: the lower a token's id, the sooner its parts are merged
+            pieces = SentencePieceBpe(self._ids, [-i for i in range(len(self._tokens))], {}, None)
+            return lambda text, _: [i for word, _ in words.pre_tokenize_str(text) for i in pieces.encode(word)]
+        backend = Tokenizer(BPE(self._ids, merges, ignore_merges=pre in TAKE_WORDS_WHOLE))
+        backend.pre_tokenizer = words
+        return lambda text, _: list(backend.encode(text, add_special_tokens=False).ids)
+
+    def _sentencepiece(self, checkpoint: Checkpoint, _: str) -> Callable[[str, bool], list[int]]:
+        scores = _scores(checkpoint, len(self._tokens))
+        pieces = SentencePieceBpe(self._ids, scores, self._byte_ids(), self._named(checkpoint, "unknown_token_id"))
+        normalise = _normaliser(checkpoint)
+
+        def encode(text: str, after_special: bool) -> list[int]:
+            text = normalise(text)
+            if self._space_first and after_special:
+                text = " " + text
+            return pieces.encode(text.replace(" ", SPACE))
+
+        return encode
+
+    def _characters(self, checkpoint: Checkpoint, _: str) -> Callable[[str, bool], list[int]]:
+        """Gemma 4's: lines and runs of line ends are merged by themselves, and a run that is a token is taken whole."""
+        backend = Tokenizer(BPE(self._ids, _merges(checkpoint), byte_fallback=True, unk_token=None))
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), behavior="isolated")
+
+        def encode(text: str, _: bool) -> list[int]:
+            found: list[int] = []
+            for part in _lines(text.replace(" ", SPACE)):
+                whole = self._ids.get(part) if part[0] == "\n" else None
+                found += backend.encode(part, add_special_tokens=False).ids if whole is None else [whole]
+            return found
+
+        return encode
+
+    def _unigram(self, checkpoint: Checkpoint, _: str) -> Callable[[str, bool], list[int]]:
+        scores = _scores(checkpoint, len(self._tokens))
+        description = {"tokenizer_type": "t5", "tokens": self._tokens, "scores": scores, "token_type": []}
+        backend, _unused = convert_gguf_tokenizer(checkpoint.architecture, description)
+        unknown, has_bytes = self._named(checkpoint, "unknown_token_id"), _BYTE in self._types
+        vocabulary = [(backend.id_to_token(i), score) for i, score in enumerate(scores)]
+        backend.model = Unigram(vocabulary, unk_id=unknown, byte_fallback=has_bytes)
+        charsmap = _charsmap(checkpoint)
+        if charsmap:
+            backend.normalizer = Precompiled(charsmap)
+        return lambda text, _: list(backend.encode(text, add_special_tokens=False).ids)
+
+    def _byte_ids(self) -> dict[int, int]:
+        return {_byte_of(text): i for i, text in enumerate(self._tokens) if self._types[i] == _BYTE}
+
+
+_ENCODERS: Mapping[str, Any] = {
+    "gpt2": GgufVocabulary._byte_level,
+    "llama": GgufVocabulary._sentencepiece,
+    "gemma4": GgufVocabulary._characters,
+    "t5": GgufVocabulary._unigram,
+}
+
+
+def _begins(kind: str, pre: str) -> bool:
+    return kind == "llama" or (kind == "gpt2" and pre in BEGIN)
+
+
+def _flag(checkpoint: Checkpoint, name: str, usual: bool) -> bool:
+    value = checkpoint.get(f"tokenizer.ggml.{name}")
+    return usual if value is None else bool(value)
+
+
+def _types(checkpoint: Checkpoint, count: int) -> list[int]:
+    """One for each token; those that the file does not tell are normal."""
+    found = [kind if isinstance(kind, int) else _NORMAL for kind in checkpoint.array("tokenizer.ggml.token_type")]
+    return [*found, *[_NORMAL] * count][:count]
+
+
+def _scores(checkpoint: Checkpoint, count: int) -> list[float]:
+    scores = [float(one) for one in checkpoint.array("tokenizer.ggml.scores") if isinstance(one, int | float)]
+    if len(scores) < count:
+        raise ValueError(f"{len(scores)} scores for {count} tokens")
+    return scores
+
+
+def _merges(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    found = []
+    for merge in checkpoint.array("tokenizer.ggml.merges"):
+        at = str(merge).find(" ", 1)  # a space may be the first part
+        if at < 0:
+            raise ValueError(f"the merge {merge!r} has no two parts")
+        found.append((str(merge)[:at], str(merge)[at + 1 :]))
+    return found
+
+
+def _charsmap(checkpoint: Checkpoint) -> bytes:
+    return bytes(one % 256 for one in checkpoint.array("tokenizer.ggml.precompiled_charsmap") if isinstance(one, int))
+
+
+def _normaliser(checkpoint: Checkpoint) -> Callable[[str], str]:
+    charsmap = _charsmap(checkpoint)
+    return Precompiled(charsmap).normalize_str if charsmap else str
+
+
+def _byte_of(text: str) -> int:
+    """Of `<0x0A>`."""
+    try:
+        return int(text[3:5], 16)
+    except ValueError:
+        return ord(text[:1] or "\0") % 256
+
+
+def _lines(text: str) -> list[str]:
+    return [part for part in _LINE_ENDS.split(text) if part]

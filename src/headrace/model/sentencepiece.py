@@ -1,0 +1,92 @@
+"""SentencePiece's BPE, from the pieces and scores that a GGUF file holds.
+
+Neighbours are merged as long as a piece of the vocabulary results: the one with the highest score first, of equal ones the
+leftmost. This is the algorithm of sentencepiece and llama.cpp; merges by rank, as the tokenizers library has them, differ
+where scores are equal, and have to be derived first, which takes seconds for a large vocabulary.
+"""
+
+import heapq
+import re
+from collections.abc import Mapping, Sequence
+
+SPACE = "\u2581"  # how a space is written in pieces
+_MOST_REMEMBERED = 1 << 16
+_WORDS = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
+
+
+class SentencePieceBpe:
+    """Pieces to token ids."""
+
+    def __init__(
+        self,
+        ids: Mapping[str, int],
+        scores: Sequence[float],
+        byte_ids: Mapping[int, int],
+        unknown_id: int | None,
+    ):
+        """What the vocabulary holds.
+
+        Args:
+            ids: of every piece.
+            scores: by id.
+            byte_ids: tokens of single bytes, for characters that are no piece.
+            unknown_id: for characters that neither are a piece nor have bytes.
+        """
+        self._ids = ids
+        self._scores = scores
+        self._byte_ids = byte_ids
+        self._unknown_id = unknown_id
+        # Where no piece goes on after a word with a space, words are merged by themselves, and remembered.
+        self._by_words = not any(SPACE in piece.lstrip(SPACE) for piece in ids)
+        self._known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text whose spaces are written as `SPACE`."""
+        if not self._by_words:
+            return self._merged(text)
+        found: list[int] = []
+        for word in _WORDS.findall(text):
+            ids = self._known.get(word)
+            if ids is None:
+                ids = self._merged(word)
+                if len(self._known) < _MOST_REMEMBERED:
+                    self._known[word] = ids
+            found += ids
+        return found
+
+    def _merged(self, text: str) -> list[int]:
+        ids, scores = self._ids, self._scores
+        pieces: list[str] = list(text)
+        after = list(range(1, len(pieces) + 1))  # the place of the next piece
+        before = list(range(-1, len(pieces) - 1))
+        heap: list[tuple[float, int, int, str]] = []
+
+        def consider(left: int, right: int) -> None:
+            piece = pieces[left] + pieces[right]
+            token = ids.get(piece)
+            if token is not None:
+                heapq.heappush(heap, (-scores[token], left, right, piece))
+
+        for left in range(len(pieces) - 1):
+            consider(left, left + 1)
+        while heap:
+            _, left, right, piece = heapq.heappop(heap)
+            if after[left] != right or pieces[left] + pieces[right] != piece:
+                continue  # one of the two has been merged since
+            pieces[left], pieces[right] = piece, ""
+            after[left] = after[right]
+            if after[left] < len(pieces):
+                before[after[left]] = left
+                consider(left, after[left])
+            if before[left] >= 0:
+                consider(before[left], left)
+        return [token for piece in pieces if piece for token in self._tokens(piece)]
+
+    def _tokens(self, piece: str) -> list[int]:
+        token = self._ids.get(piece)
+        if token is not None:
+            return [token]
+        spelled = [self._byte_ids.get(byte) for byte in piece.encode("utf-8", "replace")]
+        if None not in spelled:
+            return [token for token in spelled if token is not None]
+        return [] if self._unknown_id is None else [self._unknown_id]

@@ -1,0 +1,73 @@
+"""Text from tokens that come one by one: a character split over tokens is held back until it is whole."""
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+
+class TextStream(Protocol):
+    """Give it tokens with `step`, and call `flush` when no more come."""
+
+    def step(self, token: int) -> str:
+        """The text that this token completes, possibly none."""
+
+    def flush(self) -> str:
+        """What was held back: bytes that are no whole character become U+FFFD."""
+
+
+class ByteStream:
+    """For vocabularies that say which bytes each token stands for."""
+
+    def __init__(self, bytes_of: Callable[[int], bytes], strip_space: bool = False):
+        """`strip_space`: leave out the space that SentencePiece puts before the first word of a text."""
+        self._bytes_of = bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strip_space = strip_space
+
+    def step(self, token: int) -> str:
+        """As `TextStream.step`."""
+        return self._shown(self._decoder.decode(self._bytes_of(token)))
+
+    def flush(self) -> str:
+        """As `TextStream.flush`."""
+        return self._shown(self._decoder.decode(b"", final=True))
+
+    def _shown(self, text: str) -> str:
+        if not text or not self._strip_space:
+            return text
+        self._strip_space = False
+        return text.removeprefix(" ")
+
+
+class WindowStream:
+    """For decoders that say no more than the text of a whole list of tokens: the last few are decoded again with each new one.
+
+    Text that ends with U+FFFD is held back, since the next token may complete a character.
+    """
+
+    def __init__(self, backend: Any, before: Sequence[int] = ()):
+        """`backend` is a tokenizer of the tokenizers library; `before` are tokens that the text goes on after."""
+        self._backend = backend
+        self._tokens = list(before)
+        self._shown = len(self._tokens)  # of these, how many are shown
+
+    def step(self, token: int) -> str:
+        """As `TextStream.step`."""
+        self._tokens.append(token)
+        return self._new(final=False)
+
+    def flush(self) -> str:
+        """As `TextStream.flush`."""
+        return self._new(final=True)
+
+    def _new(self, final: bool) -> str:
+        before, after = self._decode(self._tokens[: self._shown]), self._decode(self._tokens)
+        if len(after) <= len(before) or (after.endswith("\ufffd") and not final):
+            return ""
+        # The tokens shown last stay as context: decoders treat the first token of a text in ways of their own.
+        self._tokens = self._tokens[self._shown if self._shown < len(self._tokens) else 0 :]
+        self._shown = len(self._tokens)
+        return after[len(before) :]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self._backend.decode(list(tokens), skip_special_tokens=True))

@@ -1,0 +1,105 @@
+"""The same prompt gives the same logits, bit for bit, whatever was asked before and whoever shares its passes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import tiny_model, write_folder
+from tiny import VOCAB, random_model, write_gguf
+
+from headrace.checkpoint import open_checkpoint
+from headrace.engine import Engine, Sampling
+from headrace.engine.engine import StreamOptions
+from headrace.engine.sampling import Sampler
+from headrace.engine.scheduler import Answer, Scheduler, Slot
+from headrace.kernels import Kernels
+from headrace.kernels.limits import CHUNK_ROWS
+from headrace.model import Shell
+
+CONTEXT, NEW_TOKENS = 320, 2
+
+
+def prompts() -> list[list[int]]:
+    """Of lengths around the sizes of chunks, some with a common prefix, some that continue others."""
+    drawn = torch.Generator().manual_seed(7)
+    text = torch.randint(0, VOCAB, (280,), generator=drawn).tolist()
+    found = [text[:length] for length in (3, 17, 64, 70, 200)]
+    return [*found, text[:100] + text[7:40], torch.randint(0, VOCAB, (90,), generator=drawn).tolist()]
+
+
+class Recorder(Sampler):
+    """Takes the likeliest token and keeps the logits that it was drawn from."""
+
+    def __init__(self) -> None:
+        super().__init__(Sampling(temperature=0))
+        self.logits: list[torch.Tensor] = []
+
+    def draw(self, logits: torch.Tensor, position: int) -> int:
+        self.logits.append(logits.clone())
+        return super().draw(logits, position)
+
+
+def ask(engine: Engine, prompts: Sequence[list[int]], at_a_time: int, prefill_rows: int = 160) -> list[torch.Tensor]:
+    """The logits of each prompt's answer, (NEW_TOKENS, vocab)."""
+    scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT)) for _ in range(at_a_time)], prefill_rows)
+    recorders = [Recorder() for _ in prompts]
+    waiting, live = list(enumerate(prompts)), list[Answer]()
+    while waiting or live:
+        while waiting and scheduler.has_room:
+            index, prompt = waiting.pop(0)
+            live.append(scheduler.add(prompt, NEW_TOKENS, recorders[index]))
+        for answer, _ in scheduler.step():
+            if answer.generated == NEW_TOKENS:
+                scheduler.remove(answer)
+                live.remove(answer)
+    return [torch.stack(recorder.logits) for recorder in recorders]
+
+
+def engine_of(path: Path, tiled: Sequence[str] = ()) -> Engine:
+    def decide(shell: Shell) -> StreamOptions:
+        pinned = {t.name: int(0.5 * t.rows) // t.row_multiple * t.row_multiple for t in shell.linears}
+        return StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, expert_slots=24)
+
+    return Engine(open_checkpoint(path), decide, Kernels(2, tiled=tiled))
+
+
+GGUF = [
+    ("llama", "F32"), ("qwen2", "BF16"), ("gemma3", "Q4_0"), ("gpt2", "F16"), ("deepseek2", "Q8_0"), ("qwen3moe", "Q8_0"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[*GGUF, "gpt_oss"], ids=str)
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    if isinstance(request.param, str):
+        return write_folder(tiny_model(request.param), folder / request.param)
+    architecture, kind = request.param
+    return write_gguf(random_model(architecture), architecture, folder / "tiny.gguf", kind)
+
+
+def test_what_was_asked_before_and_who_shares_a_pass_change_no_bit(path: Path) -> None:
+    texts = prompts()
+    with engine_of(path) as engine:
+        alone = [ask(engine, [prompt], 1)[0] for prompt in texts]
+        forwards = ask(engine, texts, 1)
+        backwards = ask(engine, texts[::-1], 1)[::-1]
+        together = ask(engine, texts, len(texts))
+        some = ask(engine, texts[1:] + texts[:1], 3)
+    for index, expected in enumerate(alone):
+        for found in (forwards, backwards, together, [some[-1], *some[:-1]]):
+            assert torch.equal(found[index], expected), f"prompt {index} of {len(texts[index])} tokens"
+
+
+def test_whole_chunks_of_a_prompt_are_reused(path: Path) -> None:
+    prompt = prompts()[4]
+    with engine_of(path) as engine:
+        scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], 160)
+        rows = []
+        for _ in range(2):
+            answer, before = scheduler.add(prompt, 1, Recorder()), len(engine.passes)
+            while not answer.generated:
+                scheduler.step()
+            scheduler.remove(answer)
+            rows.append(sum(one.rows for one in engine.passes[before:]))
+    assert rows == [len(prompt), len(prompt) - (len(prompt) - 1) // CHUNK_ROWS * CHUNK_ROWS]
