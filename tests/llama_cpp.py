@@ -55,7 +55,6 @@ class LlamaVocabulary:
         assert size >= 0
         return out.raw[:size].decode(errors="replace")
 
-
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """What `llama-completion` prints of a token; nothing of a control token unless `special`."""
         out = ctypes.create_string_buffer(4096)

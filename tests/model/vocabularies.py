@@ -25,7 +25,7 @@ LINES = (
     "IT'S WE'RE DON'T I'M THEY'VE YOU'LL HE'D It'S helloWorld HelloWorld HTTPServer parseJSON2 x86_64 camelCase SCREAMING_CASE",
     "In 1999 and 2024, 12345 people paid $1,234,567.89 (about 50%) for 3.14159 items; 007, 42, 1000000, ½ ² ٣٤٥ １２３.",
     "def main(argv=None):\n    for i in range(10):\n        print(f\"{i:>3}\", end='\\n')\n\n\treturn  0\n\n\n",
-    "int main(void) {\r\n\tprintf(\"hello, world\\n\");\r\n\treturn 0;\r\n}\r\n",
+    'int main(void) {\r\n\tprintf("hello, world\\n");\r\n\treturn 0;\r\n}\r\n',
     "你好，世界！今天天气很好。我们去公园玩吧，好不好？中文和English混排123。",
     "こんにちは、世界。カタカナとひらがなと漢字が混ざっています。東京タワー２０２４年。",
     "안녕하세요 세계! 오늘은 날씨가 좋습니다. 한국어와 English를 섞어서 씁니다.",
@@ -125,7 +125,9 @@ def _byte_level_merges(size: int = 4000) -> tuple[tuple[str, ...], tuple[str, ..
     return tuple(tokens), tuple(" ".join(pair) for pair in model["merges"])
 
 
-def byte_level(pre: str | None, *, special: Sequence[str] = SPECIAL, user: Sequence[str] = USER, **more: Any) -> dict[str, Any]:
+def byte_level(
+    pre: str | None, *, special: Sequence[str] = SPECIAL, user: Sequence[str] = USER, **more: Any
+) -> dict[str, Any]:
     """Metadata of a byte-level BPE vocabulary. Its first special tokens are <s> and </s>."""
     tokens, merges = _byte_level_merges()
     # words that no merges make: whole only where words that are tokens are taken whole
@@ -147,7 +149,11 @@ def trained(
 ) -> sentencepiece.SentencePieceProcessor:  # fmt: skip
     """A SentencePiece model of `kind` "bpe" or "unigram", trained on the corpus."""
     model = io.BytesIO()
-    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} if pad else {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    ids = (
+        {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+        if pad
+        else {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    )
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in corpus() for line in text.split("\n") if line]),
         model_writer=model, model_type=kind, vocab_size=1400, hard_vocab_limit=False, character_coverage=0.995,
@@ -167,7 +173,9 @@ def sentencepiece_pieces(model: sentencepiece.SentencePieceProcessor, user: Sequ
         kinds += [(model.is_unused(i), UNUSED), (token in user, USER_DEFINED)]
         types.append(next((kind for holds, kind in kinds if holds), NORMAL))
     # a user's own tokens are held with the spaces that they stand for
-    tokens = [token.replace("▁", " ") if kind == USER_DEFINED else token for token, kind in zip(tokens, types, strict=True)]
+    tokens = [
+        token.replace("▁", " ") if kind == USER_DEFINED else token for token, kind in zip(tokens, types, strict=True)
+    ]
     return {"tokens": tokens, "scores": [float(model.get_score(i)) for i in ids], "token_type": types}
 
 
@@ -179,7 +187,15 @@ def sentencepiece_bpe(*, special: Sequence[str] = SPECIAL, user: Sequence[str] =
     found["token_type"] += [CONTROL if token in special else USER_DEFINED for token in added]
     found["scores"] += [-1000.0] * len(added)
     assert len(set(found["tokens"])) == len(found["tokens"])
-    return {"model": "llama", "pre": "default", "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, **found, **more}
+    return {
+        "model": "llama",
+        "pre": "default",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+        **found,
+        **more,
+    }
 
 
 GEMMA_USER = (
@@ -259,7 +275,9 @@ def gemma4(**more: Any) -> dict[str, Any]:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
     lines = [text.replace(" ", "▁") for text in (*corpus(), *hostile_texts()) if "\0" not in text]
-    made.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=2500, min_frequency=2, limit_alphabet=600, show_progress=False))
+    made.train_from_iterator(
+        lines, trainers.BpeTrainer(vocab_size=2500, min_frequency=2, limit_alphabet=600, show_progress=False)
+    )
     model = json.loads(made.to_str())["model"]
     control = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>"]
     user = ["<|channel>", "<channel|>", "<|tool_call>", "<|tool_response>", "[a b]"]
