@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 LINES = (
-    "The quick brown fox jumps over the lazy dog, and it's the dog's turn: \"don't\", we're told; they've said I'm, you'll, he'd.",
+    "The quick brown fox jumps over a lazy dog, and it's the dog's turn: \"don't\", we're told; they've said I'm, you'll, he'd.",
     "IT'S WE'RE DON'T I'M THEY'VE YOU'LL HE'D It'S helloWorld HelloWorld HTTPServer parseJSON2 x86_64 camelCase SCREAMING_CASE",
     "In 1999 and 2024, 12345 people paid $1,234,567.89 (about 50%) for 3.14159 items; 007, 42, 1000000, ½ ² ٣٤٥ １２３.",
     "def main(argv=None):\n    for i in range(10):\n        print(f\"{i:>3}\", end='\\n')\n\n\treturn  0\n\n\n",
@@ -60,8 +61,10 @@ def hostile_texts() -> list[str]:
         "https://example.com/a?b=1&c=2#d user@mail.org", "HelloWorld helloWORLD HTTPServer iPhone ABCdef",
         "你好，世界！中文English混排123。", "こんにちは、世界。カタカナ漢字", "안녕하세요 세계 한국어",
         "Привет МИР Ёж", "ÉCOLE été Straße ÜBER ñandú", "مرحبا بالعالم، כמה שלום", "नमस्ते दुनिया ครับสวัสดี বাংলা",
-        "😀", "👨‍👩‍👧‍👦 🏳️‍🌈 👍🏽 ❤️!", "e\u0301te\u0301 a\u030a\u0323 \u0301x", "\u00a0nbsp\u00a0\u00a0 \u3000wide \u2003em\u200bzero\u2028ls",
-        "▁", "▁▁ ▁a▁ b", " ▁ ", "\ufffd", "a\ufffdb \ufeffbom", "\x00\x01\x02\x1b[31m\x7f", "\u0085nel \x0b\x0cvt", "𝒳𝔘𠀀𠮷 \U000e0001",
+        "😀", "👨‍👩‍👧‍👦 🏳️‍🌈 👍🏽 ❤️!", "e\u0301te\u0301 a\u030a\u0323 \u0301x",
+        "\u00a0nbsp\u00a0\u00a0 \u3000wide \u2003em\u200bzero\u2028ls",
+        "▁", "▁▁ ▁a▁ b", " ▁ ", "\ufffd", "a\ufffdb \ufeffbom", "\x00\x01\x02\x1b[31m\x7f", "\u0085nel \x0b\x0cvt",
+        "𝒳𝔘𠀀𠮷 \U000e0001",
         "x" * 300, "supercalifragilistic" * 20, " " * 70, "\n" * 20, "ab" * 100 + "  " + "あ" * 100, "<0x0A><0xFF><unk><s></s>",
         "«“‘…’”» — – ¿¡", "\u0131\u0130 \u017f '\u017f ŒŽ ǅ ﬁ ℌ ①", "a\u0600b\u070f\u180e\u2060c",
     ]  # fmt: skip
@@ -75,8 +78,10 @@ def texts_with(tokens: Sequence[str]) -> list[str]:
     found += [f" hi {token} there " for token in tokens]
     found += [f"hi\n{token}\n\nthere" for token in tokens]
     found += [
-        "".join(tokens), " ".join(tokens), "\n".join(tokens), f"{first}{first}", f"{first} {first}", f"  {first}  ", f"{first}\t{second}",
-        first[:-1], first[1:], first[:-1] + first, first + first[1:], first[: len(first) // 2] + second + first[len(first) // 2 :],
+        "".join(tokens), " ".join(tokens), "\n".join(tokens), f"{first}{first}", f"{first} {first}", f"  {first}  ",
+        f"{first}\t{second}",
+        first[:-1], first[1:], first[:-1] + first, first + first[1:], first[: len(first) // 2] + second
+        + first[len(first) // 2 :],
         f"{first}user\nhi{second}\n{first}assistant\n", f"{first}\u00a0{second}", f"▁{first}▁", f"{first}▁hi", first.upper(),
         f"{first}你好{second}😀{first}", f"x{first}\r\n{second}\r\nx",
     ]  # fmt: skip
@@ -91,6 +96,7 @@ def write_vocabulary(path: Path, metadata: Mapping[str, Any], *, architecture: s
         _add(writer, f"{architecture}.{key}", value)
     for key, value in metadata.items():
         _add(writer, key[1:] if key.startswith(".") else f"tokenizer.ggml.{key}", value)
+    writer.add_tensor("token_embd.weight", np.zeros((len(metadata["tokens"]), 32), np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -101,9 +107,7 @@ def write_vocabulary(path: Path, metadata: Mapping[str, Any], *, architecture: s
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if value is None:
         return
-    if isinstance(value, bytes):
-        writer.add_array(key, value)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, bytes) or (isinstance(value, Sequence) and not isinstance(value, str)):
         writer.add_array(key, value)
     else:
         adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
@@ -199,7 +203,8 @@ def sentencepiece_bpe(*, special: Sequence[str] = SPECIAL, user: Sequence[str] =
 
 
 GEMMA_USER = (
-    *("\n" * count for count in range(2, 8)), *("▁" * count for count in range(2, 10)), "<table>", "</table>", "<b>", "[@BOS@]", "\t\t",
+    *("\n" * count for count in range(2, 8)), *("▁" * count for count in range(2, 10)),
+    "<table>", "</table>", "<b>", "[@BOS@]", "\t\t",
 )  # fmt: skip
 
 
@@ -212,8 +217,8 @@ def gemma(**more: Any) -> dict[str, Any]:
     """Metadata of a SentencePiece vocabulary as Gemma 1 to 3 have it."""
     found = sentencepiece_pieces(gemma_model(), GEMMA_USER)
     return {
-        "model": "llama", "pre": "default", "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_space_prefix": False,
-        **found, **more,
+        "model": "llama", "pre": "default", "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0,
+        "add_space_prefix": False, **found, **more,
     }  # fmt: skip
 
 
@@ -287,7 +292,8 @@ def gemma4(**more: Any) -> dict[str, Any]:
     assert len(set(tokens)) == len(tokens)
     return {
         "model": "gemma4", "tokens": tokens, "merges": [" ".join(pair) for pair in model["merges"]],
-        "token_type": [CONTROL] * len(control) + [BYTE] * 256 + [NORMAL] * (len(runs) + len(learned)) + [USER_DEFINED] * len(user),
+        "token_type": [CONTROL] * len(control) + [BYTE] * 256 + [NORMAL] * (len(runs) + len(learned))
+        + [USER_DEFINED] * len(user),
         "scores": [-1000.0] * len(tokens), "bos_token_id": 2, "eos_token_id": 1, "unknown_token_id": 3, "padding_token_id": 0,
         "add_space_prefix": False, "add_bos_token": True, **more,
     }  # fmt: skip
