@@ -305,7 +305,7 @@ def test_phi_3s_special_tokens_absorb_the_white_space_after_them(folder: Path) -
     # transformers absorbs white space that C does not know too, and keeps U+2581 that stands before a special token
     texts = [text for text in texts if "\u00a0" not in text]
     assert wrong(ours.encode, lambda text: theirs(text).input_ids, texts, metadata["tokens"]) == {}
-    turns = [
+    messages = [
         {"role": "user", "content": " hi\n"},
         {"role": "assistant", "content": "so"},
         {"role": "user", "content": "  ho"},
