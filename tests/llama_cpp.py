@@ -67,10 +67,6 @@ class LlamaVocabulary:
         """The token that prompts begin with, if they begin with one."""
         return int(self._lib.llama_vocab_bos(self._vocab)) if self._lib.llama_vocab_get_add_bos(self._vocab) else None
 
-    def ends(self, token: int) -> bool:
-        """Whether generation ends at a token."""
-        return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
-
 
 @cache
 def _library() -> Any:
@@ -92,10 +88,8 @@ def _library() -> Any:
     lib.llama_token_to_piece.argtypes = [
         ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_bool,
     ]  # fmt: skip
-    lib.llama_vocab_is_eog.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     lib.llama_vocab_bos.argtypes = lib.llama_vocab_get_add_bos.argtypes = [ctypes.c_void_p]
     lib.llama_vocab_get_add_bos.restype = ctypes.c_bool
-    lib.llama_vocab_is_eog.restype = ctypes.c_bool
     lib.llama_log_set(_SILENT, None)
     return lib
 
