@@ -55,6 +55,18 @@ class LlamaVocabulary:
         assert size >= 0
         return out.raw[:size].decode(errors="replace")
 
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """What `llama-completion` prints of a token; nothing of a control token unless `special`."""
+        out = ctypes.create_string_buffer(4096)
+        size = self._lib.llama_token_to_piece(self._vocab, token, out, len(out), 0, special)
+        assert size >= 0
+        return out.raw[:size]
+
+    @property
+    def begin(self) -> int | None:
+        """The token that prompts begin with, if they begin with one."""
+        return int(self._lib.llama_vocab_bos(self._vocab)) if self._lib.llama_vocab_get_add_bos(self._vocab) else None
+
 
 @cache
 def _library() -> Any:
@@ -73,6 +85,11 @@ def _library() -> Any:
     lib.llama_detokenize.argtypes = [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32, ctypes.c_bool, ctypes.c_bool,
     ]  # fmt: skip
+    lib.llama_token_to_piece.argtypes = [
+        ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_bool,
+    ]  # fmt: skip
+    lib.llama_vocab_bos.argtypes = lib.llama_vocab_get_add_bos.argtypes = [ctypes.c_void_p]
+    lib.llama_vocab_get_add_bos.restype = ctypes.c_bool
     lib.llama_log_set(_SILENT, None)
     return lib
 
