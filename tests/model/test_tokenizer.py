@@ -12,7 +12,8 @@ from tokenizers import Tokenizer as Backend
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import UnsupportedError
 from headrace.model.cuts import cut
-from headrace.model.tokenizer import Tokenizer, _turn_ends
+from headrace.model.end_tokens import ends_among
+from headrace.model.tokenizer import Tokenizer
 
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>")
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>")
@@ -21,7 +22,7 @@ TEMPLATE = (
 )
 TEXTS = (
     "Hello, world!", "  two spaces\n\n\ttab and   more", "日本語 — ünïcödé 🙂", "x=1\nfor i in range(10):\n    print(i)\n\n\n",
-    "<|turn>user\nhi<turn|>\n", "<|channel>thought\n<channel|>the answer", "", " ", "\n\n\n\n", "a<|tool_response>b",
+    "<|turn>user\nhi<turn|>\n", "<|channel>thought\n<channel|>the answer", "", " ", "\n\n\n\n", "a<|tool_call>b",
 )  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def backend() -> Backend:
     """A tokenizer as Gemma's are: BPE over characters with bytes to fall back on, spaces written as a sign of their own."""
     made = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     made.normalizer = normalizers.Replace(" ", "▁")
-    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")  # no piece goes on in another line
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     first = [*CONTROL, *VISIBLE, *(f"<0x{byte:02X}>" for byte in range(256))]
     made.train_from_iterator(
@@ -40,6 +41,7 @@ def backend() -> Backend:
     fresh = json.loads(made.to_str())
     fresh["added_tokens"] = []  # bytes are no special tokens, they were only to have their numbers
     made = Backend.from_str(json.dumps(fresh))
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
     made.add_tokens([AddedToken(token, normalized=False) for token in VISIBLE])
     return made
@@ -174,8 +176,8 @@ def test_a_way_to_cut_that_nobody_knows_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_message_that_ends_is_not_the_end_of_a_turn_of_several() -> None:
-    assert _turn_ends({"<|end|>", "<|endoftext|>"}.__contains__) == ["<|end|>", "<|endoftext|>"]
-    assert _turn_ends({"<|end|>", "<|return|>", "<|call|>"}.__contains__) == ["<|return|>", "<|call|>"]
+    assert ends_among({"<|end|>", "<|endoftext|>"}.__contains__) == (["<|end|>", "<|endoftext|>"], [])
+    assert ends_among({"<|end|>", "<|return|>", "<|call|>"}.__contains__) == (["<|return|>", "<|call|>"], ["<|end|>"])
 
 
 def of_bytes(text: str) -> Backend:

@@ -73,9 +73,9 @@ class FolderVocabulary:
         """As `Vocabulary.decode`."""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
-    def stream(self, before: Sequence[int] | None = None) -> TextStream:
-        """As `Vocabulary.stream`."""
-        return WindowStream(self._backend, (before or ())[-_CONTEXT_TOKENS:])
+    def stream(self, before: Sequence[int] = (), *, strip_space: bool = False) -> TextStream:
+        """As `Vocabulary.stream`: decoders strip the space where nothing is before it."""
+        return WindowStream(self._backend, () if strip_space else before[-_CONTEXT_TOKENS:])
 
     def _added_id(self, token: str) -> int | None:
         number: int | None = self._backend.token_to_id(token)

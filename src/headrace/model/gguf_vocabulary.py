@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
-from tokenizers.models import BPE, Unigram
+from tokenizers.models import BPE
 from tokenizers.normalizers import Precompiled
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
 from headrace.checkpoint import Checkpoint
 from headrace.errors import CheckpointError, UnsupportedError
@@ -26,6 +25,7 @@ from headrace.model.panics import tables_trusted
 from headrace.model.sentencepiece import SPACE, SentencePieceBpe
 from headrace.model.special_tokens import SpecialToken, SpecialTokens
 from headrace.model.text_stream import ByteStream, TextStream
+from headrace.model.unigram import UnigramModel
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # `tokenizer.ggml.token_type`
 # Ids that a file need not name.
@@ -38,6 +38,7 @@ _KEEP_WHITE_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 # What texts of GLM-4 begin with.
 _GLM_PREFIX, _OF_GLM = ("[gMASK]", "<sop>"), ("chatglm-bpe", "glm4")
 _ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # whose keys name tokens that end an answer
+_BLANKS, _PADDING = 100, re.compile(r"\[PAD\d+\]")
 _SPACES, _LINE_ENDS = re.compile(" +"), re.compile("(\n+)")
 
 
@@ -60,13 +61,15 @@ class GgufVocabulary:
         self._kind = kind
         self._tokens = [str(token) for token in tokens]
         self._types = _types(checkpoint, len(tokens))
+        if kind == "t5":
+            self._respell_blanks()
         self._ids = {token: i for i, token in reversed([*enumerate(self._tokens)])}  # the first of equal ones
         self.bos_id, self._eos_id = self._named(checkpoint, "bos_token_id"), self._named(checkpoint, "eos_token_id")
         self.end_ids = self._ends(checkpoint)
         self._special = self._special_tokens(checkpoint)
         pre = str(checkpoint.get("tokenizer.ggml.pre") or "default")
         self._merges_spaces = kind == "llama" and _flag(checkpoint, "remove_extra_whitespaces", False)
-        self._space_first = kind in ("llama", "t5") and _flag(checkpoint, "add_space_prefix", True)
+        self._space_first = kind in ("llama", "t5") and _flag(checkpoint, "add_space_prefix", kind == "llama")
         self.adds_bos = self.bos_id is not None and (
             kind == "gemma4" or _flag(checkpoint, "add_bos_token", _begins(kind, pre))
         )
@@ -134,9 +137,9 @@ class GgufVocabulary:
         text = b"".join(map(self.bytes_of, ids)).decode(errors="replace")
         return text.removeprefix(" ") if self._space_first else text
 
-    def stream(self, before: Sequence[int] | None = None) -> TextStream:
+    def stream(self, before: Sequence[int] = (), *, strip_space: bool = False) -> TextStream:
         """As `Vocabulary.stream`."""
-        return ByteStream(self.bytes_of, strip_space=self._space_first and before is None)
+        return ByteStream(self.bytes_of, strip_space=self._space_first and strip_space)
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that a token stands for, none of a control token."""
@@ -153,6 +156,12 @@ class GgufVocabulary:
             return b"".join(bytes([self._alphabet[char]]) if char in self._alphabet else char.encode() for char in text)
         return text.replace(SPACE, " ").encode()
 
+    def _respell_blanks(self) -> None:
+        """T5 writes blanks of a text as `<extra_id_0>` and so on; converters call them padding, in reverse order."""
+        blanks = [i for i, token in enumerate(self._tokens) if _PADDING.fullmatch(token)][:_BLANKS]
+        for number, i in enumerate(blanks):
+            self._tokens[i], self._types[i] = f"<extra_id_{_BLANKS - 1 - number}>", _CONTROL
+
     def _named(self, checkpoint: Checkpoint, name: str) -> int | None:
         token = checkpoint.get(f"tokenizer.ggml.{name}")
         token = _USUAL_IDS.get(self._kind, {}).get(name) if token is None else token
@@ -163,6 +172,8 @@ class GgufVocabulary:
         ends = {self._named(checkpoint, f"{name}_token_id") for name in _ENDS}
         special = {token for token, i in self._ids.items() if self._types[i] in (_CONTROL, _USER_DEFINED)}
         spelled, marks = ends_among(special.__contains__)
+        for token in spelled:
+            self._types[self._ids[token]] = _CONTROL
         for token in marks:  # they are shown
             self._types[self._ids[token]] = _USER_DEFINED
         return frozenset(i for i in (*ends, *(self._ids[token] for token in spelled)) if i is not None)
@@ -223,16 +234,17 @@ class GgufVocabulary:
         return encode
 
     def _unigram(self, checkpoint: Checkpoint, _: str) -> Callable[[str, bool], list[int]]:
-        scores = _scores(checkpoint, len(self._tokens))
-        description = {"tokenizer_type": "t5", "tokens": self._tokens, "scores": scores, "token_type": []}
-        backend, _unused = convert_gguf_tokenizer(checkpoint.architecture, description)
-        unknown, has_bytes = self._named(checkpoint, "unknown_token_id"), _BYTE in self._types
-        vocabulary = [(backend.id_to_token(i), score) for i, score in enumerate(scores)]
-        backend.model = Unigram(vocabulary, unk_id=unknown, byte_fallback=has_bytes)
-        charsmap = _charsmap(checkpoint)
-        if charsmap:
-            backend.normalizer = Precompiled(charsmap)
-        return lambda text, _: list(backend.encode(text, add_special_tokens=False).ids)
+        merges_spaces = _flag(checkpoint, "remove_extra_whitespaces", False)
+        model = UnigramModel(
+            self._tokens,
+            _scores(checkpoint, len(self._tokens)),
+            self._types,
+            unknown_id=self._named(checkpoint, "unknown_token_id"),
+            charsmap=_charsmap(checkpoint),
+            space_first=self._space_first or merges_spaces,
+            merges_spaces=merges_spaces,
+        )
+        return lambda text, _: model.encode(text)
 
     def _byte_ids(self) -> dict[int, int]:
         return {_byte_of(text): i for i, text in enumerate(self._tokens) if self._types[i] == _BYTE}

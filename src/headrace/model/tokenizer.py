@@ -58,8 +58,13 @@ class Vocabulary(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without control tokens."""
 
-    def stream(self, before: Sequence[int] | None = None) -> TextStream:
-        """A decoder of one token after another. `before`: the tokens that the text goes on after; None: a new text begins."""
+    def stream(self, before: Sequence[int] = (), *, strip_space: bool = False) -> TextStream:
+        """A decoder of one token after another.
+
+        Args:
+            before: the tokens that the text goes on after.
+            strip_space: a new text begins, so leave out the space that SentencePiece puts before its first word.
+        """
 
 
 class Tokenizer:
@@ -90,15 +95,20 @@ class Tokenizer:
         """The text of tokens, without control tokens."""
         return self._vocabulary.decode(ids)
 
-    def stream(self, before: Sequence[int] | None = None) -> TextStream:
-        """A decoder of one token after another. `before`: the tokens that the text goes on after; None: a new text begins."""
-        return self._vocabulary.stream(before)
+    def stream(self, before: Sequence[int] = (), *, strip_space: bool = False) -> TextStream:
+        """A decoder of one token after another.
+
+        Args:
+            before: the tokens that the text goes on after.
+            strip_space: a new text begins, so leave out the space that SentencePiece puts before its first word.
+        """
+        return self._vocabulary.stream(before, strip_space=strip_space)
 
     def answer(self, prompt: Sequence[int], *, raw: bool = False) -> AnswerStream:
         """A decoder for what follows these tokens, which tells thoughts from the answer unless the text is `raw`."""
         if raw:
             return AnswerStream(Marks(), lambda: self.stream(prompt))
-        return AnswerStream(self._marks, self.stream, prompt)
+        return AnswerStream(self._marks, lambda: self.stream(strip_space=True), prompt)
 
     @cached_property
     def _marks(self) -> Marks:

@@ -1,0 +1,72 @@
+"""SentencePiece's unigram model, from the pieces and scores that a GGUF file holds, by the sentencepiece library itself."""
+
+import struct
+from collections.abc import Sequence
+
+from sentencepiece import SentencePieceProcessor
+
+_UNIGRAM, _UNKNOWN = 1, 2
+
+
+class UnigramModel:
+    """Text to token ids: the segmentation into pieces with the highest sum of scores."""
+
+    def __init__(
+        self,
+        pieces: Sequence[str],
+        scores: Sequence[float],
+        types: Sequence[int],
+        *,
+        unknown_id: int | None,
+        charsmap: bytes,
+        space_first: bool,
+        merges_spaces: bool,
+    ):
+        """What the vocabulary holds; `types` are numbered alike in GGUF and sentencepiece.
+
+        Args:
+            pieces: the tokens, whose ids are their places.
+            scores: logarithms of their probabilities.
+            types: normal, unknown, control, user-defined, unused, byte.
+            unknown_id: the token for characters that are in no piece.
+            charsmap: how characters are normalised.
+            space_first: whether a space is put before the text.
+            merges_spaces: whether several spaces are one, and those around the text none.
+        """
+        kinds = [_UNKNOWN if i == unknown_id else kind for i, kind in enumerate(types)]
+        model = b"".join(
+            _message(1, _message(1, piece.encode()) + _float(2, score) + _number(3, kind))
+            for piece, score, kind in zip(pieces, scores, kinds, strict=True)
+        )
+        model += _message(2, _number(3, _UNIGRAM) + (b"" if unknown_id is None else _number(40, unknown_id)))
+        normaliser = (
+            _message(1, b"custom") + _message(2, charsmap) + _number(3, space_first) + _number(4, merges_spaces)
+        )
+        self._processor = SentencePieceProcessor(model_proto=model + _message(3, normaliser))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids."""
+        return [int(i) for i in self._processor.encode(text)]
+
+
+# The three wire types of protocol buffers that `sentencepiece_model.proto` needs.
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _float(field: int, value: float) -> bytes:
+    return _varint(field << 3 | 5) + struct.pack("<f", value)
+
+
+def _message(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value
