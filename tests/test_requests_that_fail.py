@@ -211,7 +211,10 @@ class Lines:
 
 
 @UNTRACED
-@pytest.mark.parametrize("module", [headrace.api, headrace.engine.scheduler, headrace.engine.engine])
+@pytest.mark.parametrize(
+    "module",
+    [headrace.api, headrace.engine.scheduler, pytest.param(headrace.engine.engine, marks=pytest.mark.stress)],
+)
 def test_ctrl_c_at_any_line_leaves_the_model_usable(model: headrace.Model, module: Any) -> None:
     file = str(module.__file__)
     with Lines(file) as whole:
