@@ -14,7 +14,8 @@ from scripted import write_scripted
 from headrace.checkpoint import open_checkpoint
 from headrace.model.tokenizer import Prompt, Tokenizer
 
-WIDTH = 256
+WIDTH = 256  # of the model, and the longest text
+_TOKENIZERS: dict[str, Tokenizer] = {}  # those of files written before, by what they were made of
 
 
 def write_says(path: Path, said: Sequence[int], prompt: Prompt, *, raw: bool = False, **options: Any) -> Path:
@@ -26,8 +27,10 @@ def write_says(path: Path, said: Sequence[int], prompt: Prompt, *, raw: bool = F
         prompt: as `Model.generate` is given it, with `raw`. The answer to one of another length is shifted.
         options: of `write_scripted`.
     """
-    _write(path, {}, **options)
-    first = len(Tokenizer(open_checkpoint(str(path))).prompt(prompt, raw=raw)) - 1
+    key = repr(sorted(options.items()))
+    if key not in _TOKENIZERS:
+        _TOKENIZERS[key] = Tokenizer(open_checkpoint(str(_write(path, {}, **options))))
+    first = len(_TOKENIZERS[key].prompt(prompt, raw=raw)) - 1
     return _write(path, dict(enumerate(said, first)), **options)
 
 
