@@ -344,6 +344,16 @@ def test_a_forked_process_may_close_its_copy(load: Load) -> None:
         assert forked(lambda: (model.close(), ask(model))).startswith("UsageError")
 
 
+@pytest.mark.parametrize("closed", [False, True], ids=["open", "closed"])
+def test_a_forked_process_loads_a_model_of_its_own_or_is_told_that_it_cannot(load: Load, closed: bool) -> None:
+    with load() as model:
+        ask(model)
+        if closed:
+            model.close()
+        said = forked(lambda: ask(load()))
+        assert said == SAID or (said.startswith("UsageError") and ("fork" in said or "process" in said))
+
+
 def test_a_forked_process_may_count_tokens(load: Load) -> None:
     with load() as model:
         assert forked(lambda: model.encode("hi")) == str(model.encode("hi"))
