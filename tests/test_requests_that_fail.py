@@ -28,9 +28,9 @@ SAID = "abcdefg"
 UNTRACED = pytest.mark.skipif(sys.gettrace() is not None, reason="a debugger or a coverage tool traces this run")
 
 
-@pytest.fixture(params=[None, "prompt"], ids=["plain", "draft"])
-def model(tmp_path: Path, profile: Profile, request: pytest.FixtureRequest) -> Iterator[headrace.Model]:
-    path = write_says(
+@pytest.fixture
+def path(tmp_path: Path, profile: Profile) -> Path:
+    return write_says(
         tmp_path / "m.gguf",
         [NUMBER(one) for one in SAID],
         "hi",
@@ -38,6 +38,17 @@ def model(tmp_path: Path, profile: Profile, request: pytest.FixtureRequest) -> I
         template=CHATML,
         eos=NUMBER("<|im_end|>"),
     )
+
+
+@pytest.fixture
+def model(path: Path, profile: Profile) -> Iterator[headrace.Model]:
+    with headrace.load(path, memory="4GiB", context_tokens=64, draft=None, profile=profile) as loaded:
+        yield loaded
+
+
+@pytest.fixture(params=[None, "prompt"], ids=["plain", "draft"])
+def either(path: Path, profile: Profile, request: pytest.FixtureRequest) -> Iterator[headrace.Model]:
+    """A model without and with draft tokens."""
     with headrace.load(path, memory="4GiB", context_tokens=64, draft=request.param, profile=profile) as loaded:
         yield loaded
 
@@ -100,11 +111,11 @@ class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
 @pytest.mark.parametrize("argument", ["on_progress", "on_piece"])
-@pytest.mark.parametrize("calls", [1, 2, 4])
+@pytest.mark.parametrize("calls", [1, 4])
 def test_a_callback_that_raises_leaves_the_model_usable(
-    model: headrace.Model, argument: str, calls: int, error: type[BaseException]
+    either: headrace.Model, argument: str, calls: int, error: type[BaseException]
 ) -> None:
     made = []
 
@@ -114,17 +125,17 @@ def test_a_callback_that_raises_leaves_the_model_usable(
             raise error
 
     with pytest.raises(error):
-        model.generate("hi", sampling=GREEDY, max_tokens=20, **{argument: callback})
-    answers_as_ever(model)
+        either.generate("hi", sampling=GREEDY, max_tokens=20, **{argument: callback})
+    answers_as_ever(either)
 
 
-@pytest.mark.parametrize("pieces", range(4))
-def test_a_stream_that_is_dropped_half_way_leaves_the_model_usable(model: headrace.Model, pieces: int) -> None:
-    stream = model.stream("hi", sampling=GREEDY, max_tokens=20)
+@pytest.mark.parametrize("pieces", [0, 1, 3])
+def test_a_stream_that_is_dropped_half_way_leaves_the_model_usable(either: headrace.Model, pieces: int) -> None:
+    stream = either.stream("hi", sampling=GREEDY, max_tokens=20)
     for _ in range(pieces):
         next(stream)
     del stream
-    answers_as_ever(model)
+    answers_as_ever(either)
 
 
 def test_a_stream_that_was_never_begun_is_not_open(model: headrace.Model) -> None:
@@ -141,15 +152,7 @@ def test_an_exception_thrown_into_a_stream_leaves_the_model_usable(model: headra
     answers_as_ever(model)
 
 
-def test_jobs_that_fail_while_others_answer_leave_the_model_usable(tmp_path: Path, profile: Profile) -> None:
-    path = write_says(
-        tmp_path / "m.gguf",
-        [NUMBER(one) for one in SAID],
-        "hi",
-        **VOCABULARY,
-        template=CHATML,
-        eos=NUMBER("<|im_end|>"),
-    )
+def test_jobs_that_fail_while_others_answer_leave_the_model_usable(path: Path, profile: Profile) -> None:
     with headrace.load(path, memory="4GiB", context_tokens=64, draft=None, sequences=2, profile=profile) as model:
         job = headrace.api.Job(tokens=model.encode("hi"), max_tokens=20, sampling=GREEDY)
 
@@ -215,18 +218,18 @@ class Lines:
     "module",
     [headrace.api, headrace.engine.scheduler, pytest.param(headrace.engine.engine, marks=pytest.mark.stress)],
 )
-def test_ctrl_c_at_any_line_leaves_the_model_usable(model: headrace.Model, module: Any) -> None:
+def test_ctrl_c_at_any_line_leaves_the_model_usable(either: headrace.Model, module: Any) -> None:
     file = str(module.__file__)
     with Lines(file) as whole:
-        model.generate("hi", sampling=GREEDY, max_tokens=3)
+        either.generate("hi", sampling=GREEDY, max_tokens=3)
     assert len(whole.seen) > 50
     first = {line: at for at, line in reversed([*enumerate(whole.seen, 1)])}
     last = {line: at for at, line in enumerate(whole.seen, 1)}
     for at in sorted({*first.values(), *last.values()}):
         with Lines(file, at), suppress(KeyboardInterrupt):
-            model.generate("hi", sampling=GREEDY, max_tokens=3)
+            either.generate("hi", sampling=GREEDY, max_tokens=3)
         try:
-            answers_as_ever(model)
+            answers_as_ever(either)
         except (HeadraceError, AssertionError, IndexError, ValueError) as error:
             pytest.fail(f"after Ctrl-C at {Path(file).name}:{whole.seen[at - 1]}: {error!r}")
 
