@@ -1,0 +1,63 @@
+"""GGUF files of a model that says the same whatever it reads: its next token depends on the position alone.
+
+So an answer may hold one token several times, as messages with several marks do. It is GPT-2 with one-hot position
+embeddings, token embeddings of zeros, and attention and MLP that add zero.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scripted import write_scripted
+
+from headrace.checkpoint import open_checkpoint
+from headrace.model.tokenizer import Prompt, Tokenizer
+
+WIDTH = 256  # of the model, and the longest text
+_TOKENIZERS: dict[str, Tokenizer] = {}  # those of files written before, by what they were made of
+
+
+def write_says(path: Path, said: Sequence[int], prompt: Prompt, *, raw: bool = False, **options: Any) -> Path:
+    """Write a model that answers this prompt with these tokens, and then with `eos` for ever.
+
+    Args:
+        path: of the file.
+        said: token ids of the answer.
+        prompt: as `Model.generate` is given it, with `raw`. The answer to one of another length is shifted.
+        options: of `write_scripted`.
+    """
+    key = repr(sorted(options.items()))
+    if key not in _TOKENIZERS:
+        _TOKENIZERS[key] = Tokenizer(open_checkpoint(str(_write(path, {}, **options))))
+    first = len(_TOKENIZERS[key].prompt(prompt, raw=raw)) - 1
+    return _write(path, dict(enumerate(said, first)), **options)
+
+
+def _write(path: Path, said: dict[int, int], **options: Any) -> Path:
+    rows, end = len(options["tokens"]), options.get("eos") or 0
+    zeros = {
+        "attn_qkv": (3 * WIDTH, WIDTH), "attn_output": (WIDTH, WIDTH), "ffn_up": (64, WIDTH), "ffn_down": (WIDTH, 64),
+    }  # fmt: skip
+    tensors: dict[str, np.ndarray | None] = {
+        f"blk.0.{name}.weight": None for name in ("attn_q", "attn_k", "attn_v", "ffn_gate")
+    }
+    for name, shape in zeros.items():
+        tensors[f"blk.0.{name}.weight"] = np.zeros(shape, np.float32)
+        tensors[f"blk.0.{name}.bias"] = np.zeros(shape[0], np.float32)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = np.ones(WIDTH, np.float32), np.zeros(WIDTH, np.float32)
+    head = np.zeros((rows, WIDTH), np.float32)
+    for position in range(WIDTH):
+        head[said.get(position, end), position] = 1
+    tensors |= {
+        "token_embd.weight": np.zeros((rows, WIDTH), np.float32),
+        "position_embd.weight": np.eye(WIDTH, dtype=np.float32),
+        "output.weight": head,
+    }
+    metadata = {
+        "gpt2.embedding_length": WIDTH, "gpt2.attention.layer_norm_epsilon": 1e-5,
+        "gpt2.attention.layer_norm_rms_epsilon": None,
+    }  # fmt: skip
+    given = {**options, "metadata": {**metadata, **(options.get("metadata") or {})}, "tensors": tensors}
+    return write_scripted(path, architecture="gpt2", context=WIDTH, **given)
