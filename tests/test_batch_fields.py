@@ -16,7 +16,7 @@ from scripted import CHATML, byte_level, in_turn, write_scripted
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from headrace.cli import main
-from headrace.plan import Profile
+from headrace.plan import guessed_profile
 from headrace.plan.profile import save_profile
 from headrace.units import MIB
 
@@ -173,7 +173,10 @@ REFUSED: dict[str, list[Any]] = {
     "logit_bias": [{"97": 5}],
     "logprobs": [True],
     "top_logprobs": [3],
-    "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}],
+    "response_format": [
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
+    ],
     "tools": [[{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]],
     "functions": [[{"name": "f"}]],
     "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}],
@@ -248,7 +251,12 @@ REFUSED_OF_MESSAGES: dict[str, list[Any]] = {
     "function_call": [{"name": "f", "arguments": "{}"}],
     "audio": [{"id": "a1"}],
     "no_such_field": [1],
-    "tool_calls": ["x", [3], [{"type": "function"}], [{"type": "function", "function": {"name": "f", "arguments": "{"}}]],
+    "tool_calls": [
+        "x",
+        [3],
+        [{"type": "function"}],
+        [{"type": "function", "function": {"name": "f", "arguments": "{"}}],
+    ],
 }
 WITHOUT_EFFECT_OF_MESSAGES: dict[str, list[Any]] = {
     "tool_calls": [[]],
@@ -292,11 +300,28 @@ class Answers:
         keys = {_key(body, line): (body, line) for body, line in _requests(model)}
         with source.open("w") as file:
             for key, (body, line) in keys.items():
-                url = "/v1/completions" if "messages" not in body or body.get("prompt") == "a" else "/v1/chat/completions"
+                url = (
+                    "/v1/completions" if "messages" not in body or body.get("prompt") == "a" else "/v1/chat/completions"
+                )
                 given = {"custom_id": key, "method": "POST", "url": url, "body": body, **line}
                 file.write(json.dumps(given) + "\n")
-        arguments = ["batch", source, target, "-m", self.models[model], "--memory", "2GiB", "--draft", "none", "-n", "7"]
-        result = CliRunner().invoke(main, [str(one) for one in arguments])
+        arguments = [
+            "batch",
+            source,
+            target,
+            "-m",
+            self.models[model],
+            "--memory",
+            "2GiB",
+            "--draft",
+            "none",
+            "-n",
+            "7",
+        ]
+        with pytest.MonkeyPatch.context() as patch:  # a profile, or the machine would be measured
+            patch.setenv("HEADRACE_HOME", str(self._folder / "home"))
+            save_profile(replace(guessed_profile(), runtime_bytes=400 * MIB, disk_bytes_per_s={"0": 2e9}))
+            result = CliRunner().invoke(main, [str(one) for one in arguments])
         assert result.exit_code in (0, 1), result.output
         found = {record["custom_id"]: record for record in map(json.loads, target.read_text().splitlines())}
         assert set(found) == set(keys)
@@ -319,7 +344,10 @@ CALL_AND_CONTENT: list[dict[str, Any]] = [
     {"content": "I look", "tool_calls": calls("x")},
     {"content": None, "tool_calls": calls("x", "yy")},
 ]
-NOT_TEXTS: list[Any] = [None, 3, {}, [], [None], [{"type": "text"}], [{"type": "text", "text": None}], [{"type": "text", "text": 3}]]
+NOT_TEXTS: list[Any] = [
+    *(None, 3, {}, [], [None]),
+    *([{"type": "text"}], [{"type": "text", "text": None}], [{"type": "text", "text": 3}]),
+]
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 NULLS = sorted(
     {"max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "reasoning_effort", "add_generation_prompt"}
@@ -364,12 +392,8 @@ def _requests(model: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory, profile: Profile) -> Iterator[Answers]:
-    folder = tmp_path_factory.mktemp("fields")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HEADRACE_HOME", str(folder / "home"))
-        save_profile(replace(profile, runtime_bytes=400 * MIB, disk_bytes_per_s={"0": 2e9}))
-        yield Answers(folder)
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return Answers(tmp_path_factory.mktemp("fields"))
 
 
 def text_of(record: Record) -> str:
