@@ -78,6 +78,8 @@ OBEYED: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 0, "top_p": 1, "min_p": 0}, "abc"),
     ({"seed": -1}, "abc"),
     ({"temperature": 1, "top_k": 1}, "abc"),
+    ({"temperature": 1e-42}, "abc"),  # logits divided by it are no longer numbers
+    ({"temperature": 5e-324, "top_p": 0.9}, "abc"),
     ({"chat_template_kwargs": {"enable_thinking": False}}, "ghi"),
     ({"chat_template_kwargs": {"enable_thinking": True}}, "abc"),
     ({"chat_template_kwargs": {}}, "abc"),
