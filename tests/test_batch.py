@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,14 +93,14 @@ def test_bad_lines_get_errors_of_their_own_and_the_rest_goes_on(tiny_llama: Path
     ]
     source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     result = batch(source, target, tiny_llama, "--ctx-size", "64")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
     written = [json.loads(text) for text in target.read_text().splitlines()]
-    codes = {(record["custom_id"] or record["id"]): (record["error"] or {}).get("code") for record in written}
+    codes = {_name(record): (record["error"] or {}).get("code") for record in written}
     assert codes == {
         "good": None,
-        "batch_req_2": "invalid_json_line",
-        "batch_req_3": "missing_custom_id",
-        "batch_req_4": "duplicate_custom_id",
+        2: "invalid_json_line",
+        3: "missing_custom_id",
+        4: "duplicate_custom_id",
         "url": "invalid_url",
         "long": "context_length_exceeded",
         "tools": "unsupported_parameter",
@@ -111,8 +112,15 @@ def test_bad_lines_get_errors_of_their_own_and_the_rest_goes_on(tiny_llama: Path
         "last": None,
     }
     size = target.stat().st_size
-    assert batch(source, target, tiny_llama).exit_code == 0
+    assert batch(source, target, tiny_llama).exit_code == 1
     assert target.stat().st_size == size  # nothing is done twice
+
+
+def _name(record: dict[str, Any]) -> str | int:
+    """The name of a request, or the number of its line, with which our own names begin."""
+    number = re.match(r"batch_req_(\d+)", record["id"])
+    assert number
+    return record["custom_id"] or int(number[1])
 
 
 def test_a_conversation_that_the_template_refuses_does_not_stop_the_others(tiny_llama: Path, tmp_path: Path) -> None:
@@ -127,7 +135,7 @@ def test_a_conversation_that_the_template_refuses_does_not_stop_the_others(tiny_
         "body": {"messages": [{"role": "user", "content": "a"}]},
     }
     source = write(tmp_path / "in.jsonl", [chat, line("plain"), chat | {"custom_id": "again"}])
-    assert batch(source, tmp_path / "out.jsonl", strict).exit_code == 0
+    assert batch(source, tmp_path / "out.jsonl", strict).exit_code == 1
     found = records(tmp_path / "out.jsonl")
     assert found["plain"]["response"]["status_code"] == 200
     assert {found[name]["error"]["code"] for name in ("chat", "again")} == {"invalid_request"}
@@ -137,12 +145,12 @@ def test_a_conversation_that_the_template_refuses_does_not_stop_the_others(tiny_
 def test_half_a_character_is_an_error_of_its_line(tiny_llama: Path, tmp_path: Path) -> None:
     bad = [json.dumps(line("x\ud83d")), json.dumps(line("y", "half \ud83d")), json.dumps(line("z", "whole \U0001f600"))]
     source, target = write(tmp_path / "in.jsonl", bad), tmp_path / "out.jsonl"
-    assert batch(source, target, tiny_llama).exit_code == 0
+    assert batch(source, target, tiny_llama).exit_code == 1
     lines = [json.loads(one) for one in target.read_text().splitlines()]
     assert [one["error"]["code"] for one in lines if one["error"]] == ["invalid_json_line"] * 2
     assert [one["custom_id"] for one in lines if one["response"]] == ["z"]
     size = target.stat().st_size
-    assert batch(source, target, tiny_llama).exit_code == 0
+    assert batch(source, target, tiny_llama).exit_code == 1
     assert target.stat().st_size == size
 
 
@@ -150,14 +158,14 @@ def test_names_that_look_like_ours_are_told_from_lines_without_a_name(tiny_llama
     """An empty name is a name, and so is the one that we would give to the line of another request."""
     source = write(tmp_path / "in.jsonl", [line(""), "no json", line("batch_req_2")])
     target = tmp_path / "out.jsonl"
-    assert batch(source, target, tiny_llama).exit_code == 0
+    assert batch(source, target, tiny_llama).exit_code == 1
     assert len(target.read_text().splitlines()) == 3
     bad = next(text for text in target.read_text().splitlines(keepends=True) if "invalid_json" in text)
     target.write_text(bad)  # as if it had been killed after the bad line
-    assert batch(source, target, tiny_llama).exit_code == 0
+    assert batch(source, target, tiny_llama).exit_code == 1
     assert set(records(target)) == {"", None, "batch_req_2"}
     size = target.stat().st_size
-    assert batch(source, target, tiny_llama).exit_code == 0
+    assert batch(source, target, tiny_llama).exit_code == 1
     assert target.stat().st_size == size
 
 
