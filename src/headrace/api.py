@@ -6,13 +6,16 @@ with headrace.load("model.gguf", memory="4GiB") as model:
         print(piece.text, end="")
 """
 
+import os
 import time
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
 from typing import Any, overload
 
@@ -31,7 +34,7 @@ from headrace.engine.stops import StopScanner
 from headrace.errors import CheckpointError, ContextError, UsageError
 from headrace.kernels import make_kernels
 from headrace.model import Shell, Tokenizer
-from headrace.model.thinking import AnswerStream
+from headrace.model.thinking import AnswerStream, Part, Segment, joined
 from headrace.model.tokenizer import Message, Prompt
 from headrace.plan import (
     NO_DRAFT,
@@ -50,7 +53,7 @@ from headrace.plan import (
 from headrace.plan.record import RunRecord, make_record
 from headrace.plan.routing import Routing, load_routing, save_routing
 from headrace.plan.shape import Built
-from headrace.process import keep_freed_memory, peak_bytes, release_unused, resident_bytes
+from headrace.process import keep_freed_memory, not_after_a_fork, peak_bytes, release_unused, resident_bytes
 from headrace.stream import WeightFile
 from headrace.stream.files import File
 from headrace.stream.policy import ExpertCache
@@ -126,15 +129,32 @@ class _Live:
 
     index: int
     answer: Answer
+    job: "Job"
     text: AnswerStream
     scanner: StopScanner
     start: float
     ttft_s: float = 0.0
     count: int = 0
 
+    def take(self, token: int, end_ids: Collection[int]) -> tuple[list[Segment], str | None]:
+        """What a token adds to what is shown, and why the answer ends with it, if it does."""
+        self.count += 1
+        ends = token in end_ids or token in self.job.stop_token_ids
+        shown, stopped = self.scanner.push(self.text.end(token) if ends else self.text.step(token))
+        if ends or stopped:
+            return shown if stopped else shown + self.scanner.rest(), "stop"
+        if self.count < self.answer.most_tokens:
+            return shown, None
+        more, stopped = self.scanner.push(self.text.flush())
+        return shown + more + ([] if stopped else self.scanner.rest()), "stop" if stopped else "length"
+
 
 class Model:
-    """A loaded model. A context manager; not for several threads at once."""
+    """A loaded model. A context manager.
+
+    One stream at a time: threads that ask while another's is open get a `UsageError`. Any thread may close the model. It is of
+    no use in a process that was forked after loading, where its threads do not exist.
+    """
 
     def __init__(
         self,
@@ -160,7 +180,10 @@ class Model:
             self._scheduler.speculation = _speculation(plan, draft_engine)
         # An encoder's positions and a decoder's are each counted for itself; elsewhere the context is the limit.
         self._most_positions = checkpoint.positions_limit(1 << 30) if engine.opening else 1 << 30
-        self._closed = False
+        self._closed = self._torn_down = self._in_step = False
+        self._lock = RLock()  # held during a step, and while everything is given back
+        self._stream: weakref.ref[Iterator[Piece]] | None = None  # that is open, or was the last
+        self._process = os.getpid()
         self._ttft_s: float | None = None
         self._prefilled = 0  # passes until the first token of all
         self._tokens = 0
@@ -173,14 +196,23 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Stop the readers and give everything back. Safe to call twice."""
-        if not self._closed:
-            self._closed = True
-            if self._draft_engine is not None:
-                self._draft_engine.close()
-            if self._engine.experts is not None and self._engine.passes:
-                self._keep_routing(self._engine.experts.stream.cache)
-            self._engine.close()
+        """Stop the readers and give everything back. Safe to call twice, from any thread: a pass in progress is waited for."""
+        self._closed = True
+        if os.getpid() != self._process:
+            return  # what it has is the parent's
+        with self._lock:
+            if not self._in_step:  # else called during a step of this very thread, which will do it
+                self._tear_down()
+
+    def _tear_down(self) -> None:
+        if self._torn_down:
+            return
+        self._torn_down = True
+        if self._draft_engine is not None:
+            self._draft_engine.close()
+        if self._engine.experts is not None and self._engine.passes:
+            self._keep_routing(self._engine.experts.stream.cache)
+        self._engine.close()
 
     def _keep_routing(self, cache: ExpertCache) -> None:
         """Leave to the next run what routers have chosen, and how much of it was in memory."""
@@ -241,10 +273,16 @@ class Model:
             ReadError: the weights could not be read.
             UsageError: the model is closed, or another stream of it has not been read to its end or closed.
         """
-        sampling = sampling or self.default_sampling()
-        stops = (stop,) if isinstance(stop, str) else stop
+        sampling = self.default_sampling() if sampling is None else sampling
         jobs = [
-            Job(tokens=self.encode(one, raw=raw), max_tokens=max_tokens, sampling=sampling, stop=stops, raw=raw)
+            Job(
+                tokens=self.encode(one, raw=raw),
+                tail=self.tokenizer.tail(one, raw=raw),
+                max_tokens=max_tokens,
+                sampling=sampling,
+                stop=(stop,) if isinstance(stop, str) else stop,
+                raw=raw,
+            )
             for one in _prompts(prompt)
         ]
         return self.stream_jobs(iter(jobs), on_progress)
@@ -259,6 +297,7 @@ class Model:
         tokens = self.tokenizer.prompt(prompt, raw=raw)
         if not tokens:
             raise UsageError("the prompt is empty", hint="give a prompt of at least one token")
+        self._check_tokens(tokens)
         if len(tokens) - len(self._engine.opening) > self._most_positions:
             raise ContextError(
                 f"the prompt has {len(tokens) - len(self._engine.opening)} tokens, the model's encoder reads at most"
@@ -276,54 +315,106 @@ class Model:
             )
         return tokens
 
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raise `UsageError` for tokens that the model has no embedding of."""
+        rows = self._engine.embedding_rows
+        beyond = next((token for token in tokens if token < 0 or (rows is not None and token >= rows)), None)
+        if beyond is not None:
+            spelled = self.tokenizer.decode([beyond]) if beyond >= 0 else ""
+            raise UsageError(
+                f"the prompt holds token {beyond}{f' ({spelled!r})' if spelled else ''}, the model has embeddings of {rows}",
+                hint="the tokenizer is of another model; leave this text out",
+            )
+
     def stream_jobs(
         self, jobs: Iterator["Job"], on_progress: Callable[[Progress], None] | None = None
     ) -> Iterator[Piece]:
         """As `stream`, for jobs that may each have settings of their own. One is taken whenever there is room for it."""
-        scheduler, live = self._scheduler, dict[Answer, _Live]()
-        if self._closed:
-            raise UsageError("the model is closed", hint="load it again")
-        if scheduler.answers:
+        mine: list[weakref.ref[Iterator[Piece]]] = []
+        stream = self._stream_jobs(jobs, on_progress, mine)
+        mine.append(weakref.ref(stream))
+        return stream
+
+    def _claim(self, mine: "weakref.ref[Iterator[Piece]]") -> None:
+        """From now on this stream is the one that is open. What the last one left is cleared away: it may have been
+        interrupted at any point, even while it cleared up."""
+        if os.getpid() != self._process:
             raise UsageError(
-                "another stream of this model is open",
-                hint="read it to its end or close it; prompts given together share their passes",
+                "this model was loaded before the process forked", hint="load it in the child, started with `spawn`"
             )
+        with self._lock:
+            if self._closed:
+                raise UsageError("the model is closed", hint="load it again")
+            other = None if self._stream is None else self._stream()
+            if other is not None and getattr(other, "gi_frame", None) is not None:
+                raise UsageError(
+                    "another stream of this model is open",
+                    hint="read it to its end or close it; prompts given together share their passes",
+                )
+            self._stream = mine
+            self._engine.on_visit = None
+            self._scheduler.reset()
+
+    def _stream_jobs(
+        self,
+        jobs: Iterator["Job"],
+        on_progress: Callable[[Progress], None] | None,
+        mine: "list[weakref.ref[Iterator[Piece]]]",
+    ) -> Iterator[Piece]:
+        self._claim(mine[0])
+        scheduler, live = self._scheduler, dict[Answer, _Live]()
         waiting: Iterator[tuple[int, Job]] = enumerate(jobs)
         exhausted = False
-        start = time.perf_counter()
-        self._watch(on_progress, start)
         try:
+            self._watch(on_progress, time.perf_counter())
             while True:
                 while scheduler.has_room and not exhausted:
                     index, job = next(waiting, (-1, None))
                     if job is None:
                         exhausted = True
                         break
-                    room = min(self.plan.context_tokens - len(job.tokens), self._most_positions)
-                    most = room if job.max_tokens is None else min(room, job.max_tokens)
-                    answer = scheduler.add(job.tokens, most, Sampler(job.sampling))
-                    live[answer] = _Live(
-                        index=index,
-                        answer=answer,
-                        text=self.tokenizer.answer(job.tokens, raw=job.raw),
-                        scanner=StopScanner(job.stop),
-                        start=time.perf_counter(),
-                    )
+                    one = self._begin(index, job)
+                    live[one.answer] = one
                 if not live:
                     return
-                if self._closed:
-                    raise UsageError(
-                        "the model was closed while it answered", hint="close it when the stream has ended"
-                    )
-                news = scheduler.step()
+                news = self._step()
                 if news:
                     self._engine.on_visit = None
                 for answer, tokens in news:
                     yield from self._pieces(live, answer, tokens)
         finally:
-            self._engine.on_visit = None
-            for answer in live:
-                scheduler.remove(answer)
+            if os.getpid() == self._process:
+                with self._lock:
+                    self._engine.on_visit = None
+                    for answer in live:
+                        scheduler.remove(answer)
+
+    def _begin(self, index: int, job: "Job") -> _Live:
+        """Everything that can fail comes before the scheduler knows of it."""
+        self._check_tokens(job.tokens)
+        room = min(self.plan.context_tokens - len(job.tokens), self._most_positions)
+        most = room if job.max_tokens is None else min(room, job.max_tokens)
+        text = self.tokenizer.answer(job.tokens, raw=job.raw, tail=job.tail, stops=job.stop)
+        scanner, sampler = StopScanner(job.stop), Sampler(job.sampling)
+        with self._lock:
+            answer = self._scheduler.add(job.tokens, most, sampler)
+            return _Live(index=index, answer=answer, job=job, text=text, scanner=scanner, start=time.perf_counter())
+
+    def _step(self) -> list[tuple[Answer, list[int]]]:
+        if os.getpid() != self._process:
+            raise UsageError("a stream does not go on in a forked process", hint="load the model in the child")
+        with self._lock:
+            try:
+                if not self._closed:
+                    self._in_step = True
+                    news = self._scheduler.step()
+            finally:
+                self._in_step = False
+                if self._closed:
+                    self._tear_down()
+            if self._closed:
+                raise UsageError("the model was closed while it answered", hint="close it when the stream has ended")
+            return news
 
     def _pieces(self, live: dict[Answer, _Live], answer: Answer, tokens: Sequence[int]) -> Iterator[Piece]:
         """The pieces of an answer's new tokens; an answer that ends with them is taken away."""
@@ -335,9 +426,11 @@ class Model:
         if len(self._engine.passes) == self._prefilled:
             self._first_tokens += len(tokens)
         for token in tokens:
-            one.count += 1
+            segments, reason = one.take(token, self.tokenizer.end_ids)
+            text, thought = joined(segments, Part.ANSWER), joined(segments, Part.THOUGHT)
             piece = Piece(
-                text="",
+                text=text,
+                thinking=thought,
                 token=token,
                 prompt_tokens=answer.prompt_tokens,
                 completion_tokens=one.count,
@@ -346,25 +439,16 @@ class Model:
                 passes=len(self._engine.passes),
                 index=one.index,
             )
-            thought = ""
-            if token in self.tokenizer.end_ids:
-                shown = one.scanner.rest()
-                reason: str | None = "stop"
-            else:
-                text, thought = one.text.step(token)
-                shown, stopped = one.scanner.push(text)
-                reason = "stop" if stopped else "length" if one.count == answer.most_tokens else None
-                if reason == "length":
-                    shown += one.scanner.rest()
             if reason is None:
-                yield replace(piece, text=shown, thinking=thought)
+                yield piece
                 continue
-            self._scheduler.remove(answer)
-            del live[answer]
+            with self._lock:
+                self._scheduler.remove(answer)
+                del live[answer]
             if token not in self.tokenizer.end_ids:
-                yield replace(piece, text=shown, thinking=thought)
-                shown = ""
-            yield replace(piece, text=shown, token=None, finish_reason=reason)
+                yield piece
+                piece = replace(piece, text="", thinking="")
+            yield replace(piece, token=None, finish_reason=reason)
             return
 
     def _watch(self, on_progress: Callable[[Progress], None] | None, start: float) -> None:
@@ -510,16 +594,30 @@ class Job:
     max_tokens: int | None
     sampling: Sampling
     stop: Sequence[str] = ()
+    stop_token_ids: frozenset[int] = frozenset()  # as the model's own end tokens
+    tail: Sequence[int] = ()  # what the chat template wrote after the conversation
     raw: bool = False  # what the model thinks is not told from what it answers
 
     def __post_init__(self) -> None:
-        """Refuse an answer of no tokens: it would have no end.
+        """Refuse what would fail later, or have no end.
 
         Raises:
             UsageError: as said.
         """
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UsageError(f"max_tokens is {self.max_tokens}", hint="1 or more, or None")
+        if not self.tokens or not all(isinstance(token, int) for token in self.tokens):
+            raise UsageError("the prompt is empty or holds something else than tokens", hint="at least one token")
+        most = self.max_tokens
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            raise UsageError(f"max_tokens is {most!r}", hint="1 or more, or None")
+        if not isinstance(self.sampling, Sampling):
+            raise UsageError(f"sampling is {self.sampling!r}", hint="give a headrace.Sampling, or None")
+        stops = self.stop
+        if (
+            isinstance(stops, str | bytes)
+            or not isinstance(stops, Sequence)
+            or not all(isinstance(s, str) for s in stops)
+        ):
+            raise UsageError(f"stop is {stops!r}", hint="give a text or a list of texts")
 
 
 def _is_many(prompt: Prompt | Sequence[Prompt]) -> bool:
@@ -579,6 +677,7 @@ def load(
         UsageError: the draft model does not exist or does not fit the model, or the model cannot take guesses back.
     """
     start = time.perf_counter()
+    not_after_a_fork()
     if kv_bits not in (8, 16) or sequences < 1:
         raise UsageError(f"kv_bits {kv_bits}, sequences {sequences}", hint="8 or 16 bits, one sequence or more")
     draft = "none" if draft is None else str(draft)

@@ -2,9 +2,12 @@
 
 import ctypes
 import gc
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
+
+from headrace.errors import UsageError
 
 
 def resident_bytes() -> int:
@@ -37,6 +40,20 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
         libc.mallopt(top_pad, 16 << 20)
         libc.mallopt(mmap_threshold, 4 << 20)
+
+
+def not_after_a_fork() -> None:
+    """Raise `UsageError` in a process that was forked after the first call: the threads of torch and ggml do not exist there,
+    and what waits for them waits for ever."""
+    first = _FIRST_CALL.setdefault("process", os.getpid())
+    if first != os.getpid():
+        raise UsageError(
+            "a model was loaded before the process forked, so no other can be loaded here",
+            hint="start the process with `spawn`, or load models only in children",
+        )
+
+
+_FIRST_CALL: dict[str, int] = {}
 
 
 def _status(key: str) -> int:

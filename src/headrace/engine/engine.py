@@ -275,6 +275,12 @@ class Engine:
             _THREADS.close()
 
     @property
+    def embedding_rows(self) -> int | None:
+        """How many tokens the model has embeddings of."""
+        table = self.model.get_input_embeddings()
+        return None if table is None else getattr(table, "num_embeddings", None)
+
+    @property
     def layers(self) -> int:
         """Decoder layers, each with keys and values of its own."""
         return int(self.model.config.get_text_config().num_hidden_layers)

@@ -22,6 +22,12 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        numbers = {"temperature": float, "top_p": float, "min_p": float, "top_k": int, "seed": int}
+        for name, kind in numbers.items():
+            value = getattr(self, name)
+            allowed = (int, float) if kind is float else (int,)
+            if not (value is None and name == "seed") and (isinstance(value, bool) or not isinstance(value, allowed)):
+                raise UsageError(f"{name} is {value!r}", hint="a number" if kind is float else "a whole number")
         checks = {
             "temperature": 0 <= self.temperature <= 100,
             "top_k": self.top_k >= 0,
@@ -107,14 +113,22 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor
     """
     logits = logits.float()
     if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
-        return (logits / sampling.temperature).softmax(0), torch.arange(logits.shape[0])
+        return _tempered(logits, sampling), torch.arange(logits.shape[0])
     values, tokens, probabilities = _likeliest(logits, sampling)
     keep = probabilities >= sampling.min_p * probabilities[0]
     # The tokens before the one that reaches top_p, and that one.
     keep &= probabilities.cumsum(0) - probabilities < sampling.top_p
     keep[0] = True
     values, tokens = values[keep], tokens[keep]
-    return (values / sampling.temperature).softmax(0), tokens
+    return _tempered(values, sampling), tokens
+
+
+def _tempered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Probabilities at a temperature; the largest logit becomes 0 first, so that the smallest temperatures overflow nothing."""
+    return ((logits - logits.max()) / max(sampling.temperature, _COLDEST)).softmax(0)
+
+
+_COLDEST = 1e-30  # in fp32 a quotient by less is infinite
 
 
 def _likeliest(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

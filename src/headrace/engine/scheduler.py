@@ -101,6 +101,7 @@ class Scheduler:
         self.engine = engine
         self.speculation: Speculation | None = None
         self.answers: list[Answer] = []
+        self._slots = list(slots)
         self._free = list(slots)
         self._prefill_rows = prefill_rows
         # Models with attention of their own take one chunk of a sequence in a pass.
@@ -136,6 +137,15 @@ class Scheduler:
         if self._reused_chunk is None:
             return common
         return min(common, donor.prompt_tokens) // self._reused_chunk * self._reused_chunk
+
+    def reset(self) -> None:
+        """As before the first answer, whatever was interrupted where: what unfinished answers have computed is forgotten."""
+        for slot in self._slots:
+            if slot not in self._free:
+                slot.cache.abandon()
+                slot.keep(0)
+        self.answers.clear()
+        self._free = list(self._slots)
 
     def remove(self, answer: Answer) -> None:
         """End an answer, finished or not. Its cache is kept for what comes next."""

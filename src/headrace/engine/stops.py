@@ -1,35 +1,61 @@
-"""Stop strings in text that comes in pieces: what might be the beginning of one is held back until it is decided."""
+"""Stop strings in text that comes in pieces: what might be the beginning of one is held back until it is decided.
+
+Text is looked at with the spellings of control tokens in it, which are never shown: so they can be stop strings, or part of
+one. In what a model thinks, only control tokens are looked for.
+"""
 
 from collections.abc import Sequence
 
+from headrace.model.thinking import Part, Segment
+
+_MASK = "\ud800"  # in place of thoughts; no text in UTF-8 holds it
+
 
 class StopScanner:
-    """Give it text with `push`; it returns what is safe to show, and whether a stop string was found."""
+    """Give it segments with `push`; it returns what is safe to show, and whether a stop string was found."""
 
     def __init__(self, stops: Sequence[str]):
+        """`stops` may be empty."""
         self._stops = tuple(stop for stop in stops if stop)
-        self._held = ""
+        self._longest = max(map(len, self._stops), default=0)
+        self._held: list[Segment] = []
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """(text to show now, whether a stop string was met); the stop string and all after it are never shown."""
-        self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+    def push(self, segments: Sequence[Segment]) -> tuple[list[Segment], bool]:
+        """(what to show now, whether a stop string was met); the stop string and all after it are never shown."""
+        self._held += segments
+        if not self._stops:
+            return self.rest(), False
+        text = "".join(_MASK * len(text) if part is Part.THOUGHT else text for part, text in self._held)
+        found = [at for at in map(text.find, self._stops) if at >= 0]
         if found:
-            shown, self._held = self._held[: min(found)], ""
+            shown = self._take(min(found))
+            self._held.clear()
             return shown, True
-        keep = self._undecided()
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown, False
+        return self._take(len(text) - self._undecided(text)), False
 
-    def rest(self) -> str:
+    def rest(self) -> list[Segment]:
         """What was held back, when no more text comes."""
-        rest, self._held = self._held, ""
-        return rest
+        rest, self._held = self._held, []
+        return [segment for segment in rest if segment[0] is not Part.HIDDEN]
 
-    def _undecided(self) -> int:
-        """The length of the longest end of the held text that begins a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stops):
+    def _take(self, count: int) -> list[Segment]:
+        """The first `count` characters of what is held, without those that are never shown."""
+        shown: list[Segment] = []
+        while self._held and count:
+            part, text = self._held[0]
+            if part is not Part.HIDDEN:
+                shown.append((part, text[:count]))
+            if len(text) > count:
+                self._held[0] = part, text[count:]
+                break
+            del self._held[0]
+            count -= len(text)
+        return shown
+
+    def _undecided(self, text: str) -> int:
+        """The length of the longest end of the text that begins a stop string."""
+        for size in range(min(self._longest - 1, len(text)), 0, -1):
+            end = text[-size:]
+            if any(stop.startswith(end) for stop in self._stops):
                 return size
         return 0

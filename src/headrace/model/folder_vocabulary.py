@@ -32,7 +32,7 @@ class FolderVocabulary:
         self._backend.no_truncation()  # what was right for training cuts prompts, and fills them up
         self._backend.no_padding()
         self._added = frozenset(self._backend.get_added_tokens_decoder())
-        self.bos, self.eos = found.bos_token or "", found.eos_token or ""
+        self.special_texts: dict[str, Any] = dict(found.special_tokens_map)
         self.bos_id: int | None = found.bos_token_id
         self._eos_id: int | None = found.eos_token_id
         probe = self._ids("a", True)
@@ -68,6 +68,10 @@ class FolderVocabulary:
         """As `Vocabulary.special_id`."""
         number = self._added_id(token)
         return number if number is not None and self._ids(token, False) == [number] else None
+
+    def special_tokens(self, text: str) -> dict[int, str]:
+        """As `Vocabulary.special_tokens`."""
+        return {i: str(self._backend.id_to_token(i)) for i in self._ids(text, False) if i in self._added}
 
     def decode(self, ids: Sequence[int]) -> str:
         """As `Vocabulary.decode`."""

@@ -37,6 +37,7 @@ _USUAL_IDS = {
 _KEEP_WHITE_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 # What texts of GLM-4 begin with.
 _GLM_PREFIX, _OF_GLM = ("[gMASK]", "<sop>"), ("chatglm-bpe", "glm4")
+_NAMED = {"unk": "unknown", "pad": "padding"}
 _ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # whose keys name tokens that end an answer
 _BLANKS, _PADDING = 100, re.compile(r"\[PAD\d+\]")
 _SPACES, _LINE_ENDS = re.compile(" +"), re.compile("(\n+)")
@@ -84,17 +85,13 @@ class GgufVocabulary:
             raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
         template = checkpoint.get("tokenizer.chat_template")
         self.template = template if isinstance(template, str) else None
+        names = {"bos": self.bos_id, "eos": self._eos_id}
+        names |= {short: self._named(checkpoint, f"{name}_token_id") for short, name in _NAMED.items()}
+        # As in llama.cpp, templates are given an empty text where there is no beginning or end token.
+        self.special_texts = {"bos_token": "", "eos_token": ""} | {
+            f"{name}_token": self._tokens[i] for name, i in names.items() if i is not None
+        }
         self._alphabet = {char: byte for byte, char in bytes_to_unicode().items()}
-
-    @property
-    def bos(self) -> str:
-        """The beginning token's spelling, for templates."""
-        return "" if self.bos_id is None else self._tokens[self.bos_id]
-
-    @property
-    def eos(self) -> str:
-        """The end token's spelling."""
-        return "" if self._eos_id is None else self._tokens[self._eos_id]
 
     def plain(self, text: str) -> list[int]:
         """As `Vocabulary.plain`."""
@@ -131,6 +128,10 @@ class GgufVocabulary:
         """As `Vocabulary.special_id`."""
         found = self._special.split(token)
         return found[0] if len(found) == 1 and isinstance(found[0], int) else None
+
+    def special_tokens(self, text: str) -> dict[int, str]:
+        """As `Vocabulary.special_tokens`."""
+        return {part: self._tokens[part] for part in self._special.split(text) if isinstance(part, int)}
 
     def decode(self, ids: Sequence[int]) -> str:
         """As `Vocabulary.decode`."""

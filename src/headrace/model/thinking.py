@@ -1,15 +1,19 @@
 """What a model thinks before it answers, told from the answer by the tokens that it marks both with.
 
 Two ways are published: a pair of tokens around what is thought (Qwen 3, DeepSeek R1, Magistral, Seed-OSS, Gemma 4), and
-messages with a channel each (gpt-oss), of which one is the answer:
+messages with a channel each (gpt-oss), of which `analysis` is thought, as are calls of tools; all others are the answer:
 
     <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>
+
+Nothing that the model writes is lost: text in a header that never becomes a message is shown when the header ends.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import TypeAlias
+
+from headrace.model.text_stream import TextStream
 
 _PAIRS = (
     ("<think>", "</think>"),
@@ -17,23 +21,19 @@ _PAIRS = (
     ("<seed:think>", "</seed:think>"),
     ("<|channel>", "<channel|>"),
 )
-_START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
-_THOUGHT_IN = ("analysis", "commentary")  # channels
-# Of a prompt, the tokens that can say how the answer begins: templates may open what is thought, or close it at once.
-_LAST = 4
+_START, _CHANNEL, _MESSAGE, _END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
+_THOUGHT_IN, _CONSTRAINT = "analysis", "<|constrain|>"
 
 
-class Stream(Protocol):
-    """Text from tokens that come one by one."""
+class Part(Enum):
+    """What a text is a part of."""
 
-    def step(self, token: int) -> str:
-        """The text that this token completes."""
-
-
-class _Part(Enum):
     ANSWER = "answer"
     THOUGHT = "thought"
-    HEADER = "header"  # of a message
+    HIDDEN = "hidden"  # the spelling of a token that is not shown, where a stop string holds it
+
+
+Segment: TypeAlias = tuple[Part, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,10 @@ class Marks:
 
     opening: frozenset[int] = frozenset()
     closing: frozenset[int] = frozenset()
-    headers: frozenset[int] = frozenset()
-    messages: frozenset[int] = frozenset()
+    start: int | None = None
+    channel: int | None = None
+    message: int | None = None
+    end: int | None = None
 
     @classmethod
     def among(cls, token_id: Callable[[str], int | None]) -> "Marks":
@@ -55,50 +57,141 @@ class Marks:
         return cls(
             opening=frozenset(first for first, _ in found),
             closing=frozenset(last for _, last in found),
-            headers=frozenset({start, channel} if channels else ()),  # type: ignore[arg-type]
-            messages=frozenset({message} if channels else ()),  # type: ignore[arg-type]
+            start=start if channels else None,
+            channel=channel if channels else None,
+            message=message if channels else None,
+            end=token_id(_END) if channels else None,
         )
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self.opening) or self.start is not None
+
+    def __contains__(self, token: int) -> bool:
+        """Whether this token is one of them."""
+        return (
+            token in self.opening
+            or token in self.closing
+            or token in (self.start, self.channel, self.message, self.end)
+        )
+
+
+class _Header:
+    """What stands before a message: whose it is, its channel, and for whom it is."""
+
+    def __init__(self) -> None:
+        self.role = self.channel = ""
+        self.in_channel = False
+
+    def add(self, text: str) -> None:
+        """More of it."""
+        if self.in_channel:
+            self.channel += text
+        else:
+            self.role += text
+
+    @property
+    def part(self) -> Part:
+        """What its message is."""
+        channel = self.channel.split()
+        others = [*self.role.split()[1:], *channel[1:]]
+        called = any(not word.startswith(_CONSTRAINT) for word in others)
+        return Part.THOUGHT if called or channel[:1] == [_THOUGHT_IN] else Part.ANSWER
+
+    def as_message(self) -> Segment:
+        """Where no message followed: what was written all the same."""
+        name, _, rest = self.channel.lstrip().partition(" ")
+        role = self.role.strip().removeprefix("assistant").lstrip()
+        part = Part.THOUGHT if name == _THOUGHT_IN else Part.ANSWER
+        return part, role + (rest or ("" if name in _CHANNELS else name))
+
+
+_CHANNELS = ("analysis", "commentary", "final")
 
 
 class AnswerStream:
     """Answer and thoughts from tokens that come one by one."""
 
-    def __init__(self, marks: Marks, stream: Callable[[], Stream], prompt: Sequence[int] = ()):
-        """`stream` makes a decoder for each part; the last tokens of the `prompt` say with which part the model goes on."""
+    def __init__(
+        self,
+        marks: Marks,
+        stream: Callable[[], TextStream],
+        tail: Iterable[int] = (),
+        hidden: Mapping[int, str] | None = None,
+    ):
+        """What it goes by.
+
+        Args:
+            marks: the model's.
+            stream: makes a decoder for each part.
+            tail: what the chat template wrote after the conversation: it may open a part.
+            hidden: spellings of tokens that are not shown, where stop strings look for them.
+        """
         self._marks = marks
         self._new_stream = stream
-        self._part, self._header, self._begins = _Part.ANSWER, "", False
+        self._hidden = hidden or {}
+        self._part, self._header, self._begins = Part.ANSWER, None, False
         self._stream = stream()
-        for token in prompt[-_LAST:]:
-            self._is_mark(token)
+        for token in tail:
+            if token in marks:
+                self._go_on(token)
+            elif self._header is not None:
+                self._header.add(self._stream.step(token))
 
-    def step(self, token: int) -> tuple[str, str]:
-        """(answer, thought) that this token completes, one of them or both empty."""
-        if self._is_mark(token):
-            return "", ""
-        text = self._stream.step(token)
-        if self._part is _Part.HEADER:
-            self._header += text
-            return "", ""
+    _part: Part
+    _header: _Header | None  # while one is written
+
+    def step(self, token: int) -> list[Segment]:
+        """What this token completes."""
+        if token in self._marks:
+            found = self.flush()
+            self._go_on(token)
+            return [*found, *self._spelled(token)]
+        found = self._shown(self._stream.step(token))
+        return found + self._spelled(token)
+
+    def end(self, token: int) -> list[Segment]:
+        """What is left at a token that ends the answer."""
+        return [*self.flush(), *self._spelled(token)]
+
+    def flush(self) -> list[Segment]:
+        """What is left where the answer ends without one."""
+        found = self._shown(self._stream.flush())
+        if self._header is not None:
+            found.append(self._header.as_message())
+            self._header = None
+        return [segment for segment in found if segment[1]]
+
+    def _shown(self, text: str) -> list[Segment]:
+        if self._header is not None:
+            self._header.add(text)
+            return []
         if self._begins:  # a part after a mark does not begin with the lines that set it off
             text = text.lstrip()
             self._begins = not text
-        return (text, "") if self._part is _Part.ANSWER else ("", text)
+        return [(self._part, text)] if text else []
 
-    def _is_mark(self, token: int) -> bool:
-        marks = self._marks
-        if token in marks.opening:
-            self._go_on(_Part.THOUGHT)
-        elif token in marks.closing:
-            self._go_on(_Part.ANSWER)
-        elif token in marks.headers:
-            self._go_on(_Part.HEADER)
-        elif token in marks.messages:
-            self._go_on(_Part.THOUGHT if self._header.strip().startswith(_THOUGHT_IN) else _Part.ANSWER)
+    def _spelled(self, token: int) -> list[Segment]:
+        return [(Part.HIDDEN, self._hidden[token])] if token in self._hidden else []
+
+    def _go_on(self, token: int) -> None:
+        """The part that a mark begins."""
+        marks, header = self._marks, self._header
+        if token in (marks.start, marks.channel):
+            if header is None or token == marks.start:
+                header = _Header()
+            header.in_channel = token == marks.channel
+            self._header = header
         else:
-            return False
-        return True
-
-    def _go_on(self, part: _Part) -> None:
-        self._part, self._header, self._begins = part, "", True
+            if token == marks.message:
+                self._part = Part.ANSWER if header is None else header.part
+            else:
+                self._part = Part.THOUGHT if token in marks.opening else Part.ANSWER
+            self._header = None
+        self._begins = True
         self._stream = self._new_stream()
+
+
+def joined(segments: Sequence[Segment], part: Part) -> str:
+    """The text of one part."""
+    return "".join(text for kind, text in segments if kind is part)

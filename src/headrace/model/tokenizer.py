@@ -1,26 +1,20 @@
 """Text to tokens and back, by the tokenizer and chat template in the checkpoint's metadata."""
 
 import gc
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
-from jinja2 import TemplateError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from headrace.checkpoint import Checkpoint
-from headrace.errors import CheckpointError, UsageError
+from headrace.errors import UsageError
+from headrace.model.chat_template import ChatTemplate, check_text
 from headrace.model.config import opening_of
 from headrace.model.folder_vocabulary import FolderVocabulary
 from headrace.model.gguf_vocabulary import GgufVocabulary
 from headrace.model.text_stream import TextStream
 from headrace.model.thinking import AnswerStream, Marks
 
-Message: TypeAlias = dict[str, str]
+Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[Message]
 
 
@@ -33,12 +27,8 @@ class Vocabulary(Protocol):
     template: str | None  # how a conversation is written, in Jinja
 
     @property
-    def bos(self) -> str:
-        """The beginning token's spelling, for templates."""
-
-    @property
-    def eos(self) -> str:
-        """The end token's spelling."""
+    def special_texts(self) -> Mapping[str, Any]:
+        """How special tokens are spelled, by the names that templates know them by: `bos_token` and others."""
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text, with nothing before or after it."""
@@ -54,6 +44,9 @@ class Vocabulary(Protocol):
 
     def special_id(self, token: str) -> int | None:
         """The id of a token that is matched whole in a text; None: it is not."""
+
+    def special_tokens(self, text: str) -> dict[int, str]:
+        """The special tokens in a text, and how they are spelled."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without control tokens."""
@@ -78,7 +71,7 @@ class Tokenizer:
         )
         self.end_ids, self.bos_id = self._vocabulary.end_ids, self._vocabulary.bos_id
         self.adds_bos = self._vocabulary.adds_bos
-        self._bos, self._eos = self._vocabulary.bos, self._vocabulary.eos
+        self._bos = self._vocabulary.special_texts.get("bos_token", "")
         self.opening = opening_of(checkpoint)
         gc.collect()
 
@@ -87,6 +80,7 @@ class Tokenizer:
 
         What an encoder reads is complete: it gets all that its tokenizer puts around a text, its end too.
         """
+        check_text(text)
         if not special:
             return self._vocabulary.plain(text)
         return self._vocabulary.complete(text) if self.opening else self._vocabulary.raw(text)
@@ -104,11 +98,29 @@ class Tokenizer:
         """
         return self._vocabulary.stream(before, strip_space=strip_space)
 
-    def answer(self, prompt: Sequence[int], *, raw: bool = False) -> AnswerStream:
-        """A decoder for what follows these tokens, which tells thoughts from the answer unless the text is `raw`."""
+    def answer(
+        self, prompt: Sequence[int], *, raw: bool = False, tail: Sequence[int] = (), stops: Sequence[str] = ()
+    ) -> AnswerStream:
+        """A decoder for what follows a prompt.
+
+        Args:
+            prompt: its tokens.
+            raw: thoughts are not told from the answer.
+            tail: what the chat template wrote after the conversation.
+            stops: stop strings, which may hold tokens that are not shown.
+        """
+        marks = Marks() if raw else self._marks
+        hidden = self._hidden(stops, marks)
         if raw:
-            return AnswerStream(Marks(), lambda: self.stream(prompt))
-        return AnswerStream(self._marks, lambda: self.stream(strip_space=True), prompt)
+            return AnswerStream(marks, lambda: self.stream(prompt), hidden=hidden)
+        return AnswerStream(marks, lambda: self.stream(strip_space=True), tail, hidden)
+
+    def _hidden(self, stops: Sequence[str], marks: Marks) -> dict[int, str]:
+        """The tokens of stop strings that are not shown, and how they are spelled."""
+        found: dict[int, str] = {}
+        for stop in stops:
+            found |= self._vocabulary.special_tokens(stop)
+        return {token: text for token, text in found.items() if token in marks or not self.decode([token])}
 
     @cached_property
     def _marks(self) -> Marks:
@@ -141,44 +153,36 @@ class Tokenizer:
         if not self.has_chat_template:
             raise UsageError(f"{self._path} has no chat template", hint="use --raw with a prompt to complete")
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's next answer begins.
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's next answer begins. Arguments as of `ChatTemplate.render`.
 
         Raises:
             UsageError: the model has no chat template, or it refuses the conversation.
         """
         self.check_chat()
-        try:
-            text = self._template.render(
-                messages=list(messages), add_generation_prompt=True, bos_token=self._bos, eos_token=self._eos
-            )
-        except (TemplateError, SecurityError, TypeError, ValueError) as error:
-            raise UsageError(f"the model's chat template refuses this conversation: {error}") from error
+        text = self.chat_template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
         return self._vocabulary.rendered(text)
 
+    def tail(self, prompt: Prompt, *, raw: bool = False, variables: Mapping[str, Any] | None = None) -> list[int]:
+        """Of a prompt's tokens those that the chat template wrote after the conversation: they may open what is thought."""
+        if raw or not self.has_chat_template or not self._marks:
+            return []
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self._vocabulary.plain(self.chat_template.tail(messages, variables))
+
     @cached_property
-    def _template(self) -> Any:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-        try:
-            return environment.from_string(str(self._vocabulary.template))
-        except TemplateError as error:
-            raise CheckpointError(f"{self._path}: the chat template is broken: {error}") from error
-
-
-class _Generation(Extension):
-    """Templates may mark what the assistant says, for those who train on it. Here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja's own way)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """What the mark encloses."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
+    def chat_template(self) -> ChatTemplate:
+        """How a conversation is written; there is one only if `has_chat_template`."""
+        return ChatTemplate(str(self._vocabulary.template), self._vocabulary.special_texts, self._path)

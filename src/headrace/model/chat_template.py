@@ -1,0 +1,216 @@
+"""A conversation as one text, by the checkpoint's chat template in Jinja: the text that transformers makes of it.
+
+A template is a program from an untrusted file. It runs in a process of its own (`template_worker.py`), which is ended when it
+takes more than a few seconds or megabytes, and started again for the next conversation.
+"""
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from headrace.errors import CheckpointError, HeadraceError, UsageError
+
+_WORKER = Path(__file__).with_name("template_worker.py")
+_WAIT_S = 60.0  # for an answer, whatever the process is doing
+_MOST_BYTES = 256 << 20  # of an answer
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
+_END_OF_CONTENT = "END-OF-THE-LAST-CONTENT"
+_NOT_THE_CALLERS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+
+
+class ChatTemplate:
+    """One template; its process starts with the first conversation."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, Any], path: str):
+        """`special_tokens` are variables of the template, such as `bos_token`; `path` is whose template it is, for messages."""
+        self.source = source
+        self._special_tokens = dict(special_tokens)
+        self._path = path
+        self._lock = Lock()
+        self._process: _Process | None = None
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """What a caller can tell the template beside the conversation.
+
+        Raises:
+            CheckpointError: the template is broken.
+        """
+        with self._lock:
+            return frozenset(self._started().variables) - _NOT_THE_CALLERS - self._special_tokens.keys()
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: with `role`, `content` and whatever else the template knows.
+            add_generation_prompt: end with what the assistant's answer begins after.
+            continue_final_message: end with the last message's content, which the answer goes on with.
+            variables: what else the template is told.
+
+        Raises:
+            CheckpointError: the template is broken.
+            UsageError: it refuses the conversation, or takes too much time or memory for it.
+        """
+        conversation = [_with_reasoning(dict(message)) for message in messages]
+        content, tag = conversation[-1].get("content") if conversation else None, "CONTINUE-THE-LAST-MESSAGE "
+        if continue_final_message:
+            if not isinstance(content, str) or not content:
+                raise UsageError("the last message has no text to continue", hint="give it a content")
+            conversation[-1]["content"] = content + tag
+        text = self._rendered(conversation, add_generation_prompt, variables)
+        if continue_final_message and isinstance(content, str):
+            at = text.rfind(tag.strip())
+            if at < 0 or content.strip() not in text:
+                raise UsageError(
+                    "the model's chat template does not show the last message as it is, so it cannot be continued",
+                    hint="leave out continue_final_message",
+                )
+            text = text[:at] if text[at : at + len(tag)] == tag else text[:at].rstrip()
+        return text
+
+    def tail(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        """What the template writes after the last message's content, up to where the answer begins."""
+        content = messages[-1].get("content") if messages else None
+        if isinstance(content, str):
+            marked = [*messages[:-1], {**messages[-1], "content": content + _END_OF_CONTENT}]
+            _, found, tail = self.render(marked, variables=variables).rpartition(_END_OF_CONTENT)
+            if found:
+                return tail
+        whole = self.render(messages, variables=variables)
+        return whole.removeprefix(self.render(messages, add_generation_prompt=False, variables=variables))
+
+    def _rendered(
+        self, messages: Sequence[Mapping[str, Any]], generation: bool, variables: Mapping[str, Any] | None
+    ) -> str:
+        given = {"tools": None, "documents": None, **self._special_tokens, **(variables or {})}
+        given |= {"messages": messages, "add_generation_prompt": generation}
+        with self._lock:
+            answer = self._started().ask({"variables": given})
+        if "text" not in answer:
+            raise UsageError(
+                f"the model's chat template refuses this conversation: {answer['refused']}",
+                hint="use another conversation, or --raw with a prompt to complete",
+            )
+        text = str(answer["text"])
+        check_text(text, "what the model's chat template writes")
+        return text
+
+    def _started(self) -> "_Process":
+        """The process, which has read the template."""
+        process = self._process
+        if process is None or not process.is_usable:
+            self._process = process = _Process()
+            answer = process.ask({"template": self.source})
+            if "variables" not in answer:
+                self._process = None
+                raise CheckpointError(
+                    f"{self._path}: the chat template is broken: {answer.get('broken', answer.get('refused'))}",
+                    hint="use --raw with a prompt to complete",
+                )
+            process.variables = answer["variables"]
+        return process
+
+
+def check_text(text: str, what: str = "the prompt") -> None:
+    """Raise `UsageError` for a text that is none: half a pair of surrogates stands for no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{what} holds half a character (U+{ord(text[error.start]):04X}) at position {error.start}",
+            hint="a text was cut inside a character; cut it elsewhere",
+        ) from error
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """What the assistant thought, under all names that templates know it by."""
+    thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
+class _Process:
+    """The other process. Answers come within bounds, or say that it is gone."""
+
+    variables: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_WORKER)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        except OSError as error:
+            raise HeadraceError(
+                f"no process can be started for the chat template: {error.strerror}",
+                hint="raise the limit of processes (`ulimit -u`), or use --raw with a prompt to complete",
+            ) from error
+        self._owner = os.getpid()
+        self._answers = b""
+        weakref.finalize(self, _stop, self._process, self._owner)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it still answers, to this process."""
+        return os.getpid() == self._owner and self._process.poll() is None
+
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer; `refused` where the bounds ended the process."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(
+                json.dumps(question, default=lambda value: f"<{type(value).__name__}>").encode() + b"\n"
+            )
+            self._process.stdin.flush()
+            line = self._line()
+        except (OSError, ValueError) as error:
+            line, question = b"", {"refused": str(error)}
+        if line:
+            return dict(json.loads(line))
+        _stop(self._process, self._owner)
+        return {"refused": "it takes too much time or memory"}
+
+    def _line(self) -> bytes:
+        assert self._process.stdout is not None
+        until, parts, size = time.monotonic() + _WAIT_S, list[bytes](), 0
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while size < _MOST_BYTES and (left := until - time.monotonic()) > 0:
+                if not selector.select(left):
+                    continue
+                part = os.read(self._process.stdout.fileno(), 1 << 20)
+                if not part:
+                    return b""
+                parts.append(part)
+                size += len(part)
+                if part.endswith(b"\n"):
+                    return b"".join(parts)
+        return b""
+
+
+def _stop(process: "subprocess.Popen[bytes]", owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a fork's copy
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):
+                pipe.close()

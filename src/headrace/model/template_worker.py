@@ -1,0 +1,160 @@
+"""Renders one chat template, in a process of its own whose time and memory are bounded: templates are programs from a file.
+
+Run as a script by `chat_template.py`. One line of JSON in, one line of JSON out: first the template, then one conversation after
+another. The environment is that of transformers' `apply_chat_template`; its sandbox keeps a template from everything but its
+variables, the bounds keep it from taking the machine's time and memory.
+"""
+
+import json
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, meta, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+CPU_S = 5  # for one conversation
+MEMORY_BYTES = 256 << 20  # beside what the interpreter has
+MOST_CHARACTERS = 16 << 20
+
+
+class _Generation(Extension):
+    """Templates may mark what the assistant says, for those who train on it. Here it changes nothing but the scope of names."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own way)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """What the mark encloses."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_enclosed"), [], [], body).set_lineno(line)
+
+    def _enclosed(self, caller: Macro) -> str:
+        return caller()
+
+
+class _Dict:
+    """`dict` without the attributes of a class."""
+
+    def __call__(self, *given: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*given, **named)
+
+    def fromkeys(self, *given: Any) -> dict[Any, Any]:
+        """As `dict.fromkeys`."""
+        return dict.fromkeys(*given)
+
+
+class _PublicNamespace(Namespace):
+    """A namespace without names that begin with an underscore."""
+
+    def __init__(*given: Any, **named: Any) -> None:
+        self, *others = given
+        values = dict(*others, **named)
+        for name in values:
+            _check_name(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"the name {name!r} begins with an underscore")
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def environment() -> Environment:
+    """As transformers has it."""
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    made.filters["tojson"] = _tojson
+    made.globals["raise_exception"] = _refuse
+    made.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    made.globals["dict"] = _Dict()
+    made.globals["namespace"] = _PublicNamespace
+    return made
+
+
+def _bound_memory() -> None:
+    """Now that everything is imported. Where the system has no such limit there is none."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+def _bound_time() -> None:
+    """For the next conversation: the process is ended when it has used as much."""
+    try:
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        soft = int(used.ru_utime + used.ru_stime) + 1 + CPU_S
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+def _said(error: BaseException) -> str:
+    name = type(error).__name__
+    if isinstance(error, MemoryError):
+        return "it takes too much memory"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply, or calls itself without end"
+    return str(error) if isinstance(error, TemplateError) else f"{name}: {error}"
+
+
+def _answer(line: bytes, template: Any, made: Environment) -> tuple[Any, dict[str, Any]]:
+    """(the template from now on, the answer)."""
+    try:
+        given = json.loads(line)
+        if "template" in given:
+            try:
+                parsed = made.parse(given["template"])
+                found = made.from_string(parsed)
+            except TemplateSyntaxError as error:
+                return None, {"broken": f"{error.message} (line {error.lineno})"}
+            return found, {"variables": sorted(meta.find_undeclared_variables(parsed))}
+        text = template.render(**given["variables"])
+        if len(text) > MOST_CHARACTERS:
+            return template, {"refused": f"it writes more than {MOST_CHARACTERS} characters"}
+        return template, {"text": text}
+    except Exception as error:  # whatever a program from a file provokes
+        return template, {"broken" if template is None else "refused": _said(error)[:2000]}
+
+
+def main() -> None:
+    """Answer lines until there are no more."""
+    made, template = environment(), None
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    _bound_memory()
+    for line in sys.stdin.buffer:
+        _bound_time()
+        template, answer = _answer(line, template, made)
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
