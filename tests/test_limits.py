@@ -48,7 +48,8 @@ def model() -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def kept_profile(own_home: None, profile: Profile) -> None:
+def kept_profile(model: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_HOME", str(model.parent / "home"))
     save_profile(profile)
 
 
