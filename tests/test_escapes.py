@@ -243,12 +243,3 @@ def test_records_of_a_fit_are_shown_escaped(tmp_path: Path) -> None:
     for line in ({"schema": EVIL}, {"schema": 1, EVIL: 1, "passes": []}, {"schema": 1, "passes": [{EVIL: 1}]}):
         records.write_text(json.dumps(line) + "\n")
         check_escaped(on_a_terminal("plan", "--fit", records))
-
-
-def test_json_holds_no_control_character(tmp_path: Path) -> None:
-    path = scripted(tmp_path, metadata={"general.name": EVIL})
-    for arguments in (("show", path), ("plan", path), ("run", path, "h", "--raw", "-n", "1", "-q")):
-        result = on_a_terminal(*arguments, "--json")
-        assert result.exit_code == 0
-        check_escaped(result)
-        assert EVIL in (json.loads(result.stdout).get("model"), json.loads(result.stdout).get("name"))
