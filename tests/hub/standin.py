@@ -36,6 +36,13 @@ class StandIn:
     corrupt: bool = False  # large files arrive with a bit changed
     ignore_ranges: bool = False
     listed_too_long: int = 0  # the listing claims so many bytes more than a large file has
+    lies: dict[str, str] = field(default_factory=dict)  # headers that answers about files have instead of the true ones
+    commits: list[str] = field(
+        default_factory=list
+    )  # what listings call the commit, one after the other; the last stays
+    spoil: dict[str, bytes] = field(default_factory=dict)  # files that arrive with another content than listed
+    absent: list[str] = field(default_factory=list)  # files that are listed and not there
+    extra: list[str] = field(default_factory=list)  # further files that the tree names, not the listing
     token: str | None = None  # without it, 401
     hold: threading.Event | None = None  # large files stop after break_after bytes until it is set
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
@@ -94,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         files = self.hub.repos.get(repo)
         if files is None:
             self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif revision not in (None, "main", commit_of(files)):
+        elif revision not in (None, "main", commit_of(files), *self.hub.commits):
             self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         else:
             return files
@@ -112,12 +119,16 @@ class Handler(BaseHTTPRequestHandler):
         body = {
             "id": repo,
             "modelId": repo,
-            "sha": commit_of(files),
+            "sha": self.commit(files),
             "private": False,
             "tags": tags,
             "siblings": siblings,
         }
         self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def commit(self, files: dict[str, bytes]) -> str:
+        claimed = self.hub.commits
+        return commit_of(files) if not claimed else claimed.pop(0) if len(claimed) > 1 else claimed[0]
 
     def tree(self, repo: str, revision: str) -> None:
         files = self.files(repo, revision)
@@ -129,6 +140,7 @@ class Handler(BaseHTTPRequestHandler):
             if len(content) >= LARGE:
                 entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
             entries.append(entry)
+        entries += [{"type": "file", "path": name, "oid": "0" * 40, "size": 1} for name in self.hub.extra]
         self.answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
 
     def resolve(self, repo: str, revision: str, name: str) -> None:
@@ -136,19 +148,20 @@ class Handler(BaseHTTPRequestHandler):
         if files is None:
             return
         common = {"X-Repo-Commit": commit_of(files)}
-        content = files.get(name)
-        if content is None:
-            self.answer(404, b"", {**common, "X-Error-Code": "EntryNotFound"})
-        elif len(content) < LARGE:
-            self.answer(200, content, {**common, "ETag": f'"{git_id(content)}"'}, count=name)
+        content = None if name in self.hub.absent else files.get(name)
+        if content is not None and len(content) < LARGE:
+            sent = self.hub.spoil.get(name, content)
+            self.answer(200, sent, {**common, "ETag": f'"{git_id(content)}"', **self.hub.lies}, count=name)
+        elif content is None:
+            self.answer(404, b"", {**common, "X-Error-Code": "EntryNotFound", **self.hub.lies})
         else:
             location = f"http://localhost:{self.hub.port}/cdn/{repo}/{quote(name)}"
             linked = {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
-            self.answer(302, b"", {**common, **linked, "Location": location})
+            self.answer(302, b"", {**common, **linked, "Location": location, **self.hub.lies})
 
     def cdn(self, repo: str, name: str) -> None:
         self.hub.tokens_seen_by_cdn.append(self.headers.get("Authorization", ""))
-        content = self.hub.repos[repo][name]
+        content = self.hub.spoil.get(name, self.hub.repos[repo][name])
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if match is None or self.hub.ignore_ranges:
