@@ -350,6 +350,9 @@ def backend_of_bytes() -> Backend:
     return found
 
 
+CONFIG = {"model_type": "llama", "vocab_size": 260, "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
 def folder_with(backend: Backend, folder: Path, **settings: Any) -> Path:
     """A folder whose tokenizer is this; its weights are one matrix."""
     folder.mkdir(exist_ok=True)
@@ -357,8 +360,8 @@ def folder_with(backend: Backend, folder: Path, **settings: Any) -> Path:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **settings})
     )
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 260, "hidden_size": 8}))
-    save_file({"model.embed_tokens.weight": np.zeros((260, 8), np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"model.embed_tokens.weight": np.zeros((260, 64), np.float32)}, folder / "model.safetensors")
     return folder
 
 
@@ -619,7 +622,7 @@ def test_a_template_that_never_ends_is_refused_in_any_thread() -> None:
 
 def test_a_template_is_usable_again_after_one_conversation_took_too_long(tmp_path: Path) -> None:
     """What a bound has stopped leaves nothing behind."""
-    template = "{% if messages[0].content == 'flood' %}{{ 'x' * 3000 ** 3 }}{% endif %}[{{ messages[0].content }}]"
+    template = "{% if messages[0].content == 'flood' %}{{ 'x' * 10 ** 15 }}{% endif %}[{{ messages[0].content }}]"
     tokenizer = tokenizer_of(template, tmp_path)
     outcome = refusal(lambda: tokenizer.chat([user("flood")]))
     assert outcome == FINE
