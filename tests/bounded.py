@@ -5,7 +5,9 @@ findings about one case, and neither takes the machine along.
 """
 
 import multiprocessing
+import os
 import resource
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -19,6 +21,13 @@ START_S = 120.0  # of a worker on a busy machine: it imports torch and transform
 FINE = "fine"
 
 
+def described(error: BaseException) -> str:
+    """An error that nobody foresaw, with the line of headrace that it came through last."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "headrace" in Path(frame.filename).parts]
+    at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{at}: {error}"[:300]
+
+
 def verdict(action: Callable[[], object]) -> str:
     """`FINE`, or what is wrong: an answer or an error with a hint is right, everything else is a traceback for a user."""
     try:
@@ -26,7 +35,7 @@ def verdict(action: Callable[[], object]) -> str:
     except HeadraceError as error:
         return FINE if error.hint else f"no hint beside {type(error).__name__}: {error}"
     except BaseException as error:  # the tokenizers library panics beside Exception
-        return f"{type(error).__name__}: {error}"[:300]
+        return described(error)
     return FINE
 
 
@@ -37,7 +46,7 @@ def refusal(action: Callable[[], object]) -> str:
     except HeadraceError as error:
         return FINE if error.hint else f"no hint beside {type(error).__name__}: {error}"
     except BaseException as error:
-        return f"{type(error).__name__}: {error}"[:300]
+        return described(error)
     return f"it was accepted: {found!r}"[:300]
 
 
@@ -48,7 +57,7 @@ def outcomes(
     workers: int = 2,
     seconds: float = 20.0,
     memory: int = GIB,
-    most_faults: int = 40,
+    most_faults: int = 3,
 ) -> dict[Any, str]:
     """What `work` says of each case; "ran too long" or "killed its process" for those after which no answer came.
 
@@ -58,7 +67,7 @@ def outcomes(
         workers: processes.
         seconds: that one case may take.
         memory: bytes that a worker may allocate beside what it has after its imports, and that its own children may hold.
-        most_faults: after so many workers were lost the rest is not tried.
+        most_faults: after a process has lost so many workers it gives up.
     """
     shares = [cases[i::workers] for i in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
@@ -102,6 +111,7 @@ def _share(
 
 
 def _serve(connection: Connection, work: Callable[[Any], str], memory: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries that abort say a lot
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
