@@ -139,8 +139,11 @@ class _Live:
     def take(self, token: int, end_ids: Collection[int]) -> tuple[list[Segment], str | None]:
         """What a token adds to what is shown, and why the answer ends with it, if it does."""
         self.count += 1
-        ends = token in end_ids or token in self.job.stop_token_ids
+        ends = token in end_ids
         shown, stopped = self.scanner.push(self.text.end(token) if ends else self.text.step(token))
+        if token in self.job.stop_token_ids and not stopped:  # shown as vLLM shows it: unless it is a control token
+            more, stopped = self.scanner.push(self.text.flush())
+            shown, ends = shown + more, True
         if ends or stopped:
             return shown if stopped else shown + self.scanner.rest(), "stop"
         if self.count < self.answer.most_tokens:
@@ -295,6 +298,11 @@ class Model:
             ContextError: they leave no room for an answer in the context that was planned.
         """
         tokens = self.tokenizer.prompt(prompt, raw=raw)
+        self.check_prompt(tokens)
+        return tokens
+
+    def check_prompt(self, tokens: Sequence[int]) -> None:
+        """Raise what `encode` does for these tokens of a prompt."""
         if not tokens:
             raise UsageError("the prompt is empty", hint="give a prompt of at least one token")
         self._check_tokens(tokens)
@@ -313,7 +321,6 @@ class Model:
                 if len(tokens) < limit
                 else f"the model was made for texts of {limit} tokens, the answer included: give it a shorter prompt",
             )
-        return tokens
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         """Raise `UsageError` for tokens that the model has no embedding of."""
@@ -395,7 +402,7 @@ class Model:
         room = min(self.plan.context_tokens - len(job.tokens), self._most_positions)
         most = room if job.max_tokens is None else min(room, job.max_tokens)
         text = self.tokenizer.answer(job.tokens, raw=job.raw, tail=job.tail, stops=job.stop)
-        scanner, sampler = StopScanner(job.stop), Sampler(job.sampling)
+        scanner, sampler = StopScanner(job.stop, text.hidden_texts), Sampler(job.sampling)
         with self._lock:
             answer = self._scheduler.add(job.tokens, most, sampler)
             return _Live(index=index, answer=answer, job=job, text=text, scanner=scanner, start=time.perf_counter())

@@ -5,30 +5,25 @@ What is in the output already is not computed again; a half line at its end, whi
 """
 
 import fcntl
+import hashlib
 import json
 import os
+import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import IO, Any
 
 from headrace.errors import HeadraceError, UsageError
+from headrace.request_fields import check_fields, without_nulls
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-# Parameters that would change the answer, and that we do not have: an error is better than another answer.
-_UNSUPPORTED = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "suffix", "echo")
-_WITHOUT_EFFECT: dict[str, Any] = {  # values that ask for nothing
-    "response_format": {"type": "text"},
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "repetition_penalty": 1,
-    "repeat_penalty": 1,
-    "best_of": 1,
-    "n": 1,
-}
 _SAMPLING = {"temperature": (int, float), "top_p": (int, float), "min_p": (int, float), "top_k": (int,), "seed": (int,)}
+_LONGEST_LINE = 64 << 20
+_HASH_DIGITS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +33,18 @@ class BatchRequest:
     line: int  # from 1
     custom_id: str
     model: str | None
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, Any]]
     chat: bool
     max_tokens: int | None
     stop: tuple[str, ...]
+    stop_token_ids: frozenset[int] = frozenset()
     sampling: dict[str, float | int] = field(default_factory=dict)
+    template_variables: dict[str, Any] = field(default_factory=dict)  # `chat_template_kwargs`
+    reasoning_effort: str | None = None
+    documents: list[Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    digest: str = ""  # of all that the line asks for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ class BadLine:
     custom_id: str | None
     code: str
     message: str
+    digest: str = ""
 
 
 def read_requests(path: Path) -> Iterator[BatchRequest | BadLine]:
@@ -64,13 +67,30 @@ def read_requests(path: Path) -> Iterator[BatchRequest | BadLine]:
     seen: set[str] = set()
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
+            kind = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(kind) and not stat.S_ISFIFO(kind):
+                raise UsageError(f"{path} is not a regular file", hint="give a file of one JSON request a line")
+            for number, raw in enumerate(_lines(file, path), 1):
                 if raw.strip():
                     yield _parse(number, raw, seen)
     except OSError as error:
         raise UsageError(
             f"cannot read {path}: {error.strerror}", hint="give a file of one JSON request a line"
         ) from error
+
+
+def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    while raw := file.readline(_LONGEST_LINE):
+        if len(raw) == _LONGEST_LINE:
+            raise UsageError(
+                f"{path} holds a line of more than {_LONGEST_LINE} bytes", hint="give a file of one JSON request a line"
+            )
+        yield raw
+
+
+def _digest(value: object) -> str:
+    """The same for the same request, however it is written: spaces, escapes and the order of fields do not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:_HASH_DIGITS]
 
 
 class _Refused(Exception):
@@ -81,6 +101,7 @@ class _Refused(Exception):
 
 def _parse(line: int, raw: bytes, seen: set[str]) -> BatchRequest | BadLine:
     custom_id: str | None = None
+    digest = hashlib.sha256(raw.strip()).hexdigest()[:_HASH_DIGITS]
     try:
         try:
             value = json.loads(raw)
@@ -90,58 +111,120 @@ def _parse(line: int, raw: bytes, seen: set[str]) -> BatchRequest | BadLine:
             raise _Refused("invalid_json_line", f"line {line} is not JSON: {error}") from error
         if not isinstance(value, dict) or not isinstance(value.get("custom_id"), str):
             raise _Refused("missing_custom_id", f"line {line} has no custom_id")
+        digest = _digest({name: one for name, one in value.items() if name != "custom_id"})
         custom_id = value["custom_id"]
         if custom_id in seen:
             custom_id = None
             raise _Refused("duplicate_custom_id", f"line {line} repeats the custom_id {value['custom_id']!r}")
         seen.add(custom_id)
-        return _request(line, custom_id, value)
+        return _request(line, custom_id, without_nulls(value), digest)
     except _Refused as refused:
-        return BadLine(line=line, custom_id=custom_id, code=refused.code, message=str(refused))
+        return BadLine(line=line, custom_id=custom_id, code=refused.code, message=str(refused), digest=digest)
 
 
-def _request(line: int, custom_id: str, value: Mapping[str, Any]) -> BatchRequest:
+def _request(line: int, custom_id: str, value: Mapping[str, Any], digest: str) -> BatchRequest:
     body, url = value.get("body"), value.get("url")
     if value.get("method", "POST") != "POST" or url not in (CHAT, COMPLETION):
         raise _Refused("invalid_url", f"only POST to {CHAT} and {COMPLETION} is known, not {value.get('method')} {url}")
     if not isinstance(body, dict):
         raise _Refused("invalid_request", "the body is not an object")
-    asked = [key for key in _UNSUPPORTED if body.get(key)]
-    asked += [key for key, nothing in _WITHOUT_EFFECT.items() if body.get(key) not in (None, nothing)]
-    if asked:
-        advice = ", ask several times with different seeds" if asked[0] == "n" else ""
-        raise _Refused("unsupported_parameter", f"{asked[0]} is not supported{advice}")
-    chat = url == CHAT
+    body, chat = without_nulls(body), url == CHAT
+    try:
+        check_fields(body, chat=chat)
+    except UsageError as error:
+        raise _Refused("unsupported_parameter", f"{error}; {error.hint}" if error.hint else str(error)) from error
+    continues = _flag(body, "continue_final_message", False)
+    generation = _flag(body, "add_generation_prompt", not continues)
+    messages = _messages(body.get("messages")) if chat else []
+    if continues and (generation or messages[-1]["role"] != "assistant"):
+        raise _Refused(
+            "invalid_request",
+            "continue_final_message goes on with the assistant's message, without add_generation_prompt",
+        )
+    return BatchRequest(
+        line=line,
+        custom_id=custom_id,
+        model=body.get("model") if isinstance(body.get("model"), str) else None,
+        prompt=messages if chat else _text(body.get("prompt"), "prompt"),
+        chat=chat,
+        max_tokens=_most_tokens(body),
+        stop=_stops(body.get("stop")),
+        stop_token_ids=_token_ids(body.get("stop_token_ids", [])),
+        sampling=_sampling(body),
+        template_variables=_object(body, "chat_template_kwargs"),
+        reasoning_effort=_word(body, "reasoning_effort"),
+        documents=_list(body, "documents"),
+        add_generation_prompt=generation,
+        continue_final_message=continues,
+        digest=digest,
+    )
+
+
+def _most_tokens(body: Mapping[str, Any]) -> int | None:
     most = body.get("max_completion_tokens", body.get("max_tokens"))
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise _Refused("invalid_request", f"max_tokens is {most!r}, not a number above 0")
-    sampling = {}
+    return most
+
+
+def _sampling(body: Mapping[str, Any]) -> dict[str, float | int]:
+    found: dict[str, float | int] = {}
     for key, kinds in _SAMPLING.items():
         given = body.get(key)
         if given is not None:
             if isinstance(given, bool) or not isinstance(given, kinds):
                 raise _Refused("invalid_request", f"{key} is {given!r}, not a number")
-            sampling[key] = given
-    return BatchRequest(
-        line=line,
-        custom_id=custom_id,
-        model=body.get("model") if isinstance(body.get("model"), str) else None,
-        prompt=_messages(body.get("messages")) if chat else _text(body.get("prompt"), "prompt"),
-        chat=chat,
-        max_tokens=most,
-        stop=_stops(body.get("stop")),
-        sampling=sampling,
-    )
+            found[key] = 0 if key == "top_k" and given == -1 else given  # -1 is how vLLM and llama.cpp say off
+    return found
 
 
-def _messages(value: object) -> list[dict[str, str]]:
+def _flag(body: Mapping[str, Any], name: str, usual: bool) -> bool:
+    value = body.get(name, usual)
+    if not isinstance(value, bool):
+        raise _Refused("invalid_request", f"{name} is {value!r}, not true or false")
+    return value
+
+
+def _object(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = body.get(name, {})
+    if not isinstance(value, dict):
+        raise _Refused("invalid_request", f"{name} is not an object")
+    return value
+
+
+def _list(body: Mapping[str, Any], name: str) -> list[Any] | None:
+    value = body.get(name)
+    if value is not None and (not isinstance(value, list) or not all(isinstance(one, dict) for one in value)):
+        raise _Refused("invalid_request", f"{name} is not a list of objects")
+    return value or None
+
+
+def _word(body: Mapping[str, Any], name: str) -> str | None:
+    value = body.get(name)
+    if value is not None and not isinstance(value, str):
+        raise _Refused("invalid_request", f"{name} is {value!r}, not a text")
+    return value
+
+
+def _token_ids(value: object) -> frozenset[int]:
+    if not isinstance(value, list) or not all(isinstance(one, int) and not isinstance(one, bool) for one in value):
+        raise _Refused("invalid_request", "stop_token_ids is not a list of token ids")
+    return frozenset(value)
+
+
+def _messages(value: object) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise _Refused("invalid_request", "messages is not a list of messages")
     messages = []
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _Refused("invalid_request", "a message has no role")
-        messages.append({"role": message["role"], "content": _text(message.get("content"), "content")})
+        told = without_nulls(message)
+        if told.get("tool_calls") and told.get("content") in ("", []):
+            told["content"] = ""
+        elif "content" in told or not told.get("tool_calls"):
+            told["content"] = _text(told.get("content"), "content")
+        messages.append(told)
     return messages
 
 
@@ -152,7 +235,9 @@ def _text(value: object, what: str) -> str:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         return value[0]
     if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        return "".join(str(part.get("text", "")) for part in value)
+        texts = [part.get("text") for part in value]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(map(str, texts))
     raise _Refused("invalid_request", f"{what} is not a text")
 
 
@@ -160,6 +245,8 @@ def _stops(value: object) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else ([] if value is None else value)
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise _Refused("invalid_request", "stop is not a text or a list of texts")
+    if "" in stops:
+        raise _Refused("invalid_request", "a stop string is empty")
     return tuple(stops)
 
 
@@ -207,26 +294,42 @@ def _id(line: int) -> str:
     return f"batch_req_{line}"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Done:
+    """A result in the file: whose it is, and whether it is an error."""
+
+    digest: str
+    model: str
+    failed: bool
+
+
 class Results:
     """The output file: what is done, and one appended line for each new result. A context manager.
 
+    A result says which request and which model it is of, at the end of its id: `batch_req_7-<request>-<model>`.
+
     Raises:
         HeadraceError: the file holds something else, another process writes to it, or the disk is full.
+        UsageError: the path is no regular file.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, model_id: str = "0" * _HASH_DIGITS):
+        """`model_id` tells models apart (`checkpoint.identity`)."""
         self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise HeadraceError(f"cannot write {path}: {error.strerror}") from error
+        self._model_id = model_id
+        self._fd = _open(path)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._done: set[_Key] = self._resume()
+            self._done: dict[tuple[str, str], _Done] = self._resume()
         except BlockingIOError as error:
             os.close(self._fd)
             raise HeadraceError(
                 f"another process writes to {path}", hint="wait for it, or give another file"
+            ) from error
+        except OSError as error:
+            os.close(self._fd)
+            raise HeadraceError(
+                f"cannot lock or read {path}: {error.strerror}", hint="give a file on another file system"
             ) from error
         except BaseException:
             os.close(self._fd)
@@ -243,12 +346,34 @@ class Results:
         """Results in the file."""
         return len(self._done)
 
+    @property
+    def failed(self) -> int:
+        """How many of them are errors."""
+        return sum(one.failed for one in self._done.values())
+
+    def check(self, requests: Collection[BatchRequest | BadLine]) -> None:
+        """Raise `HeadraceError` unless every result in the file is of one of these requests, and of this model."""
+        asked = {_key(request.custom_id, request.digest): request.digest for request in requests}
+        for key, one in self._done.items():
+            if not one.digest:
+                reason = "results that do not say which requests they are of"
+            elif one.model != self._model_id:
+                reason = "results of another model"
+            elif asked.get(key) != one.digest:
+                reason = "results of other requests"
+            else:
+                continue
+            raise HeadraceError(
+                f"{self.path} holds {reason}", hint="give another output file, or delete these lines of it"
+            )
+
     def has(self, request: BatchRequest | BadLine) -> bool:
         """Whether the file holds a result for it."""
-        return _key(_id(request.line), request.custom_id) in self._done
+        return _key(request.custom_id, request.digest) in self._done
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Append a result. It is on the disk when this returns, or not in the file at all."""
+    def add(self, record: Mapping[str, Any], digest: str = "0" * _HASH_DIGITS) -> None:
+        """Append a result of the request with this digest. It is on the disk when this returns, or not in the file at all."""
+        record = {**record, "id": f"{record['id']}-{digest}-{self._model_id}"}
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:
             written = 0
@@ -256,54 +381,74 @@ class Results:
                 written += os.pwrite(self._fd, line[written:], self._end + written)
             os.fsync(self._fd)
         except OSError as error:
-            os.ftruncate(self._fd, self._end)
+            with suppress(OSError):  # half a line at the end is cut off when the batch goes on
+                os.ftruncate(self._fd, self._end)
             raise HeadraceError(
                 f"cannot write to {self.path}: {error.strerror}",
-                hint="free some space and run the same command again: what is done is kept",
+                hint="free some space, or raise the limit of file sizes, and run the same command again: what is done is kept",
             ) from error
         self._end += len(line)
-        self._done.add(_key_of(record))
+        key, done = _result(record)
+        self._done[key] = done
 
-    def _resume(self) -> "set[_Key]":
+    def _resume(self) -> dict[tuple[str, str], _Done]:
         """Read what is done; cut a half line off."""
-        done: set[_Key] = set()
+        done: dict[tuple[str, str], _Done] = {}
         self._end = 0
+        other = HeadraceError(
+            f"{self.path} holds something else than results of a batch", hint="give another output file"
+        )
         with os.fdopen(os.dup(self._fd), "rb") as file:
-            for raw in file:
+            while raw := file.readline(_LONGEST_LINE):
                 if not raw.endswith(b"\n"):
                     break
                 try:
-                    done.add(_key_of(json.loads(raw)))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise HeadraceError(
-                        f"{self.path} holds something else than results of a batch", hint="give another output file"
-                    ) from error
+                    key, one = _result(json.loads(raw))
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    raise other from error
+                done[key] = one
                 self._end += len(raw)
-            else:
-                return done
-        if not done and not raw.startswith(b'{"id": "batch_req_'[: len(raw)]):
-            raise HeadraceError(
-                f"{self.path} holds something else than results of a batch", hint="give another output file"
-            )
+        if not raw:
+            return done
+        if len(raw) == _LONGEST_LINE or (not done and not raw.startswith(b'{"id": "batch_req_'[: len(raw)])):
+            raise other
         os.ftruncate(self._fd, self._end)
         return done
 
 
-# What tells requests apart: a name that its author gave, or the number of its line where there is none.
-_Key: TypeAlias = tuple[str, str]
+def _open(path: Path) -> int:
+    """A regular file, to read and write; made if there is none."""
+    other = UsageError(f"cannot write {path}: it is not a regular file", hint="give the path of a file")
+    try:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise other
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+    except (OSError, ValueError) as error:
+        raise HeadraceError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
+            hint="give a file in a folder that can be written to",
+        ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise other
+    return descriptor
 
 
-def _key(own_id: str, custom_id: str | None) -> _Key:
-    return ("line", own_id) if custom_id is None else ("custom", custom_id)
+def _key(custom_id: str | None, digest: str) -> tuple[str, str]:
+    """What tells results apart: the name that the request's author gave, or its digest where there is none."""
+    return ("digest", digest) if custom_id is None else ("custom", custom_id)
 
 
-def _key_of(record: Mapping[str, Any]) -> _Key:
-    if not str(record["id"]).startswith("batch_req_"):
+def _result(record: Mapping[str, Any]) -> tuple[tuple[str, str], _Done]:
+    name, *hashes = str(record["id"]).split("-")
+    custom_id, failed = record["custom_id"], record["error"] is not None
+    if not name.startswith("batch_req_") or not (custom_id is None or isinstance(custom_id, str)):
         raise ValueError(record["id"])
-    custom_id = record["custom_id"]
-    return _key(str(record["id"]), None if custom_id is None else str(custom_id))
+    digest, model = hashes if len(hashes) == 2 else ("", "")
+    return _key(custom_id, digest or name), _Done(digest=digest, model=model, failed=failed)
 
 
-def pending(path: Path, results: Results) -> Sequence[BatchRequest | BadLine]:
-    """The lines of the input that have no result yet."""
-    return [request for request in read_requests(path) if not results.has(request)]
+def pending(requests: Sequence[BatchRequest | BadLine], results: Results) -> Sequence[BatchRequest | BadLine]:
+    """Those that have no result yet."""
+    return [request for request in requests if not results.has(request)]

@@ -575,7 +575,7 @@ HANGS = {
     ),
     "a loop over a product": "{% for a in range(99999) %}{% if range(99999) | sum < 0 %}x{% endif %}{% endfor %}",
     "a power": "{{ 7 ** (9 ** 9) > 1 }}",
-    "a tower of powers": "{{ 10 ** 10 ** 10 > 1 }}",
+    "a tower of powers": "{{ 10 ** (10 ** 10) > 1 }}",
     "a large number as text": "{{ '%d' % (3 ** 20000000) }}",
     "lists in lists, compared": (
         "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}"

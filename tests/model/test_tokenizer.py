@@ -13,6 +13,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.errors import UnsupportedError
 from headrace.model.cuts import cut
 from headrace.model.end_tokens import ends_among
+from headrace.model.thinking import Part, joined
 from headrace.model.tokenizer import Tokenizer
 
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>")
@@ -239,6 +240,7 @@ def test_thoughts_are_told_from_the_answer(tmp_path: Path, monkeypatch: pytest.M
     prompt = ours.chat([{"role": "user", "content": "hello"}])
     said = ours.encode("so</think>\n\nhello", special=False)
     for raw, expected in ((False, ("hello", "so")), (True, ("so</think>\n\nhello", ""))):
-        stream = ours.answer(prompt, raw=raw)
-        pieces = [stream.step(token) for token in said]
-        assert ("".join(answer for answer, _ in pieces), "".join(thought for _, thought in pieces)) == expected
+        tail = ours.tail([{"role": "user", "content": "hello"}], raw=raw)
+        stream = ours.answer(prompt, raw=raw, tail=tail)
+        found = [segment for token in said for segment in stream.step(token)] + stream.flush()
+        assert (joined(found, Part.ANSWER), joined(found, Part.THOUGHT)) == expected

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from headrace import lean
-from headrace.batch import BadLine, BatchRequest, Results, answer_record, error_record, pending
+from headrace.batch import BadLine, BatchRequest, Results, answer_record, error_record, pending, read_requests
 from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.checkpoint.identity import identity
 from headrace.cli import show
 from headrace.cli.plan import profile_for
 from headrace.errors import CheckpointError, ContextError, HeadraceError, UsageError
@@ -40,20 +42,25 @@ class Settings:
 def batch_command(source: Path, target: Path, model: str, **options: Any) -> int:
     """Answer what has no result yet; returns the exit code."""
     settings = Settings(**options)
-    if target.exists() and source.exists() and source.samefile(target):
-        raise UsageError("input and output are the same file", hint="give another output file")
+    with suppress(OSError):
+        if source.samefile(target):
+            raise UsageError("input and output are the same file", hint="give another output file")
     checkpoint = open_checkpoint(model)
-    with Results(target) as results:
-        work = pending(source, results)
+    requests = list(read_requests(source))
+    with Results(target, identity(checkpoint)) as results:
+        results.check(requests)
+        work = pending(requests, results)
         if not settings.quiet:
             show.note(f"{results.done} results in {target}, {len(work)} to do")
         for bad in work:
             if isinstance(bad, BadLine):
-                results.add(error_record(bad.line, bad.custom_id, bad.code, bad.message))
-        requests = [request for request in work if isinstance(request, BatchRequest)]
-        if not requests:
-            return 0
-        return _run(checkpoint, requests, results, settings)
+                results.add(error_record(bad.line, bad.custom_id, bad.code, bad.message), bad.digest)
+        to_run = [request for request in work if isinstance(request, BatchRequest)]
+        code = _run(checkpoint, to_run, results, settings) if to_run else 0
+        failed = results.failed
+        if failed or not settings.quiet:
+            show.note(f"{results.done - failed} answered" + (f", {failed} failed: see {target}" if failed else ""))
+        return code or int(failed > 0)
 
 
 def _run(checkpoint: Checkpoint, requests: Sequence[BatchRequest], results: Results, settings: Settings) -> int:
@@ -102,9 +109,29 @@ def _size(
 def _length(request: BatchRequest, tokenizer: "Tokenizer") -> int:
     """Tokens of a prompt; 1 where it is refused, which becomes its result when its turn comes."""
     try:
-        return max(1, len(tokenizer.prompt(request.prompt, raw=not request.chat)))
+        return max(1, len(_prompt(request, tokenizer)[0]))
     except HeadraceError:
         return 1
+
+
+def _prompt(request: BatchRequest, tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
+    """(tokens of a prompt, those of them that the chat template wrote after the conversation)."""
+    if isinstance(request.prompt, str):
+        return tokenizer.prompt(request.prompt, raw=True), []
+    from headrace.model.conversation import template_variables, whole_messages
+
+    tokenizer.check_chat()
+    template = tokenizer.chat_template
+    variables = template_variables(template, request.template_variables, request.reasoning_effort, request.documents)
+    messages = whole_messages(template, request.prompt, variables)
+    tokens = tokenizer.chat(
+        messages,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        variables=variables,
+    )
+    goes_on = request.continue_final_message or not request.add_generation_prompt
+    return tokens, [] if goes_on else tokenizer.tail(messages, variables=variables)
 
 
 class Batch:
@@ -134,11 +161,12 @@ class Batch:
 
         for request in self._requests:
             try:
-                tokens = self._model.encode(request.prompt, raw=not request.chat)
+                tokens, tail = _prompt(request, self._model.tokenizer)
+                self._model.check_prompt(tokens)
                 sampling = replace(self._model.default_sampling(), **request.sampling)  # type: ignore[arg-type]
             except (CheckpointError, ContextError, UsageError) as error:
                 code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_request"
-                self._results.add(error_record(request.line, request.custom_id, code, str(error)))
+                self._results.add(error_record(request.line, request.custom_id, code, str(error)), request.digest)
                 board.finished()
                 continue
             self._running.append(request)
@@ -147,6 +175,8 @@ class Batch:
                 max_tokens=request.max_tokens or self._max_tokens,
                 sampling=sampling,
                 stop=request.stop,
+                stop_token_ids=request.stop_token_ids,
+                tail=tail,
                 raw=not request.chat,
             )
 
@@ -165,7 +195,8 @@ class Batch:
                 prompt_tokens=piece.prompt_tokens,
                 completion_tokens=piece.completion_tokens,
                 model=self._model.plan.model,
-            )
+            ),
+            self._running[piece.index].digest,
         )
         del self._texts[piece.index]
         board.finished()

@@ -148,7 +148,9 @@ class Scheduler:
         self._free = list(self._slots)
 
     def remove(self, answer: Answer) -> None:
-        """End an answer, finished or not. Its cache is kept for what comes next."""
+        """End an answer, finished or not. Its cache is kept for what comes next. Safe to call twice."""
+        if answer not in self.answers:
+            return
         self.answers.remove(answer)
         for other in self.answers:
             if other.donor is answer:

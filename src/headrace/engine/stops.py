@@ -1,10 +1,10 @@
 """Stop strings in text that comes in pieces: what might be the beginning of one is held back until it is decided.
 
 Text is looked at with the spellings of control tokens in it, which are never shown: so they can be stop strings, or part of
-one. In what a model thinks, only control tokens are looked for.
+one. In what a model thinks, only stop strings with control tokens are looked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from headrace.model.thinking import Part, Segment
 
@@ -14,24 +14,30 @@ _MASK = "\ud800"  # in place of thoughts; no text in UTF-8 holds it
 class StopScanner:
     """Give it segments with `push`; it returns what is safe to show, and whether a stop string was found."""
 
-    def __init__(self, stops: Sequence[str]):
-        """`stops` may be empty."""
-        self._stops = tuple(stop for stop in stops if stop)
-        self._longest = max(map(len, self._stops), default=0)
+    def __init__(self, stops: Sequence[str], hidden: Collection[str] = ()):
+        """`stops` may be empty; `hidden` are the control tokens in them."""
+        stops = [stop for stop in stops if stop]
+        with_control = [stop for stop in stops if any(token in stop for token in hidden)]
+        self._stops = {False: [stop for stop in stops if stop not in with_control], True: with_control}
+        self._longest = max(map(len, stops), default=0)
         self._held: list[Segment] = []
 
     def push(self, segments: Sequence[Segment]) -> tuple[list[Segment], bool]:
         """(what to show now, whether a stop string was met); the stop string and all after it are never shown."""
         self._held += segments
-        if not self._stops:
+        if not self._longest:
             return self.rest(), False
-        text = "".join(_MASK * len(text) if part is Part.THOUGHT else text for part, text in self._held)
-        found = [at for at in map(text.find, self._stops) if at >= 0]
+        texts = {
+            False: "".join(_MASK * len(text) if part is Part.THOUGHT else text for part, text in self._held),
+            True: "".join(text for _, text in self._held),
+        }
+        found = [text.find(stop) for control, text in texts.items() for stop in self._stops[control] if stop in text]
         if found:
             shown = self._take(min(found))
             self._held.clear()
             return shown, True
-        return self._take(len(text) - self._undecided(text)), False
+        undecided = max(_undecided(text, self._stops[control], self._longest) for control, text in texts.items())
+        return self._take(len(texts[True]) - undecided), False
 
     def rest(self) -> list[Segment]:
         """What was held back, when no more text comes."""
@@ -52,10 +58,11 @@ class StopScanner:
             count -= len(text)
         return shown
 
-    def _undecided(self, text: str) -> int:
-        """The length of the longest end of the text that begins a stop string."""
-        for size in range(min(self._longest - 1, len(text)), 0, -1):
-            end = text[-size:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return size
-        return 0
+
+def _undecided(text: str, stops: Sequence[str], longest: int) -> int:
+    """The length of the longest end of a text that begins a stop string."""
+    for size in range(min(longest - 1, len(text)), 0, -1):
+        end = text[-size:]
+        if any(stop.startswith(end) for stop in stops):
+            return size
+    return 0

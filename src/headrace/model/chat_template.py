@@ -69,8 +69,10 @@ class ChatTemplate:
             CheckpointError: the template is broken.
             UsageError: it refuses the conversation, or takes too much time or memory for it.
         """
-        conversation = [_with_reasoning(dict(message)) for message in messages]
-        content, tag = conversation[-1].get("content") if conversation else None, "CONTINUE-THE-LAST-MESSAGE "
+        if not messages:
+            raise UsageError("the conversation is empty", hint="give it a message")
+        conversation = [_as_templates_know_it(message) for message in messages]
+        content, tag = conversation[-1].get("content"), "CONTINUE-THE-LAST-MESSAGE "
         if continue_final_message:
             if not isinstance(content, str) or not content:
                 raise UsageError("the last message has no text to continue", hint="give it a content")
@@ -109,9 +111,7 @@ class ChatTemplate:
                 f"the model's chat template refuses this conversation: {answer['refused']}",
                 hint="use another conversation, or --raw with a prompt to complete",
             )
-        text = str(answer["text"])
-        check_text(text, "what the model's chat template writes")
-        return text
+        return checked_text(str(answer["text"]), "what the model's chat template writes")
 
     def _started(self) -> "_Process":
         """The process, which has read the template."""
@@ -129,21 +129,32 @@ class ChatTemplate:
         return process
 
 
-def check_text(text: str, what: str = "the prompt") -> None:
-    """Raise `UsageError` for a text that is none: half a pair of surrogates stands for no character."""
+def checked_text(text: str, what: str = "the prompt") -> str:
+    """The text, with pairs of surrogates as the characters that they stand for.
+
+    Raises:
+        UsageError: half a pair stands for no character.
+    """
+    if not any("\ud800" <= char <= "\udfff" for char in text):
+        return text
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError as error:
         raise UsageError(
-            f"{what} holds half a character (U+{ord(text[error.start]):04X}) at position {error.start}",
+            f"{what} holds half a character (U+{ord(text[error.start // 2]):04X})",
             hint="a text was cut inside a character; cut it elsewhere",
         ) from error
 
 
-def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """What the assistant thought, under all names that templates know it by."""
-    thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
-    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+def _as_templates_know_it(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is null, and with what the assistant thought under all names that templates know it by."""
+    told = {
+        name: value
+        for name, value in message.items()
+        if value is not None or (name == "content" and message.get("tool_calls"))
+    }
+    thought = next((told[name] for name in _REASONING if name in told), None)
+    return told if thought is None else {"thinking": thought, **told, "reasoning_content": thought}
 
 
 class _Process:

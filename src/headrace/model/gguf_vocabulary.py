@@ -87,10 +87,7 @@ class GgufVocabulary:
         self.template = template if isinstance(template, str) else None
         names = {"bos": self.bos_id, "eos": self._eos_id}
         names |= {short: self._named(checkpoint, f"{name}_token_id") for short, name in _NAMED.items()}
-        # As in llama.cpp, templates are given an empty text where there is no beginning or end token.
-        self.special_texts = {"bos_token": "", "eos_token": ""} | {
-            f"{name}_token": self._tokens[i] for name, i in names.items() if i is not None
-        }
+        self.special_texts = {f"{name}_token": self._tokens[i] for name, i in names.items() if i is not None}
         self._alphabet = {char: byte for byte, char in bytes_to_unicode().items()}
 
     def plain(self, text: str) -> list[int]:

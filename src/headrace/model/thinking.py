@@ -8,7 +8,7 @@ messages with a channel each (gpt-oss), of which `analysis` is thought, as are c
 Nothing that the model writes is lost: text in a header that never becomes a message is shown when the header ends.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
@@ -141,13 +141,22 @@ class AnswerStream:
     _part: Part
     _header: _Header | None  # while one is written
 
+    @property
+    def hidden_texts(self) -> Collection[str]:
+        """Spellings of tokens that are not shown, as stop strings hold them."""
+        return self._hidden.values()
+
     def step(self, token: int) -> list[Segment]:
         """What this token completes."""
         if token in self._marks:
-            found = self.flush()
+            found = self._shown(self._stream.flush())
+            if token not in (self._marks.channel, self._marks.message):
+                found += self._released()
             self._go_on(token)
-            return [*found, *self._spelled(token)]
-        found = self._shown(self._stream.step(token))
+        elif token in self._hidden:  # no character goes on after it
+            found = self._shown(self._stream.flush())
+        else:
+            found = self._shown(self._stream.step(token))
         return found + self._spelled(token)
 
     def end(self, token: int) -> list[Segment]:
@@ -156,11 +165,13 @@ class AnswerStream:
 
     def flush(self) -> list[Segment]:
         """What is left where the answer ends without one."""
-        found = self._shown(self._stream.flush())
-        if self._header is not None:
-            found.append(self._header.as_message())
-            self._header = None
-        return [segment for segment in found if segment[1]]
+        return self._shown(self._stream.flush()) + self._released()
+
+    def _released(self) -> list[Segment]:
+        """Of a header that no message follows: what was written all the same."""
+        header, self._header = self._header, None
+        segment = (Part.ANSWER, "") if header is None else header.as_message()
+        return [segment] if segment[1] else []
 
     def _shown(self, text: str) -> list[Segment]:
         if self._header is not None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeAlias
 
 from headrace.checkpoint import Checkpoint
 from headrace.errors import UsageError
-from headrace.model.chat_template import ChatTemplate, check_text
+from headrace.model.chat_template import ChatTemplate, checked_text
 from headrace.model.config import opening_of
 from headrace.model.folder_vocabulary import FolderVocabulary
 from headrace.model.gguf_vocabulary import GgufVocabulary
@@ -80,7 +80,7 @@ class Tokenizer:
 
         What an encoder reads is complete: it gets all that its tokenizer puts around a text, its end too.
         """
-        check_text(text)
+        text = checked_text(text)
         if not special:
             return self._vocabulary.plain(text)
         return self._vocabulary.complete(text) if self.opening else self._vocabulary.raw(text)

@@ -1,0 +1,155 @@
+"""Messages of a conversation in OpenAI's format, as a chat template wants them: whole, or refused with the reason.
+
+A template that leaves out a tool call, or a field of a message, would make another prompt without any error.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from headrace.errors import UsageError
+from headrace.model.chat_template import ChatTemplate
+
+_ALWAYS = frozenset({"role", "content", "tool_calls", "tool_call_id"})
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_EMPTY: tuple[Any, ...] = ("", [], {})  # of fields that say nothing so
+
+
+def template_variables(
+    template: ChatTemplate, told: Mapping[str, Any], effort: str | None, documents: Sequence[Any] | None
+) -> dict[str, Any]:
+    """What a template is told beside the conversation.
+
+    Args:
+        template: the model's.
+        told: `chat_template_kwargs`.
+        effort: `reasoning_effort`. "none" is told to templates that only know `enable_thinking` by that.
+        documents: for templates that have a place for them.
+
+    Raises:
+        UsageError: the template has no such variable.
+    """
+    found = dict(told)
+    unknown = next((name for name in found if name not in template.variables), None)
+    if unknown is not None:
+        raise UsageError(
+            f"chat_template_kwargs holds {unknown!r}, which is no variable of the model's chat template",
+            hint=f"it has {', '.join(sorted(template.variables)) or 'none'}",
+        )
+    if effort is not None:
+        if "reasoning_effort" in template.variables:
+            found.setdefault("reasoning_effort", effort)
+        elif effort == "none" and "enable_thinking" in template.variables:
+            found.setdefault("enable_thinking", False)
+        else:
+            raise UsageError(
+                "reasoning_effort is not supported: the model's chat template does not know it", hint="leave it out"
+            )
+    if documents:
+        if "documents" not in template.source:
+            raise UsageError(
+                "documents are not supported: the model's chat template has no place for them", hint="leave them out"
+            )
+        found["documents"] = list(documents)
+    return found
+
+
+def whole_messages(
+    template: ChatTemplate, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The messages as the template renders them whole: arguments of tool calls as objects where it takes them so.
+
+    Raises:
+        UsageError: the template would leave out a tool call or a field.
+    """
+    for message in messages:
+        _check_fields(template, message)
+    found = [without_empty(message) for message in messages]
+    if not any(message.get("tool_calls") for message in found):
+        return found
+    parsed = [_with_objects(message) for message in found]
+    # Some templates render calls only beside a content that is null.
+    alone = [
+        {**message, "content": None} if message.get("tool_calls") and not message.get("content") else message
+        for message in parsed
+    ]
+    for attempt in (parsed, alone, found):
+        try:
+            if _renders_calls(template, attempt, variables):
+                return attempt
+        except UsageError:
+            continue
+    template.render(parsed, variables=variables)  # what it says itself is the better reason
+    raise UsageError(
+        "tool_calls are not supported: the model's chat template leaves them out",
+        hint="write the calls into the content",
+    )
+
+
+def without_empty(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Without fields that say nothing; a content may be empty."""
+    return {
+        name: value
+        for name, value in message.items()
+        if value is not None and (name == "content" or not any(value == one for one in _EMPTY))
+    }
+
+
+def _check_fields(template: ChatTemplate, message: Mapping[str, Any]) -> None:
+    for name, value in message.items():
+        if name in _ALWAYS or value is None or any(value == one for one in _EMPTY):
+            continue
+        if name == "name" and message.get("role") == "tool":
+            continue
+        names = _REASONING if name in _REASONING else (name,)
+        if not any(one in template.source for one in names):
+            raise UsageError(
+                f"the field {name!r} of a message is not supported: the model's chat template does not know it",
+                hint="leave it out",
+            )
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    if not isinstance(calls, list) or not all(
+        isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
+    ):
+        raise UsageError(
+            "tool_calls is no list of calls of functions", hint='[{"type": "function", "function": {...}}]'
+        )
+    found = []
+    for call in calls:
+        arguments = call["function"].get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError as error:
+                raise UsageError(
+                    f"the arguments of a call in tool_calls are not JSON: {error}", hint="give an object as JSON"
+                ) from error
+        found.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": found}
+
+
+def _calls_a_function(call: Any) -> bool:
+    return isinstance(call, dict) and isinstance(call.get("function"), dict)
+
+
+def _renders_calls(template: ChatTemplate, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> bool:
+    """Whether each call is in the text: looked for by names of their own."""
+    marks: list[str] = []
+
+    def marked(call: dict[str, Any]) -> dict[str, Any]:
+        marks.append(f"called{len(marks):04d}here")
+        return {**call, "function": {**call["function"], "name": marks[-1]}}
+
+    renamed = [
+        {**message, "tool_calls": [marked(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+    text = template.render(renamed, variables=variables)
+    return all(mark in text for mark in marks)
