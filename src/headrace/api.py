@@ -227,6 +227,11 @@ class Model:
             save_routing(self.checkpoint, Routing(scores=cache.scores, cached=cached, hit_rate=hits / asked))
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is unusual about how the weights are read."""
+        return self._engine.remarks
+
+    @property
     def trace(self) -> Trace | None:
         """The spans of this model's passes, if it was loaded with `trace=True`."""
         return self._engine.trace

@@ -13,6 +13,8 @@ HeadraceError (1)
 import difflib
 from collections.abc import Iterable
 
+from headrace.text import printable
+
 
 class HeadraceError(Exception):
     """Something a user can act on. `str()` is the message, `hint` the next thing to try."""
@@ -21,8 +23,8 @@ class HeadraceError(Exception):
     usual_hint: str | None = None  # where nothing better is known
 
     def __init__(self, message: str, *, hint: str | None = None):
-        super().__init__(message)
-        self.hint = hint or self.usual_hint
+        super().__init__(printable(message))
+        self.hint = printable(hint) if hint else self.usual_hint
 
 
 class CheckpointError(HeadraceError):

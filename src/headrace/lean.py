@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
+from headrace.limits import check_room
+
 _COMPILER = "torch._dynamo"
 _MARKS = ("disable", "allow_in_graph", "assume_constant_result")  # decorators of functions
 _ABSENT = ("is_torch_distributed_available", "is_torch_flex_attn_available")
@@ -23,7 +25,8 @@ _MODULES = ("modeling_utils", "masking_utils", "generation.utils", "models.auto.
 
 
 def library() -> ModuleType:
-    """`headrace.api`, imported in this way if transformers is not there yet."""
+    """`headrace.api`, imported in this way if transformers is not there yet. Raises what `limits.check_room` does."""
+    check_room()
     if "transformers" not in sys.modules and _COMPILER not in sys.modules:
         sys.meta_path.insert(0, _FINDER)
         try:

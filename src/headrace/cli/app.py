@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import click
 
 from headrace._version import __version__
-from headrace.cli import show
+from headrace.cli import show, streams
 from headrace.errors import HeadraceError, UsageError
+from headrace.limits import explained
+from headrace.text import printable
 from headrace.units import parse_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,6 +35,19 @@ class Size(click.ParamType[int]):
             self.fail(f"{error}; {error.hint}", param, ctx)
 
 
+class FilePath(click.Path):
+    """A path; what cannot be one is a usage error."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does."""
+        try:
+            return super().convert(value, param, ctx)
+        except (OSError, ValueError) as error:
+            self.fail(
+                f"{printable(value, keep='')!r} is no path: {getattr(error, 'strerror', None) or error}", param, ctx
+            )
+
+
 class Group(click.Group):
     """A group that turns our errors into a message, a hint and an exit code. (click itself suggests near commands.)"""
 
@@ -40,24 +55,32 @@ class Group(click.Group):
         """Run, and end with the error's own exit code."""
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends kernels for GPUs
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads would spin while ggml's work
+        streams.prepare()
         try:
-            return super().main(*args, **kwargs)
-        except HeadraceError as error:
+            try:
+                return super().main(*args, **kwargs)
+            finally:
+                streams.finish()
+        except BrokenPipeError:
+            streams.abandon()
+            sys.exit(0)
+        except (HeadraceError, OSError, MemoryError, RuntimeError) as error:
             if os.environ.get("HEADRACE_DEBUG"):
                 raise
-            show.error(error)
-            sys.exit(error.exit_code)
+            problem = error if isinstance(error, HeadraceError) else explained(error)
+            if problem is None:
+                raise
+            show.error(problem)
+            streams.abandon()
+            sys.exit(problem.exit_code)
 
     def invoke(self, ctx: click.Context) -> Any:
         """What click would end with 1: Ctrl-C, and a reader of our output that has gone."""
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):  # the latter at a question
-            click.echo("\ninterrupted", err=True)
+            show.say("\ninterrupted")
             sys.exit(show.INTERRUPTED)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "HEADRACE"})
@@ -123,7 +146,7 @@ def find_model(function: F) -> F:
 @click.argument("model")
 @click.argument("prompt", required=False)
 @click.option(
-    "-f", "--file", "prompt_file", type=click.Path(path_type=Path), help="Read the prompt from a file, - is stdin."
+    "-f", "--file", "prompt_file", type=FilePath(path_type=Path), help="Read the prompt from a file, - is stdin."
 )
 @memory_option
 @context_option
@@ -133,7 +156,7 @@ def find_model(function: F) -> F:
 @click.option("-s", "--system", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the chat template.")
 @click.option(
-    "--trace", type=click.Path(path_type=Path, dir_okay=False), help="Write a Chrome trace of every read and product."
+    "--trace", type=FilePath(path_type=Path, dir_okay=False), help="Write a Chrome trace of every read and product."
 )
 @json_option
 @quiet_option
@@ -189,12 +212,12 @@ def run(model: str, **options: Any) -> None:
     help="Share of the paid hours in which it computes. [default: 1.0]",
 )
 @click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with timeline, roofline and frontier."
+    "--html", type=FilePath(path_type=Path, dir_okay=False), help="Write a page with timeline, roofline and frontier."
 )
 @click.option(
     "--fit",
     "fit_runs",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(path_type=Path, dir_okay=False),
     help="Learn from run records, and keep what was learnt in the profile.",
 )
 @json_option
@@ -212,7 +235,7 @@ def plan(model: str | None, **options: Any) -> None:
 
 @main.command()
 @click.argument("number", required=False)
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with all of them.")
+@click.option("--html", type=FilePath(path_type=Path, dir_okay=False), help="Write a page with all of them.")
 @json_option
 def claims(number: str | None, html: Path | None, as_json: bool) -> None:
     """Check the statements of the discussion that this project began with: all, or the one of this NUMBER."""
@@ -239,7 +262,7 @@ def tables(kind: str, as_json: bool) -> None:
 @click.option("-n", "--max-tokens", type=click.IntRange(2), default=16, show_default=True, help="Tokens to generate.")
 @click.option(
     "--html",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(path_type=Path, dir_okay=False),
     help="Write a page with the measured timeline under the predicted one.",
 )
 @json_option
@@ -252,8 +275,8 @@ def bench(model: str, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("source", metavar="IN.jsonl", type=click.Path(path_type=Path))
-@click.argument("target", metavar="OUT.jsonl", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("source", metavar="IN.jsonl", type=FilePath(path_type=Path))
+@click.argument("target", metavar="OUT.jsonl", type=FilePath(path_type=Path, dir_okay=False))
 @click.option(
     "-m", "--model", required=True, help="A .gguf file, a Hugging Face folder, or org/repo[:file] of the hub."
 )
@@ -278,7 +301,7 @@ def batch(model: str, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("target", required=False, type=click.Path(exists=True, path_type=Path))
+@click.argument("target", required=False, type=FilePath(exists=True, path_type=Path))
 @json_option
 def probe(target: Path | None, as_json: bool) -> None:
     """Measure disk, kernels and interpreter of this machine, and keep the profile.

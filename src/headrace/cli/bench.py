@@ -61,7 +61,7 @@ def bench_command(
             for g in record.passes
         ]
         write_page(html, plan_page(plan, predicted, rows, measured))
-        click.echo(f"wrote {html}", err=True)
+        show.say(f"wrote {html}")
     if as_json:
         click.echo(json.dumps(asdict(record) | {"schedule_s": predicted.pass_s(1)}, allow_nan=False))
         return
@@ -83,5 +83,5 @@ def bench_command(
     for line in strips(measured, 0.0, end - start):
         click.echo(f"  {line}")
     if record.s_per_token is None:
-        click.echo("no token after the first: ask for more with -n", err=True)
+        show.say("no token after the first: ask for more with -n")
         sys.exit(1)

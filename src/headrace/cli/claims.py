@@ -18,7 +18,7 @@ def claims_command(id: str | None, html: Path | None, as_json: bool) -> None:
         from headrace.cli.page import claims_page, write_page
 
         write_page(html, claims_page(answers))
-        click.echo(f"wrote {html}", err=True)
+        show.say(f"wrote {html}")
     if as_json:
         found = [answer.as_json() for answer in answers]
         click.echo(json.dumps(found if id is None else found[0], allow_nan=False))

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from headrace.cli import show
 from headrace.cli.hub import open_anywhere
@@ -16,10 +16,12 @@ from headrace.forecast.architecture import Architecture, of_config, of_params, p
 from headrace.forecast.machine import Machine, find_machine
 from headrace.forecast.search import BATCHES, BITS, Change, changes, cheapest, configurations, frontier, sellers
 from headrace.hub import parse_reference
+from headrace.paths import exists
 from headrace.plan import guessed_profile, load_profile
 from headrace.plan.architecture import architecture_of
 from headrace.plan.machine import this_machine
 from headrace.plan.memory import Budget, budget_of
+from headrace.text import printable
 from headrace.units import gigabytes, rate, seconds
 
 
@@ -56,9 +58,10 @@ def find_model(model: str | None, params: float | None) -> Architecture:
             "no model is given", hint="name a file, a published model such as llama-3-70b, or --params 70e9"
         )
     path = Path(model)
+    there = exists(path)
     if path.is_dir() and not any(path.glob("*.safetensors*")):
         return of_config(path / "config.json")
-    if path.exists():
+    if there:
         return architecture_of(open_anywhere(model))
     if path.suffix == ".gguf":
         raise UsageError(
@@ -118,7 +121,7 @@ def forecast_command(
         from headrace.cli.page import forecast_page, write_page
 
         write_page(html, forecast_page(best, better, found))
-        click.echo(f"wrote {html}", err=True)
+        show.say(f"wrote {html}")
     if as_json:
         answer = best.as_json() | {
             "changes": [{"what": c.what, "tok_per_s": c.tok_per_s, "gain": c.gain} for c in better]
@@ -244,7 +247,7 @@ def _print(one: Forecast, better: list[Change], found: list[Forecast]) -> None:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for row in forecast_rows(one):
-        grid.add_row(*map(escape, row))
+        grid.add_row(*(Text(printable(cell, keep="")) for cell in row))
     console.print(grid)
     if better:
         console.print("\nfaster with")

@@ -15,7 +15,7 @@ from rich.text import Text
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.source import LocalSource, OpenSource
 from headrace.cli import show
-from headrace.errors import HeadraceError, UsageError
+from headrace.errors import CheckpointError, HeadraceError, UsageError
 from headrace.hub import (
     CachedModel,
     Reference,
@@ -26,7 +26,9 @@ from headrace.hub import (
     remote_sources,
     removal,
 )
+from headrace.paths import exists
 from headrace.plan.shape import stored_share
+from headrace.text import printable
 from headrace.units import gigabytes
 
 
@@ -47,7 +49,7 @@ def path_of(model: str, *, quiet: bool = False) -> str:
     Raises:
         HeadraceError: it is nowhere.
     """
-    if Path(model).exists():
+    if exists(model):
         return model
     reference = parse_reference(model)
     if reference is None:
@@ -93,8 +95,8 @@ def reference_of(model: str) -> Reference:
         UsageError: it is something on this disk, or no name of a repository.
     """
     reference = parse_reference(model)
-    if reference is None or Path(model).exists():
-        what = "is on this disk" if Path(model).exists() else "is not the name of a model at the hub"
+    if reference is None or exists(model):
+        what = "is on this disk" if exists(model) else "is not the name of a model at the hub"
         raise UsageError(f"`{model}` {what}", hint="write org/repo, org/repo:file or org/repo:Q4_K_M")
     return reference
 
@@ -112,7 +114,7 @@ def list_command(as_json: bool) -> None:
 
 
 def _row(model: CachedModel) -> tuple[str, ...]:
-    return model.name, model.format, str(model.files), str(model.nbytes), _day(model)
+    return printable(model.name, keep=""), model.format, str(model.files), str(model.nbytes), _day(model)
 
 
 def _day(model: CachedModel) -> str:
@@ -128,7 +130,7 @@ def _print_table(models: list[CachedModel]) -> None:
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("last used", no_wrap=True)
     for model in models:
-        name = Text(model.name, overflow="fold")
+        name = Text(printable(model.name, keep=""), overflow="fold")
         table.add_row(name, model.format, str(model.files), gigabytes(model.nbytes), _day(model))
     show.console().print(table)
 
@@ -158,12 +160,12 @@ def show_command(model: str, as_json: bool) -> None:
         click.echo(json.dumps({"model": model, **facts}, allow_nan=False))
         return
     for name, value in _lines(model, facts):
-        click.echo(f"{name:12} {value}")
+        click.echo(f"{name:12} {printable(value, keep='')}")
 
 
 def _find(model: str) -> Opened:
     """On the disk, in the cache, or at the hub: the first of them."""
-    if Path(model).exists():
+    if exists(model):
         return _local(model)
     reference = parse_reference(model)
     if reference is None:
@@ -183,7 +185,12 @@ def _find(model: str) -> Opened:
 
 def _local(path: str) -> Opened:
     if Path(path).is_dir():
-        files = sorted(file for file in Path(path).iterdir() if file.is_file())
+        try:
+            files = sorted(file for file in Path(path).iterdir() if file.is_file())
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read the folder {path}: {error.strerror}", hint="check its permissions"
+            ) from error
     else:
         files = [Path(part) for part in open_checkpoint(path).paths]
     sizes = tuple((file.name, file.stat().st_size) for file in files)

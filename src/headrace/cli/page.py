@@ -1,7 +1,7 @@
 """One self-contained page: no network, no script, readable in light and dark, on a telephone and on paper."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape as html_escape
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from headrace.forecast.answer import Forecast
 from headrace.forecast.schedule import Timeline, Unit, simulate, slots_needed
 from headrace.forecast.search import Change, frontier
 from headrace.plan.plan import Plan
+from headrace.text import printable
 from headrace.units import rate, seconds
 
 STYLE = """
@@ -49,18 +50,24 @@ nav { display: none; } }
 """
 
 
+def escape(text: str) -> str:
+    """Text of a page: neither markup nor control characters."""
+    return html_escape(printable(text))
+
+
 def write_page(path: Path, text: str) -> None:
     """Write a page; a reader sees the old one or the new one.
 
     Raises:
         HeadraceError: it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
+        partial = path.with_name(path.name + ".partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-    except OSError as error:
-        raise HeadraceError(f"cannot write {path}: {error.strerror}", hint="give a path that can be written") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise HeadraceError(f"cannot write {path}: {why}", hint="give a path that can be written") from error
 
 
 def _page(title: str, lead: str, parts: Iterable[str]) -> str:

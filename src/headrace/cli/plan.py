@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from headrace import lean
 from headrace.checkpoint import Checkpoint
@@ -23,6 +23,7 @@ from headrace.errors import ContextError, UsageError
 from headrace.forecast.schedule import Timeline
 from headrace.forecast.strip import strips
 from headrace.hub import parse_reference
+from headrace.paths import exists
 from headrace.plan import (
     Budget,
     Plan,
@@ -39,6 +40,7 @@ from headrace.plan import (
 from headrace.plan.pipeline import pipeline
 from headrace.plan.profile import profile_of, save_profile
 from headrace.plan.shape import is_linear
+from headrace.text import printable
 from headrace.units import gib, gigabytes, rate, seconds
 
 USUAL_PROMPT_TOKENS = 512
@@ -54,10 +56,14 @@ def profile_for(model: str, *, say: bool) -> Profile:
         show.note("measuring this machine once (about 15 s); `headrace probe` does it again")
     # In a process of its own: what the probe takes must not count against this one's ceiling.
     command = [sys.executable, "-c", "from headrace.cli import main; main()", "probe", model, "--json"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    profile = load_profile() or profile_of(result.stdout)  # where it cannot be kept
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        printed, trouble = result.stdout, result.stderr.strip()[-200:]
+    except OSError as error:
+        printed, trouble = "", f"no process can be started: {error.strerror}"
+    profile = load_profile() or profile_of(printed)  # where it cannot be kept
     if profile is None:
-        show.note(f"the machine could not be measured ({result.stderr.strip()[-200:]}); planning with guesses")
+        show.note(f"the machine could not be measured ({trouble}); planning with guesses")
         return guessed_profile()
     return profile
 
@@ -125,9 +131,10 @@ def plan_or_forecast(
 def _is_model(model: str) -> bool:
     """Whether it has weights whose headers can be read: on this disk, or by its name at the hub."""
     path = Path(model)
+    there = exists(path)
     if path.is_dir():
         return any(path.glob("*.safetensors*"))
-    return path.exists() or parse_reference(model) is not None
+    return there or parse_reference(model) is not None
 
 
 def plan_command(
@@ -168,7 +175,7 @@ def plan_command(
         from headrace.cli.page import plan_page, write_page
 
         write_page(html, plan_page(plan, timeline, _rows(plan, checkpoint)))
-        click.echo(f"wrote {html}", err=True)
+        show.say(f"wrote {html}")
     if as_json:
         click.echo(json.dumps(plan.as_json(), allow_nan=False))
         return
@@ -194,7 +201,7 @@ def _print(plan: Plan, rows: list[tuple[str, str, str]], timeline: Timeline) -> 
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(Text(printable(cell, keep="")) for cell in row))
     console.print(table)
     console.print(f"\na pass of {seconds(timeline.pass_s(1))} by the schedule of every read")
     for line in timeline_strips(timeline):
@@ -309,4 +316,4 @@ def probe_command(target: Path, as_json: bool) -> None:
         ("kept in", str(kept)),
     ]
     for name, value in lines:
-        click.echo(f"{name:9} {value}")
+        click.echo(f"{name:9} {printable(value, keep='')}")

@@ -1,6 +1,5 @@
 """`headrace run`: plan, load, generate; and chat, which is the same with the conversation so far as the prompt."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -102,6 +101,8 @@ def run_command(
         profile=profile,
         trace=trace is not None,
     ) as loaded:
+        for remark in loaded.remarks if not quiet else ():
+            show.note(remark)
         code = _chat(loaded, settings) if text is None else _once(loaded, text, settings)
         keep_record(loaded.record())
         if trace is not None and loaded.trace is not None:
@@ -204,9 +205,9 @@ def _answer(model: "Model", prompt: "Prompt", settings: Settings) -> tuple["Comp
 def _once(model: "Model", text: str, settings: Settings) -> int:
     completion, interrupted = _answer(model, _prompt_of(text, settings), settings)
     if settings.as_json:
-        click.echo(json.dumps(completion.as_json(), ensure_ascii=False, allow_nan=False))
+        show.json_line(completion.as_json())
     if not settings.quiet:
-        click.echo(show.stats(completion), err=True)
+        show.say(show.stats(completion))
     return show.INTERRUPTED if interrupted else 0
 
 
@@ -234,7 +235,7 @@ def _chat(model: "Model", settings: Settings) -> int:
             click.echo()
             return 0
         except KeyboardInterrupt:
-            click.echo("\nCtrl-D or /exit to leave", err=True)
+            show.say("\nCtrl-D or /exit to leave")
 
 
 class Conversation:
@@ -275,4 +276,4 @@ class Conversation:
         self._messages = [*messages, {"role": "assistant", "content": completion.text}]
         self._stats = show.stats(completion)
         if not self._settings.quiet:
-            click.echo(self._stats, err=True)
+            show.say(self._stats)

@@ -1,15 +1,19 @@
 """How things look on a terminal: notes, errors, a line of progress that overwrites itself, statistics."""
 
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
+from headrace.cli.streams import writes_utf8
 from headrace.errors import HeadraceError
+from headrace.text import printable
 from headrace.units import gib, gigabytes, rate, seconds
 
 if TYPE_CHECKING:
@@ -18,16 +22,27 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # exit code after Ctrl-C
 
 
+def say(text: str = "") -> None:
+    """A line on stderr. Nobody need read it: where it cannot be written it is left out."""
+    with suppress(OSError, ValueError):
+        click.echo(printable(text), err=True)
+
+
 def note(text: str) -> None:
     """A line on stderr that begins with our name."""
-    click.echo(f"headrace: {text}", err=True)
+    say(f"headrace: {text}")
 
 
 def error(problem: HeadraceError) -> None:
     """What went wrong, and a hint."""
-    click.echo(f"Error: {problem}", err=True)
+    say(f"Error: {problem}")
     if problem.hint:
-        click.echo(f"\nhint: {problem.hint}", err=True)
+        say(f"\nhint: {problem.hint}")
+
+
+def json_line(value: object) -> None:
+    """An object on stdout, in characters that it takes."""
+    click.echo(json.dumps(value, ensure_ascii=not writes_utf8(), allow_nan=False))
 
 
 def console() -> Console:
@@ -78,19 +93,22 @@ class ProgressLine:
         """Take the line away."""
         if self._width:
             self._write("")
-            sys.stderr.write("\r")
-            sys.stderr.flush()
+            with suppress(OSError, ValueError):
+                sys.stderr.write("\r")
+                sys.stderr.flush()
             self._width = 0
 
     def _write(self, text: str) -> None:
-        sys.stderr.write("\r" + text.ljust(self._width))
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):
+            sys.stderr.write("\r" + text.ljust(self._width))
+            sys.stderr.flush()
         self._width = max(self._width, len(text))
 
 
 def thought(text: str) -> None:
     """Some of what the model thinks: not of the answer, so on stderr, and dim."""
-    click.echo(click.style(text, dim=True), nl=False, err=True)
+    with suppress(OSError, ValueError):
+        click.echo(click.style(text, dim=True), nl=False, err=True)
 
 
 def stats(completion: "Completion") -> str:

@@ -1,9 +1,9 @@
 """Fetching what is missing of a model into the hub's cache, so that nothing is fetched twice.
 
 `huggingface_hub` keeps no part of a file whose download was interrupted. Of a model of 40 GB that is too much to lose, so
-large files with a known SHA-256 are fetched by its `http_get` into `blobs/SHA.incomplete`, which stays; the next call asks
-for the rest. The checksum is compared before a file gets the name under which the cache looks for it. Small files, files
-larger than the library fetches over HTTP, and the links of the snapshot are left to `snapshot_download`.
+files are fetched by its `http_get` into `blobs/CHECKSUM.incomplete`, which stays; the next call asks for the rest. Length and
+checksum are compared with the hub's list before a file gets the name under which the cache looks for it, and no answer's header
+becomes part of a path. Only files larger than the library fetches over HTTP are left to `snapshot_download`.
 """
 
 import glob
@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,11 @@ from headrace.hub.listing import Listing, list_repository
 from headrace.hub.reference import Reference
 from headrace.hub.refusal import RESUME, endpoint, explained, offline
 from headrace.hub.selection import RemoteFile, files_needed
+from headrace.text import printable
 from headrace.units import gigabytes
 
 RETRIES = 5
+_LONGEST_NAME = 255  # bytes of a part of a path
 SPARE_BYTES = 1 << 24  # room for links, locks and lists
 
 Say = Callable[[str], None]
@@ -31,10 +33,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class _Blob:
-    """A large file: where it will lie in the cache, and what it must hash to."""
+    """A file: where it will lie in the cache, and what it must hash to."""
 
     file: RemoteFile
-    sha256: str
+    sha256: str | None  # of large files
+    git_id: str | None  # of the others; neither: a mirror's list lacks it
     path: Path
 
     @property
@@ -67,14 +70,44 @@ def pull(reference: Reference, *, say: Say | None) -> str:
     listing = list_repository(reference)
     selection = files_needed(listing.files, reference.file)
     say(f"{reference.repo}: {selection.reason}, {gigabytes(selection.nbytes)}")
+    _check_names(selection.files)
     folder = _folder(reference) / "snapshots" / listing.commit
     path = opened(folder, selection)
-    if local_path(reference) != path:
-        with explained(reference):
-            _bring(reference, listing, [file for file in selection.files if not (folder / file.name).is_file()], say)
-            _link(reference, listing.commit, selection.files)
+    with explained(reference):
+        missing = [file for file in selection.files if not _is_here(folder / file.name, file)]
+        if missing or local_path(reference) != path:
+            _bring(reference, listing, missing, say)
+            _note_revision(reference, listing.commit)
+            _let_the_library_see(reference, listing.commit, selection.files)
     _check_sizes(folder, selection.files)
     return path
+
+
+def _check_names(files: Sequence[RemoteFile]) -> None:
+    """Raise `HubError` for a name that is no path inside of the snapshot."""
+    for file in files:
+        parts = file.name.split("/")
+        sound = all(
+            0 < len(part.encode(errors="replace")) <= _LONGEST_NAME and part not in (".", "..") for part in parts
+        )
+        if not sound or "\\" in file.name or printable(file.name, keep="") != file.name:
+            raise HubError(
+                f"the hub lists a file of the name {printable(file.name, keep='')!r}, which cannot be kept",
+                hint="choose another file, or check what HF_ENDPOINT names",
+            )
+
+
+def _is_here(path: Path, file: RemoteFile) -> bool:
+    """Whether a file lies in the snapshot. One of another length is deleted, to be fetched again."""
+    if not path.is_file():
+        return False
+    if path.stat().st_size == file.size:
+        return True
+    blob = path.resolve()
+    path.unlink()
+    if blob.parent.name == "blobs":
+        blob.unlink(missing_ok=True)
+    return False
 
 
 def _folder(reference: Reference) -> Path:
@@ -86,28 +119,54 @@ def _folder(reference: Reference) -> Path:
 
 
 def _bring(reference: Reference, listing: Listing, missing: Sequence[RemoteFile], say: Say) -> None:
-    """Fetch the large files among them, and see that there is room for all."""
-    from huggingface_hub import HfApi
+    """Fetch them and link them, if there is room for all."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars
 
-    blobs = [blob for file in missing if (blob := _blob(reference, listing, file))]
+    blobs = [_blob(reference, listing, file) for file in missing if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]
     held = sum(blob.file.size if blob.path.exists() else min(blob.have, blob.file.size) for blob in blobs)
     _check_room(reference, sum(file.size for file in missing) - held)
-    HfApi().resolve_revision(reference.repo, revision=reference.revision)  # notes which commit the branch is at
-    blobs = [blob for blob in blobs if not blob.path.exists()]
-    for number, blob in enumerate(blobs, 1):
-        rest = f", of which {gigabytes(blob.have)} are here" if blob.have else ""
-        say(f"fetching {blob.file.name} ({number} of {len(blobs)}), {gigabytes(blob.file.size)}{rest}")
-        _complete(reference, listing.commit, blob, say)
+    large = [blob for blob in blobs if blob.sha256 is not None and not blob.path.exists()]
+    for blob in blobs:
+        if blob in large:
+            rest = f", of which {gigabytes(blob.have)} are here" if blob.have else ""
+            say(
+                f"fetching {blob.file.name} ({large.index(blob) + 1} of {len(large)}), {gigabytes(blob.file.size)}{rest}"
+            )
+        with nullcontext() if blob in large else disable_progress_bars():
+            _complete(reference, listing.commit, blob, say)
+        _link(_folder(reference) / "snapshots" / listing.commit / blob.file.name, blob.path)
 
 
-def _blob(reference: Reference, listing: Listing, file: RemoteFile) -> _Blob | None:
-    from huggingface_hub import constants
+def _blob(reference: Reference, listing: Listing, file: RemoteFile) -> _Blob:
+    sha256, git_id = listing.sha256.get(file.name, ""), listing.git_ids.get(file.name, "")
+    large = sha256 if _is_hash(sha256, 64) else None
+    small = git_id if _is_hash(git_id, 40) else None
+    name = large or small or hashlib.sha1(f"{listing.commit}/{file.name}".encode()).hexdigest()
+    return _Blob(file=file, sha256=large, git_id=small, path=_folder(reference) / "blobs" / name)
 
-    sha256 = listing.sha256.get(file.name, "")
-    known = len(sha256) == 64 and set(sha256) <= set("0123456789abcdef")
-    if not known or not 0 < file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
-        return None
-    return _Blob(file=file, sha256=sha256, path=_folder(reference) / "blobs" / sha256)
+
+def _is_hash(text: str, digits: int) -> bool:
+    return len(text) == digits and set(text) <= set("0123456789abcdef")
+
+
+def _link(link: Path, blob: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        link.unlink()
+    link.symlink_to(os.path.relpath(blob, link.parent))
+
+
+def _note_revision(reference: Reference, commit: str) -> None:
+    """Keep which commit the branch is at, as the library does."""
+    if reference.revision == commit:
+        return
+    refs = _folder(reference) / "refs"
+    target = refs / (reference.revision or "main")
+    if not target.resolve().is_relative_to(refs.resolve()):
+        raise HubError(f"`{reference.revision}` is no name of a revision", hint="give a branch, a tag or a commit")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(commit)
 
 
 def _check_room(reference: Reference, needed: int) -> None:
@@ -125,7 +184,7 @@ def _complete(reference: Reference, commit: str, blob: _Blob, say: Say) -> None:
     from huggingface_hub.utils import WeakFileLock
 
     folder = _folder(reference)
-    lock = folder.parent / ".locks" / folder.name / f"{blob.sha256}.lock"
+    lock = folder.parent / ".locks" / folder.name / f"{blob.path.name}.lock"
     # The snapshot's folder too: without one the library's scan takes the repository for damaged and cannot delete it.
     for path in (blob.path.parent, lock.parent, folder / "snapshots" / commit):
         path.mkdir(parents=True, exist_ok=True)
@@ -134,8 +193,12 @@ def _complete(reference: Reference, commit: str, blob: _Blob, say: Say) -> None:
             return
         if blob.have > blob.file.size:
             blob.partial.unlink()
-        _download(reference, commit, blob)
-        say(f"comparing the SHA-256 of {blob.file.name}")
+        if blob.file.size:
+            _download(reference, commit, blob)
+        else:
+            blob.partial.touch()
+        if blob.sha256 is not None:
+            say(f"comparing the SHA-256 of {blob.file.name}")
         _check_content(blob)
         blob.partial.replace(blob.path)
 
@@ -174,10 +237,18 @@ def _download(reference: Reference, commit: str, blob: _Blob) -> None:
 
 
 def _check_content(blob: _Blob) -> None:
+    if blob.have != blob.file.size:
+        raise _differs(blob, f"{blob.have} bytes came instead of {blob.file.size}")
+    kind, expected = ("sha256", blob.sha256) if blob.sha256 is not None else ("sha1", blob.git_id)
+    if expected is None:
+        return
+    hashed = hashlib.new(kind, b"" if blob.sha256 is not None else b"blob %d\0" % blob.file.size)
     with blob.partial.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != blob.sha256:
-        raise _differs(blob, f"its SHA-256 begins {found[:12]} instead of {blob.sha256[:12]}")
+        while part := file.read(1 << 20):
+            hashed.update(part)
+    if hashed.hexdigest() != expected:
+        name = "SHA-256" if blob.sha256 is not None else "git id"
+        raise _differs(blob, f"its {name} begins {hashed.hexdigest()[:12]} instead of {expected[:12]}")
 
 
 def _differs(blob: _Blob, how: str) -> HubError:
@@ -189,8 +260,8 @@ def _differs(blob: _Blob, how: str) -> HubError:
     )
 
 
-def _link(reference: Reference, commit: str, files: Sequence[RemoteFile]) -> None:
-    """Let the library fetch what is left, link what lies there, and keep the listing. Bars only for what takes long."""
+def _let_the_library_see(reference: Reference, commit: str, files: Sequence[RemoteFile]) -> None:
+    """The library fetches what is left, and keeps the listing. Bars only for what takes long."""
     from huggingface_hub import ResolvedRevision, constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -202,9 +273,9 @@ def _link(reference: Reference, commit: str, files: Sequence[RemoteFile]) -> Non
 
 def _check_sizes(folder: Path, files: Sequence[RemoteFile]) -> None:
     for file in files:
-        size = os.path.getsize(folder / file.name)
-        if size != file.size:
+        path = folder / file.name
+        if not _is_here(path, file):
             raise HubError(
-                f"{folder / file.name} has {size} bytes, the hub lists {file.size}",
-                hint=f"delete it; {RESUME}",
+                f"{path} does not have the {file.size} bytes that the hub lists",
+                hint=f"what came was deleted; {RESUME}",
             )

@@ -1,5 +1,9 @@
-"""A repository at one commit, as the hub lists it: files with sizes and checksums. One request."""
+"""A repository at one commit, as the hub lists it: files with sizes and checksums. One request.
 
+The hub, or who answers in its place, is not trusted: a commit or a file's name becomes part of a path.
+"""
+
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +20,7 @@ class Listing:
     commit: str
     files: tuple[RemoteFile, ...]
     sha256: dict[str, str]
+    git_ids: dict[str, str]  # of the other files: the SHA-1 that git knows their content by
     license: str | None
 
 
@@ -34,7 +39,11 @@ def list_repository(reference: Reference) -> Listing:
         except (KeyError, TypeError, AttributeError) as error:  # what the library takes for granted is not there
             raise ValueError(f"its listing of {reference.repo} lacks {error}") from error
     commit, siblings = info.sha, info.siblings or []
-    if commit is None or len(commit) != 40 or any(type(file.size) is not int or file.size < 0 for file in siblings):
+    if (
+        commit is None
+        or not _COMMIT.fullmatch(commit)
+        or any(type(file.size) is not int or file.size < 0 for file in siblings)
+    ):
         raise HubError(
             f"{endpoint()} lists {reference.repo} without its commit or the sizes of its files",
             hint="HF_ENDPOINT may name a mirror that lacks them",
@@ -42,9 +51,13 @@ def list_repository(reference: Reference) -> Listing:
     return Listing(
         commit=commit,
         files=tuple(RemoteFile(name=file.rfilename, size=file.size or 0) for file in siblings),
-        sha256={file.rfilename: file.lfs.sha256 for file in siblings if file.lfs is not None},
+        sha256={file.rfilename: str(file.lfs.sha256) for file in siblings if file.lfs is not None},
+        git_ids={file.rfilename: str(file.blob_id) for file in siblings if file.lfs is None},
         license=_license(info),
     )
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 
 
 def _license(info: Any) -> str | None:

@@ -22,6 +22,7 @@ from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.encodings import Encoding
 from headrace.checkpoint.tensor import Slice
 from headrace.errors import CheckpointError, HeadraceError, UnsupportedError
+from headrace.limits import explained
 from headrace.model.config import make_config, opening_of
 from headrace.model.matrix import Matrix, below_one_another
 from headrace.model.mixtures import Mixture, Stack, adopt_mixtures, mixture_of
@@ -151,9 +152,12 @@ def _blaming(checkpoint: Checkpoint) -> Iterator[None]:
     """Sizes that make no model end in all kinds of errors in transformers' code; whose fault they are is clear."""
     try:
         yield
-    except (HeadraceError, ImportError, OSError):
+    except (HeadraceError, ImportError, OSError, MemoryError):
         raise
     except Exception as error:
+        problem = explained(error)  # torch says by a RuntimeError that there is no more memory
+        if problem is not None:
+            raise problem from error
         raise CheckpointError(
             f"{checkpoint.path}: the sizes it gives make no {checkpoint.architecture} model: {error}",
             hint="the file is damaged, or of another version of transformers",

@@ -16,6 +16,7 @@ from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.low_bit import low_bit_copy
 from headrace.errors import UsageError
 from headrace.forecast.answer import SMALLER_MODEL_CHANCE
+from headrace.paths import exists
 from headrace.plan.cost import PassCost
 
 # Guesses for one sequence in a pass, at most: beyond, even a perfect copy gains little, and rows cost memory.
@@ -88,7 +89,7 @@ def _copy(checkpoint: Checkpoint) -> Drafting:
 
 def _model(checkpoint: Checkpoint, path: str) -> Drafting:
     """A draft model in a file: a low-bit copy of the same model, or a smaller one with the same vocabulary."""
-    if not Path(path).exists():
+    if not exists(path):
         raise UsageError(
             f"there is no draft model {path}", hint="use none, prompt, self, auto, a .gguf file or a folder"
         )

@@ -6,6 +6,7 @@ Rates are in weights per second rather than bytes, so that a quantisation that w
 import json
 import math
 import os
+import tempfile
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -154,8 +155,13 @@ def machine_name() -> str:
 def profile_path() -> Path:
     """Where the profile is kept: $HEADRACE_HOME, else headrace's folder in the user's cache."""
     home = os.environ.get("HEADRACE_HOME")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (Path(home) if home else Path(cache) / "headrace") / "profile.json"
+    if home:
+        return Path(home) / "profile.json"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # nobody knows where this user's home is
+        cache = Path(tempfile.gettempdir())
+    return cache / "headrace" / "profile.json"
 
 
 def load_profile(path: Path | None = None) -> Profile | None:

@@ -3,6 +3,9 @@
 A read either delivers every byte asked for or raises `ReadError` with the file and the offset.
 """
 
+import errno
+import fcntl
+import mmap
 import os
 from contextlib import suppress
 from typing import Protocol
@@ -12,6 +15,7 @@ from headrace.stream.memory import PAGE_BYTES
 
 # One request to the disk. Larger ones are split by the kernel, smaller ones cost a turn of the interpreter each.
 REQUEST_BYTES = 2 << 20
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # what a file system says that cannot read past the page cache
 
 
 class File(Protocol):
@@ -37,13 +41,28 @@ class WeightFile:
             try:
                 self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as refused:
+                hint = "raise the limit of open files with `ulimit -n`" if refused.errno == errno.EMFILE else None
                 raise ReadError(
-                    f"cannot open {path}: {refused.strerror}", hint="check that the file is there and may be read"
+                    f"cannot open {path}: {refused.strerror}",
+                    hint=hint or "check that the file is there and may be read",
                 ) from refused
-            self.direct = False
-            self.remark = f"read through the page cache: the file system refuses O_DIRECT ({error.strerror})"
-            with suppress(OSError, AttributeError):
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+            self._go_buffered(error)
+            return
+        with mmap.mmap(-1, PAGE_BYTES) as page, memoryview(page) as view:
+            # Some file systems open a file so and refuse the first read.
+            try:
+                os.preadv(self._fd, [view], 0)
+            except OSError as error:
+                if error.errno in _NOT_DIRECT:
+                    self._go_buffered(error)
+
+    def _go_buffered(self, error: OSError) -> None:
+        """From now on through the page cache."""
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+        self.direct = False
+        self.remark = f"read through the page cache: the file system refuses O_DIRECT ({error.strerror})"
+        with suppress(OSError, AttributeError):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, offset: int, target: memoryview, needed: int) -> int:
         """Fill `target` from a page-aligned offset; at least `needed` bytes of it must come. Returns how many came.
@@ -72,6 +91,9 @@ class WeightFile:
         try:
             return os.preadv(self._fd, [target], offset)
         except OSError as error:
+            if self.direct and error.errno in _NOT_DIRECT:
+                self._go_buffered(error)
+                return self._pread(target, offset)
             raise ReadError(
                 f"reading {self.path} at {offset} failed: {error.strerror}", hint="check the disk (dmesg, smartctl)"
             ) from error

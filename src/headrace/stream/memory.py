@@ -4,6 +4,8 @@ import ctypes
 import mmap
 from contextlib import suppress
 
+from headrace.limits import explained
+
 PAGE_BYTES = 4096
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; `mmap` has no name for it
 
@@ -20,7 +22,10 @@ class Arena:
 
     def __init__(self, nbytes: int):
         self.nbytes = max(nbytes, PAGE_BYTES)
-        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise (explained(error) or error) from error
         with suppress(OSError, AttributeError):  # not every kernel has huge pages
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from headrace.errors import ReadError
+from headrace.limits import too_few_threads
 from headrace.stream.files import File
 
 STALL_LIMIT_S = 60.0
@@ -77,12 +78,13 @@ class Readers:
             raise ReadError("the weights are closed", hint="load the model again")
         if self._threads or not self.count:
             return
-        self._threads = [
-            threading.Thread(target=self._work, args=(work,), name=f"{self._name}-{i}", daemon=True)
-            for i, work in enumerate(works)
-        ]
-        for thread in self._threads:
-            thread.start()
+        for i, work in enumerate(works):
+            thread = threading.Thread(target=self._work, args=(work,), name=f"{self._name}-{i}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # those that run are stopped with the pass
+                raise too_few_threads() from error
+            self._threads.append(thread)
 
     def stop(self) -> None:
         """Ask all to stop and wait until they have, each after the read that it is in. Safe to call twice."""

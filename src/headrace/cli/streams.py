@@ -1,0 +1,70 @@
+"""stdin, stdout and stderr as they really are: closed, full, of another encoding, or a terminal of an odd size.
+
+`prepare` makes them usable before anything is written; `finish` says whether what was written has arrived.
+"""
+
+import os
+import sys
+from contextlib import suppress
+
+from headrace.errors import HeadraceError
+
+_WIDEST_DIGITS = 4
+
+
+def prepare() -> None:
+    """Open what is closed, replace characters that a terminal does not have, and forget sizes that make no sense."""
+    for descriptor, mode in ((0, "r"), (1, "w"), (2, "w")):
+        _reopen(descriptor, mode)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError, OSError):  # in tests it may be something else
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    for name in ("COLUMNS", "LINES"):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdigit() and len(value) <= _WIDEST_DIGITS):
+            del os.environ[name]
+
+
+def _reopen(descriptor: int, mode: str) -> None:
+    """A closed descriptor would be given to the next file that is opened."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        found = os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)
+        if found != descriptor:
+            os.dup2(found, descriptor)
+            os.close(found)
+    name = ("stdin", "stdout", "stderr")[descriptor]
+    if getattr(sys, name) is None:
+        setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8", errors="replace", closefd=False))
+
+
+def finish() -> None:
+    """Write what is still to be written.
+
+    Raises:
+        HeadraceError: stdout takes no more.
+        BrokenPipeError: nobody reads it.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise HeadraceError(
+            f"cannot write the output: {getattr(error, 'strerror', None) or error}",
+            hint="free some space, or write to another place",
+        ) from error
+
+
+def abandon() -> None:
+    """stdout takes nothing any more: so that the interpreter does not try again when it ends."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def writes_utf8() -> bool:
+    """Whether stdout takes every character."""
+    return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"

@@ -1,0 +1,26 @@
+"""Whether something lies at a path: no, yes, or an error that says why nobody can tell."""
+
+import os
+
+from headrace.errors import CheckpointError, UsageError
+from headrace.text import printable
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file or folder.
+
+    Raises:
+        CheckpointError: a folder may not be searched, or a name is too long.
+        UsageError: it is no path.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot open {printable(path)}: {error.strerror}", hint="check the path and its permissions"
+        ) from error
+    except ValueError as error:  # a zero byte
+        raise UsageError(f"{printable(path, keep='')} is no path: {error}", hint="give another path") from error
+    return True
