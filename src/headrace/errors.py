@@ -23,8 +23,9 @@ class HeadraceError(Exception):
     usual_hint: str | None = None  # where nothing better is known
 
     def __init__(self, message: str, *, hint: str | None = None):
-        super().__init__(printable(message))
-        self.hint = printable(hint) if hint else self.usual_hint
+        # Names from files are in it: none of them may begin a line of its own.
+        super().__init__(printable(message, keep=""))
+        self.hint = printable(hint, keep="") if hint else self.usual_hint
 
 
 class CheckpointError(HeadraceError):

@@ -23,6 +23,8 @@ def bench_command(
     model: str, memory: int | Budget | None, kv_bits: int, draft: str, max_tokens: int, html: Path | None, as_json: bool
 ) -> None:
     """Run, compare, print."""
+    if html is not None:
+        show.check_page(html)
     profile = profile_for(model, say=True)
     load = lean.library().load  # torch: seconds
     from headrace.engine.sampling import Sampling
@@ -30,7 +32,7 @@ def bench_command(
     with load(
         model,
         memory=memory,
-        context_tokens=64 + max_tokens,
+        context_tokens=len(PROMPT.encode()) + 8 + max_tokens,  # a token is a byte at least
         prompt_tokens=16,
         kv_bits=kv_bits,
         draft=draft,

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -49,6 +50,13 @@ def console() -> Console:
     """For tables on stdout: as wide as the terminal; wide, but not endless, where there is none."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=max(120, int(os.environ.get("COLUMNS") or 0)))
+
+
+def check_page(path: Path) -> None:
+    """Before what takes long: raise `HeadraceError` where a page cannot be written."""
+    folder = path.parent
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise HeadraceError(f"cannot write {path}", hint="give a path in a folder that can be written to")
 
 
 class ProgressLine:

@@ -108,9 +108,8 @@ def find_machine(text: str) -> Machine:
     Raises:
         UsageError: a part that is not known, a number that is missing, or a contradiction.
     """
-    path = Path(text)
     if text.endswith(".toml"):
-        return _from_file(path)
+        return _from_file(Path(text))
     parts = [part.strip() for part in re.split(r"[+,]", text) if part.strip()]
     if not parts:
         raise UsageError(
@@ -324,7 +323,7 @@ def _from_file(path: Path) -> Machine:
     """A machine from TOML: `parts = "..."` as on the command line, and numbers of `Machine` that replace the parts' own."""
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # among them bytes that are no text, and no TOML
         raise UsageError(
             f"cannot read the machine {path}: {error}", hint='a TOML file with parts = "2x rtx-4090 + 128GB"'
         ) from error

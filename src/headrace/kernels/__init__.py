@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.errors import HeadraceError
 from headrace.kernels.limits import FEW_ROWS
 from headrace.kernels.piece import Piece
+from headrace.limits import check_threads
 
 if TYPE_CHECKING:
     from headrace.kernels.multiply import Kernels
@@ -24,6 +25,7 @@ def make_kernels(
     threads: int, bf16_many_rows: bool = True, row_invariant: bool = True, tiled: Collection[str] = ()
 ) -> "tuple[Kernels | ReferenceKernels, str]":
     """(kernels, why these): ggml's, or the slow twin where no build of ggml runs. Arguments as for `Kernels`."""
+    check_threads(threads)
     try:
         from headrace.kernels.multiply import Kernels
 

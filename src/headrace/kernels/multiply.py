@@ -25,7 +25,6 @@ from headrace.kernels.interleaved import Interleaving
 from headrace.kernels.limits import ACTIVATION_ROWS, FEW_EXPERT_ROWS, FEW_ROWS, PRECISE_TYPES, TILE_ROWS
 from headrace.kernels.piece import Piece
 from headrace.kernels.unpacking import ToHalf, unpack_pieces
-from headrace.limits import check_threads
 
 # Scratch for unpacked weights, which keeps torch's products wide; and the rows of them that oneDNN likes multiples of: with
 # 292 of 14336 columns bf16 products ran at 348 GFLOP/s, with 256 at 401, with 512 at 418. With 16 MiB a prompt of 512 rows of an
@@ -57,7 +56,6 @@ class Kernels:
             tiles_exactly: how exact rows of these stay independent: all go through tiles, however few, instead of through
                 dot products, however many.
         """
-        check_threads(threads)
         self.threads = threads
         self.bf16_many_rows = bf16_many_rows and _multiplies_bf16()
         self.row_invariant = row_invariant
