@@ -570,7 +570,7 @@ def test_what_does_not_begin_with_the_magic_is_not_a_gguf_file(path: Path, conte
     assert error.hint
 
 
-@pytest.mark.parametrize("version", [0, 1, 4, 3 << 24, (1 << 32) - 1])
+@pytest.mark.parametrize("version", [0, 1, 4, (1 << 32) - 1])
 def test_an_unknown_version_is_an_error(path: Path, version: int) -> None:
     refused(path, padded(header([NAMED], [], version=version), 64), f"version {version}")
 

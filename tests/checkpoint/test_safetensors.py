@@ -121,11 +121,11 @@ def test_a_header_above_the_limit_of_the_format_is_not_read(path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 7])
 def test_a_file_without_a_length_is_truncated(path: Path, size: int) -> None:
-    refused(path, bytes(size), "truncated")
+    refused(path, bytes(size), "empty" if not size else "truncated|1 bytes|zeros")
 
 
 def test_a_pointer_of_git_lfs_is_known(path: Path) -> None:
-    error = refused(path, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "would have")
+    error = refused(path, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer")
 
     assert error.hint is not None
     assert "git lfs pull" in error.hint
@@ -450,10 +450,10 @@ def test_shards_far_larger_than_memory_are_read_from_their_headers(folder: Path)
         (["consolidated.safetensors"], "Mistral's own format", "model.safetensors"),
         (["consolidated-00001-of-00002.safetensors"], "Mistral's own format", "model.safetensors"),
         (["adapter_model.safetensors"], "an adapter", "merge it"),
-        (["pytorch_model.bin"], "pickled", "safetensors version"),
-        (["pytorch_model-00001-of-00002.bin", "training_args.bin"], "pickled", "safetensors version"),
-        (["consolidated.00.pth"], "pickled", "safetensors version"),
-        (["model.pt"], "pickled", "safetensors version"),
+        (["pytorch_model.bin"], "pickled", "safetensors or GGUF version"),
+        (["pytorch_model-00001-of-00002.bin", "training_args.bin"], "pickled", "safetensors or GGUF version"),
+        (["consolidated.00.pth"], "pickled", "safetensors or GGUF version"),
+        (["model.pt"], "pickled", "safetensors or GGUF version"),
     ],
 )
 def test_weights_of_another_format_are_not_supported(folder: Path, names: list[str], match: str, hint: str) -> None:
@@ -485,7 +485,7 @@ def test_a_folder_without_weights_is_an_error(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("", "not sound JSON"),
+        ("", "empty"),
         ("[]", "not a JSON object"),
         ("{}", "`weight_map` is None"),
         ('{"weight_map": {}}', "`weight_map` is {}"),
@@ -550,12 +550,12 @@ def test_a_tensor_in_two_shards_is_an_error(sharded: Path) -> None:
 def test_a_damaged_shard_is_named(sharded: Path) -> None:
     (sharded / "two.safetensors").write_bytes(b"")
 
-    unreadable(sharded, "two.safetensors is truncated")
+    unreadable(sharded, "two.safetensors is not a safetensors file: it is empty")
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [("", "not sound JSON"), ("[1]", "not a JSON object"), ("[" * 100_000, "nested too deep"), ("{", "not sound")],
+    [("", "empty"), ("[1]", "not a JSON object"), ("[" * 100_000, "nested too deep"), ("{", "not sound")],
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_a_configuration_that_is_none_is_refused(sharded: Path, name: str, text: str, match: str) -> None:

@@ -71,8 +71,21 @@ NOT_YET = {
 }
 
 
+_NO_LANGUAGE_MODELS = {
+    "bert nomic-bert nomic-bert-moe jina-bert-v2 jina-bert-v3 neo-bert modern-bert eurobert gemma-embedding t5encoder": (
+        "an encoder, for embeddings; it does not generate text"
+    ),
+    "flux sd1 sdxl sd3 aura hidream cosmos ltxv hyvid wan lumina2 qwen_image pig": (
+        "it makes images or videos, and is not a language model"
+    ),
+}
+
+
 def check_architecture(name: str, path: str) -> None:
     """Raise `UnsupportedError` unless a model of this architecture can run."""
+    for names, why in _NO_LANGUAGE_MODELS.items():
+        if name in names.split():
+            raise UnsupportedError(f"{path} is a {name} model: {why}", hint="name a model that generates text")
     if name in NOT_YET:
         raise UnsupportedError(f"{path} is a {name} model: {NOT_YET[name]}", hint=f"supported: {', '.join(SUPPORTED)}")
     if name not in SUPPORTED:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from headrace.checkpoint.encodings import Encoding
+from headrace.checkpoint.foreign import LOOK_BYTES, check_bytes, check_gguf
 from headrace.checkpoint.header import Header
 from headrace.checkpoint.source import LocalSource, OpenSource
 from headrace.checkpoint.tensor import COMPUTABLE, TYPE_NAMES, Tensor, block_of
@@ -192,6 +193,7 @@ def open_gguf(path: str | os.PathLike[str], open_source: OpenSource = LocalSourc
             tensors[tensor.name] = tensor
     checkpoint = Checkpoint(path=path, paths=paths, metadata=metadata, tensors=tensors, open_source=open_source)
     _check_split_count(checkpoint)
+    check_gguf(path, metadata, tensors.keys())
     return checkpoint
 
 
@@ -230,11 +232,13 @@ def _check_split_count(checkpoint: Checkpoint) -> None:
 def _read_file(path: str, open_source: OpenSource) -> tuple[dict[str, Scalar | ArrayRef], list[Tensor]]:
     with closing(open_source(path)) as source:
         header = Header(source)
-        if header.size < 4 or header.raw(4, "the magic") != b"GGUF":
+        if header.start(4) != b"GGUF":
+            check_bytes(path, header.start(LOOK_BYTES), header.size, "a GGUF file")
             raise CheckpointError(f"{path} is not a GGUF file", hint="headrace reads .gguf files")
+        header.position = 4
         version = header.integer("I", "the version")
         if version not in (2, 3):
-            raise CheckpointError(f"{path} is GGUF version {version}; 2 and 3 are known", hint="convert it again")
+            _refuse_version(path, version)
         tensor_count = header.integer("Q", "the number of tensors")
         pair_count = header.integer("Q", "the number of metadata pairs")
         # The smallest entries there can be: a tensor of one dimension, a pair of one byte.
@@ -242,6 +246,20 @@ def _read_file(path: str, open_source: OpenSource) -> tuple[dict[str, Scalar | A
         _check_count(header, pair_count, 13, "metadata pairs")
         metadata = _read_metadata(header, pair_count)
         return metadata, _read_tensors(header, tensor_count, metadata)
+
+
+def _refuse_version(path: str, version: int) -> None:
+    if version and not version & 0xFFFF:
+        raise UnsupportedError(
+            f"{path} is a big-endian GGUF file",
+            hint="convert it to little-endian (gguf_convert_endian.py of llama.cpp)",
+        )
+    hint = (
+        "convert it again with a current converter"
+        if version < 2
+        else "update headrace, which may know this later version"
+    )
+    raise CheckpointError(f"{path} is GGUF version {version}; 2 and 3 are known", hint=hint)
 
 
 def _check_count(header: Header, count: int, least_bytes: int, what: str) -> None:

@@ -26,6 +26,12 @@ class Header:
         self._bytes = b""  # of the file, from _start
         self._start = 0
 
+    def start(self, count: int) -> bytes:
+        """At most so many bytes of the file's start."""
+        self.position = 0
+        count = min(count, self.size)
+        return self.raw(count, "the start") if count else b""
+
     def require(self, count: int, what: str) -> None:
         """Make the next `count` bytes available."""
         end = self.position + count

@@ -18,6 +18,7 @@ from operator import attrgetter
 from reprlib import repr as brief
 from typing import Any
 
+from headrace.checkpoint.foreign import LOOK_BYTES, check_names, foreign_name, what_it_is
 from headrace.checkpoint.header import Header
 from headrace.checkpoint.source import LocalSource, OpenSource, Source
 from headrace.checkpoint.tensor import Tensor, block_of
@@ -98,6 +99,8 @@ def read_folder(path: str, open_source: OpenSource = LocalSource) -> Folder:
         names, weight_map = _named(place, name), dict[str, str]()
     else:
         place = _place(path, open_source)
+        if place.names is not None and "adapter_config.json" in place.names:
+            check_names(place.path, {"adapter_config.json"})
         weight_map = _read_index(place)
         names = tuple(dict.fromkeys(weight_map.values())) or _without_index(place)
     config = _read_config(place, "config.json")
@@ -135,24 +138,22 @@ def read_safetensors(path: str, open_source: OpenSource = LocalSource) -> dict[s
 
 
 def _header_json(header: Header) -> bytes:
+    look = header.start(LOOK_BYTES)
+    known = what_it_is(look, header.size)
+    if known is not None and known[0] != "a safetensors file":
+        raise CheckpointError(f"{header.path} is not a safetensors file: it is {known[0]}", hint=known[1])
+    header.position = 0
     length = header.integer("Q", "the length of the header")
     available = header.size - header.position
     if length > available or not 2 <= length <= MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{header.path}: its header would have {length} bytes; 2 to {min(available, MAX_HEADER_BYTES)} are possible",
-            hint=_what_else(length),
+            hint=_AGAIN,
         )
     data = header.raw(length, "the header")
     if not data.startswith(b"{"):
         raise CheckpointError(f"{header.path} is not a safetensors file: its header is no JSON object", hint=_AGAIN)
     return data
-
-
-def _what_else(length: int) -> str:
-    """What a file is that begins with these eight bytes."""
-    if length == int.from_bytes(b"version ", "little"):
-        return "this is a Git LFS pointer, not the file itself; run: git lfs pull"
-    return _AGAIN
 
 
 def _check_metadata(path: str, metadata: Any) -> None:
@@ -260,6 +261,9 @@ def _parsed(path: str, data: bytes, what: str, *, strict: bool) -> dict[str, Any
         if "\\ud" in text or "\\uD" in text:  # perhaps half a character, which nobody could print
             json.dumps(value, ensure_ascii=False).encode()
     except ValueError as error:
+        known = what_it_is(data[:LOOK_BYTES], len(data))
+        if known is not None and not data.lstrip().startswith(b"{"):
+            raise CheckpointError(f"{path} is not JSON: it is {known[0]}", hint=known[1]) from error
         raise CheckpointError(f"{path}: {what} is not sound JSON: {error}", hint=_AGAIN) from error
     except RecursionError:
         raise CheckpointError(f"{path}: {what} is JSON that is nested too deep", hint=_AGAIN) from None
@@ -345,7 +349,7 @@ def _check_present(place: _Place, names: tuple[str, ...]) -> None:
 
 def _named(place: _Place, name: str) -> tuple[str, ...]:
     """The file, or all parts of the set that it belongs to."""
-    _check_format(place.path, {name})
+    check_names(place.path, {name})
     match = _PART.fullmatch(name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return (name,)
@@ -358,9 +362,9 @@ def _without_index(place: _Place) -> tuple[str, ...]:
     """The weight files of a folder that has no index."""
     if place.names is None or SINGLE in place.names:
         return (SINGLE,)
-    found = sorted(name for name in place.names if name.endswith(".safetensors") and _foreign(name) is None)
+    found = sorted(name for name in place.names if name.endswith(".safetensors") and foreign_name(name) is None)
     if not found:
-        _check_format(place.path, place.names)
+        check_names(place.path, place.names)
         raise CheckpointError(
             f"{place.path} holds no weights", hint="name a folder with a model.safetensors, or a .gguf file"
         )
@@ -373,29 +377,6 @@ def _without_index(place: _Place) -> tuple[str, ...]:
             hint=f"name one of them, or get {INDEX} from where the weights are from",
         )
     return names
-
-
-def _foreign(name: str) -> tuple[str, str] | None:
-    """What a weight file is that cannot be read here, and what to do instead. None for any other file."""
-    if re.fullmatch(r"consolidated.*\.safetensors", name, re.DOTALL):
-        return "is in Mistral's own format", "get the model.safetensors files of the same model"
-    if name == "adapter_model.safetensors":
-        return "is an adapter (LoRA), not a model", "merge it into its base model and save that"
-    if re.fullmatch(r"pytorch_model.*\.bin|.*\.pth?", name, re.DOTALL):
-        return "is pickled, which can run code when read", "get a safetensors version of the model"
-    return None
-
-
-def _check_format(path: str, names: frozenset[str] | set[str]) -> None:
-    """Raise if what lies there is known and cannot be read here."""
-    packed = sorted(name for name in names if name.endswith(".gguf"))
-    if packed:
-        raise CheckpointError(
-            f"{path} is a folder of {len(packed)} GGUF files", hint=f"name the .gguf file in it: {packed[0]}"
-        )
-    for name in sorted(names):
-        if (foreign := _foreign(name)) is not None:
-            raise UnsupportedError(f"{os.path.join(path, name)} {foreign[0]}", hint=foreign[1])
 
 
 def _read_shards(place: _Place, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ def bench_command(
 ) -> None:
     """Run, compare, print."""
     if html is not None:
-        show.check_page(html)
+        show.check_writable(html)
     profile = profile_for(model, say=True)
     load = lean.library().load  # torch: seconds
     from headrace.engine.sampling import Sampling

@@ -1,6 +1,5 @@
 """`headrace run`: plan, load, generate; and chat, which is the same with the conversation so far as the prompt."""
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -72,8 +71,8 @@ def run_command(
     settings = Settings(
         max_tokens=max_tokens, stop=stop, system=system, raw=raw, quiet=quiet, as_json=as_json, sampling=sampling
     )
-    if trace is not None and not os.access(trace.parent, os.W_OK):
-        raise UsageError(f"cannot write the trace to {trace}", hint="name a file in a folder that exists")
+    if trace is not None:
+        show.check_writable(trace)
     checkpoint = open_checkpoint(model)
     request = replace(_request(checkpoint, text, None, max_tokens, ctx_size), kv_bits=kv_bits)
     profile = profile_for(model, say=not quiet)

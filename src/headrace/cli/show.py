@@ -52,8 +52,8 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, width=max(120, int(os.environ.get("COLUMNS") or 0)))
 
 
-def check_page(path: Path) -> None:
-    """Before what takes long: raise `HeadraceError` where a page cannot be written."""
+def check_writable(path: Path) -> None:
+    """Before what takes long: raise `HeadraceError` where a file cannot be written."""
     folder = path.parent
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise HeadraceError(f"cannot write {path}", hint="give a path in a folder that can be written to")

@@ -1,8 +1,10 @@
 """What the forecast knows of a model: its sizes, from a table, a file, a config.json, or a number of parameters alone."""
 
 import json
+import os
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -10,7 +12,8 @@ from math import inf, sqrt
 from pathlib import Path
 from typing import Any
 
-from headrace.errors import UsageError, did_you_mean
+from headrace.checkpoint.foreign import check_names
+from headrace.errors import CheckpointError, UsageError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +176,12 @@ def of_config(path: Path) -> Architecture:
         head_dim = int(config.get("head_dim") or hidden // heads)
         dense_ff = int(config.get("intermediate_size") or 4 * hidden)
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            check_names(str(path.parent), os.listdir(path.parent))
+        if isinstance(error, FileNotFoundError):
+            raise CheckpointError(
+                f"{path.parent} holds no weights", hint="name a folder with a model.safetensors, or a .gguf file"
+            ) from error
         raise UsageError(
             f"{path} does not give the sizes of a model ({error})", hint=f"it needs {', '.join(_CONFIG)}"
         ) from error

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from headrace.checkpoint import Checkpoint
-from headrace.errors import CheckpointError
+from headrace.checkpoint.foreign import LOOK_BYTES, what_it_is
+from headrace.errors import CheckpointError, UnsupportedError
 from headrace.model.end_tokens import ends_among
 from headrace.model.panics import tables_trusted
 from headrace.model.text_stream import TextStream, WindowStream
@@ -20,15 +22,20 @@ class FolderVocabulary:
         """Raises `CheckpointError` where the folder holds no usable tokenizer."""
         self._path = checkpoint.path
         folder = checkpoint.path if os.path.isdir(checkpoint.path) else os.path.dirname(checkpoint.path) or "."
+        _check_files(folder)
         try:
             found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             self._backend: Any = found.backend_tokenizer
-            self.template: str | None = found.get_chat_template() if found.chat_template else None
+            templates = found.chat_template
         except Exception as error:  # whatever untrusted files provoke in two libraries
             raise CheckpointError(
                 f"{folder} holds no usable tokenizer: {error}",
                 hint="tokenizer.json and tokenizer_config.json belong to the model",
             ) from error
+        # Of several templates one may be the default; the others are for tools and such.
+        named = templates if isinstance(templates, dict) else {"default": templates}
+        self.template: str | None = named.get("default") or None
+        self.template_names = tuple(sorted(map(str, named.keys() - {"default"})))
         self._backend.no_truncation()  # what was right for training cuts prompts, and fills them up
         self._backend.no_padding()
         self._added = frozenset(self._backend.get_added_tokens_decoder())
@@ -90,6 +97,46 @@ class FolderVocabulary:
             return list(self._backend.encode(text, add_special_tokens=special).ids)
 
 
+def _check_files(folder: str) -> None:
+    """Name what is wrong with the files of a tokenizer, where transformers would name something else."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"cannot open {folder}: {error.strerror}", hint="check its permissions") from error
+    found = [name for name in names if name in _FILES or name.endswith(".tiktoken")]
+    for name in found:
+        path = os.path.join(folder, name)
+        with suppress(OSError), open(path, "rb") as file:
+            known = what_it_is(file.read(LOOK_BYTES), os.path.getsize(path))
+            if known is not None and not known[0].startswith(("JSON", "a text")):
+                raise CheckpointError(f"{path} is no part of a tokenizer: it is {known[0]}", hint=known[1])
+    if any(name in found for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        return
+    others = {"tokenizer.model": "SentencePiece", "spiece.model": "SentencePiece", "tekken.json": "Mistral's tekken"}
+    for name in found:
+        kind = others.get(name) or ("tiktoken" if name.endswith(".tiktoken") else None)
+        if kind is not None:
+            raise UnsupportedError(
+                f"{folder} holds its tokenizer only as {name}, in the format of {kind}",
+                hint="get tokenizer.json of the model, or write it with transformers: AutoTokenizer, then save_pretrained",
+            )
+    raise CheckpointError(
+        f"{folder} holds no tokenizer",
+        hint="get tokenizer.json and tokenizer_config.json from where the weights are from",
+    )
+
+
+_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "spiece.model",
+        "tekken.json",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
 # Of what a text goes on after, so many tokens are decoded with it.
 _CONTEXT_TOKENS = 8
 

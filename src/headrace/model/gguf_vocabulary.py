@@ -85,6 +85,7 @@ class GgufVocabulary:
             raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
         template = checkpoint.get("tokenizer.chat_template")
         self.template = template if isinstance(template, str) else None
+        self.template_names = tuple(sorted(map(str, checkpoint.array("tokenizer.chat_templates"))))
         names = {"bos": self.bos_id, "eos": self._eos_id}
         names |= {short: self._named(checkpoint, f"{name}_token_id") for short, name in _NAMED.items()}
         self.special_texts = {f"{name}_token": self._tokens[i] for name, i in names.items() if i is not None}

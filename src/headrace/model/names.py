@@ -334,7 +334,8 @@ class GgufNames(_Made):
         self._used: set[str] = set()
 
     def __contains__(self, parameter: str) -> bool:
-        return parameter in self._of or parameter in self._halves or bool(self._expert_tensors(parameter))
+        known = parameter in self._of or parameter in self._halves
+        return known or bool(self._expert_tensors(parameter) or self._single_experts(parameter))
 
     def _find(self, parameter: str) -> Tensor:
         tensor = self._of.get(parameter)
@@ -387,11 +388,41 @@ class GgufNames(_Made):
         found = [self._checkpoint.tensors[name] for name in names if name in self._checkpoint.tensors]
         return found if len(found) == len(kinds) else []
 
+    def _single_experts(self, parameter: str) -> list[list[Tensor]]:
+        """`blk.N.ffn_{gate,up,down}.E.weight`, as the first converters wrote Mixtral: of each expert its tensors."""
+        match = re.search(r"\.layers\.(\d+)\..*\b(gate_up|up|down)_proj$", parameter)
+        if match is None:
+            return []
+        kinds = {"gate_up": ("gate", "up")}.get(match[2], (match[2],))
+        found: list[list[Tensor]] = []
+        while True:
+            names = [f"blk.{match[1]}.ffn_{kind}.{len(found)}.weight" for kind in kinds]
+            if any(name not in self._checkpoint.tensors for name in names):
+                return found
+            found.append([self._checkpoint.tensors[name] for name in names])
+
+    def _stack_of_single(
+        self, parameter: str, parts: list[list[Tensor]], shape: Sequence[int], outputs_last: bool, interleaved: bool
+    ) -> tuple[Matrix, ...]:
+        count, outputs, inputs = (shape[0], shape[2], shape[1]) if outputs_last else shape
+        if len(parts) != count:
+            raise self._missing(parameter)
+        for tensor in (tensor for one in parts for tensor in one):
+            self._used.add(tensor.name)
+            expected = (outputs // len(parts[0]), inputs)
+            if tuple(tensor.shape) != expected:
+                raise self._contradiction(parameter, tensor.shape, expected)
+        order = _turns(outputs) if interleaved and len(parts[0]) == 2 else None
+        return tuple(Matrix(tuple(Slice(tensor, 0, tensor.rows) for tensor in one), order) for one in parts)
+
     def stack(
         self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool, spare: int = 0
     ) -> tuple[Matrix, ...]:
         """See `Names.stack`."""
         tensors = self._expert_tensors(parameter)
+        single = [] if tensors else self._single_experts(parameter)
+        if single:
+            return self._stack_of_single(parameter, single, shape, outputs_last, interleaved)
         if not tensors:
             raise self._missing(parameter)
         self._used.update(tensor.name for tensor in tensors)

@@ -25,6 +25,7 @@ class Vocabulary(Protocol):
     bos_id: int | None
     adds_bos: bool
     template: str | None  # how a conversation is written, in Jinja
+    template_names: tuple[str, ...]  # of templates for other purposes
 
     @property
     def special_texts(self) -> Mapping[str, Any]:
@@ -151,7 +152,9 @@ class Tokenizer:
                 hint="give the whole task as a text, such as `translate English to German: ...`",
             )
         if not self.has_chat_template:
-            raise UsageError(f"{self._path} has no chat template", hint="use --raw with a prompt to complete")
+            names = self._vocabulary.template_names
+            which = f" but for {', '.join(names)}, which are not for conversations" if names else ""
+            raise UsageError(f"{self._path} has no chat template{which}", hint="use --raw with a prompt to complete")
 
     def chat(
         self,

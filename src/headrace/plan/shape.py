@@ -352,7 +352,7 @@ _OPENING = re.compile(
 )
 _LATENT = re.compile(r"\.attn_[kv]_b\.weight$")  # of every head one after another
 _EXPERTS = re.compile(
-    r"^(blk\.\d+)\.ffn_\w+_exps\.weight$|^(.*(?<!shared_)experts)\.(?:(?:expert_)?\d+\.|mlp\.)?\w+(?:\.weight)?$"
+    r"^(blk\.\d+)\.ffn_(?:\w+_exps|\w+\.\d+)\.weight$|^(.*(?<!shared_)experts)\.(?:(?:expert_)?\d+\.|mlp\.)?\w+(?:\.weight)?$"
 )
 _OF_STATES = re.compile(r"\.(ssm_(a|d|norm|conv1d)|shortconv\.conv)(\.weight)?$")  # columns, groups and kernels
 _OF_ATTENTION = re.compile(r"attention\.experts\.")  # JetMoe's, which are all computed
