@@ -72,7 +72,7 @@ NOT_YET = {
 
 
 _NO_LANGUAGE_MODELS = {
-    "bert nomic-bert nomic-bert-moe jina-bert-v2 jina-bert-v3 neo-bert modern-bert eurobert gemma-embedding t5encoder": (
+    "bert nomic-bert nomic-bert-moe jina-bert-v2 jina-bert-v3 neo-bert modern-bert eurobert gemma-embedding": (
         "an encoder, for embeddings; it does not generate text"
     ),
     "flux sd1 sdxl sd3 aura hidream cosmos ltxv hyvid wan lumina2 qwen_image pig": (
