@@ -75,6 +75,13 @@ def outcomes(
         return {case: outcome for part in found for case, outcome in part.items()}
 
 
+def faults(work: Callable[[Any], str], cases: Sequence[Any], **bounds: Any) -> dict[Any, str]:
+    """What is wrong, by case; bounds as for `outcomes`. Nothing if all is well."""
+    found = outcomes(work, cases, **bounds)
+    said = {case: found.get(case, "not reached") for case in cases}
+    return {case: outcome for case, outcome in said.items() if outcome != FINE}
+
+
 def _share(
     work: Callable[[Any], str], cases: Sequence[Any], seconds: float, memory: int, most_faults: int
 ) -> dict[Any, str]:
