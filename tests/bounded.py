@@ -4,6 +4,7 @@ A flood of memory is then a `MemoryError` (or the end of a worker), and an endle
 findings about one case, and neither takes the machine along.
 """
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -33,7 +34,7 @@ def verdict(action: Callable[[], object]) -> str:
     try:
         action()
     except HeadraceError as error:
-        return FINE if error.hint else f"no hint beside {type(error).__name__}: {error}"
+        return _of_refusal(error)
     except BaseException as error:  # the tokenizers library panics beside Exception
         return described(error)
     return FINE
@@ -44,10 +45,20 @@ def refusal(action: Callable[[], object]) -> str:
     try:
         found = action()
     except HeadraceError as error:
-        return FINE if error.hint else f"no hint beside {type(error).__name__}: {error}"
+        return _of_refusal(error)
     except BaseException as error:
         return described(error)
     return f"it was accepted: {found!r}"[:300]
+
+
+def _of_refusal(error: HeadraceError) -> str:
+    """An error with a hint is fine, unless it says in other words that memory was flooded: without the bound, it would be."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return f"a flood of memory: {described(cause)}"
+        cause = cause.__cause__ or cause.__context__
+    return FINE if error.hint else f"no hint beside {type(error).__name__}: {error}"
 
 
 def outcomes(
@@ -118,6 +129,7 @@ def _share(
 
 
 def _serve(connection: Connection, work: Callable[[Any], str], memory: int) -> None:
+    gc.freeze()  # what was imported need not be looked at again and again
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries that abort say a lot
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory
