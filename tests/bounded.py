@@ -4,6 +4,7 @@ A flood of memory is then a `MemoryError` (or the end of a worker), and an endle
 findings about one case, and neither takes the machine along.
 """
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -33,7 +34,7 @@ def verdict(action: Callable[[], object]) -> str:
     try:
         action()
     except HeadraceError as error:
-        return FINE if error.hint else f"no hint beside {type(error).__name__}: {error}"
+        return _of_refusal(error)
     except BaseException as error:  # the tokenizers library panics beside Exception
         return described(error)
     return FINE
@@ -44,10 +45,20 @@ def refusal(action: Callable[[], object]) -> str:
     try:
         found = action()
     except HeadraceError as error:
-        return FINE if error.hint else f"no hint beside {type(error).__name__}: {error}"
+        return _of_refusal(error)
     except BaseException as error:
         return described(error)
     return f"it was accepted: {found!r}"[:300]
+
+
+def _of_refusal(error: HeadraceError) -> str:
+    """An error with a hint is fine, unless it says in other words that memory was flooded: without the bound, it would be."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return f"a flood of memory: {described(cause)}"
+        cause = cause.__cause__ or cause.__context__
+    return FINE if error.hint else f"no hint beside {type(error).__name__}: {error}"
 
 
 def outcomes(
@@ -73,6 +84,13 @@ def outcomes(
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(lambda share: _share(work, share, seconds, memory, most_faults), shares)
         return {case: outcome for part in found for case, outcome in part.items()}
+
+
+def faults(work: Callable[[Any], str], cases: Sequence[Any], **bounds: Any) -> dict[Any, str]:
+    """What is wrong, by case; bounds as for `outcomes`. Nothing if all is well."""
+    found = outcomes(work, cases, **bounds)
+    said = {case: found.get(case, "not reached") for case in cases}
+    return {case: outcome for case, outcome in said.items() if outcome != FINE}
 
 
 def _share(
@@ -111,6 +129,7 @@ def _share(
 
 
 def _serve(connection: Connection, work: Callable[[Any], str], memory: int) -> None:
+    gc.freeze()  # what was imported need not be looked at again and again
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries that abort say a lot
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from bounded import FINE, outcomes, refusal, verdict
+from bounded import FINE, faults, refusal, verdict
 from safetensors.numpy import save_file
 from scripted import USER_DEFINED, byte_level, write_scripted
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -611,13 +611,12 @@ def chat_in_threads(names: tuple[str, ...]) -> str:
 
 
 def test_a_template_that_floods_memory_is_refused() -> None:
-    found = outcomes(chat_within_bounds, list(FLOODS), seconds=30, memory=GIB)
-    assert {name: found.get(name, "not reached") for name in FLOODS} == dict.fromkeys(FLOODS, FINE)
+    assert not faults(chat_within_bounds, list(FLOODS), seconds=30, memory=GIB)
 
 
 def test_a_template_that_never_ends_is_refused_in_any_thread() -> None:
     names = tuple(HANGS)
-    assert outcomes(chat_in_threads, [names], workers=1, seconds=60, memory=4 * GIB) == {names: FINE}
+    assert not faults(chat_in_threads, [names], workers=1, seconds=60, memory=4 * GIB)
 
 
 def test_a_template_is_usable_again_after_one_conversation_took_too_long(tmp_path: Path) -> None:
@@ -679,8 +678,7 @@ def tokenize_within_bounds(kind: str) -> str:
 
 
 def test_a_tokenizer_that_makes_a_text_endlessly_longer_is_refused() -> None:
-    found = outcomes(tokenize_within_bounds, GROWING, seconds=30, memory=GIB)
-    assert {kind: found.get(kind, "not reached") for kind in GROWING} == dict.fromkeys(GROWING, FINE)
+    assert not faults(tokenize_within_bounds, GROWING, seconds=30, memory=GIB)
 
 
 def test_a_tokenizer_that_spells_characters_out_is_still_accepted(tmp_path: Path) -> None:
