@@ -85,6 +85,7 @@ class Piece:
     index: int = 0  # of the prompt, where several were given
     finish_reason: str | None = None  # "stop" or "length", in the last piece of its prompt
     thinking: str = ""  # what the model thinks before it answers, where it marks that
+    kv_cache_type: str = "F16"  # how keys and values are kept; another one where they are too large for the usual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ class Completion:
     speculation: dict[str, Any]
     experts: dict[str, Any] | None  # of a mixture: what was found in memory
     plan: Plan = field(repr=False)
+    kv_cache_type: str = "F16"
 
     def as_json(self) -> dict[str, Any]:
         """One JSON-ready object; keys carry their units and are only ever added to."""
@@ -117,6 +119,7 @@ class Completion:
             },
             "timings": self.timings,
             "memory": self.memory,
+            "kv_cache_type": self.kv_cache_type,
             "speculation": self.speculation,
             "experts": self.experts,
             "plan": self.plan.as_json(),
@@ -450,6 +453,7 @@ class Model:
                 pass_stats=self._engine.passes[-1],
                 passes=len(self._engine.passes),
                 index=one.index,
+                kv_cache_type=answer.slot.cache.type,
             )
             if reason is None:
                 yield piece
@@ -566,6 +570,7 @@ class Model:
             speculation=self._report(decode),
             experts=self._expert_report(decode, steps),
             plan=self.plan,
+            kv_cache_type=last.kv_cache_type if last else "F16",
         )
 
     def _expert_report(self, decode: Sequence[PassStats], tokens: int) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from headrace.engine import latents
 from headrace.engine.latents import NUMBERS_TOGETHER, Turns
 from headrace.engine.tape import Tape
+from headrace.kernels.limits import FEW_ROWS
 
 if TYPE_CHECKING:
     from headrace.kernels import Kernels
@@ -22,32 +23,74 @@ if TYPE_CHECKING:
 KV_DTYPE = torch.float16
 
 
+class CacheOverflow(Exception):
+    """A key or value is larger than the type of its cache holds. No cache has grown."""
+
+    def __init__(self, cache: "KVCache"):
+        super().__init__("a key or value does not fit into the KV cache")
+        self.cache = cache
+
+
 class KVCache:
     """Keys and values of one sequence for all layers, allocated once.
 
     In 16 bits they take 2 * layers * kv_heads * head_dim * 2 bytes a token. In 8 bits half of that and a scale of two bytes
     for each head and position: whole numbers from -127 to 127 times the scale. 32 bits round nothing, for comparisons.
+
+    FP16 holds numbers up to 65,504. A sequence with a larger key or value is computed again in the wide type: BF16, or 8 bits
+    with scales in fp32.
     """
 
     continues = True  # rows may follow what it has seen, as many as there are
 
     def __init__(self, layers: int, capacity: int, bits: int = 16):
         """`capacity` is in tokens. Memory is taken from the system as it is written."""
-        assert bits in (8, 16, 32)
+        assert bits in _KINDS
         self.capacity = capacity
         self.length = 0
         self._bits = bits
-        self._held: list[tuple[_Rows, _Rows] | None] = [None] * layers  # keys and values
+        self._layers = layers
+        self._clear(_KINDS[bits][0])
+
+    def _clear(self, kind: "type[_Rows]") -> None:
+        self.length = 0
+        self._kind = kind
+        self._held: list[tuple[_Rows, _Rows] | None] = [None] * self._layers  # keys and values
+        self._pools: dict[tuple[int, ...], _Pool] = {}
+        self._overflowed = False  # whether the pass in progress has put what does not fit
         self._donor: KVCache | None = None
         self._untaken: set[int] = set()  # layers whose shared positions have not been copied from the donor yet
         self._before = 0  # the length before sharing
+
+    @property
+    def type(self) -> str:
+        """How numbers are kept, by ggml's names."""
+        return self._kind.type
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the sequence did not fit into the usual type."""
+        return self._kind is not _KINDS[self._bits][0]
+
+    def widen(self) -> None:
+        """Forget everything, and hold larger numbers from now on."""
+        self._clear(_KINDS[self._bits][1])
+
+    def restore(self) -> None:
+        """Forget everything, and go back to the usual type."""
+        self._clear(_KINDS[self._bits][0])
+
+    def has_overflowed(self, start: int, rows: int) -> bool:
+        """Whether something that the pass in progress has put from this position on does not fit."""
+        if not self._overflowed and rows <= FEW_ROWS:
+            self._overflowed = any(pool.overflows(start, start + rows) for pool in self._pools.values())
+        return self._overflowed
 
     def put(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the rows from position `start` on: keys and values of shape (kv_heads, rows, head_dim)."""
         held = self._held[layer]
         if held is None:
-            made = _ROWS[self._bits]
-            held = self._held[layer] = (made(keys, self.capacity), made(values, self.capacity))
+            held = self._held[layer] = (self._rows(keys), self._rows(values))
         assert start + keys.shape[1] <= self.capacity, "the engine checks the context before a pass"
         if layer in self._untaken:
             assert self._donor is not None
@@ -58,6 +101,17 @@ class KVCache:
             self._untaken.discard(layer)
         for rows, new in zip(held, (keys, values), strict=True):
             rows.put(start, new)
+            if not self._kind.pooled or new.shape[1] > FEW_ROWS:  # the others are looked at together when the pass ends
+                self._overflowed |= bool(new.abs().amax() > self._kind.largest)
+
+    def _rows(self, like: torch.Tensor) -> "_Rows":
+        shape = (like.shape[0], self.capacity, like.shape[2])
+        if not self._kind.pooled:
+            return self._kind(torch.empty(shape, dtype=self._kind.dtype))
+        pool = self._pools.get(shape)
+        if pool is None:
+            pool = self._pools[shape] = _Pool(2 * self._layers, shape, self._kind)
+        return self._kind(pool.next())
 
     def share(self, donor: "KVCache", count: int) -> None:
         """Begin with the first `count` positions of another cache of the same model.
@@ -76,6 +130,7 @@ class KVCache:
 
     def abandon(self) -> None:
         """A pass with rows of this cache has failed: what was to be shared is not."""
+        self._overflowed = False
         if self._donor is not None:
             self._donor, self._untaken, self.length = None, set(), self._before
 
@@ -88,7 +143,8 @@ class KVCache:
     def halves(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Where keys and values are kept in fp16, each (kv_heads, capacity, head_dim); None where there is more to it."""
         held = self._held[layer]
-        return None if held is None or self._bits != 16 or layer in self._untaken else (held[0].data, held[1].data)
+        fits = held is not None and self._kind is _Rows and layer not in self._untaken
+        return (held[0].data, held[1].data) if held is not None and fits else None
 
     def floats(self, layer: int, first: int, last: int, room: "Room") -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in fp32: each (kv_heads, last, head_dim), of which positions before `first` are not filled."""
@@ -111,10 +167,14 @@ class KVCache:
 class _Rows:
     """Keys or values of one layer: (heads, capacity, width) in fp16."""
 
+    type = "F16"
     dtype = KV_DTYPE
+    largest = 65504.0
+    pooled = True  # whether the memory of all layers is one block
+    infinite = 0x7C00  # bits of the first number beyond
 
-    def __init__(self, like: torch.Tensor, capacity: int):
-        self._data = torch.empty((like.shape[0], capacity, like.shape[2]), dtype=self.dtype)
+    def __init__(self, data: torch.Tensor):
+        self._data = data
 
     @property
     def data(self) -> torch.Tensor:
@@ -144,18 +204,24 @@ class _Rows:
 class _SmallRows(_Rows):
     """The same in 8 bits, with a scale for each head and position."""
 
-    def __init__(self, like: torch.Tensor, capacity: int):
-        self._data = torch.empty((like.shape[0], capacity, like.shape[2]), dtype=torch.int8)
-        self._scales = torch.empty((like.shape[0], capacity, 1), dtype=KV_DTYPE)
+    type = "Q8"
+    dtype = torch.int8
+    largest = 127 * _Rows.largest
+    pooled = False
+    scale_dtype = KV_DTYPE
+
+    def __init__(self, data: torch.Tensor):
+        super().__init__(data)
+        self._scales = torch.empty((*data.shape[:2], 1), dtype=self.scale_dtype)
 
     def put(self, first: int, rows: torch.Tensor) -> None:
         part = slice(first, first + rows.shape[1])
-        scales = (rows.abs().amax(2, keepdim=True) / 127).to(KV_DTYPE)
+        scales = (rows.abs().amax(2, keepdim=True) / 127).to(self.scale_dtype)
         self._scales[:, part] = scales
         self._data[:, part] = (rows / scales.float().clamp_min(1e-7)).round().clamp(-127, 127).to(torch.int8)
 
     def get(self, last: int) -> torch.Tensor:
-        return self._data[:, :last].to(KV_DTYPE) * self._scales[:, :last]
+        return self._data[:, :last].to(self.scale_dtype) * self._scales[:, :last]
 
     def fill(self, first: int, last: int, out: torch.Tensor) -> None:
         torch.mul(self._data[:, first:last], self._scales[:, first:last].float(), out=out)
@@ -166,13 +232,57 @@ class _SmallRows(_Rows):
         self._scales[:, :count] = other._scales[:, :count]
 
 
-class _WideRows(_Rows):
-    """The same in fp32, which rounds nothing: to compare with."""
+class _SmallRowsWithWideScales(_SmallRows):
+    """The same for larger numbers."""
 
+    type = "Q8 with scales in F32"
+    largest = float(torch.finfo(torch.float32).max)
+    scale_dtype = torch.float32
+
+
+class _BrainRows(_Rows):
+    """In BF16, which holds what fp32 holds, with fewer digits than fp16."""
+
+    type = "BF16"
+    dtype = torch.bfloat16
+    largest = float(torch.finfo(torch.bfloat16).max)
+    infinite = 0x7F80
+
+
+class _FullRows(_Rows):
+    """In fp32, which rounds nothing: to compare with."""
+
+    type = "F32"
     dtype = torch.float32
+    largest = float(torch.finfo(torch.float32).max)
+    pooled = False
 
 
-_ROWS: dict[int, type[_Rows]] = {8: _SmallRows, 16: _Rows, 32: _WideRows}
+# By bits, the usual type and the one for larger numbers.
+_KINDS: dict[int, tuple[type[_Rows], type[_Rows]]] = {
+    8: (_SmallRows, _SmallRowsWithWideScales),
+    16: (_Rows, _BrainRows),
+    32: (_FullRows, _FullRows),
+}
+
+
+class _Pool:
+    """Memory for rows of one shape in all layers, in 16 bits, so that one look tells whether all of a position fit."""
+
+    def __init__(self, count: int, shape: tuple[int, ...], kind: type[_Rows]):
+        self._data = torch.empty((count, *shape), dtype=kind.dtype)  # taken from the system as it is written
+        self._bits = self._data.view(torch.int16)
+        self._infinite = kind.infinite
+        self._used = 0
+
+    def next(self) -> torch.Tensor:
+        """The memory of one more."""
+        self._used += 1
+        return self._data[self._used - 1]
+
+    def overflows(self, first: int, last: int) -> bool:
+        """Whether some number of these positions is infinite, or none at all."""
+        return bool((self._bits[: self._used, :, first:last] & 0x7FFF).amax() >= self._infinite)
 
 
 class Room:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from headrace.engine.attention import KVCache
+from headrace.engine.attention import CacheOverflow, KVCache
 from headrace.engine.engine import Engine, Rows
 from headrace.engine.model_cache import ModelCache
 from headrace.engine.sampling import Sampler
@@ -126,10 +126,18 @@ class ModelDrafter:
             (held, tokens) for _, held, tokens in work if len(tokens) - held.cache.length > DRAFT_PROMPT_ROWS
         ]:
             held, tokens = behind[0]
-            self._step([held], [tokens[: held.cache.length + DRAFT_PROMPT_ROWS]])
+            try:
+                self._step([held], [tokens[: held.cache.length + DRAFT_PROMPT_ROWS]])
+            except CacheOverflow as overflow:
+                overflow.cache.widen()
+                return 0
         if not work:
             return 0
-        logits = self._step([held for _, held, _ in work], [tokens for _, _, tokens in work])
+        try:
+            logits = self._step([held for _, held, _ in work], [tokens for _, _, tokens in work])
+        except CacheOverflow as overflow:  # no guess this time; the next begins from the start, in a type that holds it
+            overflow.cache.widen()
+            return 0
         for (draft, _, tokens), row in zip(work, logits, strict=True):
             token, confidence = draft.sampler.draw_with_confidence(row, len(tokens))
             draft.guesses.append(Guess(token, Grade(self.source, min(SURE, int(confidence * (SURE + 1))))))
@@ -146,7 +154,7 @@ class ModelDrafter:
         held = self._held.get(id(draft.tokens))
         if held is None:
             held = self._held[id(draft.tokens)] = self._take(tokens)
-        length = common_length(held.tokens, tokens[:-1])
+        length = min(common_length(held.tokens, tokens[:-1]), held.cache.length)
         held.cache.truncate(length)
         held.tokens = held.tokens[:length]
         return held

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from headrace.checkpoint import Checkpoint, Tensor
-from headrace.engine.attention import Entry, JoinedCache, KVCache, PackedAttention
+from headrace.engine.attention import CacheOverflow, Entry, JoinedCache, KVCache, PackedAttention
 from headrace.engine.chains import Linker
 from headrace.engine.experts import ExpertProducts
 from headrace.engine.latents import makes_keys, turns_of
@@ -40,7 +40,7 @@ from headrace.engine.numbers import numbers_of
 from headrace.engine.recycling import Recycling
 from headrace.engine.tape import Tape, Tapes
 from headrace.engine.trace import PassLog, PassStats, Trace
-from headrace.errors import ContextError, UnsupportedError
+from headrace.errors import CheckpointError, ContextError, UnsupportedError
 from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels
 from headrace.model import PackedLinear, Shell, build_shell
 from headrace.model.matrix import Matrix
@@ -104,6 +104,7 @@ class StreamOptions:
 
 
 ROWS_KEPT_BYTES = 4 << 20  # of tables of embeddings
+_INSPECTED_TOKENS = 32  # in which a pass looks for what makes numbers that are none
 
 
 class Engine:
@@ -148,6 +149,7 @@ class Engine:
         self._rows = self._exact_rows = 0
         self._chunks: list[int] = []  # rows of each chunk after the exact rows
         self._closed = False
+        self._inspects = False  # whether a pass looks for what makes numbers that are none
         self._files = FileSet(checkpoint.paths, checkpoint.made, open_file)
         _THREADS.open()
         try:
@@ -334,6 +336,7 @@ class Engine:
                 rows.cache.abandon()
             self._rewind()
             raise
+        self._check_numbers(batch, starts, logits)
         for rows in batch:
             rows.cache.settle()
             rows.cache.length += len(rows.tokens)
@@ -356,6 +359,58 @@ class Engine:
             )
         )
         return logits
+
+    def _check_numbers(self, batch: Sequence[Rows], starts: Sequence[int], logits: torch.Tensor) -> None:
+        """After a pass, before caches grow.
+
+        Raises:
+            CacheOverflow: keys or values do not fit into a cache, which can hold larger ones in its wide type.
+            CheckpointError: what was computed is not finite, and no cache is to blame.
+        """
+        overflowed = [
+            rows.cache
+            for rows, start in zip(batch, starts, strict=True)
+            if isinstance(rows.cache, KVCache) and rows.cache.has_overflowed(start, len(rows.tokens))
+        ]
+        narrow = next((cache for cache in overflowed if not cache.is_wide), None)
+        # The largest of logits is not finite if one is NaN or infinity; some models mask tokens with minus infinity.
+        if narrow is None and not overflowed and (not len(logits) or bool(logits.amax().isfinite())):
+            return
+        for rows in batch:
+            rows.cache.abandon()
+        if narrow is not None:
+            raise CacheOverflow(narrow)
+        raise self._not_finite(next((rows for rows in batch if rows.tokens), batch[0]))
+
+    def _not_finite(self, rows: Rows) -> CheckpointError:
+        """What of the checkpoint makes numbers that are none: looked for in small tensors, then in a pass that looks at each
+        result."""
+        hint = "the file is damaged, or was converted with an overflow; get it from another source"
+        where = next((name for name, value in self.model.state_dict().items() if _has_nan(value)), None)
+        if where is not None:
+            return CheckpointError(f"{self.checkpoint.path}: `{where}` holds values that are not finite", hint=hint)
+        self._inspects = True
+        try:
+            self.step(
+                [Rows(cache=self.new_cache(_INSPECTED_TOKENS), tokens=rows.tokens[:_INSPECTED_TOKENS], exact=False)]
+            )
+        except CheckpointError as error:
+            return error
+        except CacheOverflow:
+            pass
+        finally:
+            self._inspects = False
+        return CheckpointError(f"{self.checkpoint.path}: the model computes values that are not finite", hint=hint)
+
+    def _inspect(self, what: str, before: torch.Tensor, after: Sequence[torch.Tensor]) -> None:
+        """In a pass that looks for the cause: raise where results are not finite."""
+        if not any(map(_has_nan, (before, *after))):
+            return
+        found = f"what is computed before `{what}` is" if _has_nan(before) else f"`{what}` holds values that are"
+        raise CheckpointError(
+            f"{self.checkpoint.path}: {found} not finite",
+            hint="the file is damaged, or was converted with an overflow; get it from another source",
+        )
 
     def _rewind(self) -> None:
         """Give up the pass in progress."""
@@ -522,6 +577,9 @@ class Engine:
         rows = rows.view(rows.shape)  # the kernels keep what they make of activations as long as these live
         chunks = self._chunks if exact < rows.shape[0] else ()
         self._visit(step, lambda pieces: self.kernels.multiply(rows, pieces, outputs, exact, chunks))
+        if self._inspects:
+            for tensor, output in zip(step.tensors, outputs, strict=True):
+                self._inspect(tensor.name, rows, [output])
 
     def place(self, step: LinearStep) -> tuple[WeightStream, int]:
         """The stream that a step's weights come from, and its visit there."""
@@ -614,6 +672,8 @@ class Engine:
     def _sum_up(self, *arguments: Any) -> torch.Tensor:
         assert self.experts is not None
         out = self.experts(*arguments)
+        if self._inspects:
+            self._inspect(f"experts of layer {arguments[0].index}", arguments[1], [out])
         self._tell()
         return out
 
@@ -698,7 +758,10 @@ class Engine:
                 hint="the tokenizer is of another model",
             )
         packed = np.concatenate([self._row(tensor, token) for token in tokens.tolist()])
-        return self._to_numbers(tensor, packed).view(-1, tensor.columns).float()
+        found = self._to_numbers(tensor, packed).view(-1, tensor.columns).float()
+        if self._inspects:
+            self._inspect(tensor.name, tokens, [found])
+        return found
 
     def _row(self, tensor: Tensor, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """One row of a table, packed. The last ones stay: a text says most of its words again."""
@@ -723,6 +786,10 @@ class Engine:
         scratch = self._scratch if length <= self._scratch.nbytes else Arena(length)
         self._files[path].read(start, scratch.view[:length], offset + nbytes - start)
         return np.frombuffer(scratch.view[offset - start : offset - start + nbytes], np.uint8).copy()
+
+
+def _has_nan(value: torch.Tensor) -> bool:
+    return value.is_floating_point() and not bool(value.isfinite().all())
 
 
 def _starts(batch: Sequence[Rows]) -> list[int]:

@@ -28,6 +28,7 @@ class ModelCache:
     def __init__(self, model: PreTrainedModel, capacity: int, opening: int = 0):
         """`opening`: of the first pass so many tokens, its last, are the decoder's, and the others the encoder's; 0: there is
         none."""
+        self.type = "F32"  # as the model itself keeps it
         self.whole = memory_of(model) is None
         self.continues = self.whole or not keeps_states(model)  # several rows may follow what it has seen
         self.opening = opening

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from headrace.engine.attention import KVCache
+from headrace.engine.attention import CacheOverflow, KVCache
 from headrace.engine.depth import Speculation
 from headrace.engine.draft import Draft, common_length
 from headrace.engine.engine import Engine, Rows
@@ -43,10 +43,17 @@ class Slot:
 
         `chunk_tokens`: only whole chunks of a prompt are reused; None: all that the cache holds.
         """
+        if self.is_wide:
+            return 0  # other sequences are kept in the usual type
         common = min(common_length(self.tokens, prompt[:-1]), self.cache.length)
         if not self.cache.continues and (chunk_tokens is not None or common < len(prompt) - 1):
             return 0  # it takes a prompt whole, and several rows after others sooner from the beginning
         return common if chunk_tokens is None else min(common, self.prompt_tokens) // chunk_tokens * chunk_tokens
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the cache keeps numbers in the type for large ones."""
+        return isinstance(self.cache, KVCache) and self.cache.is_wide
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` tokens."""
@@ -126,6 +133,8 @@ class Scheduler:
         if shared >= own + WORTH_SHARING:
             answer.donor, answer.shared = donor, shared
         slot.keep(own)
+        if slot.is_wide and isinstance(slot.cache, KVCache):
+            slot.cache.restore()
         slot.prompt_tokens = len(prompt)
         self._free.remove(slot)
         self.answers.append(answer)
@@ -173,7 +182,11 @@ class Scheduler:
             batch = [
                 rows for (answer, own), draft in zip(chunks, drafts, strict=True) for rows in _rows(answer, own, draft)
             ]
-            found = self.engine.step(batch)
+            try:
+                found = self.engine.step(batch)
+            except CacheOverflow as overflow:
+                self._widen(overflow.cache)
+                return []
             logits = torch.split(found, [1 + len(draft.guesses) for draft in drafts])
         except BaseException:  # before the pass as well: some caches may already count on what others are to compute
             for answer in self.answers:
@@ -199,6 +212,14 @@ class Scheduler:
             self.engine.trace.add("step", f"bound by {stats.bound_by}", start, time.perf_counter())
         return news
 
+    def _widen(self, cache: KVCache) -> None:
+        """A sequence whose keys or values do not fit is computed again from its beginning, in a type that holds them."""
+        for answer in self.answers:
+            answer.slot.cache.abandon()
+            if answer.slot.cache is cache:
+                answer.slot.tokens.clear()
+        cache.widen()
+
     def _pending_chunks(self) -> list[tuple[Answer, list[list[int]]]]:
         """What of each answer is computed in this pass, in order of arrival: whole chunks, as many as there is room for.
 
@@ -214,7 +235,8 @@ class Scheduler:
                 mine, theirs = answer.slot.cache, answer.donor.slot.cache
                 assert isinstance(mine, KVCache)
                 assert isinstance(theirs, KVCache)
-                mine.share(theirs, answer.shared)
+                if mine.type == theirs.type:
+                    mine.share(theirs, answer.shared)
                 answer.donor = None
             own: list[list[int]] = []
             start, taken = answer.slot.cache.length, 0
