@@ -193,7 +193,6 @@ FEATURES = {
     ),
     "a changed loop": "{% for m in messages if m.role == 'user' %}{{ loop.changed(m.role) }}{% endfor %}",
     "booleans": "{{ true }}{{ True }}{{ none }}{{ None }}{{ false and nothing }}{{ not none }}{{ 1 if false }}",
-    "half a pair of surrogates": "{{ '\\ud83d\\ude00' }}",
     "an unknown filter": "{{ 1 | unheard_of }}",
     "an unknown filter that is not reached": "{% if false %}{{ 1 | unheard_of }}{% endif %}x",
     "an unknown test": "{{ 1 is unheard_of }}",
@@ -575,7 +574,7 @@ HANGS = {
     ),
     "a loop over a product": "{% for a in range(99999) %}{% if range(99999) | sum < 0 %}x{% endif %}{% endfor %}",
     "a power": "{{ 7 ** (9 ** 9) > 1 }}",
-    "a tower of powers": "{{ 10 ** 10 ** 10 > 1 }}",
+    "a tower of powers": "{{ 10 ** (10 ** 10) > 1 }}",
     "a large number as text": "{{ '%d' % (3 ** 20000000) }}",
     "lists in lists, compared": (
         "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}"
