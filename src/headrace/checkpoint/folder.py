@@ -13,7 +13,7 @@ from headrace.checkpoint.gguf import Checkpoint, Scalar
 from headrace.checkpoint.safetensors import read_folder
 from headrace.checkpoint.source import LocalSource, OpenSource
 from headrace.checkpoint.tensor import Tensor
-from headrace.errors import UnsupportedError
+from headrace.errors import CheckpointError, UnsupportedError
 
 # GGUF's key, and the names that configs have for it.
 _NAMES = {
@@ -111,6 +111,9 @@ def _name(path: str) -> str:
     return folder.name
 
 
+_LARGEST = 1 << 48
+
+
 def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
     text = config.get("text_config", config.get("decoder"))
     inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
@@ -124,6 +127,11 @@ def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any
     for key, names in _NAMES.items():
         value = next((inner[name] for name in names if isinstance(inner.get(name), int)), None)
         if value is not None and not isinstance(value, bool):
+            if abs(value) > _LARGEST:
+                raise CheckpointError(
+                    f"{path}: `{key}` in config.json is beyond {_LARGEST}",
+                    hint="the file is damaged; get it from another source",
+                )
             found[key] = value
     kinds: list[Any] = next((inner[key] for key in _LAYERS if isinstance(inner.get(key), list)), [])
     if "block_count" not in found and kinds:

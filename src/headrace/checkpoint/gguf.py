@@ -6,7 +6,6 @@ package's own reader maps the file and makes a numpy object of every token; ours
 the file before anything is allocated for it.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from headrace.bounded import json_of, read_bounded
 from headrace.checkpoint.encodings import Encoding
 from headrace.checkpoint.foreign import LOOK_BYTES, check_bytes, check_gguf
 from headrace.checkpoint.header import Header
@@ -28,6 +28,11 @@ Scalar: TypeAlias = int | float | bool | str
 
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 1 << 10
+MAX_KEY_BYTES = 1 << 16
+MAX_STRING_BYTES = 64 << 20  # the longest there are hold a whole tokenizer.json
+MAX_ELEMENTS = 1 << 22  # of an array: a vocabulary has some 100,000 tokens
+MAX_TOKENIZER_BYTES = 100 << 20  # of tokenizer.json, beside a folder's weights
+MAX_TENSORS, MAX_PAIRS = 1 << 20, 1 << 16
 DEFAULT_ALIGNMENT = 32
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -81,7 +86,13 @@ class Checkpoint:
         relative = self.metadata if self.config is None else self.config
         if any(key.endswith(_RELATIVE_POSITIONS) for key in relative):
             return default
-        return self.number("context_length", default)
+        limit = self.number("context_length", default)
+        if limit < 1:
+            raise CheckpointError(
+                f"{self.path}: the context length is {limit} (`{self.architecture}.context_length`)",
+                hint="the metadata is damaged; get the file from another source",
+            )
+        return limit
 
     def context_limit(self, default: int) -> int:
         """The most tokens that prompt and answer may have together. An encoder and a decoder count each for itself."""
@@ -163,7 +174,7 @@ def tokens_of_json(path: str) -> list[Any]:
     """The vocabulary of a folder's tokenizer.json."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     try:
-        content = json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))
+        content = json_of(read_bounded(Path(folder, "tokenizer.json"), MAX_TOKENIZER_BYTES))
         pairs = [(number, token) for token, number in content["model"]["vocab"].items()]
         pairs += [(added["id"], added["content"]) for added in content.get("added_tokens", ())]
         return [token for _, token in sorted(dict(pairs).items())]
@@ -242,8 +253,8 @@ def _read_file(path: str, open_source: OpenSource) -> tuple[dict[str, Scalar | A
         tensor_count = header.integer("Q", "the number of tensors")
         pair_count = header.integer("Q", "the number of metadata pairs")
         # The smallest entries there can be: a tensor of one dimension, a pair of one byte.
-        _check_count(header, tensor_count, 33, "tensors")
-        _check_count(header, pair_count, 13, "metadata pairs")
+        _check_count(header, tensor_count, 33, "tensors", MAX_TENSORS)
+        _check_count(header, pair_count, 13, "metadata pairs", MAX_PAIRS)
         metadata = _read_metadata(header, pair_count)
         return metadata, _read_tensors(header, tensor_count, metadata)
 
@@ -262,7 +273,12 @@ def _refuse_version(path: str, version: int) -> None:
     raise CheckpointError(f"{path} is GGUF version {version}; 2 and 3 are known", hint=hint)
 
 
-def _check_count(header: Header, count: int, least_bytes: int, what: str) -> None:
+def _check_count(header: Header, count: int, least_bytes: int, what: str, most: int = MAX_ELEMENTS) -> None:
+    if count > most:
+        raise CheckpointError(
+            f"{header.path} claims {count} {what}, the limit is {most}",
+            hint="the file is damaged; download or copy it again",
+        )
     if count * least_bytes > header.size - header.position:
         raise CheckpointError(
             f"{header.path} claims {count} {what}, more than its {header.size} bytes can hold",
@@ -270,17 +286,20 @@ def _check_count(header: Header, count: int, least_bytes: int, what: str) -> Non
         )
 
 
-def _read_string(header: Header, what: str, limit: int | None = None) -> str:
+def _read_string(header: Header, what: str, limit: int = MAX_STRING_BYTES) -> str:
     length = header.integer("Q", what)
-    if limit is not None and length > limit:
-        raise CheckpointError(f"{header.path}: {what} is {length} bytes long, the limit is {limit}")
+    if length > limit:
+        raise CheckpointError(
+            f"{header.path}: {what} is {length} bytes long, the limit is {limit}",
+            hint="the file is damaged; download or copy it again",
+        )
     return header.raw(length, what).decode("utf-8", errors="replace")
 
 
 def _read_metadata(header: Header, count: int) -> dict[str, Scalar | ArrayRef]:
     metadata: dict[str, Scalar | ArrayRef] = {}
     for _ in range(count):
-        key = _read_string(header, "a metadata key", 1 << 16)
+        key = _read_string(header, "a metadata key", MAX_KEY_BYTES)
         if key in metadata:
             raise CheckpointError(f"{header.path}: metadata `{key}` is given twice")
         metadata[key] = _read_value(header, header.integer("I", f"the type of `{key}`"), key)

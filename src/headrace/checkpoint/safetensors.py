@@ -18,6 +18,7 @@ from operator import attrgetter
 from reprlib import repr as brief
 from typing import Any
 
+from headrace.bounded import json_of
 from headrace.checkpoint.foreign import LOOK_BYTES, check_names, foreign_name, what_it_is
 from headrace.checkpoint.header import Header
 from headrace.checkpoint.source import LocalSource, OpenSource, Source
@@ -257,7 +258,7 @@ def _parsed(path: str, data: bytes, what: str, *, strict: bool) -> dict[str, Any
     options: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _refuse} if strict else {}
     try:
         text = data.decode()
-        value = json.loads(text, **options)
+        value = json_of(text, **options)
         if "\\ud" in text or "\\uD" in text:  # perhaps half a character, which nobody could print
             json.dumps(value, ensure_ascii=False).encode()
     except ValueError as error:

@@ -114,6 +114,12 @@ draft_option = click.option(
 kv_option = click.option(
     "--kv-bits", type=click.Choice([8, 16]), default=16, show_default=True, help="Bits of each number in the KV cache."
 )
+deterministic_option = click.option(
+    "--deterministic/--no-deterministic",
+    default=True,
+    show_default=True,
+    help="Same prompt, seed and settings, same answer, whatever was asked before. Without it, more of a conversation is reused.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No plan, progress or stats on stderr.")
 sampling_options = shared(
@@ -152,6 +158,7 @@ def find_model(function: F) -> F:
 @context_option
 @kv_option
 @draft_option
+@deterministic_option
 @sampling_options
 @click.option("-s", "--system", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the chat template.")
@@ -283,6 +290,7 @@ def bench(model: str, **options: Any) -> None:
 @memory_option
 @context_option
 @kv_option
+@deterministic_option
 @draft_option
 @click.option("--parallel", type=click.IntRange(1, 256), help="Requests at a time. [default: what the plan finds best]")
 @click.option(

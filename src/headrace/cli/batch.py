@@ -33,6 +33,7 @@ class Settings:
     memory: int | None
     ctx_size: int | None
     kv_bits: int
+    deterministic: bool
     draft: str
     parallel: int | None
     max_tokens: int
@@ -76,6 +77,7 @@ def _run(checkpoint: Checkpoint, requests: Sequence[BatchRequest], results: Resu
         prompt_tokens=small,
         kv_bits=settings.kv_bits,
         draft=settings.draft,
+        deterministic=settings.deterministic,
         size_for=lambda tokenizer: _size(checkpoint, requests, tokenizer, profile, budget, settings),
         profile=profile,
     ) as loaded:

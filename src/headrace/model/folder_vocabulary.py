@@ -1,5 +1,6 @@
 """The tokenizer of a Hugging Face folder, by way of transformers; no code of the folder runs."""
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -7,8 +8,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from headrace.bounded import json_of, read_bounded
 from headrace.checkpoint import Checkpoint
 from headrace.checkpoint.foreign import LOOK_BYTES, what_it_is
+from headrace.checkpoint.gguf import MAX_TOKENIZER_BYTES
 from headrace.errors import CheckpointError, UnsupportedError
 from headrace.model.end_tokens import ends_among
 from headrace.model.panics import tables_trusted
@@ -104,12 +107,22 @@ def _check_files(folder: str) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot open {folder}: {error.strerror}", hint="check its permissions") from error
     found = [name for name in names if name in _FILES or name.endswith(".tiktoken")]
+    with suppress(OSError):
+        found += [os.path.join(_TEMPLATES, name) for name in sorted(os.listdir(os.path.join(folder, _TEMPLATES)))]
     for name in found:
         path = os.path.join(folder, name)
         with suppress(OSError), open(path, "rb") as file:
-            known = what_it_is(file.read(LOOK_BYTES), os.path.getsize(path))
+            size = os.path.getsize(path)
+            if size > MAX_TOKENIZER_BYTES:
+                raise CheckpointError(
+                    f"{path} has {size} bytes, the limit is {MAX_TOKENIZER_BYTES}",
+                    hint="is this the file its name says?",
+                )
+            known = what_it_is(file.read(LOOK_BYTES), size)
             if known is not None and not known[0].startswith(("JSON", "a text")):
                 raise CheckpointError(f"{path} is no part of a tokenizer: it is {known[0]}", hint=known[1])
+    if "tokenizer.json" in found:
+        _check_growth(os.path.join(folder, "tokenizer.json"))
     if any(name in found for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
         return
     others = {"tokenizer.model": "SentencePiece", "spiece.model": "SentencePiece", "tekken.json": "Mistral's tekken"}
@@ -126,6 +139,7 @@ def _check_files(folder: str) -> None:
     )
 
 
+_TEMPLATES = "additional_chat_templates"
 _FILES = frozenset(
     {
         "tokenizer.json",
@@ -135,8 +149,59 @@ _FILES = frozenset(
         "tekken.json",
         "vocab.json",
         "vocab.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
     }
 )
+# A normaliser may write some characters as several, and a template may put some tokens around a text.
+_MOST_GROWTH, _MOST_COPIES = 64.0, 8
+
+
+def _check_growth(path: str) -> None:
+    """Refuse a tokenizer.json that makes a text many times as long: it would take any memory, in a library that then aborts."""
+    try:
+        described = json_of(read_bounded(path, MAX_TOKENIZER_BYTES))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", hint="download or copy the file again") from error
+    if not isinstance(described, dict):
+        raise CheckpointError(f"{path} is no JSON object", hint="download or copy the file again")
+    steps = [_growth(described.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    template = described.get("post_processor")
+    copies = _copies(template) if isinstance(template, dict) else 1
+    if max(steps) > _MOST_GROWTH or copies > _MOST_COPIES:
+        raise CheckpointError(
+            f"{path} makes a text more than {_MOST_GROWTH:.0f} times as long", hint="get the model from another source"
+        )
+
+
+def _growth(step: Any, depth: int = 0) -> float:
+    """By what factor a normaliser, pre-tokenizer or decoder can make a text longer."""
+    if not isinstance(step, dict) or depth > 16:
+        return 1.0 if depth <= 16 else math.inf
+    inner = next(
+        (step[key] for key in ("normalizers", "pretokenizers", "decoders") if isinstance(step.get(key), list)), []
+    )
+    found = 1.0
+    for one in inner:
+        found = min(found * _growth(one, depth + 1), 1e9)
+    if step.get("type") == "Replace":
+        content, pattern = len(str(step.get("content", ""))), step.get("pattern")
+        plain = pattern.get("String") if isinstance(pattern, dict) else None
+        found *= max(1.0, content / len(plain)) if isinstance(plain, str) and plain else 1.0 + content
+    return found
+
+
+def _copies(step: dict[str, Any]) -> int:
+    """How often a post-processor repeats the text."""
+    inner = [one for one in step.get("processors") or () if isinstance(one, dict)]
+    single = step.get("single")
+    own = sum(isinstance(one, dict) and "Sequence" in one for one in single) if isinstance(single, list) else 1
+    return max(own, *(_copies(one) for one in inner)) if inner else own
+
+
 # Of what a text goes on after, so many tokens are decoded with it.
 _CONTEXT_TOKENS = 8
 

@@ -4,15 +4,16 @@ Rates are in weights per second rather than bytes, so that a quantisation that w
 """
 
 import json
-import math
 import os
+import re
 import tempfile
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headrace.bounded import json_of, read_bounded
 from headrace.cgroup import usable_cores
 from headrace.errors import HeadraceError
 from headrace.kernels.limits import PRECISE_TYPES, TILE_ROWS
@@ -51,17 +52,26 @@ class Profile:
     schema: int = field(default=SCHEMA)
 
     def __post_init__(self) -> None:
-        tables = [*self.kernel_weights_per_s.values(), *self.interleaved_weights_per_s.values()]
-        tables += [self.bf16_flop_per_s, self.fp32_flop_per_s]
-        if not all(tables) or not self.kernel_weights_per_s or not self.unpack_weights_per_s:
+        by_rows = [*self.kernel_weights_per_s.values(), *self.interleaved_weights_per_s.values()]
+        by_rows += [self.bf16_flop_per_s, self.fp32_flop_per_s]
+        if not all(by_rows) or not self.kernel_weights_per_s or not self.unpack_weights_per_s:
             raise ValueError("a profile needs a rate of every kind")
-        rates = [
-            rate for table in (*tables, self.disk_bytes_per_s, self.unpack_weights_per_s) for rate in table.values()
-        ]
-        rates += [self.layer_s, self.layer_row_s, self.runtime_bytes, self.reading_share]
-        rates += [*self.factors.values(), *(self.spread or ())]
-        if not all(0 < rate < math.inf for rate in rates) or not all(int(key) > 0 for table in tables for key in table):
-            raise ValueError("a profile's rates are positive numbers")
+        if not all(_ROWS.fullmatch(key) for table in by_rows for key in table):
+            raise ValueError("a profile's rates are for numbers of rows")
+        if not all("1" in table for table in self.kernel_weights_per_s.values()):
+            raise ValueError("a profile needs the rate of a single row")
+        tables = (*by_rows, self.disk_bytes_per_s, self.unpack_weights_per_s)
+        _check("rate", [rate for table in tables for rate in table.values()], 1, 1e18)
+        _check("time", [self.layer_s, self.layer_row_s], 1e-9, 1e3)
+        _check("factor", [self.reading_share, *self.factors.values(), *(self.spread or ())], 1e-6, 1e6)
+        _check("size", [self.runtime_bytes], 1, 1 << 40)
+        _check("number of threads", [self.threads], 1, 4096)
+        if not isinstance(self.threads, int) or not isinstance(self.runtime_bytes, int):
+            raise ValueError("a profile counts threads and bytes in whole numbers")
+        if not all(
+            isinstance(text, str) and text.isprintable() for text in (self.source, self.machine, self.probed_at)
+        ):
+            raise ValueError("a profile's texts are printable")
 
     def disk(self, path: str) -> float:
         """Bytes per second of the file system that holds a file: its own measurement, else the slowest known."""
@@ -123,6 +133,16 @@ class Profile:
         return self.product(256, False) > 1.2 * self.product(256, True)
 
 
+_ROWS = re.compile(r"[1-9][0-9]{0,5}", re.ASCII)
+
+
+def _check(what: str, values: Iterable[object], least: float, most: float) -> None:
+    """Raise `ValueError` for what is no number between these."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise ValueError(f"a profile's {what} is {value!r:.40}, not {least:g} to {most:g}")
+
+
 def _slowest(tables: Mapping[str, Mapping[str, float]]) -> Mapping[str, float]:
     return min(tables.values(), key=lambda table: table["1"])
 
@@ -164,23 +184,26 @@ def profile_path() -> Path:
     return cache / "headrace" / "profile.json"
 
 
+_MOST_BYTES, _MOST_VALUES = 1 << 20, 10_000  # of a profile
+
+
 def load_profile(path: Path | None = None) -> Profile | None:
     """The kept profile, or None if there is none, it is unreadable, or it is another machine's."""
     try:
-        return profile_of((path or profile_path()).read_text())
-    except (OSError, ValueError):  # bytes that are no text
+        return profile_of(read_bounded(path or profile_path(), _MOST_BYTES).decode())
+    except (OSError, ValueError):  # too long, or bytes that are no text
         return None
 
 
 def profile_of(text: str) -> Profile | None:
     """A profile as it is kept, or None if it is damaged or another machine's."""
     try:
-        values: dict[str, Any] = json.loads(text)
+        values: dict[str, Any] = json_of(text, _MOST_VALUES)
         if values.get("spread") is not None:
             low, high = values["spread"]
             values["spread"] = (low, high)
         profile = Profile(**values)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
     return profile if profile.schema == SCHEMA and profile.machine == machine_name() else None
 

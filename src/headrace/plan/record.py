@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from headrace.bounded import json_of, read_bounded
 from headrace.errors import UsageError
 from headrace.plan.cost import layer_seconds
 from headrace.plan.plan import Plan
@@ -185,6 +186,9 @@ def keep_record(record: RunRecord, path: Path | None = None) -> None:
         pass
 
 
+_MOST_BYTES, _MOST_VALUES = 256 << 20, 100_000  # of the file, of a line
+
+
 def read_records(path: Path) -> list[RunRecord]:
     """All records of a file.
 
@@ -192,8 +196,8 @@ def read_records(path: Path) -> list[RunRecord]:
         UsageError: there is no such file, or a line of it is no record; its number is named.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bounded(path, _MOST_BYTES).decode().splitlines()
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the run records {path}: {error}", hint="`headrace run` keeps them") from error
     return list(_parse(path, lines))
 
@@ -203,7 +207,7 @@ def _parse(path: Path, lines: Iterable[str]) -> Iterable[RunRecord]:
         if not line.strip():
             continue
         try:
-            values: dict[str, Any] = json.loads(line)
+            values: dict[str, Any] = json_of(line, _MOST_VALUES)
             if values.get("schema") != SCHEMA:
                 raise ValueError(f"schema {values.get('schema')}, this version reads {SCHEMA}")
             groups = tuple(PassGroup(**group) for group in values.pop("passes"))

@@ -6,17 +6,21 @@ counted over some hundred tokens look more popular than they are.
 """
 
 import hashlib
+import io
 import os
+import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.bounded import read_bounded
 from headrace.checkpoint import Checkpoint
 from headrace.plan.profile import profile_path
+
+_MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +43,13 @@ def routing_path(checkpoint: Checkpoint) -> Path:
 def load_routing(checkpoint: Checkpoint) -> Routing | None:
     """What earlier runs have left; None if there is nothing, or the file is no such record."""
     try:
-        with np.load(routing_path(checkpoint), allow_pickle=False) as file:
+        data = io.BytesIO(read_bounded(routing_path(checkpoint), _MOST_BYTES))
+        with zipfile.ZipFile(data) as archive:
+            if sum(member.file_size for member in archive.infolist()) > _MOST_BYTES:
+                return None
+        with np.load(data, allow_pickle=False) as file:
             scores, cached, hit_rate = file["scores"], int(file["cached"]), float(file["hit_rate"])
-    except (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile):
+    except Exception:  # whatever a damaged archive, or a header in it, provokes in three libraries
         return None
     good = scores.dtype == np.float32 and scores.ndim == 2 and bool(((scores >= 0) & (scores <= 1)).all())
     return Routing(scores=scores, cached=cached, hit_rate=hit_rate) if good and 0 <= hit_rate <= 1 else None

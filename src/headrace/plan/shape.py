@@ -151,6 +151,19 @@ def _by_type(tensors: Sequence[Tensor]) -> dict[str, int]:
     return counts
 
 
+_MOST_EXPERTS = 1 << 16  # of a layer
+
+
+def _check_experts(checkpoint: Checkpoint) -> None:
+    count = checkpoint.number("expert_count", 0)
+    used = checkpoint.number("expert_used_count", 1)
+    if count and not (0 < count <= _MOST_EXPERTS and 0 < used <= count):
+        raise CheckpointError(
+            f"{checkpoint.path}: {used} of {count} experts for a token (`expert_used_count`, `expert_count`) make no model",
+            hint="the metadata is damaged; get the file from another source",
+        )
+
+
 def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     """Read the sizes from a header, and from the model where it has been built.
 
@@ -160,6 +173,8 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     """
     if checkpoint.config is None:
         check_architecture(checkpoint.architecture, checkpoint.path)
+    checkpoint.context_limit(1)
+    _check_experts(checkpoint)
     layers = checkpoint.layers
     checkpoint = replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if layer_of(n) < layers})
     tensors = checkpoint.tensors
