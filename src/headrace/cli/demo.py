@@ -47,6 +47,7 @@ def demo_command(prompt: str | None, memory: int | None, as_json: bool) -> int:
         ctx_size=None,
         kv_bits=16,
         draft="auto",
+        deterministic=True,
         trace=None,
         max_tokens=TOKENS,
         stop=(),

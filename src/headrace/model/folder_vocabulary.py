@@ -181,7 +181,7 @@ def _growth(step: Any, depth: int = 0) -> float:
     """By what factor a normaliser, pre-tokenizer or decoder can make a text longer."""
     if not isinstance(step, dict) or depth > 16:
         return 1.0 if depth <= 16 else math.inf
-    inner = next(
+    inner: list[Any] = next(
         (step[key] for key in ("normalizers", "pretokenizers", "decoders") if isinstance(step.get(key), list)), []
     )
     found = 1.0
