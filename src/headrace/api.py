@@ -85,7 +85,7 @@ class Piece:
     index: int = 0  # of the prompt, where several were given
     finish_reason: str | None = None  # "stop" or "length", in the last piece of its prompt
     thinking: str = ""  # what the model thinks before it answers, where it marks that
-    kv_cache_type: str = "F16"  # how keys and values are kept; another one where they are too large for the usual
+    kv_cache_type: str = "F16"  # type of the KV cache; a wider one after an overflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,9 @@ class _Live:
         self.count += 1
         ends = token in end_ids
         shown, stopped = self.scanner.push(self.text.end(token) if ends else self.text.step(token))
-        if token in self.job.stop_token_ids and not stopped:  # shown as vLLM shows it: unless it is a control token
+        if (
+            token in self.job.stop_token_ids and not stopped
+        ):  # a stop token is shown unless it is a control token, as in vLLM
             more, stopped = self.scanner.push(self.text.flush())
             shown, ends = shown + more, True
         if ends or stopped:
@@ -214,6 +216,7 @@ class Model:
         if self._torn_down:
             return
         self._torn_down = True
+        self.tokenizer.close()
         if self._draft_engine is not None:
             self._draft_engine.close()
         if self._engine.experts is not None and self._engine.passes:
@@ -351,8 +354,7 @@ class Model:
         return stream
 
     def _claim(self, mine: "weakref.ref[Iterator[Piece]]") -> None:
-        """From now on this stream is the one that is open. What the last one left is cleared away: it may have been
-        interrupted at any point, even while it cleared up."""
+        """Make this stream the open one, and clean up after the last: it may have been interrupted at any point."""
         if os.getpid() != self._process:
             raise UsageError(
                 "this model was loaded before the process forked", hint="load it in the child, started with `spawn`"
@@ -619,7 +621,7 @@ class Job:
         """Refuse what would fail later, or have no end.
 
         Raises:
-            UsageError: as said.
+            UsageError: a field is invalid.
         """
         if not self.tokens or not all(isinstance(token, int) for token in self.tokens):
             raise UsageError("the prompt is empty or holds something else than tokens", hint="at least one token")

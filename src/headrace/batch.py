@@ -89,7 +89,7 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
 
 
 def _digest(value: object) -> str:
-    """The same for the same request, however it is written: spaces, escapes and the order of fields do not count."""
+    """Hash of a request; white space, escapes and the order of keys do not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:_HASH_DIGITS]
 
 
@@ -174,7 +174,7 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, float | int]:
         if given is not None:
             if isinstance(given, bool) or not isinstance(given, kinds):
                 raise _Refused("invalid_request", f"{key} is {given!r}, not a number")
-            found[key] = 0 if key == "top_k" and given == -1 else given  # -1 is how vLLM and llama.cpp say off
+            found[key] = 0 if key == "top_k" and given == -1 else given  # -1 disables top_k in vLLM and llama.cpp
     return found
 
 
@@ -306,7 +306,7 @@ class _Done:
 class Results:
     """The output file: what is done, and one appended line for each new result. A context manager.
 
-    A result says which request and which model it is of, at the end of its id: `batch_req_7-<request>-<model>`.
+    Each result's id ends with the hashes of its request and of the model: `batch_req_7-<request>-<model>`.
 
     Raises:
         HeadraceError: the file holds something else, another process writes to it, or the disk is full.
@@ -356,7 +356,7 @@ class Results:
         asked = {_key(request.custom_id, request.digest): request.digest for request in requests}
         for key, one in self._done.items():
             if not one.digest:
-                reason = "results that do not say which requests they are of"
+                reason = "results without the hash of a request (of another tool, or an older version)"
             elif one.model != self._model_id:
                 reason = "results of another model"
             elif asked.get(key) != one.digest:

@@ -5,7 +5,7 @@ import os
 import stat
 from typing import Any
 
-# A value of JSON takes some 100 bytes as a Python object: half a GiB at the very most, and a tenth of it in what people write.
+# A JSON value takes about 100 bytes in Python, so at most half a GiB; typical files take a tenth of it.
 MOST_VALUES = 4_000_000
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
-from headrace.limits import check_room
+from headrace.limits import check_address_space
 
 _COMPILER = "torch._dynamo"
 _MARKS = ("disable", "allow_in_graph", "assume_constant_result")  # decorators of functions
@@ -25,8 +25,8 @@ _MODULES = ("modeling_utils", "masking_utils", "generation.utils", "models.auto.
 
 
 def library() -> ModuleType:
-    """`headrace.api`, imported in this way if transformers is not there yet. Raises what `limits.check_room` does."""
-    check_room()
+    """`headrace.api`, imported in this way if transformers is not there yet. Raises what `limits.check_address_space` does."""
+    check_address_space()
     if "transformers" not in sys.modules and _COMPILER not in sys.modules:
         sys.meta_path.insert(0, _FINDER)
         try:

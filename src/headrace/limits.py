@@ -1,6 +1,6 @@
 """Limits that the system sets this process: of memory, threads, files and their sizes. Each is named where it is met.
 
-Some are looked at before torch and ggml are, which would end the process without a word.
+Some are checked before torch and ggml start, because these abort without a message.
 """
 
 import errno
@@ -14,7 +14,7 @@ from headrace.units import GIB, gib
 _LEAST_ADDRESS_SPACE = 1 * GIB  # torch and transformers alone take some 800 MB of addresses
 
 
-def check_room() -> None:
+def check_address_space() -> None:
     """Before torch is imported.
 
     Raises:
@@ -27,13 +27,13 @@ def check_room() -> None:
         limit = _soft_limit(name)
         if limit is not None and limit < _LEAST_ADDRESS_SPACE:
             raise HeadraceError(
-                f"this process may have {gib(limit)} of addresses ({name}), at least {gib(_LEAST_ADDRESS_SPACE)} are needed",
+                f"address space is limited to {gib(limit)} ({name}), at least {gib(_LEAST_ADDRESS_SPACE)} is needed",
                 hint=f"raise the limit with `ulimit {option}`; --memory is the way to bound what headrace takes",
             )
 
 
 def check_threads(count: int) -> None:
-    """Before ggml starts so many threads, which it does not survive to fail at.
+    """Before ggml starts `count` threads: ggml aborts if one of them fails.
 
     Raises:
         HeadraceError: the system refuses them.
@@ -77,7 +77,7 @@ def explained(error: BaseException) -> HeadraceError | None:
         return too_few_threads() if "start new thread" in str(error) else None
     if not isinstance(error, OSError):
         return None
-    if error.errno == errno.EAGAIN:
+    if error.errno == errno.EAGAIN and not hasattr(error, "characters_written"):
         return too_few_threads()
     where = f"{error.filename}: " if error.filename else ""
     return HeadraceError(

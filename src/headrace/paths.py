@@ -1,4 +1,4 @@
-"""Whether something lies at a path: no, yes, or an error that says why nobody can tell."""
+"""Tests whether a path exists; raises where that cannot be determined."""
 
 import os
 

@@ -1,7 +1,7 @@
 """Fields of a request in OpenAI's format, with those of vLLM and llama.cpp: each is obeyed, neutral, or refused by name.
 
 A field with the value null is absent. A neutral value asks for nothing: it is the default of a feature that we do not have, or
-names, bills or schedules a request. Every other field would change the answer, so it is an error and not left out.
+only labels, bills or schedules a request. Every other field would change the answer, so it is an error and not left out.
 """
 
 from collections.abc import Mapping
@@ -86,7 +86,7 @@ def check_fields(body: Mapping[str, Any], *, chat: bool) -> None:
         raise UsageError(f"the field {name!r} is not known", hint=did_you_mean(name, obeyed | neutral.keys()))
 
 
-# Known to be of use to others, so that they are not taken for misspelled.
+# Valid in other servers or endpoints: reported as unsupported, not as misspelled.
 _KNOWN = frozenset({"logprobs", "echo", "suffix", "audio", "guided_json", "structured_outputs", "prompt", "messages"})
 
 

@@ -1,4 +1,4 @@
-"""Text from files and from other machines, as it may be shown: what could steer a terminal is spelled out."""
+"""Text from files and other machines made safe to print: control and bidirectional characters become escapes."""
 
 import unicodedata
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import UnsupportedError
 from headrace.model.cuts import cut
-from headrace.model.end_tokens import ends_among
+from headrace.model.end_tokens import find_end_tokens
 from headrace.model.thinking import Part, joined
 from headrace.model.tokenizer import Tokenizer
 
@@ -177,8 +177,11 @@ def test_a_way_to_cut_that_nobody_knows_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_message_that_ends_is_not_the_end_of_a_turn_of_several() -> None:
-    assert ends_among({"<|end|>", "<|endoftext|>"}.__contains__) == (["<|end|>", "<|endoftext|>"], [])
-    assert ends_among({"<|end|>", "<|return|>", "<|call|>"}.__contains__) == (["<|return|>", "<|call|>"], ["<|end|>"])
+    assert find_end_tokens({"<|end|>", "<|endoftext|>"}.__contains__) == (["<|end|>", "<|endoftext|>"], [])
+    assert find_end_tokens({"<|end|>", "<|return|>", "<|call|>"}.__contains__) == (
+        ["<|return|>", "<|call|>"],
+        ["<|end|>"],
+    )
 
 
 def of_bytes(text: str) -> Backend:

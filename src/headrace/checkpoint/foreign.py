@@ -1,4 +1,4 @@
-"""What a file or folder is that is no model which can be read here: named, with what to do about it.
+"""Identifies files and folders that are no readable models, and says what to do about each.
 
 Files are known by their first bytes, whatever they are called; folders by the names of what lies in them.
 """
@@ -9,14 +9,14 @@ from typing import Any
 
 from headrace.errors import CheckpointError, UnsupportedError
 
-LOOK_BYTES = 512
+SIGNATURE_BYTES = 512
 _AGAIN = "download or copy the file again"
 _UNPACK = "unpack it first"
 _OTHER_FORMAT = "get a safetensors or GGUF version of the model"
 _CONVERT = "convert the model again with a current converter of llama.cpp"
 
 # First bytes, what such a file is, what to do. The first that fits counts.
-_BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
+_SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run: git lfs pull"),
     (b"\x1f\x8b", "packed with gzip", _UNPACK),
     (b"\xfd7zXZ\x00", "packed with xz", _UNPACK),
@@ -26,7 +26,7 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"lmgg", "in the old format GGML", _CONVERT),
     (b"fmgg", "in the old format GGMF", _CONVERT),
     (b"tjgg", "in the old format GGJT", _CONVERT),
-    (b"algg", "a LoRA adapter in the old format GGLA", "convert the adapter's model again, with the adapter merged into it"),
+    (b"algg", "a LoRA adapter in the old format GGLA", "convert the base model again, with the adapter merged into it"),
     (b"\x89HDF\r\n\x1a\n", "in HDF5, as Keras and TensorFlow write it", _OTHER_FORMAT),
     (b"\x93NUMPY", "an array of NumPy", _OTHER_FORMAT),
     (b"GGUF", "a GGUF file", "rename it to NAME.gguf, and name that"),
@@ -34,13 +34,13 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
 _PICKLE = "a pickle of PyTorch, which can run code when read"
 
 
-def what_it_is(start: bytes, size: int) -> tuple[str, str] | None:
-    """(what a file is, what to do), by its first `LOOK_BYTES` and its size; None where nothing says."""
+def identify_format(start: bytes, size: int) -> tuple[str, str] | None:
+    """(what a file is, what to do), by its first `SIGNATURE_BYTES` and its size; None where nothing says."""
     if not size:
         return "empty", _AGAIN
     if size < 4:
         return f"only {size} bytes long", _AGAIN
-    for beginning, what, hint in _BEGINNINGS:
+    for beginning, what, hint in _SIGNATURES:
         if start.startswith(beginning):
             return what, hint
     if start.startswith(b"PK\x03\x04"):
@@ -51,7 +51,7 @@ def what_it_is(start: bytes, size: int) -> tuple[str, str] | None:
     if start[257:262] == b"ustar":
         return "a tar archive", _UNPACK
     if not start.strip(b"\0"):
-        return "full of zeros: what was downloaded has not arrived", _AGAIN
+        return "all zeros: the download is incomplete", _AGAIN
     if 2 <= int.from_bytes(start[:8], "little") <= 1 << 30 and start[8:9] == b"{":
         return "a safetensors file", "name the folder that it lies in, or give it a name that ends with .safetensors"
     return _text(start)
@@ -72,7 +72,7 @@ def _text(start: bytes) -> tuple[str, str] | None:
 
 def check_bytes(path: str, start: bytes, size: int, wanted: str) -> None:
     """Raise `CheckpointError` if a file is known to be something else than `wanted`."""
-    found = what_it_is(start, size)
+    found = identify_format(start, size)
     if found is not None:
         raise CheckpointError(f"{path} is not {wanted}: it is {found[0]}", hint=found[1])
 

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from headrace.bounded import json_of, read_bounded
 from headrace.checkpoint.encodings import Encoding
-from headrace.checkpoint.foreign import LOOK_BYTES, check_bytes, check_gguf
+from headrace.checkpoint.foreign import SIGNATURE_BYTES, check_bytes, check_gguf
 from headrace.checkpoint.header import Header
 from headrace.checkpoint.source import LocalSource, OpenSource
 from headrace.checkpoint.tensor import COMPUTABLE, TYPE_NAMES, Tensor, block_of
@@ -244,7 +244,7 @@ def _read_file(path: str, open_source: OpenSource) -> tuple[dict[str, Scalar | A
     with closing(open_source(path)) as source:
         header = Header(source)
         if header.start(4) != b"GGUF":
-            check_bytes(path, header.start(LOOK_BYTES), header.size, "a GGUF file")
+            check_bytes(path, header.start(SIGNATURE_BYTES), header.size, "a GGUF file")
             raise CheckpointError(f"{path} is not a GGUF file", hint="headrace reads .gguf files")
         header.position = 4
         version = header.integer("I", "the version")

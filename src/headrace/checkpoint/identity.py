@@ -1,7 +1,7 @@
 """What tells one model from another: a hash of its files' contents, whatever they are called and wherever they lie.
 
-Headers are not enough: fine-tunes share them. Of large files some blocks spread over the whole are read; weights that were
-trained further differ nearly everywhere.
+Headers are not enough: fine-tunes share them. Large files are sampled: 64 blocks, evenly spaced. Weights that were trained
+further differ nearly everywhere.
 """
 
 import hashlib
@@ -13,7 +13,11 @@ from headrace.errors import CheckpointError
 
 _WHOLE_BYTES = 64 << 20  # files up to this size are read whole
 _BLOCKS, _BLOCK_BYTES = 64, 64 << 10
-_BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")  # configuration and tokenizer of a folder
+# Configuration and tokenizer of a folder.
+_BESIDE_WEIGHTS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 def identity(checkpoint: Checkpoint) -> str:
@@ -23,9 +27,10 @@ def identity(checkpoint: Checkpoint) -> str:
         CheckpointError: a file cannot be read.
     """
     paths = [Path(path) for path in checkpoint.paths]
-    folder = Path(checkpoint.path)
-    if folder.is_dir():
-        paths += sorted(path for path in folder.iterdir() if path.suffix in _BESIDE_WEIGHTS and path.is_file())
+    path = Path(checkpoint.path)
+    if checkpoint.config is not None:
+        folder = path if path.is_dir() else path.parent
+        paths += [folder / name for name in _BESIDE_WEIGHTS if (folder / name).is_file()]
     found = hashlib.sha256()
     for path in dict.fromkeys(paths):
         try:

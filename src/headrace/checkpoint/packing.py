@@ -277,7 +277,7 @@ def _pack_shard(folder: Folder, path: str, partial: Path, walk: _Walk) -> Sequen
     with _Reader() as reader:
         entries = [_measured(folder, tensor, reader, walk) for tensor in tensors]
         header = _header(entries)
-        _check_room(partial, len(header) + sum(entry.nbytes for entry in entries))
+        _check_address_space(partial, len(header) + sum(entry.nbytes for entry in entries))
         with open(partial / Path(path).name, "wb") as file:
             file.write(header)
             for entry in entries:
@@ -333,7 +333,7 @@ def _header(entries: Sequence[_Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _check_room(partial: Path, needed: int) -> None:
+def _check_address_space(partial: Path, needed: int) -> None:
     free = shutil.disk_usage(partial).free
     if needed > free:
         raise HeadraceError(

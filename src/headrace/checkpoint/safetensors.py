@@ -19,7 +19,7 @@ from reprlib import repr as brief
 from typing import Any
 
 from headrace.bounded import json_of
-from headrace.checkpoint.foreign import LOOK_BYTES, check_names, foreign_name, what_it_is
+from headrace.checkpoint.foreign import SIGNATURE_BYTES, check_names, foreign_name, identify_format
 from headrace.checkpoint.header import Header
 from headrace.checkpoint.source import LocalSource, OpenSource, Source
 from headrace.checkpoint.tensor import Tensor, block_of
@@ -139,8 +139,8 @@ def read_safetensors(path: str, open_source: OpenSource = LocalSource) -> dict[s
 
 
 def _header_json(header: Header) -> bytes:
-    look = header.start(LOOK_BYTES)
-    known = what_it_is(look, header.size)
+    look = header.start(SIGNATURE_BYTES)
+    known = identify_format(look, header.size)
     if known is not None and known[0] != "a safetensors file":
         raise CheckpointError(f"{header.path} is not a safetensors file: it is {known[0]}", hint=known[1])
     header.position = 0
@@ -262,7 +262,7 @@ def _parsed(path: str, data: bytes, what: str, *, strict: bool) -> dict[str, Any
         if "\\ud" in text or "\\uD" in text:  # perhaps half a character, which nobody could print
             json.dumps(value, ensure_ascii=False).encode()
     except ValueError as error:
-        known = what_it_is(data[:LOOK_BYTES], len(data))
+        known = identify_format(data[:SIGNATURE_BYTES], len(data))
         if known is not None and not data.lstrip().startswith(b"{"):
             raise CheckpointError(f"{path} is not JSON: it is {known[0]}", hint=known[1]) from error
         raise CheckpointError(f"{path}: {what} is not sound JSON: {error}", hint=_AGAIN) from error

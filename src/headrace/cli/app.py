@@ -58,9 +58,12 @@ class Group(click.Group):
         streams.prepare()
         try:
             try:
-                return super().main(*args, **kwargs)
-            finally:
+                found = super().main(*args, **kwargs)
+            except SystemExit:
                 streams.finish()
+                raise
+            streams.finish()
+            return found
         except BrokenPipeError:
             streams.abandon()
             sys.exit(0)
@@ -118,7 +121,7 @@ deterministic_option = click.option(
     "--deterministic/--no-deterministic",
     default=True,
     show_default=True,
-    help="Same prompt, seed and settings, same answer, whatever was asked before. Without it, more of a conversation is reused.",
+    help="Same prompt, seed and settings give the same answer, whatever ran before. Off: more of the prefix cache is reused.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No plan, progress or stats on stderr.")

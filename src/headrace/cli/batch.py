@@ -120,12 +120,12 @@ def _prompt(request: BatchRequest, tokenizer: "Tokenizer") -> tuple[list[int], l
     """(tokens of a prompt, those of them that the chat template wrote after the conversation)."""
     if isinstance(request.prompt, str):
         return tokenizer.prompt(request.prompt, raw=True), []
-    from headrace.model.conversation import template_variables, whole_messages
+    from headrace.model.conversation import checked_messages, template_variables
 
     tokenizer.check_chat()
     template = tokenizer.chat_template
     variables = template_variables(template, request.template_variables, request.reasoning_effort, request.documents)
-    messages = whole_messages(template, request.prompt, variables)
+    messages = checked_messages(template, request.prompt, variables)
     tokens = tokenizer.chat(
         messages,
         add_generation_prompt=request.add_generation_prompt,

@@ -144,8 +144,6 @@ def stats(completion: "Completion") -> str:
     busy = (t["stall_s"] or 0) + (t["compute_s"] or 0)
     parts.append(f"waited for disk {(t['stall_s'] or 0) / busy:.0%}" if busy else "no pass")
     if completion.kv_cache_type in ("BF16", "Q8 with scales in F32"):
-        parts.append(
-            f"KV cache in {completion.kv_cache_type}, for keys or values that are too large for the usual type"
-        )
+        parts.append(f"KV cache in {completion.kv_cache_type} (keys or values overflowed the usual type)")
     parts.append(f"peak {gib(completion.memory['peak_bytes'])} of {gib(completion.memory['budget_bytes'])}")
     return f"[{' | '.join(parts)}]"

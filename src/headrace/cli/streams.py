@@ -1,4 +1,4 @@
-"""stdin, stdout and stderr as they really are: closed, full, of another encoding, or a terminal of an odd size.
+"""Makes stdin, stdout and stderr safe to use when they are closed, full or of another encoding.
 
 `prepare` makes them usable before anything is written; `finish` says whether what was written has arrived.
 """
@@ -58,7 +58,7 @@ def finish() -> None:
 
 
 def abandon() -> None:
-    """stdout takes nothing any more: so that the interpreter does not try again when it ends."""
+    """Point stdout at /dev/null, so that the interpreter does not flush it again when it ends."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -24,7 +24,7 @@ KV_DTYPE = torch.float16
 
 
 class CacheOverflow(Exception):
-    """A key or value is larger than the type of its cache holds. No cache has grown."""
+    """A key or value exceeds the range of its cache's type. No cache has grown."""
 
     def __init__(self, cache: "KVCache"):
         super().__init__("a key or value does not fit into the KV cache")
@@ -59,7 +59,7 @@ class KVCache:
         self._pools: dict[tuple[int, ...], _Pool] = {}
         self._overflowed = False  # whether the pass in progress has put what does not fit
         self._donor: KVCache | None = None
-        self._untaken: set[int] = set()  # layers whose shared positions have not been copied from the donor yet
+        self._layers_to_copy: set[int] = set()  # layers whose shared positions have not been copied from the donor yet
         self._before = 0  # the length before sharing
 
     @property
@@ -81,7 +81,7 @@ class KVCache:
         self._clear(_KINDS[self._bits][0])
 
     def has_overflowed(self, start: int, rows: int) -> bool:
-        """Whether something that the pass in progress has put from this position on does not fit."""
+        """Whether this pass wrote a key or value out of range at or after `start`."""
         if not self._overflowed and rows <= FEW_ROWS:
             self._overflowed = any(pool.overflows(start, start + rows) for pool in self._pools.values())
         return self._overflowed
@@ -92,17 +92,19 @@ class KVCache:
         if held is None:
             held = self._held[layer] = (self._rows(keys), self._rows(values))
         assert start + keys.shape[1] <= self.capacity, "the engine checks the context before a pass"
-        if layer in self._untaken:
+        if layer in self._layers_to_copy:
             assert self._donor is not None
             source = self._donor._held[layer]
             assert source is not None
             for mine, theirs in zip(held, source, strict=True):
                 mine.copy(theirs, self.length)
-            self._untaken.discard(layer)
+            self._layers_to_copy.discard(layer)
         for rows, new in zip(held, (keys, values), strict=True):
             rows.put(start, new)
-            if not self._kind.pooled or new.shape[1] > FEW_ROWS:  # the others are looked at together when the pass ends
-                self._overflowed |= bool(new.abs().amax() > self._kind.largest)
+            if (
+                not self._kind.pooled or new.shape[1] > FEW_ROWS
+            ):  # few rows are checked once for all layers, after the pass
+                self._overflowed |= not bool(new.abs().amax() <= self._kind.largest)
 
     def _rows(self, like: torch.Tensor) -> "_Rows":
         shape = (like.shape[0], self.capacity, like.shape[2])
@@ -120,19 +122,19 @@ class KVCache:
         own, which may be in the same pass: so prompts that begin alike are computed together, and their beginning once.
         """
         assert count <= min(donor.capacity, self.capacity)
-        self._donor, self._untaken = donor, set(range(len(self._held)))
+        self._donor, self._layers_to_copy = donor, set(range(len(self._held)))
         self._before, self.length = self.length, count
 
     def settle(self) -> None:
         """A pass with rows of this cache has ended well."""
-        assert not self._untaken, "a pass puts rows in every layer"
+        assert not self._layers_to_copy, "a pass puts rows in every layer"
         self._donor = None
 
     def abandon(self) -> None:
         """A pass with rows of this cache has failed: what was to be shared is not."""
         self._overflowed = False
         if self._donor is not None:
-            self._donor, self._untaken, self.length = None, set(), self._before
+            self._donor, self._layers_to_copy, self.length = None, set(), self._before
 
     def get(self, layer: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions [0, last), as they are kept (8 bits: in fp16): each (kv_heads, last, head_dim)."""
@@ -143,7 +145,7 @@ class KVCache:
     def halves(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Where keys and values are kept in fp16, each (kv_heads, capacity, head_dim); None where there is more to it."""
         held = self._held[layer]
-        fits = held is not None and self._kind is _Rows and layer not in self._untaken
+        fits = held is not None and self._kind is _Rows and layer not in self._layers_to_copy
         return (held[0].data, held[1].data) if held is not None and fits else None
 
     def floats(self, layer: int, first: int, last: int, room: "Room") -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +203,7 @@ class _Rows:
         self._data[:, :count] = other._data[:, :count]
 
 
-class _SmallRows(_Rows):
+class _Int8Rows(_Rows):
     """The same in 8 bits, with a scale for each head and position."""
 
     type = "Q8"
@@ -227,12 +229,12 @@ class _SmallRows(_Rows):
         torch.mul(self._data[:, first:last], self._scales[:, first:last].float(), out=out)
 
     def copy(self, other: _Rows, count: int) -> None:
-        assert isinstance(other, _SmallRows)
+        assert isinstance(other, _Int8Rows)
         super().copy(other, count)
         self._scales[:, :count] = other._scales[:, :count]
 
 
-class _SmallRowsWithWideScales(_SmallRows):
+class _Int8RowsWithFp32Scales(_Int8Rows):
     """The same for larger numbers."""
 
     type = "Q8 with scales in F32"
@@ -240,7 +242,7 @@ class _SmallRowsWithWideScales(_SmallRows):
     scale_dtype = torch.float32
 
 
-class _BrainRows(_Rows):
+class _Bf16Rows(_Rows):
     """In BF16, which holds what fp32 holds, with fewer digits than fp16."""
 
     type = "BF16"
@@ -249,7 +251,7 @@ class _BrainRows(_Rows):
     infinite = 0x7F80
 
 
-class _FullRows(_Rows):
+class _Fp32Rows(_Rows):
     """In fp32, which rounds nothing: to compare with."""
 
     type = "F32"
@@ -260,14 +262,14 @@ class _FullRows(_Rows):
 
 # By bits, the usual type and the one for larger numbers.
 _KINDS: dict[int, tuple[type[_Rows], type[_Rows]]] = {
-    8: (_SmallRows, _SmallRowsWithWideScales),
-    16: (_Rows, _BrainRows),
-    32: (_FullRows, _FullRows),
+    8: (_Int8Rows, _Int8RowsWithFp32Scales),
+    16: (_Rows, _Bf16Rows),
+    32: (_Fp32Rows, _Fp32Rows),
 }
 
 
 class _Pool:
-    """Memory for rows of one shape in all layers, in 16 bits, so that one look tells whether all of a position fit."""
+    """One block for the rows of all layers, in 16 bits, so that one scan finds an overflow."""
 
     def __init__(self, count: int, shape: tuple[int, ...], kind: type[_Rows]):
         self._data = torch.empty((count, *shape), dtype=kind.dtype)  # taken from the system as it is written
@@ -281,7 +283,7 @@ class _Pool:
         return self._data[self._used - 1]
 
     def overflows(self, first: int, last: int) -> bool:
-        """Whether some number of these positions is infinite, or none at all."""
+        """Whether a number at these positions is infinite or NaN."""
         return bool((self._bits[: self._used, :, first:last] & 0x7FFF).amax() >= self._infinite)
 
 

@@ -16,6 +16,7 @@ from headrace.engine.attention import CacheOverflow, KVCache
 from headrace.engine.engine import Engine, Rows
 from headrace.engine.model_cache import ModelCache
 from headrace.engine.sampling import Sampler
+from headrace.errors import CheckpointError
 from headrace.plan.rooms import DRAFT_PROMPT_ROWS
 
 
@@ -112,11 +113,14 @@ class ModelDrafter:
         self.source = source
         self._context_tokens = context_tokens
         self._held: dict[int, _Held] = {}  # by the identity of the sequence's list of tokens
+        self._is_broken = False  # whether the draft model computes values that are not finite
         self._left: list[_Held] = []  # of sequences that have ended: the next may begin alike
 
     def guess(self, drafts: Sequence[Draft]) -> int:
         """Append a guess to each draft, in one pass over the draft model; returns the rows that were computed."""
         work = []
+        if self._is_broken:
+            return 0
         before = len(self.engine.passes)
         for draft in drafts:
             tokens = [*draft.tokens, *(guess.token for guess in draft.guesses)]
@@ -126,17 +130,12 @@ class ModelDrafter:
             (held, tokens) for _, held, tokens in work if len(tokens) - held.cache.length > DRAFT_PROMPT_ROWS
         ]:
             held, tokens = behind[0]
-            try:
-                self._step([held], [tokens[: held.cache.length + DRAFT_PROMPT_ROWS]])
-            except CacheOverflow as overflow:
-                overflow.cache.widen()
+            if self._step([held], [tokens[: held.cache.length + DRAFT_PROMPT_ROWS]]) is None:
                 return 0
         if not work:
             return 0
-        try:
-            logits = self._step([held for _, held, _ in work], [tokens for _, _, tokens in work])
-        except CacheOverflow as overflow:  # no guess this time; the next begins from the start, in a type that holds it
-            overflow.cache.widen()
+        logits = self._step([held for _, held, _ in work], [tokens for _, _, tokens in work])
+        if logits is None:
             return 0
         for (draft, _, tokens), row in zip(work, logits, strict=True):
             token, confidence = draft.sampler.draw_with_confidence(row, len(tokens))
@@ -168,10 +167,18 @@ class ModelDrafter:
         self._left.remove(best)
         return best
 
-    def _step(self, held: Sequence[_Held], tokens: Sequence[list[int]]) -> torch.Tensor:
-        logits = self.engine.step(
-            [Rows(cache=h.cache, tokens=t[h.cache.length :], exact=True) for h, t in zip(held, tokens, strict=True)]
-        )
+    def _step(self, held: Sequence[_Held], tokens: Sequence[list[int]]) -> torch.Tensor | None:
+        """Logits of the last tokens; None: there is no guess this time."""
+        try:
+            logits = self.engine.step(
+                [Rows(cache=h.cache, tokens=t[h.cache.length :], exact=True) for h, t in zip(held, tokens, strict=True)]
+            )
+        except CacheOverflow as overflow:  # the next guess begins from the start, in a type that holds large values
+            overflow.cache.widen()
+            return None
+        except CheckpointError:  # the answer goes on without guesses
+            self._is_broken = True
+            return None
         for h, t in zip(held, tokens, strict=True):
             h.tokens = list(t)
         return logits

@@ -104,7 +104,7 @@ class StreamOptions:
 
 
 ROWS_KEPT_BYTES = 4 << 20  # of tables of embeddings
-_INSPECTED_TOKENS = 32  # in which a pass looks for what makes numbers that are none
+_INSPECTED_TOKENS = 32  # of the pass that locates values that are not finite
 
 
 class Engine:
@@ -149,7 +149,7 @@ class Engine:
         self._rows = self._exact_rows = 0
         self._chunks: list[int] = []  # rows of each chunk after the exact rows
         self._closed = False
-        self._inspects = False  # whether a pass looks for what makes numbers that are none
+        self._inspects = False  # whether each result is checked for NaN and infinity
         self._files = FileSet(checkpoint.paths, checkpoint.made, open_file)
         _THREADS.open()
         try:
@@ -372,6 +372,8 @@ class Engine:
             for rows, start in zip(batch, starts, strict=True)
             if isinstance(rows.cache, KVCache) and rows.cache.has_overflowed(start, len(rows.tokens))
         ]
+        if self._inspects:
+            return  # nothing else was found
         narrow = next((cache for cache in overflowed if not cache.is_wide), None)
         # The largest of logits is not finite if one is NaN or infinity; some models mask tokens with minus infinity.
         if narrow is None and not overflowed and (not len(logits) or bool(logits.amax().isfinite())):
@@ -383,10 +385,9 @@ class Engine:
         raise self._not_finite(next((rows for rows in batch if rows.tokens), batch[0]))
 
     def _not_finite(self, rows: Rows) -> CheckpointError:
-        """What of the checkpoint makes numbers that are none: looked for in small tensors, then in a pass that looks at each
-        result."""
+        """Find the tensor that causes values that are not finite: small tensors first, then a pass that checks each result."""
         hint = "the file is damaged, or was converted with an overflow; get it from another source"
-        where = next((name for name, value in self.model.state_dict().items() if _has_nan(value)), None)
+        where = next((name for name, value in self.model.state_dict().items() if _has_non_finite(value)), None)
         if where is not None:
             return CheckpointError(f"{self.checkpoint.path}: `{where}` holds values that are not finite", hint=hint)
         self._inspects = True
@@ -404,9 +405,9 @@ class Engine:
 
     def _inspect(self, what: str, before: torch.Tensor, after: Sequence[torch.Tensor]) -> None:
         """In a pass that looks for the cause: raise where results are not finite."""
-        if not any(map(_has_nan, (before, *after))):
+        if not any(map(_has_non_finite, (before, *after))):
             return
-        found = f"what is computed before `{what}` is" if _has_nan(before) else f"`{what}` holds values that are"
+        found = f"what is computed before `{what}` is" if _has_non_finite(before) else f"`{what}` holds values that are"
         raise CheckpointError(
             f"{self.checkpoint.path}: {found} not finite",
             hint="the file is damaged, or was converted with an overflow; get it from another source",
@@ -788,7 +789,7 @@ class Engine:
         return np.frombuffer(scratch.view[offset - start : offset - start + nbytes], np.uint8).copy()
 
 
-def _has_nan(value: torch.Tensor) -> bool:
+def _has_non_finite(value: torch.Tensor) -> bool:
     return value.is_floating_point() and not bool(value.isfinite().all())
 
 

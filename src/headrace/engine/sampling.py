@@ -124,11 +124,11 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor
 
 
 def _tempered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Probabilities at a temperature; the largest logit becomes 0 first, so that the smallest temperatures overflow nothing."""
-    return ((logits - logits.max()) / max(sampling.temperature, _COLDEST)).softmax(0)
+    """Softmax at a temperature, shifted by the max logit so that tiny temperatures do not overflow."""
+    return ((logits - logits.max()) / max(sampling.temperature, _MIN_TEMPERATURE)).softmax(0)
 
 
-_COLDEST = 1e-30  # in fp32 a quotient by less is infinite
+_MIN_TEMPERATURE = 1e-30  # in fp32 a quotient by less is infinite
 
 
 def _likeliest(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

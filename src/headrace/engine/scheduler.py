@@ -32,7 +32,7 @@ WORTH_SHARING = 16
 
 @dataclass(eq=False)
 class Slot:
-    """A cache, and the tokens whose keys and values it holds. Kept when its answer has ended: the next may begin alike."""
+    """A KV cache and its tokens. Kept after its answer ends, for prefix caching."""
 
     cache: KVCache | ModelCache
     tokens: list[int] = field(default_factory=list)
@@ -44,10 +44,10 @@ class Slot:
         `chunk_tokens`: only whole chunks of a prompt are reused; None: all that the cache holds.
         """
         if self.is_wide:
-            return 0  # other sequences are kept in the usual type
+            return 0  # a wide cache is not reused by other prompts
         common = min(common_length(self.tokens, prompt[:-1]), self.cache.length)
         if not self.cache.continues and (chunk_tokens is not None or common < len(prompt) - 1):
-            return 0  # it takes a prompt whole, and several rows after others sooner from the beginning
+            return 0  # this cache cannot resume in the middle of a prompt
         return common if chunk_tokens is None else min(common, self.prompt_tokens) // chunk_tokens * chunk_tokens
 
     @property
@@ -148,7 +148,7 @@ class Scheduler:
         return min(common, donor.prompt_tokens) // self._reused_chunk * self._reused_chunk
 
     def reset(self) -> None:
-        """As before the first answer, whatever was interrupted where: what unfinished answers have computed is forgotten."""
+        """Free all slots, whatever was interrupted where; the caches of unfinished answers are dropped."""
         for slot in self._slots:
             if slot not in self._free:
                 slot.cache.abandon()
@@ -213,7 +213,7 @@ class Scheduler:
         return news
 
     def _widen(self, cache: KVCache) -> None:
-        """A sequence whose keys or values do not fit is computed again from its beginning, in a type that holds them."""
+        """Compute a sequence again from its start in the wide type, after a key or value overflowed FP16."""
         for answer in self.answers:
             answer.slot.cache.abandon()
             if answer.slot.cache is cache:
@@ -229,31 +229,35 @@ class Scheduler:
         chunks: list[tuple[Answer, list[list[int]]]] = []
         computed: dict[Answer, int] = {}  # positions after this pass
         for answer in self.answers:
-            if answer.donor is not None:
-                if computed.get(answer.donor, answer.donor.slot.cache.length) < answer.shared:
+            start, donor = answer.slot.cache.length, answer.donor
+            if donor is not None:
+                if computed.get(donor, donor.slot.cache.length) < answer.shared:
                     continue  # the donor's prompt takes several passes
-                mine, theirs = answer.slot.cache, answer.donor.slot.cache
-                assert isinstance(mine, KVCache)
-                assert isinstance(theirs, KVCache)
-                if mine.type == theirs.type:
-                    mine.share(theirs, answer.shared)
-                answer.donor = None
+                if donor.slot.cache.type == answer.slot.cache.type:
+                    start = answer.shared
             own: list[list[int]] = []
-            start, taken = answer.slot.cache.length, 0
-            for chunk in self._cut(answer):
+            taken = 0
+            for chunk in self._cut(answer, start):
                 if taken + len(chunk) > 1 + room and (own or chunks):
                     break
                 own.append(chunk)
                 taken += len(chunk)
-            if own:
-                room = max(0, room - (taken - 1))
-                chunks.append((answer, own))
-                computed[answer] = start + taken
+            if not own:
+                continue
+            if donor is not None and start > answer.slot.cache.length:
+                mine, theirs = answer.slot.cache, donor.slot.cache
+                assert isinstance(mine, KVCache)
+                assert isinstance(theirs, KVCache)
+                mine.share(theirs, start)
+            answer.donor = None
+            room = max(0, room - (taken - 1))
+            chunks.append((answer, own))
+            computed[answer] = start + taken
         return chunks
 
-    def _cut(self, answer: Answer) -> Iterator[list[int]]:
-        """What is pending of an answer in chunks, which end at multiples of their size and where the prompt ends."""
-        tokens, start = answer.tokens, answer.slot.cache.length
+    def _cut(self, answer: Answer, start: int) -> Iterator[list[int]]:
+        """The tokens of an answer from `start` on in chunks, which end at multiples of their size and where the prompt ends."""
+        tokens = answer.tokens
         if not answer.slot.cache.continues:
             yield tokens[start:]
             return

@@ -1,4 +1,4 @@
-"""Stop strings in text that comes in pieces: what might be the beginning of one is held back until it is decided.
+"""Stop strings in streamed text: a possible prefix of one is held back until it is decided.
 
 Text is looked at with the spellings of control tokens in it, which are never shown: so they can be stop strings, or part of
 one. In what a model thinks, only stop strings with control tokens are looked for.
@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 from headrace.model.thinking import Part, Segment
 
-_MASK = "\ud800"  # in place of thoughts; no text in UTF-8 holds it
+_MASK = "\ud800"  # stands for reasoning, so that plain stop strings do not match there; no text in UTF-8 holds it
 
 
 class StopScanner:

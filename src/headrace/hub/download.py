@@ -33,7 +33,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class _Blob:
-    """A file: where it will lie in the cache, and what it must hash to."""
+    """A file: its place in the cache and its expected hash."""
 
     file: RemoteFile
     sha256: str | None  # of large files
@@ -76,9 +76,9 @@ def pull(reference: Reference, *, say: Say | None) -> str:
     with explained(reference):
         missing = [file for file in selection.files if not _is_here(folder / file.name, file)]
         if missing or local_path(reference) != path:
-            _bring(reference, listing, missing, say)
-            _note_revision(reference, listing.commit)
-            _let_the_library_see(reference, listing.commit, selection.files)
+            _fetch_and_link(reference, listing, missing, say)
+            _write_ref(reference, listing.commit)
+            _register_snapshot(reference, listing.commit, selection.files)
     _check_sizes(folder, selection.files)
     return path
 
@@ -118,14 +118,14 @@ def _folder(reference: Reference) -> Path:
     return cache / repo_folder_name(repo_id=reference.repo, repo_type="model")
 
 
-def _bring(reference: Reference, listing: Listing, missing: Sequence[RemoteFile], say: Say) -> None:
+def _fetch_and_link(reference: Reference, listing: Listing, missing: Sequence[RemoteFile], say: Say) -> None:
     """Fetch them and link them, if there is room for all."""
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
 
     blobs = [_blob(reference, listing, file) for file in missing if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]
     held = sum(blob.file.size if blob.path.exists() else min(blob.have, blob.file.size) for blob in blobs)
-    _check_room(reference, sum(file.size for file in missing) - held)
+    _check_address_space(reference, sum(file.size for file in missing) - held)
     large = [blob for blob in blobs if blob.sha256 is not None and not blob.path.exists()]
     for blob in blobs:
         if blob in large:
@@ -157,7 +157,7 @@ def _link(link: Path, blob: Path) -> None:
     link.symlink_to(os.path.relpath(blob, link.parent))
 
 
-def _note_revision(reference: Reference, commit: str) -> None:
+def _write_ref(reference: Reference, commit: str) -> None:
     """Keep which commit the branch is at, as the library does."""
     if reference.revision == commit:
         return
@@ -169,7 +169,7 @@ def _note_revision(reference: Reference, commit: str) -> None:
     target.write_text(commit)
 
 
-def _check_room(reference: Reference, needed: int) -> None:
+def _check_address_space(reference: Reference, needed: int) -> None:
     folder = next(path for path in _folder(reference).parents if path.exists())
     free = shutil.disk_usage(folder).free
     if needed and needed + SPARE_BYTES > free:
@@ -260,7 +260,7 @@ def _differs(blob: _Blob, how: str) -> HubError:
     )
 
 
-def _let_the_library_see(reference: Reference, commit: str, files: Sequence[RemoteFile]) -> None:
+def _register_snapshot(reference: Reference, commit: str, files: Sequence[RemoteFile]) -> None:
     """The library fetches what is left, and keeps the listing. Bars only for what takes long."""
     from huggingface_hub import ResolvedRevision, constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars

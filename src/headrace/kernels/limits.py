@@ -12,8 +12,8 @@ TILE_ROWS = 8
 # number of rows, others are filled up to a multiple.
 ACTIVATION_ROWS = 4
 
-# Rows of a chunk of a prompt: what is computed together for a sequence, and reused as a whole. Each chunk is multiplied by itself
-# where the kernel's results depend on the number of rows, so that they do not depend on what else a pass carries.
+# Rows of a prompt chunk, the unit of prefill and of prefix caching. Each chunk is multiplied by itself where a kernel's results
+# depend on the number of rows, so that they do not depend on what else a pass carries.
 CHUNK_ROWS = 64
 
 # Up to so many rows of a chunk, an expert's weights are multiplied as they are; with more of them they are unpacked first.

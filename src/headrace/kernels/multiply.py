@@ -130,8 +130,8 @@ class Kernels:
             outputs: fp32, contiguous, (rows, total rows of the tensor).
             exact_rows: so many rows, from the first on, are computed independently of each other; None: all of them if
                 they are few. The others may go through torch's products.
-            chunks: how many of the others belong together: results depend on the rows of the same chunk alone. None given:
-                they are one chunk, or exact if they are few.
+            chunks: rows of each prompt chunk after the exact rows; a result depends on its own chunk alone. Empty: the others
+                are one chunk, or exact if they are few.
         """
         called = None
         if type(pieces) is tuple and x.shape[0] == 1:

@@ -1,4 +1,4 @@
-"""A conversation as one text, by the checkpoint's chat template in Jinja: the text that transformers makes of it.
+"""Renders a conversation to text with the checkpoint's Jinja chat template, as transformers does.
 
 A template is a program from an untrusted file. It runs in a process of its own (`template_worker.py`), which is ended when it
 takes more than a few seconds or megabytes, and started again for the next conversation.
@@ -25,7 +25,7 @@ _WAIT_S = 60.0  # for an answer, whatever the process is doing
 _MOST_BYTES = 256 << 20  # of an answer
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
 _END_OF_CONTENT = "END-OF-THE-LAST-CONTENT"
-_NOT_THE_CALLERS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+_RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 class ChatTemplate:
@@ -39,15 +39,22 @@ class ChatTemplate:
         self._lock = Lock()
         self._process: _Process | None = None
 
+    def close(self) -> None:
+        """End the process. Safe to call twice; another conversation starts one again."""
+        with self._lock:
+            if self._process is not None:
+                self._process.close()
+                self._process = None
+
     @cached_property
     def variables(self) -> frozenset[str]:
-        """What a caller can tell the template beside the conversation.
+        """Template variables that a caller may set (`chat_template_kwargs`).
 
         Raises:
             CheckpointError: the template is broken.
         """
         with self._lock:
-            return frozenset(self._started().variables) - _NOT_THE_CALLERS - self._special_tokens.keys()
+            return frozenset(self._started().variables) - _RESERVED_VARIABLES - self._special_tokens.keys()
 
     def render(
         self,
@@ -61,17 +68,17 @@ class ChatTemplate:
 
         Args:
             messages: with `role`, `content` and whatever else the template knows.
-            add_generation_prompt: end with what the assistant's answer begins after.
+            add_generation_prompt: append the header of the assistant's turn.
             continue_final_message: end with the last message's content, which the answer goes on with.
             variables: what else the template is told.
 
         Raises:
             CheckpointError: the template is broken.
-            UsageError: it refuses the conversation, or takes too much time or memory for it.
+            UsageError: the template raises an error, or exceeds its limit of time or memory.
         """
         if not messages:
             raise UsageError("the conversation is empty", hint="give it a message")
-        conversation = [_as_templates_know_it(message) for message in messages]
+        conversation = [_with_reasoning_aliases(message) for message in messages]
         content, tag = conversation[-1].get("content"), "CONTINUE-THE-LAST-MESSAGE "
         if continue_final_message:
             if not isinstance(content, str) or not content:
@@ -146,8 +153,8 @@ def checked_text(text: str, what: str = "the prompt") -> str:
         ) from error
 
 
-def _as_templates_know_it(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is null, and with what the assistant thought under all names that templates know it by."""
+def _with_reasoning_aliases(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop nulls (except `content` beside tool calls), and copy the reasoning to every key that templates read."""
     told = {
         name: value
         for name, value in message.items()
@@ -158,7 +165,7 @@ def _as_templates_know_it(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Process:
-    """The other process. Answers come within bounds, or say that it is gone."""
+    """The template's subprocess. An answer over the limit of time or size ends it."""
 
     variables: Sequence[str] = ()
 
@@ -167,6 +174,7 @@ class _Process:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_WORKER)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for this process
             )  # fmt: skip
         except OSError as error:
             raise HeadraceError(
@@ -174,7 +182,6 @@ class _Process:
                 hint="raise the limit of processes (`ulimit -u`), or use --raw with a prompt to complete",
             ) from error
         self._owner = os.getpid()
-        self._answers = b""
         weakref.finalize(self, _stop, self._process, self._owner)
 
     @property
@@ -183,20 +190,29 @@ class _Process:
         return os.getpid() == self._owner and self._process.poll() is None
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer; `refused` where the bounds ended the process."""
+        """The answer; `refused` where there is none. Whatever interrupts this ends the process: its answer is never read late."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(
-                json.dumps(question, default=lambda value: f"<{type(value).__name__}>").encode() + b"\n"
-            )
+            line = json.dumps(question, default=lambda value: f"<{type(value).__name__}>").encode() + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            return {"refused": f"it holds what JSON cannot: {error}"}
+        try:
+            self._process.stdin.write(line)
             self._process.stdin.flush()
-            line = self._line()
-        except (OSError, ValueError) as error:
-            line, question = b"", {"refused": str(error)}
-        if line:
-            return dict(json.loads(line))
-        _stop(self._process, self._owner)
+            answer = self._line()
+        except (OSError, ValueError):
+            answer = b""
+        except BaseException:
+            self.close()
+            raise
+        if answer:
+            return dict(json.loads(answer))
+        self.close()
         return {"refused": "it takes too much time or memory"}
+
+    def close(self) -> None:
+        """End the process. Safe to call twice."""
+        _stop(self._process, self._owner)
 
     def _line(self) -> bytes:
         assert self._process.stdout is not None

@@ -1,4 +1,4 @@
-"""Messages of a conversation in OpenAI's format, as a chat template wants them: whole, or refused with the reason.
+"""Checks messages in OpenAI's format against the chat template: every tool call and field must appear in the prompt.
 
 A template that leaves out a tool call, or a field of a message, would make another prompt without any error.
 """
@@ -23,7 +23,7 @@ def template_variables(
     Args:
         template: the model's.
         told: `chat_template_kwargs`.
-        effort: `reasoning_effort`. "none" is told to templates that only know `enable_thinking` by that.
+        effort: `reasoning_effort`. "none" sets `enable_thinking` to False if the template knows only that.
         documents: for templates that have a place for them.
 
     Raises:
@@ -54,7 +54,7 @@ def template_variables(
     return found
 
 
-def whole_messages(
+def checked_messages(
     template: ChatTemplate, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """The messages as the template renders them whole: arguments of tool calls as objects where it takes them so.
@@ -65,6 +65,7 @@ def whole_messages(
     for message in messages:
         _check_fields(template, message)
     found = [without_empty(message) for message in messages]
+    _check_names(template, found, variables)
     if not any(message.get("tool_calls") for message in found):
         return found
     parsed = [_with_objects(message) for message in found]
@@ -79,7 +80,7 @@ def whole_messages(
                 return attempt
         except UsageError:
             continue
-    template.render(parsed, variables=variables)  # what it says itself is the better reason
+    template.render(parsed, variables=variables)  # raises the template's own error, if there is one
     raise UsageError(
         "tool_calls are not supported: the model's chat template leaves them out",
         hint="write the calls into the content",
@@ -109,13 +110,29 @@ def _check_fields(template: ChatTemplate, message: Mapping[str, Any]) -> None:
             )
 
 
+def _check_names(template: ChatTemplate, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> None:
+    """A template may know `name` of something else, a function say: so each is looked for in the text."""
+    marks = {
+        i: f"named{i:04d}here" for i, message in enumerate(messages) if "name" in message and message["role"] != "tool"
+    }
+    if not marks:
+        return
+    text = template.render(
+        [{**message, "name": marks[i]} if i in marks else message for i, message in enumerate(messages)],
+        variables=variables,
+    )
+    if not all(mark in text for mark in marks.values()):
+        raise UsageError(
+            "the field 'name' of a message is not supported: the model's chat template does not show it",
+            hint="leave it out",
+        )
+
+
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
     calls = message.get("tool_calls")
     if not calls:
         return message
-    if not isinstance(calls, list) or not all(
-        isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
-    ):
+    if not isinstance(calls, list) or not all(map(_calls_a_function, calls)):
         raise UsageError(
             "tool_calls is no list of calls of functions", hint='[{"type": "function", "function": {...}}]'
         )
@@ -138,7 +155,7 @@ def _calls_a_function(call: Any) -> bool:
 
 
 def _renders_calls(template: ChatTemplate, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> bool:
-    """Whether each call is in the text: looked for by names of their own."""
+    """Whether every tool call is rendered; each gets a unique name to search for."""
     marks: list[str] = []
 
     def marked(call: dict[str, Any]) -> dict[str, Any]:

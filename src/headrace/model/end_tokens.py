@@ -8,7 +8,7 @@ END_TOKENS = (
     "<|eom_id|>",
     "<end_of_turn>",
     "<turn|>",
-    "<|tool_response>",  # what follows is for the caller to say
+    "<|tool_response>",  # the caller supplies the tool's response
     "<|end|>",
     "<|return|>",
     "<|call|>",
@@ -25,24 +25,24 @@ END_TOKENS = (
     "_<EOT>",
     "[EOT]",
     "[e~[",
-    # Code models go on with another file after these.
+    # After these, code models would start another file.
     "<|fim_pad|>",
     "<|repo_name|>",
     "<|file_sep|>",
 )
-# Where a turn consists of several messages, each with a channel: these mark its parts, and the last of them ends a message only.
+# Delimiters of gpt-oss's messages; where `<|end|>` only ends one message of several, it is one of them.
 MESSAGE_MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>")
 _MESSAGE_END = "<|end|>"
 _RETURN, _CALLS, _FLUSH = "<|return|>", ("<|call|>", "<|calls|>"), "<|flush|>"
 
 
-def ends_among(exists: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+def find_end_tokens(exists: Callable[[str], bool]) -> tuple[list[str], list[str]]:
     """(tokens that end an answer, tokens that mark a message's parts) among a model's tokens."""
     ends = [token for token in END_TOKENS if exists(token)]
     marks = [token for token in MESSAGE_MARKS if exists(token)]
     if _MESSAGE_END in ends and any(map(exists, _CALLS)) and (exists(_RETURN) or exists(_FLUSH)):
         ends.remove(_MESSAGE_END)
         marks.append(_MESSAGE_END)
-    if "<|tool_response>" in ends and "</s>" in ends:  # Gemma 4 has the latter as an ordinary token
+    if "<|tool_response>" in ends and "</s>" in ends:  # Gemma 4 uses `</s>` as ordinary text
         ends.remove("</s>")
     return ends, marks

@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 
 from headrace.bounded import json_of, read_bounded
 from headrace.checkpoint import Checkpoint
-from headrace.checkpoint.foreign import LOOK_BYTES, what_it_is
+from headrace.checkpoint.foreign import SIGNATURE_BYTES, identify_format
 from headrace.checkpoint.gguf import MAX_TOKENIZER_BYTES
 from headrace.errors import CheckpointError, UnsupportedError
-from headrace.model.end_tokens import ends_among
-from headrace.model.panics import tables_trusted
+from headrace.model.end_tokens import find_end_tokens
+from headrace.model.panics import panics_as_errors
 from headrace.model.text_stream import TextStream, WindowStream
 
 
@@ -27,22 +27,25 @@ class FolderVocabulary:
         folder = checkpoint.path if os.path.isdir(checkpoint.path) else os.path.dirname(checkpoint.path) or "."
         _check_files(folder)
         try:
-            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            with panics_as_errors(folder):
+                found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             self._backend: Any = found.backend_tokenizer
             templates = found.chat_template
+        except CheckpointError:
+            raise
         except Exception as error:  # whatever untrusted files provoke in two libraries
             raise CheckpointError(
                 f"{folder} holds no usable tokenizer: {error}",
                 hint="tokenizer.json and tokenizer_config.json belong to the model",
             ) from error
-        # Of several templates one may be the default; the others are for tools and such.
+        # `default` is the chat template; the others serve tools or retrieval.
         named = templates if isinstance(templates, dict) else {"default": templates}
         self.template: str | None = named.get("default") or None
         self.template_names = tuple(sorted(map(str, named.keys() - {"default"})))
-        self._backend.no_truncation()  # what was right for training cuts prompts, and fills them up
+        self._backend.no_truncation()  # truncation and padding saved from training would alter prompts
         self._backend.no_padding()
         self._added = frozenset(self._backend.get_added_tokens_decoder())
-        self.special_texts: dict[str, Any] = dict(found.special_tokens_map)
+        self.special_token_texts: dict[str, Any] = dict(found.special_tokens_map)
         self.bos_id: int | None = found.bos_token_id
         self._eos_id: int | None = found.eos_token_id
         probe = self._ids("a", True)
@@ -51,7 +54,7 @@ class FolderVocabulary:
         ends = {self._eos_id, *_numbers(checkpoint.generation.get("eos_token_id"))}
         if checkpoint.config is not None:
             ends |= set(_numbers(checkpoint.config.get("eos_token_id")))
-        spelled, _ = ends_among(lambda token: self._added_id(token) is not None)
+        spelled, _ = find_end_tokens(lambda token: self._added_id(token) is not None)
         ends |= {self._added_id(token) for token in spelled}
         self.end_ids = frozenset(i for i in ends if i is not None)
 
@@ -85,23 +88,24 @@ class FolderVocabulary:
 
     def decode(self, ids: Sequence[int]) -> str:
         """As `Vocabulary.decode`."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+        with panics_as_errors(self._path):
+            return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
     def stream(self, before: Sequence[int] = (), *, strip_space: bool = False) -> TextStream:
         """As `Vocabulary.stream`: decoders strip the space where nothing is before it."""
-        return WindowStream(self._backend, () if strip_space else before[-_CONTEXT_TOKENS:])
+        return WindowStream(self.decode, () if strip_space else before[-_CONTEXT_TOKENS:])
 
     def _added_id(self, token: str) -> int | None:
         number: int | None = self._backend.token_to_id(token)
         return number if number is not None and number in self._added else None
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        with tables_trusted(self._path):
+        with panics_as_errors(self._path):
             return list(self._backend.encode(text, add_special_tokens=special).ids)
 
 
 def _check_files(folder: str) -> None:
-    """Name what is wrong with the files of a tokenizer, where transformers would name something else."""
+    """Raise an error that names the broken file, before transformers fails with a vaguer one."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -111,18 +115,21 @@ def _check_files(folder: str) -> None:
         found += [os.path.join(_TEMPLATES, name) for name in sorted(os.listdir(os.path.join(folder, _TEMPLATES)))]
     for name in found:
         path = os.path.join(folder, name)
-        with suppress(OSError), open(path, "rb") as file:
-            size = os.path.getsize(path)
-            if size > MAX_TOKENIZER_BYTES:
-                raise CheckpointError(
-                    f"{path} has {size} bytes, the limit is {MAX_TOKENIZER_BYTES}",
-                    hint="is this the file its name says?",
-                )
-            known = what_it_is(file.read(LOOK_BYTES), size)
-            if known is not None and not known[0].startswith(("JSON", "a text")):
-                raise CheckpointError(f"{path} is no part of a tokenizer: it is {known[0]}", hint=known[1])
+        try:
+            content = read_bounded(path, MAX_TOKENIZER_BYTES)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}", hint="is this the file its name says?") from error
+        known = (
+            identify_format(content[:SIGNATURE_BYTES], len(content))
+            if len(content) >= 4 or name in _NEVER_EMPTY
+            else None
+        )
+        if known is not None and not known[0].startswith(("JSON", "a text")):
+            raise CheckpointError(f"{path} is no part of a tokenizer: it is {known[0]}", hint=known[1])
     if "tokenizer.json" in found:
-        _check_growth(os.path.join(folder, "tokenizer.json"))
+        _check_expansion(os.path.join(folder, "tokenizer.json"))
     if any(name in found for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
         return
     others = {"tokenizer.model": "SentencePiece", "spiece.model": "SentencePiece", "tekken.json": "Mistral's tekken"}
@@ -140,6 +147,7 @@ def _check_files(folder: str) -> None:
 
 
 _TEMPLATES = "additional_chat_templates"
+_NEVER_EMPTY = ("tokenizer.json", "tokenizer.model")
 _FILES = frozenset(
     {
         "tokenizer.json",
@@ -156,12 +164,12 @@ _FILES = frozenset(
         "chat_template.json",
     }
 )
-# A normaliser may write some characters as several, and a template may put some tokens around a text.
+# Max growth of a text by the normaliser, and max copies of it in the post-processor's template.
 _MOST_GROWTH, _MOST_COPIES = 64.0, 8
 
 
-def _check_growth(path: str) -> None:
-    """Refuse a tokenizer.json that makes a text many times as long: it would take any memory, in a library that then aborts."""
+def _check_expansion(path: str) -> None:
+    """Refuse a tokenizer.json whose rules expand text many times: the tokenizers library aborts when memory runs out."""
     try:
         described = json_of(read_bounded(path, MAX_TOKENIZER_BYTES))
     except (OSError, ValueError) as error:
@@ -194,15 +202,16 @@ def _growth(step: Any, depth: int = 0) -> float:
     return found
 
 
-def _copies(step: dict[str, Any]) -> int:
+def _copies(step: dict[str, Any], depth: int = 0) -> int:
     """How often a post-processor repeats the text."""
-    inner = [one for one in step.get("processors") or () if isinstance(one, dict)]
+    processors = step.get("processors") if depth < 16 else None
+    inner = [one for one in processors if isinstance(one, dict)] if isinstance(processors, list) else []
     single = step.get("single")
     own = sum(isinstance(one, dict) and "Sequence" in one for one in single) if isinstance(single, list) else 1
-    return max(own, *(_copies(one) for one in inner)) if inner else own
+    return max(own, *(_copies(one, depth + 1) for one in inner)) if inner else own
 
 
-# Of what a text goes on after, so many tokens are decoded with it.
+# Prompt tokens that are decoded as context of the first generated token.
 _CONTEXT_TOKENS = 8
 
 

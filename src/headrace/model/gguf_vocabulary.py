@@ -5,7 +5,7 @@ llama   SentencePiece's BPE
 gemma4  BPE over characters, spaces written as SentencePiece writes them
 t5      SentencePiece's unigram model
 
-Text becomes the same tokens as in llama.cpp, but for pre-tokenizers that it only approximates (docs/architectures.md).
+Token ids equal llama.cpp's, except with the pre-tokenizers that llama.cpp only approximates.
 """
 
 import re
@@ -20,26 +20,27 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from headrace.checkpoint import Checkpoint
 from headrace.errors import CheckpointError, UnsupportedError
 from headrace.model.cuts import BEGIN, TAKE_WORDS_WHOLE, cut
-from headrace.model.end_tokens import ends_among
-from headrace.model.panics import tables_trusted
+from headrace.model.end_tokens import find_end_tokens
+from headrace.model.panics import panics_as_errors
 from headrace.model.sentencepiece import SPACE, SentencePieceBpe
 from headrace.model.special_tokens import SpecialToken, SpecialTokens
 from headrace.model.text_stream import ByteStream, TextStream
 from headrace.model.unigram import UnigramModel
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # `tokenizer.ggml.token_type`
-# Ids that a file need not name.
-_USUAL_IDS = {
+# Default ids, where the metadata has none.
+_DEFAULT_IDS = {
     "llama": {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0},
     "t5": {"eos_token_id": 1, "unknown_token_id": 2},
 }
-# Of Phi-3, special tokens swallow the white space after them, but for these.
+# Phi-3's special tokens strip the white space after them, except these.
 _KEEP_WHITE_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
-# What texts of GLM-4 begin with.
-_GLM_PREFIX, _OF_GLM = ("[gMASK]", "<sop>"), ("chatglm-bpe", "glm4")
+# Tokens that begin every prompt of GLM-4.
+_GLM_PREFIX, _GLM_PRE_TOKENIZERS = ("[gMASK]", "<sop>"), ("chatglm-bpe", "glm4")
 _NAMED = {"unk": "unknown", "pad": "padding"}
 _ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # whose keys name tokens that end an answer
 _BLANKS, _PADDING = 100, re.compile(r"\[PAD\d+\]")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACES, _LINE_ENDS = re.compile(" +"), re.compile("(\n+)")
 
 
@@ -47,7 +48,7 @@ class GgufVocabulary:
     """Text to token ids and back."""
 
     def __init__(self, checkpoint: Checkpoint):
-        """Raises `CheckpointError` where the metadata describe no tokenizer, `UnsupportedError` where an unknown one."""
+        """Raises `CheckpointError` if the metadata has no tokenizer, `UnsupportedError` if its type is unknown."""
         self._path = checkpoint.path
         tokens, kind = checkpoint.array("tokenizer.ggml.tokens"), checkpoint.get("tokenizer.ggml.model")
         if not tokens or not isinstance(kind, str):
@@ -56,7 +57,7 @@ class GgufVocabulary:
             )
         if kind not in _ENCODERS:
             raise UnsupportedError(
-                f"{checkpoint.path}: its tokenizer is of the kind `{kind}`, which is not known here",
+                f"{checkpoint.path}: tokenizer.ggml.model is `{kind}`, which is not supported",
                 hint=f"known are {', '.join(_ENCODERS)}",
             )
         self._kind = kind
@@ -74,12 +75,13 @@ class GgufVocabulary:
         self.adds_bos = self.bos_id is not None and (
             kind == "gemma4" or _flag(checkpoint, "add_bos_token", _begins(kind, pre))
         )
-        # A decoder goes on with its prompt, so only what an encoder reads has an end.
+        # The end token is added only to encoder input; a decoder continues its prompt.
         self._adds_eos = _flag(checkpoint, "add_eos_token", kind == "t5")
-        self._prefix = [self._ids[one] for one in _GLM_PREFIX if pre in _OF_GLM and one in self._ids]
+        self._prefix = [self._ids[one] for one in _GLM_PREFIX if pre in _GLM_PRE_TOKENIZERS and one in self._ids]
         try:
-            self._encode_part: Callable[[str, bool], list[int]] = _ENCODERS[kind](self, checkpoint, pre)
-        except UnsupportedError:
+            with panics_as_errors(checkpoint.path):
+                self._encode_part: Callable[[str, bool], list[int]] = _ENCODERS[kind](self, checkpoint, pre)
+        except CheckpointError:
             raise
         except Exception as error:  # whatever the untrusted vocabulary provokes in the libraries
             raise CheckpointError(f"{checkpoint.path}: the tokenizer in its metadata is unusable: {error}") from error
@@ -88,7 +90,7 @@ class GgufVocabulary:
         self.template_names = tuple(sorted(map(str, checkpoint.array("tokenizer.chat_templates"))))
         names = {"bos": self.bos_id, "eos": self._eos_id}
         names |= {short: self._named(checkpoint, f"{name}_token_id") for short, name in _NAMED.items()}
-        self.special_texts = {f"{name}_token": self._tokens[i] for name, i in names.items() if i is not None}
+        self.special_token_texts = {f"{name}_token": self._tokens[i] for name, i in names.items() if i is not None}
         self._alphabet = {char: byte for byte, char in bytes_to_unicode().items()}
 
     def plain(self, text: str) -> list[int]:
@@ -96,8 +98,8 @@ class GgufVocabulary:
         if self._merges_spaces:
             text = _SPACES.sub(" ", text).strip(" ")
         found: list[int] = []
-        after_special = True  # as is the beginning
-        with tables_trusted(self._path):
+        after_special = True  # the start of a text counts as such
+        with panics_as_errors(self._path):
             for part in self._special.split(text):
                 found += [part] if isinstance(part, int) else self._encode_part(part, after_special)
                 after_special = isinstance(part, int)
@@ -156,24 +158,24 @@ class GgufVocabulary:
         return text.replace(SPACE, " ").encode()
 
     def _respell_blanks(self) -> None:
-        """T5 writes blanks of a text as `<extra_id_0>` and so on; converters call them padding, in reverse order."""
+        """Rename T5's sentinel tokens: converters store `<extra_id_N>` as `[PADn]`, in reverse order."""
         blanks = [i for i, token in enumerate(self._tokens) if _PADDING.fullmatch(token)][:_BLANKS]
         for number, i in enumerate(blanks):
             self._tokens[i], self._types[i] = f"<extra_id_{_BLANKS - 1 - number}>", _CONTROL
 
     def _named(self, checkpoint: Checkpoint, name: str) -> int | None:
         token = checkpoint.get(f"tokenizer.ggml.{name}")
-        token = _USUAL_IDS.get(self._kind, {}).get(name) if token is None else token
+        token = _DEFAULT_IDS.get(self._kind, {}).get(name) if token is None else token
         return token if isinstance(token, int) and 0 <= token < len(self._tokens) else None
 
     def _ends(self, checkpoint: Checkpoint) -> frozenset[int]:
         """The tokens that end an answer, by the metadata and, of special tokens, by their spelling."""
         ends = {self._named(checkpoint, f"{name}_token_id") for name in _ENDS}
         special = {token for token, i in self._ids.items() if self._types[i] in (_CONTROL, _USER_DEFINED)}
-        spelled, marks = ends_among(special.__contains__)
+        spelled, marks = find_end_tokens(special.__contains__)
         for token in spelled:
             self._types[self._ids[token]] = _CONTROL
-        for token in marks:  # they are shown
+        for token in marks:  # decoded as text
             self._types[self._ids[token]] = _USER_DEFINED
         return frozenset(i for i in (*ends, *(self._ids[token] for token in spelled)) if i is not None)
 
@@ -198,7 +200,7 @@ class GgufVocabulary:
                 hint="use the model's folder from the hub, whose tokenizer.json says how",
             )
         merges = _merges(checkpoint)
-        if not merges:  # as tiktoken has it: the lower a token's id, the sooner its parts are merged
+        if not merges:  # as in tiktoken: the rank of a merge is the id of its result
             pieces = SentencePieceBpe(self._ids, [-i for i in range(len(self._tokens))], {}, None)
             return lambda text, _: [i for word, _ in words.pre_tokenize_str(text) for i in pieces.encode(word)]
         backend = Tokenizer(BPE(self._ids, merges, ignore_merges=pre in TAKE_WORDS_WHOLE))
@@ -219,7 +221,7 @@ class GgufVocabulary:
         return encode
 
     def _characters(self, checkpoint: Checkpoint, _: str) -> Callable[[str, bool], list[int]]:
-        """Gemma 4's: lines and runs of line ends are merged by themselves, and a run that is a token is taken whole."""
+        """Gemma 4: BPE runs within a line; a run of newlines that is itself a token is not split."""
         backend = Tokenizer(BPE(self._ids, _merges(checkpoint), byte_fallback=True, unk_token=None))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), behavior="isolated")
 
@@ -299,11 +301,9 @@ def _normaliser(checkpoint: Checkpoint) -> Callable[[str], str]:
 
 
 def _byte_of(text: str) -> int:
-    """Of `<0x0A>`."""
-    try:
-        return int(text[3:5], 16)
-    except ValueError:
-        return ord(text[:1] or "\0") % 256
+    """The byte of a byte token such as `<0x0A>`."""
+    match = _BYTE_TOKEN.fullmatch(text)
+    return int(match[1], 16) if match else ord(text[:1] or "\0") % 256
 
 
 def _lines(text: str) -> list[str]:

@@ -7,8 +7,8 @@ from headrace.errors import CheckpointError
 
 
 @contextmanager
-def tables_trusted(path: str) -> Iterator[None]:
-    """Raise `CheckpointError` where the tokenizers library panics at damaged tables."""
+def panics_as_errors(path: str) -> Iterator[None]:
+    """Turn a panic of the tokenizers library at damaged tables into `CheckpointError`."""
     try:
         yield
     except BaseException as error:

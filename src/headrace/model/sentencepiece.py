@@ -10,12 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 
 SPACE = "\u2581"  # how a space is written in pieces
-_MOST_REMEMBERED = 1 << 16
+_MAX_CACHED_WORDS = 1 << 16
 _WORDS = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 
 
 class SentencePieceBpe:
-    """Pieces to token ids."""
+    """SentencePiece's BPE encoder."""
 
     def __init__(
         self,
@@ -36,21 +36,21 @@ class SentencePieceBpe:
         self._scores = scores
         self._byte_ids = byte_ids
         self._unknown_id = unknown_id
-        # Where no piece goes on after a word with a space, words are merged by themselves, and remembered.
-        self._by_words = not any(SPACE in piece.lstrip(SPACE) for piece in ids)
-        self._known: dict[str, list[int]] = {}
+        # If no piece crosses a word boundary, words are encoded separately and cached.
+        self._encodes_words = not any(SPACE in piece.lstrip(SPACE) for piece in ids)
+        self._cached_words: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text whose spaces are written as `SPACE`."""
-        if not self._by_words:
+        if not self._encodes_words:
             return self._merged(text)
         found: list[int] = []
         for word in _WORDS.findall(text):
-            ids = self._known.get(word)
+            ids = self._cached_words.get(word)
             if ids is None:
                 ids = self._merged(word)
-                if len(self._known) < _MOST_REMEMBERED:
-                    self._known[word] = ids
+                if len(self._cached_words) < _MAX_CACHED_WORDS:
+                    self._cached_words[word] = ids
             found += ids
         return found
 

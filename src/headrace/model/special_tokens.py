@@ -1,6 +1,7 @@
 """Special tokens in a text: control, user-defined and unknown tokens are matched whole before the rest is tokenised.
 
-As in llama.cpp: the longest token first, each from left to right, by its spelling in the file. Some swallow white space.
+As in llama.cpp: the longest token first, each from left to right, by its spelling in the file. Some strip the white space
+beside them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ class SpecialToken:
 
 
 class SpecialTokens:
-    """All of a vocabulary."""
+    """The special tokens of one vocabulary."""
 
     def __init__(self, tokens: Sequence[SpecialToken]):
         self._tokens = sorted((one for one in tokens if one.text), key=lambda one: -len(one.text.encode()))

@@ -26,7 +26,7 @@ MOST_CHARACTERS = 16 << 20
 
 
 class _Generation(Extension):
-    """Templates may mark what the assistant says, for those who train on it. Here it changes nothing but the scope of names."""
+    """`{% generation %}` marks the assistant's text for training; here it only opens a scope."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja's own way)
 
@@ -93,7 +93,7 @@ def environment() -> Environment:
 
 
 def _bound_memory() -> None:
-    """Now that everything is imported. Where the system has no such limit there is none."""
+    """Limit the address space, after all imports, where the system can."""
     try:
         import resource
 

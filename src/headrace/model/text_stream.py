@@ -2,7 +2,7 @@
 
 import codecs
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class TextStream(Protocol):
@@ -40,14 +40,14 @@ class ByteStream:
 
 
 class WindowStream:
-    """For decoders that say no more than the text of a whole list of tokens: the last few are decoded again with each new one.
+    """For tokenizers that only decode whole lists of tokens: a short window is decoded again with each new token.
 
     Text that ends with U+FFFD is held back, since the next token may complete a character.
     """
 
-    def __init__(self, backend: Any, before: Sequence[int] = ()):
-        """`backend` is a tokenizer of the tokenizers library; `before` are tokens that the text goes on after."""
-        self._backend = backend
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()):
+        """`decode` gives the text of tokens; `before` are tokens that the text goes on after."""
+        self._decode = decode
         self._tokens = list(before)
         self._shown = len(self._tokens)  # of these, how many are shown
 
@@ -62,12 +62,12 @@ class WindowStream:
 
     def _new(self, final: bool) -> str:
         before, after = self._decode(self._tokens[: self._shown]), self._decode(self._tokens)
+        if after == before:  # tokens that are not shown
+            del self._tokens[self._shown :]
+            return ""
         if len(after) <= len(before) or (after.endswith("\ufffd") and not final):
             return ""
         # The tokens shown last stay as context: decoders treat the first token of a text in ways of their own.
         self._tokens = self._tokens[self._shown if self._shown < len(self._tokens) else 0 :]
         self._shown = len(self._tokens)
         return after[len(before) :]
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return str(self._backend.decode(list(tokens), skip_special_tokens=True))

@@ -1,7 +1,7 @@
-"""What a model thinks before it answers, told from the answer by the tokens that it marks both with.
+"""Splits a model's output into reasoning and answer, by the special tokens that delimit them.
 
-Two ways are published: a pair of tokens around what is thought (Qwen 3, DeepSeek R1, Magistral, Seed-OSS, Gemma 4), and
-messages with a channel each (gpt-oss), of which `analysis` is thought, as are calls of tools; all others are the answer:
+Two formats exist: a pair of delimiter tokens (Qwen 3, DeepSeek R1, Magistral, Seed-OSS, Gemma 4), and messages with
+channels (gpt-oss). The `analysis` channel and tool calls are reasoning; all other channels are the answer:
 
     <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>
 
@@ -77,7 +77,7 @@ class Marks:
 
 
 class _Header:
-    """What stands before a message: whose it is, its channel, and for whom it is."""
+    """The header of a gpt-oss message: role, channel, recipient."""
 
     def __init__(self) -> None:
         self.role = self.channel = ""
@@ -95,11 +95,13 @@ class _Header:
         """What its message is."""
         channel = self.channel.split()
         others = [*self.role.split()[1:], *channel[1:]]
-        called = any(not word.startswith(_CONSTRAINT) for word in others)
+        # A recipient may stand without `to=`, but not in the channel that is for the user.
+        named = channel[:1] != ["final"]
+        called = any(word.startswith("to=") or (named and not word.startswith(_CONSTRAINT)) for word in others)
         return Part.THOUGHT if called or channel[:1] == [_THOUGHT_IN] else Part.ANSWER
 
     def as_message(self) -> Segment:
-        """Where no message followed: what was written all the same."""
+        """Text of a header that no message followed."""
         name, _, rest = self.channel.lstrip().partition(" ")
         role = self.role.strip().removeprefix("assistant").lstrip()
         part = Part.THOUGHT if name == _THOUGHT_IN else Part.ANSWER
@@ -119,7 +121,7 @@ class AnswerStream:
         tail: Iterable[int] = (),
         hidden: Mapping[int, str] | None = None,
     ):
-        """What it goes by.
+        """A stream of one answer.
 
         Args:
             marks: the model's.
@@ -147,7 +149,7 @@ class AnswerStream:
         return self._hidden.values()
 
     def step(self, token: int) -> list[Segment]:
-        """What this token completes."""
+        """Segments that this token completes."""
         if token in self._marks:
             found = self._shown(self._stream.flush())
             if token not in (self._marks.channel, self._marks.message):
@@ -177,7 +179,7 @@ class AnswerStream:
         if self._header is not None:
             self._header.add(text)
             return []
-        if self._begins:  # a part after a mark does not begin with the lines that set it off
+        if self._begins:  # the newlines between a delimiter and its part are dropped
             text = text.lstrip()
             self._begins = not text
         return [(self._part, text)] if text else []

@@ -28,7 +28,7 @@ class Vocabulary(Protocol):
     template_names: tuple[str, ...]  # of templates for other purposes
 
     @property
-    def special_texts(self) -> Mapping[str, Any]:
+    def special_token_texts(self) -> Mapping[str, Any]:
         """How special tokens are spelled, by the names that templates know them by: `bos_token` and others."""
 
     def plain(self, text: str) -> list[int]:
@@ -72,9 +72,14 @@ class Tokenizer:
         )
         self.end_ids, self.bos_id = self._vocabulary.end_ids, self._vocabulary.bos_id
         self.adds_bos = self._vocabulary.adds_bos
-        self._bos = self._vocabulary.special_texts.get("bos_token", "")
+        self._bos = self._vocabulary.special_token_texts.get("bos_token", "")
         self.opening = opening_of(checkpoint)
         gc.collect()
+
+    def close(self) -> None:
+        """End what runs beside this process. Safe to call twice."""
+        if "chat_template" in vars(self):
+            self.chat_template.close()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text to be continued, with what the model wants before it unless not `special`.
@@ -188,4 +193,4 @@ class Tokenizer:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """How a conversation is written; there is one only if `has_chat_template`."""
-        return ChatTemplate(str(self._vocabulary.template), self._vocabulary.special_texts, self._path)
+        return ChatTemplate(str(self._vocabulary.template), self._vocabulary.special_token_texts, self._path)

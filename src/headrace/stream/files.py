@@ -88,10 +88,11 @@ class WeightFile:
         return done
 
     def _pread(self, target: memoryview, offset: int) -> int:
+        was_direct = self.direct  # other readers may go on buffered meanwhile
         try:
             return os.preadv(self._fd, [target], offset)
         except OSError as error:
-            if self.direct and error.errno in _NOT_DIRECT:
+            if was_direct and error.errno in _NOT_DIRECT:
                 self._go_buffered(error)
                 return self._pread(target, offset)
             raise ReadError(
