@@ -50,7 +50,12 @@ def test_generate_is_the_text_of_the_stream(model: headrace.Model) -> None:
     assert model.generate("hello", raw=True, max_tokens=8, sampling=GREEDY).text == streamed
 
 
-def test_a_continued_conversation_computes_only_what_is_new(model: headrace.Model) -> None:
+def test_a_continued_conversation_computes_only_what_is_new(tiny_llama: Path, profile: Profile) -> None:
+    with headrace.load(tiny_llama, memory="2GiB", profile=profile, deterministic=False) as model:
+        continue_a_conversation(model)
+
+
+def continue_a_conversation(model: headrace.Model) -> None:
     messages = [{"role": "user", "content": "hello"}]
     first = model.generate(messages, max_tokens=4, sampling=GREEDY)
     before = len(model.passes)

@@ -11,7 +11,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -349,9 +349,9 @@ class Model:
     ) -> Iterator[Piece]:
         """As `stream`, for jobs that may each have settings of their own. One is taken whenever there is room for it."""
         mine: list[weakref.ref[Iterator[Piece]]] = []
-        stream = self._stream_jobs(jobs, on_progress, mine)
-        mine.append(weakref.ref(stream))
-        return stream
+        pieces = self._stream_jobs(jobs, on_progress, mine)
+        mine.append(weakref.ref(pieces))
+        return _Stream(pieces)
 
     def _claim(self, mine: "weakref.ref[Iterator[Piece]]") -> None:
         """Make this stream the open one, and clean up after the last: it may have been interrupted at any point."""
@@ -377,7 +377,7 @@ class Model:
         jobs: Iterator["Job"],
         on_progress: Callable[[Progress], None] | None,
         mine: "list[weakref.ref[Iterator[Piece]]]",
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         self._claim(mine[0])
         scheduler, live = self._scheduler, dict[Answer, _Live]()
         waiting: Iterator[tuple[int, Job]] = enumerate(jobs)
@@ -639,12 +639,40 @@ class Job:
             raise UsageError(f"stop is {stops!r}", hint="give a text or a list of texts")
 
 
+class _Stream(Generator[Piece]):
+    """The pieces of a stream; a second thread that reads them gets a `UsageError`."""
+
+    def __init__(self, pieces: Generator[Piece]):
+        self._pieces = pieces
+
+    def send(self, value: None) -> Piece:
+        """The next piece."""
+        try:
+            return self._pieces.send(value)
+        except ValueError as error:
+            if "already executing" not in str(error):
+                raise
+            raise UsageError(
+                "another thread is reading this stream", hint="read a stream in one thread at a time"
+            ) from error
+
+    def throw(self, *given: Any) -> Piece:
+        """As of a generator."""
+        return self._pieces.throw(*given)
+
+    def close(self) -> None:
+        """End the stream."""
+        self._pieces.close()
+
+
 def _is_many(prompt: Prompt | Sequence[Prompt]) -> bool:
     """Whether these are several prompts, rather than a text or the messages of one conversation."""
     return not isinstance(prompt, str) and (not prompt or not isinstance(prompt[0], Mapping))
 
 
 def _prompts(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Sequence):
+        raise UsageError(f"the prompt is {prompt!r:.40}", hint="give a text, a list of messages, or several of these")
     return list(prompt) if _is_many(prompt) else [prompt]  # type: ignore[arg-type, list-item]
 
 
@@ -697,6 +725,11 @@ def load(
     """
     start = time.perf_counter()
     not_after_a_fork()
+    for name, value in (("context_tokens", context_tokens), ("prompt_tokens", prompt_tokens), ("sequences", sequences)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UsageError(f"{name} is {value!r}", hint="a whole number, 1 or more")
+    if isinstance(memory, bool) or not isinstance(memory, str | int | Budget | None):
+        raise UsageError(f"memory is {memory!r}", hint='a size such as "4GiB", or bytes')
     if kv_bits not in (8, 16) or sequences < 1:
         raise UsageError(f"kv_bits {kv_bits}, sequences {sequences}", hint="8 or 16 bits, one sequence or more")
     draft = "none" if draft is None else str(draft)

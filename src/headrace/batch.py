@@ -70,6 +70,10 @@ def read_requests(path: Path) -> Iterator[BatchRequest | BadLine]:
             kind = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(kind) and not stat.S_ISFIFO(kind):
                 raise UsageError(f"{path} is not a regular file", hint="give a file of one JSON request a line")
+            if stat.S_ISREG(kind) and b"\0" in os.pread(file.fileno(), 512, 0):
+                raise UsageError(
+                    f"{path} is no text", hint="IN.jsonl comes first, then OUT.jsonl; --model names the model"
+                )
             for number, raw in enumerate(_lines(file, path), 1):
                 if raw.strip():
                     yield _parse(number, raw, seen)
@@ -105,21 +109,33 @@ def _parse(line: int, raw: bytes, seen: set[str]) -> BatchRequest | BadLine:
     try:
         try:
             value = json.loads(raw)
-            # JavaScript that cuts a text inside an emoji leaves half of it, which no file in UTF-8 can hold.
-            json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise _Refused("invalid_json_line", f"line {line} is not JSON: {error}") from error
         if not isinstance(value, dict) or not isinstance(value.get("custom_id"), str):
             raise _Refused("missing_custom_id", f"line {line} has no custom_id")
+        if not _is_text(value["custom_id"]):
+            raise _Refused("invalid_json_line", f"line {line} holds half a character in its custom_id")
         digest = _digest({name: one for name, one in value.items() if name != "custom_id"})
         custom_id = value["custom_id"]
         if custom_id in seen:
             custom_id = None
             raise _Refused("duplicate_custom_id", f"line {line} repeats the custom_id {value['custom_id']!r}")
         seen.add(custom_id)
+        # JavaScript that cuts a text inside an emoji leaves half of it, which no file in UTF-8 can hold.
+        if not _is_text(json.dumps(value, ensure_ascii=False)):
+            raise _Refused("invalid_json_line", f"line {line} holds half a character")
         return _request(line, custom_id, without_nulls(value), digest)
     except _Refused as refused:
         return BadLine(line=line, custom_id=custom_id, code=refused.code, message=str(refused), digest=digest)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _request(line: int, custom_id: str, value: Mapping[str, Any], digest: str) -> BatchRequest:
@@ -220,10 +236,10 @@ def _messages(value: object) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _Refused("invalid_request", "a message has no role")
         told = without_nulls(message)
-        if told.get("tool_calls") and told.get("content") in ("", []):
-            told["content"] = ""
-        elif "content" in told or not told.get("tool_calls"):
-            told["content"] = _text(told.get("content"), "content")
+        if told.get("tool_calls") and message.get("content") in (None, "", []):
+            told["content"] = "" if "content" in told else None
+        else:
+            _text(told.get("content"), "content")
         messages.append(told)
     return messages
 

@@ -13,6 +13,8 @@ def exists(path: str | os.PathLike[str]) -> bool:
         CheckpointError: a folder may not be searched, or a name is too long.
         UsageError: it is no path.
     """
+    if not os.fspath(path):
+        raise UsageError("the path is empty", hint="give the path of a file or a folder")
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

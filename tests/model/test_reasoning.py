@@ -235,12 +235,25 @@ def test_messages_of_gpt_oss_are_told_as_openai_harmony_tells_them(says: Says, n
     "written",
     [
         "<|channel|>final 4 is", "4 is", "<|channel|>final<|message|>4 is", f"<|channel|>final<|message|>4{NEXT} is",
-        "<|channel|>summary 4 is",
     ],
 )  # fmt: skip
 def test_a_header_that_the_length_cuts_loses_no_text(says: Says, written: str) -> None:
     answer = says(OSS, "hi", written, most=len(tokens_of(written)))
     assert ("".join(answer.text.split()), answer.finish_reason) == ("4is", "length")
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("<|channel|>sure thing", "surething"),
+        ("<|channel|>I think 42", "Ithink42"),
+        ("The answer is <|channel|>final<|message|>42", "Theansweris42"),
+        ("<|channel|>final<|message|>4<|end|><|start|>assistant ok so<|channel|>final<|message|>5", "4okso5"),
+    ],
+)
+def test_text_where_a_header_should_be_is_shown(says: Says, written: str, shown: str) -> None:
+    answer = says(OSS, "hi", written, end="<|return|>")
+    assert ("".join(answer.text.split()), answer.thinking) == (shown, "")
 
 
 @pytest.mark.parametrize(

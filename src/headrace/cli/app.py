@@ -84,6 +84,9 @@ class Group(click.Group):
         except (KeyboardInterrupt, click.Abort):  # the latter at a question
             show.say("\ninterrupted")
             sys.exit(show.INTERRUPTED)
+        except BrokenPipeError:  # of stdout: what cannot be written to stderr is left out
+            streams.abandon()
+            sys.exit(0)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "HEADRACE"})
@@ -121,7 +124,8 @@ deterministic_option = click.option(
     "--deterministic/--no-deterministic",
     default=True,
     show_default=True,
-    help="Same prompt, seed and settings give the same answer, whatever ran before. Off: more of the prefix cache is reused.",
+    help="Same prompt, seed and settings give the same answer, whatever ran before or beside it. Off: a conversation's next "
+    "turn starts sooner, and its answer may differ where two tokens are almost equally likely.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No plan, progress or stats on stderr.")

@@ -1,5 +1,6 @@
 """`headrace run`: plan, load, generate; and chat, which is the same with the conversation so far as the prompt."""
 
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -102,6 +103,8 @@ def run_command(
         profile=profile,
         trace=trace is not None,
     ) as loaded:
+        if not (raw or quiet or loaded.tokenizer.has_chat_template or loaded.tokenizer.opening):
+            show.note("the model has no chat template: the prompt is completed as it is, as with --raw")
         for remark in loaded.remarks if not quiet else ():
             show.note(remark)
         code = _chat(loaded, settings) if text is None else _once(loaded, text, settings)
@@ -261,8 +264,8 @@ class Conversation:
             show.note("the conversation is forgotten")
         elif line == "/stats":
             show.note(self._stats)
-        elif line == "/help":
-            show.note(CHAT_HELP)
+        elif line == "/help" or re.fullmatch(r"/[a-z]+", line):  # no word of a conversation
+            show.note(CHAT_HELP if line == "/help" else f"there is no {line}; {CHAT_HELP}")
         elif line:
             self._answer(line)
         return True

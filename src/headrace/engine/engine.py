@@ -407,10 +407,10 @@ class Engine:
         """In a pass that looks for the cause: raise where results are not finite."""
         if not any(map(_has_non_finite, (before, *after))):
             return
-        found = f"what is computed before `{what}` is" if _has_non_finite(before) else f"`{what}` holds values that are"
+        found = f"what is computed before `{what}` is" if _has_non_finite(before) else f"what `{what}` gives is"
         raise CheckpointError(
             f"{self.checkpoint.path}: {found} not finite",
-            hint="the file is damaged, or was converted with an overflow; get it from another source",
+            hint="it holds NaN, infinity or huge values: the file is damaged, or was converted with an overflow",
         )
 
     def _rewind(self) -> None:

@@ -4,6 +4,7 @@ A template that leaves out a tool call, or a field of a message, would make anot
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,36 +65,50 @@ def checked_messages(
     """
     for message in messages:
         _check_fields(template, message)
-    found = [without_empty(message) for message in messages]
+    found = [_as_written(template, without_empty(message)) for message in messages]
     _check_names(template, found, variables)
     if not any(message.get("tool_calls") for message in found):
         return found
     parsed = [_with_objects(message) for message in found]
-    # Some templates render calls only beside a content that is null.
-    alone = [
-        {**message, "content": None} if message.get("tool_calls") and not message.get("content") else message
-        for message in parsed
+    # Some templates render calls only beside a content that is null, others only beside a text.
+    empty = [
+        [
+            {**message, "content": content} if message.get("tool_calls") and not message.get("content") else message
+            for message in parsed
+        ]
+        for content in (None, "")
     ]
-    for attempt in (parsed, alone, found):
+    reason = "the model's chat template leaves them out"
+    for attempt in (parsed, *empty, found):
         try:
             if _renders_calls(template, attempt, variables):
                 return attempt
-        except UsageError:
-            continue
-    template.render(parsed, variables=variables)  # raises the template's own error, if there is one
-    raise UsageError(
-        "tool_calls are not supported: the model's chat template leaves them out",
-        hint="write the calls into the content",
-    )
+        except UsageError as error:
+            reason = str(error)
+    raise UsageError(f"tool_calls are not supported: {reason}", hint="write the calls into the content")
 
 
 def without_empty(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without fields that say nothing; a content may be empty."""
+    """Without fields that say nothing; a content may be empty, or null beside tool calls."""
     return {
         name: value
         for name, value in message.items()
-        if value is not None and (name == "content" or not any(value == one for one in _EMPTY))
+        if name == "content" or (value is not None and not any(value == one for one in _EMPTY))
     }
+
+
+def _as_written(template: ChatTemplate, message: dict[str, Any]) -> dict[str, Any]:
+    """A content in parts as one text, for templates that only know texts."""
+    content = message.get("content")
+    if not isinstance(content, list) or _TAKES_PARTS.search(template.source):
+        return message
+    return {**message, "content": "".join(part if isinstance(part, str) else str(part["text"]) for part in content)}
+
+
+# A loop over a content, or a test of what kind it is.
+_TAKES_PARTS = re.compile(
+    r"in\s+[\w.]*(\[['\"])?content\b|content(['\"]\])?\s+is\s+(not\s+)?(string|iterable|sequence|mapping)"
+)
 
 
 def _check_fields(template: ChatTemplate, message: Mapping[str, Any]) -> None:

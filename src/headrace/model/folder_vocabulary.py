@@ -44,6 +44,10 @@ class FolderVocabulary:
         self.template_names = tuple(sorted(map(str, named.keys() - {"default"})))
         self._backend.no_truncation()  # truncation and padding saved from training would alter prompts
         self._backend.no_padding()
+        bytes_of = ((f"<0x{byte:02X}>", byte) for byte in range(256))
+        self._byte_ids = {i: byte for text, byte in bytes_of if (i := self._backend.token_to_id(text)) is not None}
+        if "ByteFallback" not in str(type(self._backend.decoder).__name__) + str(self._backend.decoder):
+            self._byte_ids = {}
         self._added = frozenset(self._backend.get_added_tokens_decoder())
         self.special_token_texts: dict[str, Any] = dict(found.special_tokens_map)
         self.bos_id: int | None = found.bos_token_id
@@ -93,7 +97,7 @@ class FolderVocabulary:
 
     def stream(self, before: Sequence[int] = (), *, strip_space: bool = False) -> TextStream:
         """As `Vocabulary.stream`: decoders strip the space where nothing is before it."""
-        return WindowStream(self.decode, () if strip_space else before[-_CONTEXT_TOKENS:])
+        return WindowStream(self.decode, () if strip_space else before[-_CONTEXT_TOKENS:], self._byte_ids.get)
 
     def _added_id(self, token: str) -> int | None:
         number: int | None = self._backend.token_to_id(token)

@@ -165,8 +165,8 @@ class GgufVocabulary:
 
     def _named(self, checkpoint: Checkpoint, name: str) -> int | None:
         token = checkpoint.get(f"tokenizer.ggml.{name}")
-        token = _DEFAULT_IDS.get(self._kind, {}).get(name) if token is None else token
-        return token if isinstance(token, int) and 0 <= token < len(self._tokens) else None
+        usual = _DEFAULT_IDS.get(self._kind, {}).get(name)  # as in llama.cpp, also where the key is out of range
+        return next((one for one in (token, usual) if isinstance(one, int) and 0 <= one < len(self._tokens)), None)
 
     def _ends(self, checkpoint: Checkpoint) -> frozenset[int]:
         """The tokens that end an answer, by the metadata and, of special tokens, by their spelling."""
@@ -265,13 +265,19 @@ def _begins(kind: str, pre: str) -> bool:
 
 def _flag(checkpoint: Checkpoint, name: str, usual: bool) -> bool:
     value = checkpoint.get(f"tokenizer.ggml.{name}")
-    return usual if value is None else bool(value)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{checkpoint.path}: metadata `tokenizer.ggml.{name}` is {value!r}, not true or false")
+    return usual if value is None else value
 
 
 def _types(checkpoint: Checkpoint, count: int) -> list[int]:
-    """One for each token; those that the file does not tell are normal."""
-    found = [kind if isinstance(kind, int) else _NORMAL for kind in checkpoint.array("tokenizer.ggml.token_type")]
-    return [*found, *[_NORMAL] * count][:count]
+    """One for each token; all are normal if the file does not tell."""
+    found = checkpoint.array("tokenizer.ggml.token_type")
+    if found and (len(found) != count or not all(isinstance(kind, int) for kind in found)):
+        raise CheckpointError(
+            f"{checkpoint.path}: metadata `tokenizer.ggml.token_type` has {len(found)} types for {count} tokens"
+        )
+    return [int(kind) for kind in found] or [_NORMAL] * count
 
 
 def _scores(checkpoint: Checkpoint, count: int) -> list[float]:

@@ -42,23 +42,34 @@ class ByteStream:
 class WindowStream:
     """For tokenizers that only decode whole lists of tokens: a short window is decoded again with each new token.
 
-    Text that ends with U+FFFD is held back, since the next token may complete a character.
+    Text that ends with U+FFFD is held back, since the next token may complete a character. Tokens that are single bytes go their
+    own way: decoders make U+FFFD of all bytes of a run if one of them is wrong.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()):
-        """`decode` gives the text of tokens; `before` are tokens that the text goes on after."""
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        before: Sequence[int] = (),
+        byte_of: Callable[[int], int | None] = lambda _: None,
+    ):
+        """`decode` gives the text of tokens, `byte_of` the byte of a token that is one; the text goes on after `before`."""
         self._decode = decode
+        self._byte_of = byte_of
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._tokens = list(before)
         self._shown = len(self._tokens)  # of these, how many are shown
 
     def step(self, token: int) -> str:
         """As `TextStream.step`."""
+        byte = self._byte_of(token)
+        if byte is not None:
+            return self._new(final=True) + self._bytes.decode(bytes([byte]))
         self._tokens.append(token)
-        return self._new(final=False)
+        return self._bytes.decode(b"", final=True) + self._new(final=False)
 
     def flush(self) -> str:
         """As `TextStream.flush`."""
-        return self._new(final=True)
+        return self._new(final=True) + self._bytes.decode(b"", final=True)
 
     def _new(self, final: bool) -> str:
         before, after = self._decode(self._tokens[: self._shown]), self._decode(self._tokens)

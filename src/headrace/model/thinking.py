@@ -8,6 +8,7 @@ channels (gpt-oss). The `analysis` channel and tool calls are reasoning; all oth
 Nothing that the model writes is lost: text in a header that never becomes a message is shown when the header ends.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -94,21 +95,27 @@ class _Header:
     def part(self) -> Part:
         """What its message is."""
         channel = self.channel.split()
-        others = [*self.role.split()[1:], *channel[1:]]
         # A recipient may stand without `to=`, but not in the channel that is for the user.
-        named = channel[:1] != ["final"]
-        called = any(word.startswith("to=") or (named and not word.startswith(_CONSTRAINT)) for word in others)
+        named = channel[1:] if channel[:1] != ["final"] else [word for word in channel[1:] if word.startswith("to=")]
+        called = _RECIPIENT.search(self.role) or any(not word.startswith(_CONSTRAINT) for word in named)
         return Part.THOUGHT if called or channel[:1] == [_THOUGHT_IN] else Part.ANSWER
+
+    @property
+    def text(self) -> str:
+        """What is no part of a header: before the channel."""
+        found = self.role.strip()
+        found = found[len("assistant") :] if found.startswith("assistant") else found
+        return _RECIPIENT.sub("", found).lstrip()
 
     def as_message(self) -> Segment:
         """Text of a header that no message followed."""
-        name, _, rest = self.channel.lstrip().partition(" ")
-        role = self.role.strip().removeprefix("assistant").lstrip()
+        name, space, rest = self.channel.lstrip().partition(" ")
         part = Part.THOUGHT if name == _THOUGHT_IN else Part.ANSWER
-        return part, role + (rest or ("" if name in _CHANNELS else name))
+        return part, self.text + (rest if name in _CHANNELS else name + space + rest)
 
 
 _CHANNELS = ("analysis", "commentary", "final")
+_RECIPIENT = re.compile(r"\bto=\S*")
 
 
 class AnswerStream:
@@ -154,6 +161,8 @@ class AnswerStream:
             found = self._shown(self._stream.flush())
             if token not in (self._marks.channel, self._marks.message):
                 found += self._released()
+            elif self._header is not None and token == self._marks.message and self._header.text:
+                found.append((Part.ANSWER, self._header.text))
             self._go_on(token)
         elif token in self._hidden:  # no character goes on after it
             found = self._shown(self._stream.flush())
