@@ -277,6 +277,19 @@ class Engine:
             _THREADS.close()
 
     @property
+    def prefill_is_row_invariant(self) -> bool:
+        """Whether a prompt's row gives the same in any matmul, whatever rows are beside it: through ggml's tiles it does."""
+        linears = [tensor for step in self.steps if isinstance(step, LinearStep) for tensor in step.tensors]
+        experts = [
+            read.part.tensor
+            for layer in ([] if self.experts is None else self.experts.stream.bundles)
+            for bundle in layer
+            for read in bundle.reads
+        ]
+        tiled: frozenset[str] = getattr(self.kernels, "tiled", frozenset())
+        return all(tensor.type in tiled and not tensor.slabs for tensor in (*linears, *experts))
+
+    @property
     def embedding_rows(self) -> int | None:
         """How many tokens the model has embeddings of."""
         table = self.model.get_input_embeddings()

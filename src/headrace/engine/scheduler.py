@@ -111,8 +111,11 @@ class Scheduler:
         self._slots = list(slots)
         self._free = list(slots)
         self._prefill_rows = prefill_rows
+        # Small chunks let more of a prefix be reused; they cost nothing where prefill rows share each matmul anyway.
+        self._small_chunks = engine.prefill_is_row_invariant and prefill_rows > FEW_ROWS
+        chunk_tokens = FEW_ROWS if self._small_chunks else min(CHUNK_ROWS, prefill_rows)
         # Models with attention of their own take one chunk of a sequence in a pass.
-        self._chunk_tokens = min(CHUNK_ROWS, prefill_rows) if engine.way == "packed" else prefill_rows
+        self._chunk_tokens = chunk_tokens if engine.way == "packed" else prefill_rows
         self._reused_chunk = self._chunk_tokens if deterministic else None
         self._most_guesses = most_guesses
 
@@ -180,7 +183,9 @@ class Scheduler:
                 self._propose(self.speculation, chunks, drafts)
             draft_s = time.perf_counter() - start
             batch = [
-                rows for (answer, own), draft in zip(chunks, drafts, strict=True) for rows in _rows(answer, own, draft)
+                rows
+                for (answer, own), draft in zip(chunks, drafts, strict=True)
+                for rows in self._rows(answer, own, draft)
             ]
             try:
                 found = self.engine.step(batch)
@@ -267,10 +272,21 @@ class Scheduler:
             yield tokens[start:end]
             start = end
 
+    def _rows(self, answer: Answer, chunks: Sequence[list[int]], draft: Draft) -> Iterator[Rows]:
+        """The chunks of an answer, with the guesses behind the last. Only that one's last rows need logits."""
+        cache, guesses = answer.slot.cache, [guess.token for guess in draft.guesses]
+        # With small chunks the length of the prompt decides between decode and prefill kernels, not that of the chunk.
+        prefill = self._small_chunks and not answer.generated and answer.prompt_tokens > FEW_ROWS
+        exact = False if prefill else None
+        for chunk in chunks[:-1]:
+            yield Rows(cache=cache, tokens=chunk, logits=0, exact=exact)
+        yield Rows(cache=cache, tokens=chunks[-1] + guesses, logits=1 + len(guesses), exact=True if guesses else exact)
+
     def _propose(
         self, speculation: Speculation, chunks: Sequence[tuple[Answer, list[list[int]]]], drafts: Sequence[Draft]
     ) -> None:
-        if any(len(chunk) > FEW_ROWS for _, own in chunks for chunk in own):
+        prefills = self._small_chunks and any(not answer.generated for answer, _ in chunks)
+        if prefills or any(len(chunk) > FEW_ROWS for _, own in chunks for chunk in own):
             return  # a prompt is on its way: the pass is long as it is, and rates are not those of decoding
         limits = []
         for (answer, own), draft in zip(chunks, drafts, strict=True):
@@ -293,11 +309,3 @@ class Scheduler:
         answer.tokens += new
         answer.slot.cache.truncate(len(answer.tokens) - 1)
         return new
-
-
-def _rows(answer: Answer, chunks: Sequence[list[int]], draft: Draft) -> Iterator[Rows]:
-    """The chunks of an answer, with the guesses behind the last. Only that one's last rows need logits."""
-    cache, guesses = answer.slot.cache, [guess.token for guess in draft.guesses]
-    for chunk in chunks[:-1]:
-        yield Rows(cache=cache, tokens=chunk, logits=0)
-    yield Rows(cache=cache, tokens=chunks[-1] + guesses, logits=1 + len(guesses), exact=True if guesses else None)

@@ -39,6 +39,12 @@ class ChatTemplate:
         self._lock = Lock()
         self._process: _Process | None = None
 
+    def start(self) -> None:
+        """Start the process, which reads the template while others go on. What fails is told by the first conversation."""
+        with self._lock, suppress(HeadraceError):
+            self._process = _Process()
+            self._process.send({"template": self.source})
+
     def close(self) -> None:
         """End the process. Safe to call twice; another conversation starts one again."""
         with self._lock:
@@ -54,7 +60,7 @@ class ChatTemplate:
             CheckpointError: the template is broken.
         """
         with self._lock:
-            return frozenset(self._started().variables) - _RESERVED_VARIABLES - self._special_tokens.keys()
+            return frozenset(self._started().variables or ()) - _RESERVED_VARIABLES - self._special_tokens.keys()
 
     def render(
         self,
@@ -125,14 +131,16 @@ class ChatTemplate:
         process = self._process
         if process is None or not process.is_usable:
             self._process = process = _Process()
-            answer = process.ask({"template": self.source})
+            process.send({"template": self.source})
+        if process.variables is None:
+            answer = process.answer()
             if "variables" not in answer:
                 self._process = None
                 raise CheckpointError(
                     f"{self._path}: the chat template is broken: {answer.get('broken', answer.get('refused'))}",
                     hint="use --raw with a prompt to complete",
                 )
-            process.variables = answer["variables"]
+            process.variables = tuple(answer["variables"])
         return process
 
 
@@ -167,7 +175,7 @@ def _with_reasoning_aliases(message: Mapping[str, Any]) -> dict[str, Any]:
 class _Process:
     """The template's subprocess. An answer over the limit of time or size ends it."""
 
-    variables: Sequence[str] = ()
+    variables: Sequence[str] | None = None  # None: the template's own answer has not been read
 
     def __init__(self) -> None:
         try:
@@ -191,22 +199,37 @@ class _Process:
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """The answer; `refused` where there is none. Whatever interrupts this ends the process: its answer is never read late."""
+        refused = self.send(question)
+        return self.answer() if refused is None else {"refused": refused}
+
+    def send(self, question: Mapping[str, Any]) -> str | None:
+        """Put a question; why that cannot be done."""
         assert self._process.stdin is not None
         try:
             line = json.dumps(question, default=lambda value: f"<{type(value).__name__}>").encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
-            return {"refused": f"it holds what JSON cannot: {error}"}
+            return f"it holds what JSON cannot: {error}"
         try:
             self._process.stdin.write(line)
             self._process.stdin.flush()
-            answer = self._line()
         except (OSError, ValueError):
-            answer = b""
+            self.close()  # as its answer will say
         except BaseException:
             self.close()
             raise
-        if answer:
-            return dict(json.loads(answer))
+        return None
+
+    def answer(self) -> dict[str, Any]:
+        """The answer to what was sent."""
+        try:
+            found = self._line()
+        except (OSError, ValueError):
+            found = b""
+        except BaseException:
+            self.close()
+            raise
+        if found:
+            return dict(json.loads(found))
         self.close()
         return {"refused": "it takes too much time or memory"}
 

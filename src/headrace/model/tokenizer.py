@@ -74,6 +74,8 @@ class Tokenizer:
         self.adds_bos = self._vocabulary.adds_bos
         self._bos = self._vocabulary.special_token_texts.get("bos_token", "")
         self.opening = opening_of(checkpoint)
+        if self.has_chat_template:
+            self.chat_template.start()
         gc.collect()
 
     def close(self) -> None:
