@@ -12,7 +12,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Sampling
 from headrace.engine.engine import StreamOptions
 from headrace.engine.sampling import Sampler
-from headrace.engine.scheduler import Answer, Scheduler, Slot
+from headrace.engine.scheduler import Answer, Chunks, Scheduler, Slot
 from headrace.kernels import Kernels
 from headrace.kernels.limits import CHUNK_ROWS
 from headrace.model import Shell
@@ -103,3 +103,18 @@ def test_whole_chunks_of_a_prompt_are_reused(path: Path) -> None:
             scheduler.remove(answer)
             rows.append(sum(one.rows for one in engine.passes[before:]))
     assert rows == [len(prompt), len(prompt) - (len(prompt) - 1) // CHUNK_ROWS * CHUNK_ROWS]
+
+
+@pytest.mark.parametrize("chunks", [Chunks(16, 64), Chunks(64, 64), Chunks(16, 16), Chunks(40, 40)])
+def test_what_is_reused_of_a_prompt_ends_where_a_chunk_ends(chunks: Chunks) -> None:
+    ends, end = [0], 0
+    while end < 300:
+        end = chunks.end(end)
+        ends.append(end)
+    for count in range(300):
+        assert chunks.whole(count) == max(one for one in ends if one <= count)
+
+
+def test_small_chunks_are_for_the_beginning_of_a_prompt_only() -> None:
+    chunks = Chunks(16, 64)
+    assert [chunks.end(start) for start in (0, 16, 48, 63, 64, 100, 128)] == [16, 32, 64, 64, 128, 128, 192]

@@ -148,14 +148,20 @@ class KVCache:
         fits = held is not None and self._kind is _Rows and layer not in self._layers_to_copy
         return (held[0].data, held[1].data) if held is not None and fits else None
 
-    def floats(self, layer: int, first: int, last: int, room: "Room") -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values in fp32: each (kv_heads, last, head_dim), of which positions before `first` are not filled."""
+    def floats(
+        self, layer: int, first: int, last: int, room: "Room", filled: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in fp32: each (kv_heads, last, head_dim), of which positions before `first` are not filled.
+
+        `filled`: up to here the room holds those of this layer already, from the last call.
+        """
         held = self._held[layer]
         assert held is not None
         keys, values = room.take(
             (held[0].heads, self.capacity, held[0].width), (held[1].heads, self.capacity, held[1].width)
         )
         keys, values = keys.narrow(1, 0, last), values.narrow(1, 0, last)
+        first = max(first, filled)
         held[0].fill(first, last, keys.narrow(1, first, last - first) if first else keys)
         held[1].fill(first, last, values.narrow(1, first, last - first) if first else values)
         return keys, values
@@ -338,6 +344,7 @@ class PackedAttention:
         self.strange: set[str] = set()  # what they asked for that is not done here
         self.room = Room()
         self.tape: Tape | None = None  # that takes down what happens
+        self._filled = 0  # positions of this layer that the room holds already
         self.records = False  # whether calls are looked at and not computed
         self._turns: dict[torch.nn.Module, Turns | None] = {}  # of a layer that is about to attend to latent vectors
 
@@ -423,11 +430,15 @@ class PackedAttention:
     ) -> None:
         """For the sequences of this pass, to `out`: (1, rows, heads, head_dim)."""
         query, key, value = query[0], key[0], value[0]
+        before: KVCache | None = None
         for cache, part, exact, start in self.batch:
             own = [one if len(self.batch) == 1 else one[:, part] for one in (query, key, value)]
             cache.put(layer, start, own[1], own[2])
             attend = self._row_by_row if exact else self._all_rows
+            self._filled = start if cache is before and not window else 0  # by the chunk before
             attend(own[0], cache, start, layer, out[0, part], scaling, window, softcap, sinks)
+            before = cache
+        self._filled = 0
 
     def _latent(
         self,
@@ -494,7 +505,7 @@ class PackedAttention:
         """Each row alone, so that its result does not depend on the rows beside it. The heads of a group are the rows."""
         heads, rows, width = query.shape
         first = max(0, start + 1 - window) if window else 0
-        all_keys, all_values = cache.floats(layer, first, start + rows, self.room)
+        all_keys, all_values = cache.floats(layer, first, start + rows, self.room, self._filled)
         for row in range(rows):
             last = start + row + 1
             visible = max(0, last - window) if window else 0
@@ -521,7 +532,7 @@ class PackedAttention:
     ) -> None:
         rows = query.shape[1]
         first = max(0, start + 1 - window) if window else 0
-        keys, values = (wide[:, first:] for wide in cache.floats(layer, first, start + rows, self.room))
+        keys, values = (wide[:, first:] for wide in cache.floats(layer, first, start + rows, self.room, self._filled))
         mask = self._mask(start, rows, window or 0)[:, first:]
         result = _attend(query, keys, values, mask, scaling, softcap, sinks)
         out.copy_(result.transpose(0, 1))

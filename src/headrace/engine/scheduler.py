@@ -30,6 +30,27 @@ from headrace.kernels.limits import CHUNK_ROWS
 WORTH_SHARING = 16
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """Where prompts are cut: at multiples of `first` up to position `tokens`, then at multiples of `tokens`.
+
+    `first` divides `tokens`, so that `whole` is always where a chunk ends.
+    """
+
+    first: int
+    tokens: int
+
+    def end(self, start: int) -> int:
+        """Where the chunk ends that holds position `start`."""
+        step = self.first if start < self.tokens else self.tokens
+        return (start // step + 1) * step
+
+    def whole(self, count: int) -> int:
+        """Of so many tokens, those in whole chunks."""
+        step = self.first if count < self.tokens else self.tokens
+        return count // step * step
+
+
 @dataclass(eq=False)
 class Slot:
     """A KV cache and its tokens. Kept after its answer ends, for prefix caching."""
@@ -38,17 +59,17 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     prompt_tokens: int = 0  # of these, how many were computed as a prompt
 
-    def holds(self, prompt: Sequence[int], chunk_tokens: int | None) -> int:
+    def holds(self, prompt: Sequence[int], chunks: "Chunks | None") -> int:
         """How many tokens of a prompt, all but its last at most, need not be computed again.
 
-        `chunk_tokens`: only whole chunks of a prompt are reused; None: all that the cache holds.
+        `chunks`: only whole ones of a prompt are reused; None: all that the cache holds.
         """
         if self.is_wide:
             return 0  # a wide cache is not reused by other prompts
         common = min(common_length(self.tokens, prompt[:-1]), self.cache.length)
-        if not self.cache.continues and (chunk_tokens is not None or common < len(prompt) - 1):
+        if not self.cache.continues and (chunks is not None or common < len(prompt) - 1):
             return 0  # this cache cannot resume in the middle of a prompt
-        return common if chunk_tokens is None else min(common, self.prompt_tokens) // chunk_tokens * chunk_tokens
+        return common if chunks is None else chunks.whole(min(common, self.prompt_tokens))
 
     @property
     def is_wide(self) -> bool:
@@ -113,10 +134,13 @@ class Scheduler:
         self._prefill_rows = prefill_rows
         # Small chunks let more of a prefix be reused; they cost nothing where prefill rows share each matmul anyway.
         self._small_chunks = engine.prefill_is_row_invariant and prefill_rows > FEW_ROWS
-        chunk_tokens = FEW_ROWS if self._small_chunks else min(CHUNK_ROWS, prefill_rows)
         # Models with attention of their own take one chunk of a sequence in a pass.
-        self._chunk_tokens = chunk_tokens if engine.way == "packed" else prefill_rows
-        self._reused_chunk = self._chunk_tokens if deterministic else None
+        tokens = min(CHUNK_ROWS, prefill_rows) if engine.way == "packed" else prefill_rows
+        if self._small_chunks:
+            self._chunks = Chunks(FEW_ROWS, tokens // FEW_ROWS * FEW_ROWS)
+        else:
+            self._chunks = Chunks(tokens, tokens)
+        self._reused_chunks = self._chunks if deterministic else None
         self._most_guesses = most_guesses
 
     @property
@@ -126,8 +150,8 @@ class Scheduler:
 
     def add(self, prompt: list[int], most_tokens: int, sampler: Sampler) -> Answer:
         """Begin an answer. What its prompt shares with what a cache holds is not computed again."""
-        slot = max(self._free, key=lambda slot: slot.holds(prompt, self._reused_chunk))
-        own = slot.holds(prompt, self._reused_chunk)
+        slot = max(self._free, key=lambda slot: slot.holds(prompt, self._reused_chunks))
+        own = slot.holds(prompt, self._reused_chunks)
         answer = Answer(
             tokens=list(prompt), prompt_tokens=len(prompt), most_tokens=most_tokens, sampler=sampler, slot=slot
         )
@@ -146,9 +170,7 @@ class Scheduler:
     def _shareable(self, donor: Answer, prompt: Sequence[int]) -> int:
         """How many tokens of a prompt another answer has computed or will compute, as far as they may be reused."""
         common = common_length(donor.tokens, prompt[:-1])
-        if self._reused_chunk is None:
-            return common
-        return min(common, donor.prompt_tokens) // self._reused_chunk * self._reused_chunk
+        return common if self._reused_chunks is None else self._chunks.whole(min(common, donor.prompt_tokens))
 
     def reset(self) -> None:
         """Free all slots, whatever was interrupted where; the caches of unfinished answers are dropped."""
@@ -267,8 +289,7 @@ class Scheduler:
             yield tokens[start:]
             return
         while start < len(tokens):
-            end = (start // self._chunk_tokens + 1) * self._chunk_tokens
-            end = min(end, answer.prompt_tokens if start < answer.prompt_tokens else len(tokens))
+            end = min(self._chunks.end(start), answer.prompt_tokens if start < answer.prompt_tokens else len(tokens))
             yield tokens[start:end]
             start = end
 
