@@ -1,9 +1,13 @@
 """The same prompt gives the same logits, bit for bit, whatever was asked before and whoever shares its passes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+import tiny
 import torch
 from corpus import tiny_model, write_folder
 from tiny import VOCAB, random_model, write_gguf
@@ -14,7 +18,8 @@ from headrace.engine.engine import StreamOptions
 from headrace.engine.sampling import Sampler
 from headrace.engine.scheduler import Answer, Chunks, Scheduler, Slot
 from headrace.kernels import Kernels
-from headrace.kernels.limits import CHUNK_ROWS
+from headrace.kernels.convert import q4_k_blocks
+from headrace.kernels.limits import CHUNK_ROWS, SMALL_CHUNK_ROWS
 from headrace.model import Shell
 
 CONTEXT, NEW_TOKENS = 320, 2
@@ -24,7 +29,7 @@ def prompts() -> list[list[int]]:
     """Of lengths around the sizes of chunks, some with a common prefix, some that continue others."""
     drawn = torch.Generator().manual_seed(7)
     text = torch.randint(0, VOCAB, (280,), generator=drawn).tolist()
-    found = [text[:length] for length in (3, 17, 64, 70, 200)]
+    found = [text[:length] for length in (3, 7, 8, 12, 16, 17, 30, 64, 70, 200)]
     return [*found, text[:100] + text[7:40], torch.randint(0, VOCAB, (90,), generator=drawn).tolist()]
 
 
@@ -56,17 +61,35 @@ def ask(engine: Engine, prompts: Sequence[list[int]], at_a_time: int, prefill_ro
     return [torch.stack(recorder.logits) for recorder in recorders]
 
 
-def engine_of(path: Path, tiled: Sequence[str] = ()) -> Engine:
+def engine_of(path: Path) -> Engine:
     def decide(shell: Shell) -> StreamOptions:
         pinned = {t.name: int(0.5 * t.rows) // t.row_multiple * t.row_multiple for t in shell.linears}
         return StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, expert_slots=24)
 
-    return Engine(open_checkpoint(path), decide, Kernels(2, tiled=tiled))
+    return Engine(open_checkpoint(path), decide, Kernels(2, tiled=["Q4_K"]))
 
 
 GGUF = [
     ("llama", "F32"), ("qwen2", "BF16"), ("gemma3", "Q4_0"), ("gpt2", "F16"), ("deepseek2", "Q8_0"), ("qwen3moe", "Q8_0"),
+    ("qwen2", "Q4_K"),
 ]  # fmt: skip
+
+
+def write_q4_k(path: Path) -> Path:
+    """A Qwen 2 whose matrices are whole blocks of 256 weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        family = tiny.FAMILIES["qwen2"]
+        wide = {**family.config, "hidden_size": 256, "intermediate_size": 512}
+        patch.setitem(tiny.FAMILIES, "qwen2", replace(family, config=wide))
+        quantize = gguf.quantize
+
+        def quantized(value: np.ndarray, number: gguf.GGMLQuantizationType) -> np.ndarray:
+            if number != gguf.GGMLQuantizationType.Q4_K:
+                return np.asarray(quantize(value, number))
+            return q4_k_blocks(value.astype(np.float32)).reshape(len(value), -1)
+
+        patch.setattr(gguf, "quantize", quantized)
+        return write_gguf(random_model("qwen2"), "qwen2", path, "Q4_K")
 
 
 @pytest.fixture(scope="module", params=[*GGUF, "gpt_oss"], ids=str)
@@ -75,6 +98,8 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if isinstance(request.param, str):
         return write_folder(tiny_model(request.param), folder / request.param)
     architecture, kind = request.param
+    if kind == "Q4_K":
+        return write_q4_k(folder / "tiny.gguf")
     return write_gguf(random_model(architecture), architecture, folder / "tiny.gguf", kind)
 
 
@@ -92,7 +117,7 @@ def test_what_was_asked_before_and_who_shares_a_pass_change_no_bit(path: Path) -
 
 
 def test_whole_chunks_of_a_prompt_are_reused(path: Path) -> None:
-    prompt = prompts()[4]
+    prompt = prompts()[9]
     with engine_of(path) as engine:
         scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], 160)
         rows = []
@@ -105,7 +130,7 @@ def test_whole_chunks_of_a_prompt_are_reused(path: Path) -> None:
     assert rows == [len(prompt), len(prompt) - (len(prompt) - 1) // CHUNK_ROWS * CHUNK_ROWS]
 
 
-@pytest.mark.parametrize("chunks", [Chunks(16, 64), Chunks(64, 64), Chunks(16, 16), Chunks(40, 40)])
+@pytest.mark.parametrize("chunks", [Chunks(SMALL_CHUNK_ROWS, 64), Chunks(64, 64), Chunks(16, 16), Chunks(40, 40)])
 def test_what_is_reused_of_a_prompt_ends_where_a_chunk_ends(chunks: Chunks) -> None:
     ends, end = [0], 0
     while end < 300:
@@ -118,3 +143,15 @@ def test_what_is_reused_of_a_prompt_ends_where_a_chunk_ends(chunks: Chunks) -> N
 def test_small_chunks_are_for_the_beginning_of_a_prompt_only() -> None:
     chunks = Chunks(16, 64)
     assert [chunks.end(start) for start in (0, 16, 48, 63, 64, 100, 128)] == [16, 32, 64, 64, 128, 128, 192]
+
+
+def test_matrices_of_super_blocks_use_small_chunks(tmp_path: Path) -> None:
+    prompt = prompts()[6]
+    with engine_of(write_q4_k(tmp_path / "tiny.gguf")) as engine:
+        scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT)) for _ in range(3)], 160)
+        for _ in range(3):
+            scheduler.add(prompt, 1, Recorder())
+        while any(not answer.generated for answer in scheduler.answers):
+            scheduler.step()
+        shared = (len(prompt) - 1) // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS
+        assert engine.passes[-1].rows == len(prompt) + 2 * (len(prompt) - shared)

@@ -179,6 +179,8 @@ class Engine:
         )
         self._files.add(shell.made_path, shell.made)
         self.model = shell.model
+        # The output embeddings, where they are given only the rows that need logits.
+        self._head = self.model.get_output_embeddings() if "logits_to_keep" in parameters_of(self.model) else None
         self.steps = shell.steps
         self.way = shell.way
         self.opening = shell.opening
@@ -574,8 +576,8 @@ class Engine:
         assert isinstance(step, LinearStep)
         tensors = step.tensors
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        # The head is given only the rows that need logits: few, so all of them are exact.
-        exact = self._exact_rows if rows.shape[0] == self._rows else rows.shape[0]
+        # The head is given only the rows that need logits: few, so all of them are exact, even if they are all rows of the pass.
+        exact = self._exact_rows if rows.shape[0] == self._rows and linear is not self._head else rows.shape[0]
         empty = rows.new_empty if self._tape is None else self._tape.empty
         outputs = [empty((rows.shape[0], tensor.outputs)) for tensor in tensors]
         if self._tape is None:

@@ -24,7 +24,7 @@ from headrace.engine.engine import Engine, Rows
 from headrace.engine.model_cache import ModelCache
 from headrace.engine.sampling import Sampler
 from headrace.kernels import FEW_ROWS
-from headrace.kernels.limits import CHUNK_ROWS
+from headrace.kernels.limits import CHUNK_ROWS, SMALL_CHUNK_ROWS
 
 # A shared beginning shorter than this is computed again rather than waited for.
 WORTH_SHARING = 16
@@ -137,7 +137,7 @@ class Scheduler:
         # Models with attention of their own take one chunk of a sequence in a pass.
         tokens = min(CHUNK_ROWS, prefill_rows) if engine.way == "packed" else prefill_rows
         if self._small_chunks:
-            self._chunks = Chunks(FEW_ROWS, tokens // FEW_ROWS * FEW_ROWS)
+            self._chunks = Chunks(SMALL_CHUNK_ROWS, tokens // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS)
         else:
             self._chunks = Chunks(tokens, tokens)
         self._reused_chunks = self._chunks if deterministic else None
@@ -296,8 +296,9 @@ class Scheduler:
     def _rows(self, answer: Answer, chunks: Sequence[list[int]], draft: Draft) -> Iterator[Rows]:
         """The chunks of an answer, with the guesses behind the last. Only that one's last rows need logits."""
         cache, guesses = answer.slot.cache, [guess.token for guess in draft.guesses]
-        # With small chunks the length of the prompt decides between decode and prefill kernels, not that of the chunk.
-        prefill = self._small_chunks and not answer.generated and answer.prompt_tokens > FEW_ROWS
+        # With small chunks the length of the prompt decides between decode and prefill kernels, not that of the chunk: whatever
+        # may be reused is of the prefill kernels.
+        prefill = self._small_chunks and not answer.generated and answer.prompt_tokens >= self._chunks.first
         exact = False if prefill else None
         for chunk in chunks[:-1]:
             yield Rows(cache=cache, tokens=chunk, logits=0, exact=exact)

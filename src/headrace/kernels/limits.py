@@ -16,6 +16,9 @@ ACTIVATION_ROWS = 4
 # depend on the number of rows, so that they do not depend on what else a pass carries.
 CHUNK_ROWS = 64
 
+# The same for the beginning of a prompt, which other prompts often share, where all rows of a pass share each matmul anyway.
+SMALL_CHUNK_ROWS = 8
+
 # Up to so many rows of a chunk, an expert's weights are multiplied as they are; with more of them they are unpacked first.
 FEW_EXPERT_ROWS = 4
 
