@@ -34,6 +34,7 @@ from headrace.engine.stops import StopScanner
 from headrace.errors import CheckpointError, ContextError, UsageError
 from headrace.kernels import make_kernels
 from headrace.model import Shell, Tokenizer
+from headrace.model.config import check_model_type
 from headrace.model.thinking import AnswerStream, Part, Segment, joined
 from headrace.model.tokenizer import Message, Prompt
 from headrace.plan import (
@@ -746,6 +747,7 @@ def load(
     options = drafting_options(checkpoint, draft)
     drafting, why = choose_drafting(checkpoint, profile, budget, request, options)  # refuse before anything is built
     keep_freed_memory()
+    check_model_type(checkpoint)
     tokenizer = Tokenizer(checkpoint)
     if size_for is not None:
         request = size_for(tokenizer)

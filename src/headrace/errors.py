@@ -11,7 +11,7 @@ HeadraceError (1)
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from headrace.text import printable
 
@@ -22,10 +22,12 @@ class HeadraceError(Exception):
     exit_code = 1
     usual_hint: str | None = None  # where nothing better is known
 
-    def __init__(self, message: str, *, hint: str | None = None):
+    def __init__(self, message: str, *, hint: str | Sequence[str] | None = None):
+        """`hint`: the next thing to try, in one line or several."""
         # Names from files are in it: none of them may begin a line of its own.
         super().__init__(printable(message, keep=""))
-        self.hint = printable(hint, keep="") if hint else self.usual_hint
+        lines = [hint] if isinstance(hint, str) else hint or ()
+        self.hint = "\n".join(printable(line, keep="") for line in lines) or self.usual_hint
 
 
 class CheckpointError(HeadraceError):

@@ -659,3 +659,10 @@ def test_no_framework_is_imported() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("length", [0x280, 0x8B1F, 0x5A42, 0x584850], ids=["pickle", "gzip", "BZ", "letters"])
+def test_the_length_of_a_header_is_no_signature_of_another_format(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw(json.dumps({"a": entry()}).ljust(length), 8))
+    assert list(read_safetensors(str(path))) == ["a"]

@@ -5,6 +5,7 @@ from headrace.engine import Sampling
 from headrace.engine.sampling import Sampler, distribution
 from headrace.engine.stops import StopScanner
 from headrace.errors import UsageError
+from headrace.model.thinking import Part
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
 
@@ -68,8 +69,8 @@ def test_a_stop_string_is_found_over_the_borders_of_tokens(pieces: list[str]) ->
     scanner = StopScanner(["END"])
     shown = ""
     for piece in pieces:
-        text, stopped = scanner.push(piece)
-        shown += text
+        found, stopped = scanner.push([(Part.ANSWER, piece)])
+        shown += "".join(text for _, text in found)
         if stopped:
             break
     assert stopped
@@ -78,9 +79,10 @@ def test_a_stop_string_is_found_over_the_borders_of_tokens(pieces: list[str]) ->
 
 def test_what_only_looks_like_a_stop_string_is_shown() -> None:
     scanner = StopScanner(["END", "\n\n"])
-    shown = "".join(scanner.push(piece)[0] for piece in ["an E", "N", "T\n", "x\n"])
-    assert shown + scanner.rest() == "an ENT\nx\n"
+    found = [segment for piece in ["an E", "N", "T\n", "x\n"] for segment in scanner.push([(Part.ANSWER, piece)])[0]]
+    assert "".join(text for _, text in found + scanner.rest()) == "an ENT\nx\n"
 
 
 def test_the_earliest_of_several_stop_strings_counts() -> None:
-    assert StopScanner(["later", "now"]).push("right now or later") == ("right ", True)
+    scanner = StopScanner(["later", "now"])
+    assert scanner.push([(Part.ANSWER, "right now or later")]) == ([(Part.ANSWER, "right ")], True)

@@ -40,6 +40,9 @@ def identify_format(start: bytes, size: int) -> tuple[str, str] | None:
         return "empty", _AGAIN
     if size < 4:
         return f"only {size} bytes long", _AGAIN
+    # First, for the length that a safetensors file begins with may be the signature of anything else.
+    if 2 <= int.from_bytes(start[:8], "little") <= 1 << 30 and start[8:9] == b"{":
+        return "a safetensors file", "name the folder that it lies in, or give it a name that ends with .safetensors"
     for beginning, what, hint in _SIGNATURES:
         if start.startswith(beginning):
             return what, hint
@@ -52,8 +55,6 @@ def identify_format(start: bytes, size: int) -> tuple[str, str] | None:
         return "a tar archive", _UNPACK
     if not start.strip(b"\0"):
         return "all zeros: the download is incomplete", _AGAIN
-    if 2 <= int.from_bytes(start[:8], "little") <= 1 << 30 and start[8:9] == b"{":
-        return "a safetensors file", "name the folder that it lies in, or give it a name that ends with .safetensors"
     return _text(start)
 
 

@@ -263,7 +263,7 @@ def _parsed(path: str, data: bytes, what: str, *, strict: bool) -> dict[str, Any
             json.dumps(value, ensure_ascii=False).encode()
     except ValueError as error:
         known = identify_format(data[:SIGNATURE_BYTES], len(data))
-        if known is not None and not data.lstrip().startswith(b"{"):
+        if known is not None and not data.lstrip().startswith((b"{", b"[")):
             raise CheckpointError(f"{path} is not JSON: it is {known[0]}", hint=known[1]) from error
         raise CheckpointError(f"{path}: {what} is not sound JSON: {error}", hint=_AGAIN) from error
     except RecursionError:

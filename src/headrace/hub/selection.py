@@ -115,11 +115,11 @@ def _called(models: dict[str, tuple[RemoteFile, ...]], wanted: str) -> list[str]
     return exact or same_file or [name for name in models if label.search(name[: -len(".gguf")])]
 
 
-def _choices(models: dict[str, tuple[RemoteFile, ...]], names: list[str]) -> str:
+def _choices(models: dict[str, tuple[RemoteFile, ...]], names: list[str]) -> list[str]:
     sized = sorted((sum(file.size for file in models[name]), name) for name in names)
     lines = [f"  :{name}  {gigabytes(size)}" for size, name in sized[:MAX_SHOWN]]
     more = [f"  and {len(sized) - MAX_SHOWN} more"] if len(sized) > MAX_SHOWN else []
-    return "\n".join(["add one of these, or its quantisation, to the name", *lines, *more])
+    return ["add one of these, or its quantisation, to the name", *lines, *more]
 
 
 def _check_parts(files: Sequence[RemoteFile]) -> None:

@@ -201,8 +201,11 @@ def opening_of(checkpoint: Checkpoint) -> tuple[int, ...]:
     return tokens
 
 
-def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config as it is written, if transformers has a language model for it."""
+def check_model_type(checkpoint: Checkpoint) -> None:
+    """Raise `UnsupportedError` for a folder of a model that transformers has no language model for, or that is refused."""
+    values = checkpoint.config
+    if values is None:
+        return
     kind = values["model_type"]
     writers = (
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if checkpoint.has_encoder else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -221,6 +224,12 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
             f"{checkpoint.path} is a {kind} model: {others[kind]}, which is not supported",
             hint="docs/architectures.md lists what runs",
         )
+
+
+def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config as it is written, if transformers has a language model for it."""
+    check_model_type(checkpoint)
+    kind = values["model_type"]
     given = {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
     try:
         config = CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(given))
