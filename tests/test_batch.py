@@ -169,13 +169,13 @@ def test_names_that_look_like_ours_are_told_from_lines_without_a_name(tiny_llama
     assert target.stat().st_size == size
 
 
-def test_chat_requests_use_the_template_and_text_parts_are_joined(tmp_path: Path) -> None:
+def test_chat_requests_use_the_template_which_is_given_text_parts_as_they_are(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     body = {"messages": messages, "max_completion_tokens": 7, "stop": "x", "top_k": 3}
     source = write(tmp_path / "in.jsonl", [{"custom_id": "c", "url": "/v1/chat/completions", "body": body}])
     (request,) = read_requests(source)
     assert isinstance(request, BatchRequest)
-    assert request.prompt == [{"role": "user", "content": "ab"}]
+    assert request.prompt == messages
     assert (request.max_tokens, request.stop, request.sampling) == (7, ("x",), {"top_k": 3})
     record = answer_record(request, text="hi", finish_reason="stop", prompt_tokens=3, completion_tokens=2, model="tiny")
     choice = record["response"]["body"]["choices"][0]
