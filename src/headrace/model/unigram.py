@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from sentencepiece import SentencePieceProcessor
 
-_UNIGRAM, _UNKNOWN = 1, 2
+_UNIGRAM = 1  # the type of a model
+_UNKNOWN, _CONTROL = 2, 3  # types of pieces
 
 
 class UnigramModel:
@@ -33,7 +34,10 @@ class UnigramModel:
             space_first: whether a space is put before the text.
             merges_spaces: whether several spaces are one, and those around the text none.
         """
-        kinds = [_UNKNOWN if i == unknown_id else kind for i, kind in enumerate(types)]
+        kinds = list(types)
+        if unknown_id is not None:  # sentencepiece wants one; what else is called unknown stands in no text
+            kinds = [_CONTROL if kind == _UNKNOWN else kind for kind in types]
+            kinds[unknown_id] = _UNKNOWN
         model = b"".join(
             _message(1, _message(1, piece.encode()) + _float(2, score) + _number(3, kind))
             for piece, score, kind in zip(pieces, scores, kinds, strict=True)
