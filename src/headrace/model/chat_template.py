@@ -29,7 +29,7 @@ _RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generati
 
 
 class ChatTemplate:
-    """One template; its process starts with the first conversation."""
+    """One template; its process starts with `start`, or with the first conversation."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any], path: str):
         """`special_tokens` are variables of the template, such as `bos_token`; `path` is whose template it is, for messages."""
