@@ -44,6 +44,7 @@ ROWS = {
     "decode": Row(file=CODER, figure="decode"),
     "decode-draft": Row(file=CODER, figure="decode", options=("--draft", "prompt")),
     "prompt": Row(file=CODER, figure="prompt", tokens=1),
+    "prompt-0.5b": Row(file=SMALL, figure="prompt", tokens=1),  # not all of its matrices go through tiles
     "start": Row(file=CODER, figure="start", tokens=8),
     "batch": Row(file=CODER, figure="batch", tokens=24, options=("--draft", "none", "--parallel", "16")),
     "8b-4000": Row(file=EIGHT, figure="decode", tokens=10, ceiling_mib=4000),

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from headrace.errors import HeadraceError, UsageError
 from headrace.request_fields import check_fields, without_nulls
+from headrace.text import is_utf8
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 _SAMPLING = {"temperature": (int, float), "top_p": (int, float), "min_p": (int, float), "top_k": (int,), "seed": (int,)}
@@ -113,7 +114,7 @@ def _parse(line: int, raw: bytes, seen: set[str]) -> BatchRequest | BadLine:
             raise _Refused("invalid_json_line", f"line {line} is not JSON: {error}") from error
         if not isinstance(value, dict) or not isinstance(value.get("custom_id"), str):
             raise _Refused("missing_custom_id", f"line {line} has no custom_id")
-        if not _is_text(value["custom_id"]):
+        if not is_utf8(value["custom_id"]):
             raise _Refused("invalid_json_line", f"line {line} holds half a character in its custom_id")
         digest = _digest({name: one for name, one in value.items() if name != "custom_id"})
         custom_id = value["custom_id"]
@@ -122,20 +123,11 @@ def _parse(line: int, raw: bytes, seen: set[str]) -> BatchRequest | BadLine:
             raise _Refused("duplicate_custom_id", f"line {line} repeats the custom_id {value['custom_id']!r}")
         seen.add(custom_id)
         # JavaScript that cuts a text inside an emoji leaves half of it, which no file in UTF-8 can hold.
-        if not _is_text(json.dumps(value, ensure_ascii=False)):
+        if not is_utf8(json.dumps(value, ensure_ascii=False)):
             raise _Refused("invalid_json_line", f"line {line} holds half a character")
         return _request(line, custom_id, without_nulls(value), digest)
     except _Refused as refused:
         return BadLine(line=line, custom_id=custom_id, code=refused.code, message=str(refused), digest=digest)
-
-
-def _is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _request(line: int, custom_id: str, value: Mapping[str, Any], digest: str) -> BatchRequest:

@@ -17,6 +17,15 @@ def printable(text: object, keep: str = "\n") -> str:
     return "".join(char if char in keep or not _steers(char) else _escaped(char) for char in found)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether it can be written as UTF-8: half a character, as bytes of other encodings become in arguments, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _steers(char: str) -> bool:
     return unicodedata.category(char) in ("Cc", "Cs") or char in _DIRECTIONS
 

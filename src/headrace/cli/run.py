@@ -17,6 +17,7 @@ from headrace.cli.plan import profile_for
 from headrace.errors import HeadraceError, UsageError
 from headrace.plan import Budget, Request, budget_of, choose_drafting, drafting_options, make_plan
 from headrace.plan.record import keep_record
+from headrace.text import is_utf8
 
 if TYPE_CHECKING:
     from headrace.api import Completion, Model, Piece
@@ -130,20 +131,11 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
             raise UsageError(
                 f"what came on stdin is no text in UTF-8: {error}", hint="convert it with iconv"
             ) from error
-    if prompt is not None and not _is_text(prompt):
+    if prompt is not None and not is_utf8(prompt):
         raise UsageError("the prompt is no text in UTF-8", hint="convert it, or give it with --file")
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty", hint="give a prompt, or none on a terminal to chat")
     return prompt
-
-
-def _is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: arguments of other bytes become halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _prompt_of(text: str, settings: Settings) -> "Prompt":
@@ -229,7 +221,7 @@ def _chat(model: "Model", settings: Settings) -> int:
     while True:
         try:
             line = input(">>> ").strip()
-            if not _is_text(line):
+            if not is_utf8(line):
                 show.note("that was no text in UTF-8")
             elif not chat.turn(line):
                 return 0

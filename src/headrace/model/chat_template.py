@@ -23,7 +23,7 @@ from headrace.errors import CheckpointError, HeadraceError, UsageError
 _WORKER = Path(__file__).with_name("template_worker.py")
 _WAIT_S = 60.0  # for an answer, whatever the process is doing
 _MOST_BYTES = 256 << 20  # of an answer
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names of one thing
 _END_OF_CONTENT = "END-OF-THE-LAST-CONTENT"
 _RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
@@ -168,7 +168,7 @@ def _with_reasoning_aliases(message: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in message.items()
         if value is not None or (name == "content" and message.get("tool_calls"))
     }
-    thought = next((told[name] for name in _REASONING if name in told), None)
+    thought = next((told[name] for name in REASONING_FIELDS if name in told), None)
     return told if thought is None else {"thinking": thought, **told, "reasoning_content": thought}
 
 

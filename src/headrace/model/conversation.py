@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headrace.errors import UsageError
-from headrace.model.chat_template import ChatTemplate
+from headrace.model.chat_template import REASONING_FIELDS, ChatTemplate
 
 _ALWAYS = frozenset({"role", "content", "tool_calls", "tool_call_id"})
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 _EMPTY: tuple[Any, ...] = ("", [], {})  # of fields that say nothing so
 
 
@@ -117,7 +116,7 @@ def _check_fields(template: ChatTemplate, message: Mapping[str, Any]) -> None:
             continue
         if name == "name" and message.get("role") == "tool":
             continue
-        names = _REASONING if name in _REASONING else (name,)
+        names = REASONING_FIELDS if name in REASONING_FIELDS else (name,)
         if not any(one in template.source for one in names):
             raise UsageError(
                 f"the field {name!r} of a message is not supported: the model's chat template does not know it",
