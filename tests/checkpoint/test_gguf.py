@@ -754,4 +754,7 @@ def test_an_array_that_is_stepped_over_takes_no_memory(path: Path) -> None:
         file.write(pair("z", U8, b"\7"))
 
     assert peak_bytes(lambda: open_checkpoint(path)) < 32 * MIB
-    assert open_checkpoint(path).get("z") == 7
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.get("z") == 7
+    with pytest.raises(CheckpointError, match=f"claims {size} values in `big`, the limit is 4194304"):
+        checkpoint.array("big")

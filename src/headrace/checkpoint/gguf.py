@@ -274,14 +274,18 @@ def _refuse_version(path: str, version: int) -> None:
 
 
 def _check_count(header: Header, count: int, least_bytes: int, what: str, most: int = MAX_ELEMENTS) -> None:
-    if count > most:
-        raise CheckpointError(
-            f"{header.path} claims {count} {what}, the limit is {most}",
-            hint="the file is damaged; download or copy it again",
-        )
+    _check_limit(header, count, what, most)
     if count * least_bytes > header.size - header.position:
         raise CheckpointError(
             f"{header.path} claims {count} {what}, more than its {header.size} bytes can hold",
+            hint="the file is damaged; download or copy it again",
+        )
+
+
+def _check_limit(header: Header, count: int, what: str, most: int) -> None:
+    if count > most:
+        raise CheckpointError(
+            f"{header.path} claims {count} {what}, the limit is {most}",
             hint="the file is damaged; download or copy it again",
         )
 
@@ -322,7 +326,7 @@ def _read_value(header: Header, kind: int, key: str) -> Scalar | ArrayRef:
         _check_count(header, count, 8, f"strings in `{key}`")
         header.skip_strings(count, f"`{key}`")
     elif element in _WIDTHS:
-        _check_count(header, count, _WIDTHS[element], f"values in `{key}`")
+        _check_count(header, count, _WIDTHS[element], f"values in `{key}`", most=header.size)
         header.position += count * _WIDTHS[element]
     else:
         raise CheckpointError(f"{header.path}: metadata `{key}` is an array of the unknown type {element}")
@@ -332,6 +336,8 @@ def _read_value(header: Header, kind: int, key: str) -> Scalar | ArrayRef:
 def _read_array(header: Header, element: int, count: int, key: str) -> list[Scalar]:
     if element == _STRING:
         return [_read_string(header, f"`{key}`") for _ in range(count)]
+    # Checked only here: an array of numbers that is stepped over costs nothing.
+    _check_limit(header, count, f"values in `{key}`", MAX_ELEMENTS)
     return list(header.unpack(f"{count}{_SCALARS[element]}", f"`{key}`"))
 
 
