@@ -25,6 +25,7 @@ from headrace.model.panics import panics_as_errors
 from headrace.model.sentencepiece import SPACE, SentencePieceBpe
 from headrace.model.special_tokens import SpecialToken, SpecialTokens
 from headrace.model.text_stream import ByteStream, TextStream
+from headrace.model.token_texts import TokenTexts
 from headrace.model.unigram import UnigramModel
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # `tokenizer.ggml.token_type`
@@ -39,7 +40,7 @@ _KEEP_WHITE_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 _GLM_PREFIX, _GLM_PRE_TOKENIZERS = ("[gMASK]", "<sop>"), ("chatglm-bpe", "glm4")
 _NAMED = {"unk": "unknown", "pad": "padding"}
 _ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # whose keys name tokens that end an answer
-_BLANKS, _PADDING = 100, re.compile(r"\[PAD\d+\]")
+_SENTINELS, _PADDING = 100, re.compile(r"\[PAD\d+\]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACES, _LINE_ENDS = re.compile(" +"), re.compile("(\n+)")
 
@@ -50,7 +51,8 @@ class GgufVocabulary:
     def __init__(self, checkpoint: Checkpoint):
         """Raises `CheckpointError` if the metadata has no tokenizer, `UnsupportedError` if its type is unknown."""
         self._path = checkpoint.path
-        tokens, kind = checkpoint.array("tokenizer.ggml.tokens"), checkpoint.get("tokenizer.ggml.model")
+        tokens = [str(token) for token in checkpoint.array("tokenizer.ggml.tokens")]
+        kind = checkpoint.get("tokenizer.ggml.model")
         if not tokens or not isinstance(kind, str):
             raise CheckpointError(
                 f"{checkpoint.path} holds no tokenizer", hint="get a file that was converted with one"
@@ -61,13 +63,13 @@ class GgufVocabulary:
                 hint=f"known are {', '.join(_ENCODERS)}",
             )
         self._kind = kind
-        self._tokens = [str(token) for token in tokens]
         self._types = _types(checkpoint, len(tokens))
         if kind == "t5":
-            self._respell_blanks()
-        self._ids = {token: i for i, token in reversed([*enumerate(self._tokens)])}  # the first of equal ones
+            self._rename_sentinels(tokens)
+        ids = {token: i for i, token in reversed([*enumerate(tokens)])}  # the first of equal ones
+        self._tokens = TokenTexts(tokens)
         self.bos_id, self._eos_id = self._named(checkpoint, "bos_token_id"), self._named(checkpoint, "eos_token_id")
-        self.end_ids = self._ends(checkpoint)
+        self.end_ids = self._ends(checkpoint, ids)
         self._special = self._special_tokens(checkpoint)
         pre = str(checkpoint.get("tokenizer.ggml.pre") or "default")
         self._merges_spaces = kind == "llama" and _flag(checkpoint, "remove_extra_whitespaces", False)
@@ -77,10 +79,10 @@ class GgufVocabulary:
         )
         # The end token is added only to encoder input; a decoder continues its prompt.
         self._adds_eos = _flag(checkpoint, "add_eos_token", kind == "t5")
-        self._prefix = [self._ids[one] for one in _GLM_PREFIX if pre in _GLM_PRE_TOKENIZERS and one in self._ids]
+        self._prefix = [ids[one] for one in _GLM_PREFIX if pre in _GLM_PRE_TOKENIZERS and one in ids]
         try:
             with panics_as_errors(checkpoint.path):
-                self._encode_part: Callable[[str, bool], list[int]] = _ENCODERS[kind](self, checkpoint, pre)
+                self._encode_part: Callable[[str, bool], list[int]] = _ENCODERS[kind](self, checkpoint, pre, ids)
         except CheckpointError:
             raise
         except Exception as error:  # whatever the untrusted vocabulary provokes in the libraries
@@ -157,27 +159,27 @@ class GgufVocabulary:
             return b"".join(bytes([self._alphabet[char]]) if char in self._alphabet else char.encode() for char in text)
         return text.replace(SPACE, " ").encode()
 
-    def _respell_blanks(self) -> None:
+    def _rename_sentinels(self, tokens: list[str]) -> None:
         """Rename T5's sentinel tokens: converters store `<extra_id_N>` as `[PADn]`, in reverse order."""
-        blanks = [i for i, token in enumerate(self._tokens) if _PADDING.fullmatch(token)][:_BLANKS]
-        for number, i in enumerate(blanks):
-            self._tokens[i], self._types[i] = f"<extra_id_{_BLANKS - 1 - number}>", _CONTROL
+        sentinels = [i for i, token in enumerate(tokens) if _PADDING.fullmatch(token)][:_SENTINELS]
+        for number, i in enumerate(sentinels):
+            tokens[i], self._types[i] = f"<extra_id_{_SENTINELS - 1 - number}>", _CONTROL
 
     def _named(self, checkpoint: Checkpoint, name: str) -> int | None:
         token = checkpoint.get(f"tokenizer.ggml.{name}")
         usual = _DEFAULT_IDS.get(self._kind, {}).get(name)  # as in llama.cpp, also where the key is out of range
         return next((one for one in (token, usual) if isinstance(one, int) and 0 <= one < len(self._tokens)), None)
 
-    def _ends(self, checkpoint: Checkpoint) -> frozenset[int]:
+    def _ends(self, checkpoint: Checkpoint, ids: Mapping[str, int]) -> frozenset[int]:
         """The tokens that end an answer, by the metadata and, of special tokens, by their spelling."""
         ends = {self._named(checkpoint, f"{name}_token_id") for name in _ENDS}
-        special = {token for token, i in self._ids.items() if self._types[i] in (_CONTROL, _USER_DEFINED)}
+        special = {token for token, i in ids.items() if self._types[i] in (_CONTROL, _USER_DEFINED)}
         spelled, marks = find_end_tokens(special.__contains__)
         for token in spelled:
-            self._types[self._ids[token]] = _CONTROL
+            self._types[ids[token]] = _CONTROL
         for token in marks:  # decoded as text
-            self._types[self._ids[token]] = _USER_DEFINED
-        return frozenset(i for i in (*ends, *(self._ids[token] for token in spelled)) if i is not None)
+            self._types[ids[token]] = _USER_DEFINED
+        return frozenset(i for i in (*ends, *(ids[token] for token in spelled)) if i is not None)
 
     def _special_tokens(self, checkpoint: Checkpoint) -> SpecialTokens:
         name = str(checkpoint.get("general.name") or "").lower()
@@ -192,7 +194,7 @@ class GgufVocabulary:
 
     # -- how the text between special tokens is encoded: (text, whether it begins the text or follows a special token) -----
 
-    def _byte_level(self, checkpoint: Checkpoint, pre: str) -> Callable[[str, bool], list[int]]:
+    def _byte_level(self, checkpoint: Checkpoint, pre: str, ids: dict[str, int]) -> Callable[[str, bool], list[int]]:
         words = cut(pre)
         if words is None:
             raise UnsupportedError(
@@ -201,15 +203,15 @@ class GgufVocabulary:
             )
         merges = _merges(checkpoint)
         if not merges:  # as in tiktoken: the rank of a merge is the id of its result
-            pieces = SentencePieceBpe(self._ids, [-i for i in range(len(self._tokens))], {}, None)
+            pieces = SentencePieceBpe(ids, [-i for i in range(len(self._tokens))], {}, None)
             return lambda text, _: [i for word, _ in words.pre_tokenize_str(text) for i in pieces.encode(word)]
-        backend = Tokenizer(BPE(self._ids, merges, ignore_merges=pre in TAKE_WORDS_WHOLE))
+        backend = Tokenizer(BPE(ids, merges, ignore_merges=pre in TAKE_WORDS_WHOLE))
         backend.pre_tokenizer = words
         return lambda text, _: list(backend.encode(text, add_special_tokens=False).ids)
 
-    def _sentencepiece(self, checkpoint: Checkpoint, _: str) -> Callable[[str, bool], list[int]]:
+    def _sentencepiece(self, checkpoint: Checkpoint, _: str, ids: dict[str, int]) -> Callable[[str, bool], list[int]]:
         scores = _scores(checkpoint, len(self._tokens))
-        pieces = SentencePieceBpe(self._ids, scores, self._byte_ids(), self._named(checkpoint, "unknown_token_id"))
+        pieces = SentencePieceBpe(ids, scores, self._byte_ids(), self._named(checkpoint, "unknown_token_id"))
         normalise = _normaliser(checkpoint)
 
         def encode(text: str, after_special: bool) -> list[int]:
@@ -220,24 +222,26 @@ class GgufVocabulary:
 
         return encode
 
-    def _characters(self, checkpoint: Checkpoint, _: str) -> Callable[[str, bool], list[int]]:
+    def _characters(self, checkpoint: Checkpoint, _: str, ids: dict[str, int]) -> Callable[[str, bool], list[int]]:
         """Gemma 4: BPE runs within a line; a run of newlines that is itself a token is not split."""
-        backend = Tokenizer(BPE(self._ids, _merges(checkpoint), byte_fallback=True, unk_token=None))
+        backend = Tokenizer(BPE(ids, _merges(checkpoint), byte_fallback=True, unk_token=None))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), behavior="isolated")
+
+        newlines = {token: i for token, i in ids.items() if token and not token.strip("\n")}
 
         def encode(text: str, _: bool) -> list[int]:
             found: list[int] = []
             for part in _lines(text.replace(" ", SPACE)):
-                whole = self._ids.get(part) if part[0] == "\n" else None
+                whole = newlines.get(part)
                 found += backend.encode(part, add_special_tokens=False).ids if whole is None else [whole]
             return found
 
         return encode
 
-    def _unigram(self, checkpoint: Checkpoint, _: str) -> Callable[[str, bool], list[int]]:
+    def _unigram(self, checkpoint: Checkpoint, _: str, __: dict[str, int]) -> Callable[[str, bool], list[int]]:
         merges_spaces = _flag(checkpoint, "remove_extra_whitespaces", False)
         model = UnigramModel(
-            self._tokens,
+            [*self._tokens],
             _scores(checkpoint, len(self._tokens)),
             self._types,
             unknown_id=self._named(checkpoint, "unknown_token_id"),
