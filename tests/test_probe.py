@@ -7,7 +7,7 @@ import pytest
 
 from headrace import probe
 from headrace.errors import HeadraceError
-from headrace.probe import LEAST_READING, MOST_READING, measure_disk, measure_reading
+from headrace.probe import LEAST_READING, MOST_READING, _something_to_read, measure_disk, measure_reading
 from headrace.units import MIB
 
 
@@ -16,6 +16,16 @@ def test_disk_and_reading_are_measured_in_a_folder_and_nothing_stays(tmp_path: P
     share = measure_reading(tmp_path, threads=1, weights_per_s=5e9, total_bytes=64 * MIB)
     assert LEAST_READING <= share <= MOST_READING
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_smaller_than_the_ring_does_not_stand_for_the_disk(tmp_path: Path) -> None:
+    small = tmp_path / "small.gguf"
+    small.write_bytes(bytes(MIB))
+
+    with _something_to_read(small, 64 * MIB) as path:
+        assert path.parent == tmp_path
+        assert path.stat().st_size == 32 * MIB
+    assert list(tmp_path.iterdir()) == [small]
 
 
 def test_a_folder_that_is_not_there_is_an_error_with_a_hint(tmp_path: Path) -> None:

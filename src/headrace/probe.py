@@ -161,11 +161,14 @@ def measure_reading(target: Path, threads: int, weights_per_s: float, total_byte
 
 @contextmanager
 def _something_to_read(target: Path, total_bytes: int) -> Iterator[Path]:
-    """A file on the file system of `target`: itself, or for a folder one that is written for it."""
+    """A file on the file system of `target`: itself if it is large, else one that is written beside it.
+
+    A small one would be in the ring before the clock starts.
+    """
     with ExitStack() as stack:
         try:
             path = target
-            if not (target.is_file() and target.stat().st_size >= PAGE_BYTES):
+            if not (target.is_file() and target.stat().st_size >= total_bytes // 4):
                 path = stack.enter_context(_written(target if target.is_dir() else target.parent, total_bytes // 2))
         except OSError as error:
             raise HeadraceError(
