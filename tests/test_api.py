@@ -228,7 +228,7 @@ def test_what_is_planned_is_what_was_asked_for(
     assert (plan["context_tokens"], plan["kv_bits"]) == (48, 8)
 
 
-def test_a_draft_for_a_model_that_cannot_take_guesses_back_is_refused(tmp_path: Path, measured: Profile) -> None:
+def test_a_draft_for_a_model_whose_cache_cannot_be_rolled_back_is_refused(tmp_path: Path, measured: Profile) -> None:
     path = write_gguf(random_model("bloom"), "bloom", tmp_path / "bloom.gguf", "Q8_0")
     with pytest.raises(UsageError, match="cache of its own"):
         headrace.load(str(path), memory="4GiB", context_tokens=64, draft="prompt", profile=measured)

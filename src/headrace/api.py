@@ -25,11 +25,11 @@ import numpy.typing as npt
 from headrace._version import __version__
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.engine import Engine, PassStats, Rows, Sampling, Trace
-from headrace.engine.depth import Pace, Speculation
-from headrace.engine.draft import ModelDrafter, PromptLookup
+from headrace.engine.drafters import ModelDrafter, PromptLookup
 from headrace.engine.engine import StreamOptions
 from headrace.engine.sampling import Sampler, recommended
 from headrace.engine.scheduler import Answer, Scheduler, Slot
+from headrace.engine.speculation import Speculation, StepTimeModel
 from headrace.engine.stops import StopScanner
 from headrace.errors import CheckpointError, ContextError, UsageError
 from headrace.kernels import make_kernels
@@ -184,8 +184,8 @@ class Model:
         self._engine = engine
         self._draft_engine = draft_engine
         slots = [Slot(engine.new_cache(plan.context_tokens, plan.kv_bits)) for _ in range(plan.sequences)]
-        self._scheduler = Scheduler(engine, slots, plan.prefill_rows, plan.most_guesses, deterministic)
-        if plan.most_guesses:
+        self._scheduler = Scheduler(engine, slots, plan.prefill_rows, plan.max_draft_tokens, deterministic)
+        if plan.max_draft_tokens:
             self._scheduler.speculation = _speculation(plan, draft_engine)
         # An encoder's positions and a decoder's are each counted for itself; elsewhere the context is the limit.
         self._most_positions = checkpoint.positions_limit(1 << 30) if engine.opening else 1 << 30
@@ -594,14 +594,14 @@ class Model:
         }
 
     def _report(self, decode: Sequence[PassStats]) -> dict[str, Any]:
-        """What was guessed, and what decoding passes waited for."""
+        """Drafts proposed and accepted, and what bound the decode passes."""
         speculation = self._scheduler.speculation
         positions = speculation.acceptance.positions if speculation is not None else []
         return {
             "draft": self.plan.drafting.name,
             "drafted": sum(p.drafted for p in decode),
             "accepted": sum(p.accepted for p in decode),
-            "accepted_by_position": [{"tested": tested, "right": right} for tested, right in positions],
+            "accepted_by_position": [{"tested": tested, "accepted": accepted} for tested, accepted in positions],
             "passes_bound_by": dict(Counter(p.bound_by for p in decode)),
         }
 
@@ -679,8 +679,8 @@ def _prompts(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _speculation(plan: Plan, draft_engine: Engine | None) -> Speculation:
     model = None if draft_engine is None else ModelDrafter(draft_engine, plan.context_tokens, plan.drafting.name)
-    pace = Pace(plan.cost, plan.expectation.guess_s)
-    return Speculation(pace, PromptLookup() if plan.drafting.lookup else None, model)
+    step_times = StepTimeModel(plan.cost, plan.decode_prediction.draft_token_s)
+    return Speculation(step_times, PromptLookup() if plan.drafting.lookup else None, model)
 
 
 def load(
@@ -709,7 +709,7 @@ def load(
         prompt_tokens: the longest prompt to expect, which decides how many rows a prefill pass may carry.
         sequences: prompts that are computed together; each has a KV cache of its own.
         kv_bits: 16 or 8 bits for each number in the KV cache.
-        draft: how to guess tokens that a pass then verifies: `none`, `prompt` (what followed the last time), `self` (a
+        draft: how to draft tokens that a pass then verifies: `none`, `prompt` (what followed the last time), `self` (a
             low-bit copy made in memory), the path of a draft model, or `auto`: what the plan finds best. None is `none`.
         deterministic: the same prompt, seed and settings give the same tokens, whatever was asked before and whoever shares the
             passes. False also reuses answers that have become part of a prompt, and chunks that a prompt shares in part.
@@ -722,7 +722,7 @@ def load(
     Raises:
         CheckpointError: a file is damaged or cannot run.
         BudgetError: the ceiling is below the model's floor.
-        UsageError: the draft model does not exist or does not fit the model, or the model cannot take guesses back.
+        UsageError: the draft model does not exist or does not fit the model, or the model's cache cannot be rolled back.
     """
     start = time.perf_counter()
     not_after_a_fork()

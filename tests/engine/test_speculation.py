@@ -9,11 +9,11 @@ from tiny import VOCAB, random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Sampling
-from headrace.engine.depth import Acceptance, Pace, Speculation
-from headrace.engine.draft import SURE, Draft, Grade, Guess, ModelDrafter, PromptLookup
+from headrace.engine.drafters import MAX_BUCKET, ConfidenceBucket, Draft, DraftToken, ModelDrafter, PromptLookup
 from headrace.engine.engine import StreamOptions
 from headrace.engine.sampling import Sampler, distribution, uniform
 from headrace.engine.scheduler import Scheduler, Slot
+from headrace.engine.speculation import Acceptance, Speculation, StepTimeModel
 from headrace.engine.trace import PassStats
 from headrace.kernels import Kernels
 from headrace.plan.cost import PassCost
@@ -42,14 +42,16 @@ class Oracle(ModelDrafter):
         self._answer = answer
         self._wrong_every = wrong_every
 
-    def guess(self, drafts):  # type: ignore[no-untyped-def]
+    def propose(self, drafts):  # type: ignore[no-untyped-def]
         for draft in drafts:
-            at = len(draft.tokens) + len(draft.guesses)
+            at = len(draft.tokens) + len(draft.draft_tokens)
             if at < len(self._answer):
                 token = self._answer[at]
                 wrong = at % self._wrong_every == 0
-                draft.guesses.append(Guess((token + 1) % VOCAB if wrong else token, Grade(self.source, SURE)))
-        return 9 * len(drafts)  # rows: so many that its time is not taken for that of a guess
+                draft.draft_tokens.append(
+                    DraftToken((token + 1) % VOCAB if wrong else token, ConfidenceBucket(self.source, MAX_BUCKET))
+                )
+        return 9 * len(drafts)  # rows: so many that its time is not taken for that of a draft token
 
     def forget(self, tokens) -> None:  # type: ignore[no-untyped-def]
         pass
@@ -58,12 +60,12 @@ class Oracle(ModelDrafter):
 def decode(
     engine: Engine, sampling: Sampling, count: int, speculation: Speculation | None, prompt: list[int] = PROMPT
 ) -> list[int]:
-    scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], prefill_rows=16, most_guesses=12)
+    scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], prefill_rows=16, max_draft_tokens=12)
     scheduler.speculation = speculation
     answer = scheduler.add(prompt, count, Sampler(sampling))
     while answer.generated < count:
         scheduler.step()
-    assert answer.generated == count, "guesses never run over the limit"
+    assert answer.generated == count, "draft tokens never run over the limit"
     assert answer.slot.tokens == answer.tokens[:-1]
     assert answer.slot.cache.length == len(answer.tokens) - 1
     return answer.tokens
@@ -86,13 +88,15 @@ SAMPLINGS = [Sampling(temperature=0), Sampling(temperature=1.3, top_k=40, top_p=
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
 @pytest.mark.parametrize("wrong_every", [2, 3, 7, 1000])
-def test_whatever_is_guessed_the_tokens_are_those_of_plain_decoding(
+def test_with_any_draft_the_tokens_are_those_of_plain_decoding(
     target: Engine, sampling: Sampling, wrong_every: int
 ) -> None:
     plain = decode(target, sampling, 40, None)
     before = len(target.passes)
-    guessed = decode(target, sampling, 40, Speculation(Pace(free_rows), None, Oracle(plain, wrong_every)))
-    assert guessed == plain
+    drafted_tokens = decode(
+        target, sampling, 40, Speculation(StepTimeModel(free_rows), None, Oracle(plain, wrong_every))
+    )
+    assert drafted_tokens == plain
     assert len(target.passes) - before < 40  # and it was worth it
 
 
@@ -104,32 +108,34 @@ def test_a_draft_model_and_prompt_lookup_change_nothing(
     for path in (tiny_draft, tiny_llama):  # one that is always wrong, one that is always right
         with engine_of(path, share=1.0) as draft:
             model = ModelDrafter(draft, CONTEXT)
-            assert decode(target, sampling, 40, Speculation(Pace(free_rows), PromptLookup(), model)) == plain
+            assert decode(target, sampling, 40, Speculation(StepTimeModel(free_rows), PromptLookup(), model)) == plain
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen3", "phi3"])
 def test_caches_roll_back_exactly_with_windows_of_attention_too(family: str, tmp_path: Path) -> None:
     with engine_of(write_gguf(random_model(family), family, tmp_path / "tiny.gguf", "Q8_0")) as engine:
         plain = decode(engine, SAMPLINGS[0], 30, None)  # longer than the windows of 8
-        assert decode(engine, SAMPLINGS[0], 30, Speculation(Pace(free_rows), None, Oracle(plain, 3))) == plain
+        assert decode(engine, SAMPLINGS[0], 30, Speculation(StepTimeModel(free_rows), None, Oracle(plain, 3))) == plain
 
 
 def test_the_model_itself_as_its_draft_is_always_right(target: Engine, tiny_llama: Path) -> None:
     sampling = SAMPLINGS[1]
     with engine_of(tiny_llama, share=1.0) as draft:
-        speculation = Speculation(Pace(free_rows), None, ModelDrafter(draft, CONTEXT))
+        speculation = Speculation(StepTimeModel(free_rows), None, ModelDrafter(draft, CONTEXT))
         before = len(target.passes)
         decode(target, sampling, 40, speculation)
     drafted = sum(p.drafted for p in target.passes[before:])
     assert drafted == sum(p.accepted for p in target.passes[before:])
-    assert len(target.passes) - before <= 10  # of 40 tokens: how many are guessed at a time hangs on chances
+    assert len(target.passes) - before <= 10  # of 40 tokens: the draft length depends on measured times
 
 
-def test_sequences_together_equal_sequences_alone_with_guesses_for_all(target: Engine) -> None:
+def test_sequences_together_equal_sequences_alone_with_draft_tokens_for_all(target: Engine) -> None:
     prompts = [PROMPT, [*PROMPT[:5], 8, 8, 9], [200, 3, 3, 200, 3, 3, 200], list(range(40))]
     alone = [decode(target, SAMPLINGS[1], 20, None, prompt) for prompt in prompts]
-    scheduler = Scheduler(target, [Slot(target.new_cache(CONTEXT)) for _ in range(3)], prefill_rows=16, most_guesses=4)
-    scheduler.speculation = Speculation(Pace(free_rows), PromptLookup())
+    scheduler = Scheduler(
+        target, [Slot(target.new_cache(CONTEXT)) for _ in range(3)], prefill_rows=16, max_draft_tokens=4
+    )
+    scheduler.speculation = Speculation(StepTimeModel(free_rows), PromptLookup())
     done, waiting, running = {}, list(enumerate(prompts)), {}
     while waiting or running:
         while waiting and scheduler.has_room:
@@ -198,17 +204,17 @@ LIMIT = 18.5
 
 
 def second_tokens(verify: str) -> torch.Tensor:
-    """Counts of the token after a guess was verified, by a rule that is right or wrong in a known way."""
+    """Counts of the token after a draft token was verified, by a rule that is right or wrong in a known way."""
     counts = torch.zeros(6)
     for seed in range(DRAWS):
         sampler = Sampler(Sampling(**{**FILTERS.__dict__, "seed": seed}))
-        guess = sampler.draw(DRAFT, 10)
+        draft_token = sampler.draw(DRAFT, 10)
         if verify == "ours":
             token = sampler.draw(TARGET, 10)
-        elif verify == "accepts every guess":
-            token = guess
-        elif verify == "accepts likely guesses, else draws again":
-            token = guess if TARGET.softmax(0)[guess] > 0.1 else sampler.draw(TARGET, 11)
+        elif verify == "accepts every draft token":
+            token = draft_token
+        elif verify == "accepts likely draft tokens, else draws again":
+            token = draft_token if TARGET.softmax(0)[draft_token] > 0.1 else sampler.draw(TARGET, 11)
         else:  # the filters are forgotten when verifying
             token = Sampler(Sampling(temperature=0.8, seed=seed)).draw(TARGET, 10)
         counts[token] += 1
@@ -220,7 +226,7 @@ def test_verified_tokens_have_the_distribution_of_plain_sampling() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["accepts every guess", "accepts likely guesses, else draws again", "forgets the filters"]
+    "wrong", ["accepts every draft token", "accepts likely draft tokens, else draws again", "forgets the filters"]
 )
 def test_the_statistic_finds_acceptance_that_is_wrong(wrong: str) -> None:
     assert chi_square(second_tokens(wrong), exact()) > 2 * LIMIT
@@ -259,13 +265,13 @@ def test_random_numbers_are_uniform_and_depend_on_seed_position_and_token_alone(
         assert abs(float(torch.corrcoef(torch.stack([numbers, other]))[0, 1])) < 0.02
 
 
-# -- how many to guess ----------------------------------------------------------------------------------------------
+# -- draft length ----------------------------------------------------------------------------------------------
 
 
 def drafted(speculation: Speculation, most: int = 16) -> int:
     draft = Draft(PROMPT, Sampler(SAMPLINGS[0]))
     speculation.propose([(draft, most)], 1)
-    return len(draft.guesses)
+    return len(draft.draft_tokens)
 
 
 def costly(rows: int) -> PassCost:
@@ -275,41 +281,42 @@ def costly(rows: int) -> PassCost:
 
 def test_free_rows_are_filled_and_costly_ones_are_not() -> None:
     sure = Oracle([1] * 60, 1000)
-    assert drafted(Speculation(Pace(free_rows), None, sure)) >= 8
-    assert drafted(Speculation(Pace(costly), None, sure)) == 0
+    assert drafted(Speculation(StepTimeModel(free_rows), None, sure)) >= 8
+    assert drafted(Speculation(StepTimeModel(costly), None, sure)) == 0
 
 
 def test_a_slow_draft_model_is_asked_less() -> None:
     lengths = [
-        drafted(Speculation(Pace(free_rows, guess_s), None, Oracle([1] * 60, 1000))) for guess_s in (0.01, 0.5, 2)
+        drafted(Speculation(StepTimeModel(free_rows, draft_token_s), None, Oracle([1] * 60, 1000)))
+        for draft_token_s in (0.01, 0.5, 2)
     ]
     assert lengths[0] > lengths[1] > lengths[2] == 0
 
 
 def test_a_drafter_that_is_always_wrong_is_soon_left_alone() -> None:
-    speculation = Speculation(Pace(free_rows, 0.3), None, Oracle([1] * 60, 1000))
+    speculation = Speculation(StepTimeModel(free_rows, 0.3), None, Oracle([1] * 60, 1000))
     assert drafted(speculation) > 1
     for _ in range(40):
         draft = Draft(PROMPT, Sampler(SAMPLINGS[0]))
         speculation.propose([(draft, 16)], 1)
-        speculation.verified(draft, 0)
-        speculation.pace.note_step(1, 1.0)
+        speculation.record_accepted(draft, 0)
+        speculation.step_times.record_step(1, 1.0)
     assert drafted(speculation) == 0
 
 
 def test_acceptance_is_counted_by_position() -> None:
     acceptance = Acceptance()
     for position, right in [(0, True), (1, True), (2, False), (0, True), (1, False)]:
-        acceptance.note(position, Grade("model", 5), right)
+        acceptance.record(position, ConfidenceBucket("model", 5), right)
     assert acceptance.positions == [(2, 2), (2, 1), (1, 0)]
 
 
 def test_the_pace_follows_what_passes_take() -> None:
-    pace = Pace(free_rows)
+    step_times = StepTimeModel(free_rows)
     for _ in range(30):
-        pace.note_pass(PassStats(rows=1, start_s=0, seconds=3.0, read_bytes=0, stall_s=2.0, kernel_s=0.9))
-    assert pace.pass_s(1) == pytest.approx(3.0, rel=0.01)
-    assert pace.pass_s(16) > 10  # a row was found to take a second rather than a millisecond
+        step_times.record_pass(PassStats(rows=1, start_s=0, seconds=3.0, read_bytes=0, stall_s=2.0, kernel_s=0.9))
+    assert step_times.pass_s(1) == pytest.approx(3.0, rel=0.01)
+    assert step_times.pass_s(16) > 10  # a row was found to take a second rather than a millisecond
 
 
 # -- prompt lookup --------------------------------------------------------------------------------------------------
@@ -318,9 +325,9 @@ def test_the_pace_follows_what_passes_take() -> None:
 def looked_up(tokens: list[int], count: int = 4) -> list[int]:
     draft = Draft(tokens, Sampler(SAMPLINGS[0]))
     lookup = PromptLookup()
-    while len(draft.guesses) < count and lookup.guess(draft):
+    while len(draft.draft_tokens) < count and lookup.propose(draft):
         pass
-    return [guess.token for guess in draft.guesses]
+    return [draft_token.token for draft_token in draft.draft_tokens]
 
 
 @pytest.mark.parametrize(
@@ -344,10 +351,10 @@ def test_what_a_draft_model_has_read_of_a_conversation_is_not_read_again(target:
     drafter = ModelDrafter(target, 64)
     tokens = list(range(3, 33))
     first = Draft(tokens, Sampler(Sampling(temperature=0)))
-    assert drafter.guess([first]) == 30
+    assert drafter.propose([first]) == 30
     drafter.forget(tokens)
     longer = [*tokens, 7, 8]
     second = Draft(longer, Sampler(Sampling(temperature=0)))
-    assert drafter.guess([second]) == 2
+    assert drafter.propose([second]) == 2
     other = Draft([9, 8, 7], Sampler(Sampling(temperature=0)))
-    assert drafter.guess([second, other]) >= 3
+    assert drafter.propose([second, other]) >= 3

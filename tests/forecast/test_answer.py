@@ -207,17 +207,17 @@ def test_a_draft_is_reported_if_it_pays() -> None:
     small = published("llama-3.2-1b")
     plain, drafted = of("llama-3-70b", bits=4.85), of("llama-3-70b", bits=4.85, draft=small)
 
-    assert drafted.guesses > 0
+    assert drafted.draft_tokens > 0
     assert drafted.tokens_per_pass > 1
     assert drafted.s_per_token.expected < plain.s_per_token.expected
-    assert drafted.decode.rows == 1 + drafted.guesses
-    assert any("guesses" in reason for reason in drafted.reasons)
+    assert drafted.decode.rows == 1 + drafted.draft_tokens
+    assert any("drafts" in reason for reason in drafted.reasons)
 
 
 def test_a_draft_that_does_not_pay_is_not_used_and_that_is_said() -> None:
     found = of("llama-3-8b", bits=4.85, draft=published("llama-3-8b"))
 
-    assert found.guesses == 0
+    assert found.draft_tokens == 0
     assert found.tokens_per_pass == 1
     assert any("does not pay" in reason for reason in found.reasons)
 

@@ -115,7 +115,7 @@ def test_where_no_smaller_one_shares_the_vocabulary_there_is_no_draft() -> None:
 def test_every_configuration_is_within_what_was_asked(found: Sequence[Forecast]) -> None:
     assert len(found) > 1000
     assert {one.ask.bits for one in found} == set(BITS)
-    assert all(one.ask.draft is None or one.guesses > 0 for one in found)
+    assert all(one.ask.draft is None or one.draft_tokens > 0 for one in found)
     assert all(one.usd_per_h is not None for one in found)
 
 

@@ -13,7 +13,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.errors import BudgetError, UsageError
 from headrace.plan import Request, choose_drafting, choose_sequences, drafting_options, make_plan
 from headrace.plan.cost import PassCost
-from headrace.plan.draft import LOOKUP, NO_DRAFT, expect
+from headrace.plan.draft import LOOKUP, NO_DRAFT, predict_decode
 from headrace.units import GIB, MIB
 
 REQUEST = Request(prompt_tokens=100, context_tokens=400)
@@ -28,36 +28,36 @@ def compute_bound(rows: int) -> PassCost:
 
 
 def test_published_tokens_per_pass_are_met_by_the_formula() -> None:
-    # A model of a third of the size: 3.4 / 4.5 / 5.9 tokens at 4 / 8 / 16 guesses; Q4_0 of the same model 4.4 / 6.8 / 10.8.
+    # A model of a third of the size: 3.4 / 4.5 / 5.9 tokens at 4 / 8 / 16 draft tokens; Q4_0 of the same model 4.4 / 6.8 / 10.8.
     for chance, published in ((0.80, (3.4, 4.5, 5.9)), (0.94, (4.4, 6.8, 10.8))):
-        for guesses, tokens in zip((4, 8, 16), published, strict=True):
-            formula = sum(chance**i for i in range(guesses + 1))
+        for draft_tokens, tokens in zip((4, 8, 16), published, strict=True):
+            formula = sum(chance**i for i in range(draft_tokens + 1))
             assert formula == pytest.approx(tokens, rel=0.2)
 
 
-@given(chance=st.floats(0, 0.99), most=st.integers(0, 30), sequences=st.integers(1, 32), guess_s=st.floats(0, 1))
-def test_the_best_number_of_guesses_is_never_worse_than_none(
-    chance: float, most: int, sequences: int, guess_s: float
+@given(chance=st.floats(0, 0.99), most=st.integers(0, 30), sequences=st.integers(1, 32), draft_token_s=st.floats(0, 1))
+def test_the_best_number_of_draft_tokens_is_never_worse_than_none(
+    chance: float, most: int, sequences: int, draft_token_s: float
 ) -> None:
     for cost in (disk_bound, compute_bound):
-        none = expect(chance, 0, sequences, guess_s, cost)
-        best = expect(chance, most, sequences, guess_s, cost)
+        none = predict_decode(chance, 0, sequences, draft_token_s, cost)
+        best = predict_decode(chance, most, sequences, draft_token_s, cost)
         assert best.s_per_token <= none.s_per_token
         assert best.tokens_per_pass <= sequences * (1 + most)
-        assert 0 <= best.guesses <= most
+        assert 0 <= best.draft_tokens <= most
 
 
-def test_free_guesses_are_made_and_dear_ones_are_not() -> None:
-    assert expect(0.9, 20, 1, 0.01, disk_bound).guesses > 8
-    assert expect(0.9, 20, 1, 3.0, disk_bound).guesses == 0
-    assert expect(0.9, 20, 1, 0.0, compute_bound).guesses == 0
-    assert expect(0.9, 20, 1, 0.2, disk_bound).binding in ("disk", "drafting")
+def test_free_draft_tokens_are_taken_and_costly_ones_are_not() -> None:
+    assert predict_decode(0.9, 20, 1, 0.01, disk_bound).draft_tokens > 8
+    assert predict_decode(0.9, 20, 1, 3.0, disk_bound).draft_tokens == 0
+    assert predict_decode(0.9, 20, 1, 0.0, compute_bound).draft_tokens == 0
+    assert predict_decode(0.9, 20, 1, 0.2, disk_bound).binding in ("disk", "drafting")
 
 
 def test_a_draft_takes_its_memory_from_pinned_weights() -> None:
     target, draft = model(layers=16, kind="F16"), model(layers=2, kind="Q4_K")
     plain = make_plan(target, MEASURED, budget_of(2 * GIB), REQUEST)
-    drafting = replace(LOOKUP, name="small.gguf", chance=0.8, checkpoint=draft)
+    drafting = replace(LOOKUP, name="small.gguf", acceptance_rate=0.8, checkpoint=draft)
     with_draft = make_plan(target, MEASURED, budget_of(2 * GIB), replace(REQUEST, drafting=drafting))
     assert with_draft.draft_bytes > sum(
         t.nbytes for t in draft.tensors.values() if len(t.shape) == 2 and "blk" in t.name
@@ -157,15 +157,15 @@ def test_interleaving_a_copy_needs_room_and_in_place_needs_many_rows() -> None:
     assert many.cost(16).compute_s < 0.9 * replace(many, weights=plain).cost(16).compute_s
 
 
-def test_many_sequences_get_fewer_guesses_each() -> None:
-    counts = [replace(REQUEST, sequences=n, drafting=LOOKUP).most_guesses for n in (1, 4, 16, 64, 100)]
+def test_many_sequences_get_fewer_draft_tokens_each() -> None:
+    counts = [replace(REQUEST, sequences=n, drafting=LOOKUP).max_draft_tokens for n in (1, 4, 16, 64, 100)]
     assert counts == sorted(counts, reverse=True)
-    assert counts[0] == LOOKUP.most_guesses
+    assert counts[0] == LOOKUP.max_draft_tokens
     assert counts[-2:] == [0, 0]
     assert all(replace(REQUEST, sequences=n, drafting=LOOKUP).verify_rows <= 64 for n in range(1, 65))
 
 
-def test_single_rows_are_padded_to_tiles_where_many_guesses_are_right() -> None:
+def test_single_rows_are_padded_to_tiles_where_many_draft_tokens_are_accepted() -> None:
     rates = {"1": 40e9, "2": 24e9, "4": 14e9, "8": 10e9, "16": 10e9, "512": 0.5e9}
     slow = {"32": 100e9, "512": 100e9}
     tiled = replace(
@@ -178,7 +178,7 @@ def test_single_rows_are_padded_to_tiles_where_many_guesses_are_right() -> None:
     target = model(layers=16, heads=16, head_dim=128, feed_forward=8192)
     assert tiled.tiled == {"Q4_K"}
     for chance, pays in ((0.05, False), (0.9, True)):
-        drafting = replace(LOOKUP, chance=chance)
+        drafting = replace(LOOKUP, acceptance_rate=chance)
         plan = make_plan(target, tiled, budget_of(1100 * MIB), replace(REQUEST, drafting=drafting))
         assert plan.tiles_exactly == pays
     alone = make_plan(target, tiled, budget_of(1100 * MIB), REQUEST)

@@ -33,7 +33,7 @@ from headrace.plan.shape import Built, shape_of
         ("deepseek2", 3 * (64 + 16), 3),  # one vector and what is rotated, for all heads
         ("deepseek2-lite", 3 * (64 + 16), 3),
         ("glm-dsa", 3 * (64 + 16), 3),
-        ("glm4moe", 2 * 3 * (2 * 32), 6),  # a fourth layer only guesses
+        ("glm4moe", 2 * 3 * (2 * 32), 6),  # the fourth layer is for multi-token prediction
         ("lfm2", 2 * (2 * 16), 2),
         ("nemotron_h_moe", 2 * (2 * 32), 2),
         ("granitehybrid", 2 * (2 * 16), 2),
@@ -91,7 +91,7 @@ def test_once_the_model_is_built_it_says_what_its_layers_keep(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("architecture", ["granitehybrid", "lfm2", "mamba", "qwen3next"])
-def test_models_that_keep_states_are_planned_without_guesses_and_one_by_one(architecture: str, tmp_path: Path) -> None:
+def test_models_that_keep_states_are_planned_without_drafts_and_one_by_one(architecture: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf"))
     budget, profile = Budget(nbytes=8 << 30, reason="test"), guessed_profile()
     options = drafting_options(checkpoint, "auto")

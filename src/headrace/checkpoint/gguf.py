@@ -149,7 +149,7 @@ class Checkpoint:
 
     @property
     def layers(self) -> int:
-        """Layers that run, of encoder and decoder the more: GGUF files count those that guess further tokens with them."""
+        """Layers that run: the larger count of encoder and decoder. GGUF files count multi-token prediction layers too."""
         further = self.number("nextn_predict_layers", 0) if self.config is None else 0
         blocks = self.number("block_count")
         return max(blocks, self.number("decoder_block_count", blocks)) - further

@@ -115,7 +115,7 @@ draft_option = click.option(
     default="auto",
     show_default=True,
     metavar="none|prompt|self|auto|FILE",
-    help="Guess tokens that a pass then verifies: from the prompt, by a low-bit copy of the model, or by a smaller model.",
+    help="DraftToken tokens that a pass then verifies: from the prompt, by a low-bit copy of the model, or by a smaller model.",
 )
 kv_option = click.option(
     "--kv-bits", type=click.Choice([8, 16]), default=16, show_default=True, help="Bits of each number in the KV cache."

@@ -161,7 +161,7 @@ def _point(one: Forecast) -> dict[str, object]:
         "machine": one.machine.name,
         "bits": one.ask.bits,
         "batch": one.ask.batch,
-        "guesses": one.guesses,
+        "draft_tokens": one.draft_tokens,
         "tok_per_s_each": 1 / one.s_per_token.expected,
         "tok_per_s": one.tok_per_s,
         "usd_per_h": one.usd_per_h,
@@ -263,7 +263,7 @@ def _print(one: Forecast, better: list[Change], found: list[Forecast]) -> None:
                 if point.usd_per_million_output
                 else "no price"
             )
-            draft = f", {point.guesses} guesses" if point.guesses else ""
+            draft = f", {point.draft_tokens} draft tokens" if point.draft_tokens else ""
             console.print(
                 f"  {rate(1 / point.s_per_token.expected):>12} each  {money:>20}  {point.ask.bits:g} bits, batch "
                 f"{point.ask.batch}{draft}  {point.machine.name}",

@@ -187,14 +187,18 @@ def forecast_page(one: Forecast, better: Sequence[Change], found: Sequence[Forec
                 p.machine.name,
                 f"{p.ask.bits:g}",
                 str(p.ask.batch),
-                str(p.guesses),
+                str(p.draft_tokens),
                 rate(1 / p.s_per_token.expected),
                 f"${p.usd_per_million_output.expected:.3g}" if p.usd_per_million_output else "",
             )
             for p in points
         ]
         parts.append(
-            _table(("machine", "bits", "batch", "guesses", "each", "per million tokens"), rows, numeric=(1, 2, 3, 4, 5))
+            _table(
+                ("machine", "bits", "batch", "draft_tokens", "each", "per million tokens"),
+                rows,
+                numeric=(1, 2, 3, 4, 5),
+            )
         )
     parts += ["<h2>The forecast</h2>", _table(("", "", ""), forecast_rows(one))]
     if better:

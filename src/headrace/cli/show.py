@@ -132,14 +132,14 @@ def stats(completion: "Completion") -> str:
             f"{seconds(spent)} per token (plan {seconds(expected)}, {expected / spent - 1:+.0%}) = {rate(1 / spent)}"
         )
     parts.append(f"read {gigabytes(t['read_bytes'] or 0)}, {gigabytes(t['read_bytes_per_pass'] or 0)} per pass")
-    guessed = completion.speculation
-    if guessed["drafted"]:
+    speculation = completion.speculation
+    if speculation["drafted"]:
         parts.append(
-            f"{t['tokens_per_pass'] or 0:.1f} tokens per pass (plan {plan.expectation.tokens_per_pass:.1f}),"
-            f" {guessed['accepted']} of {guessed['drafted']} guesses right"
+            f"{t['tokens_per_pass'] or 0:.1f} tokens per pass (plan {plan.decode_prediction.tokens_per_pass:.1f}),"
+            f" {speculation['accepted']} of {speculation['drafted']} draft tokens accepted"
         )
-    if guessed["passes_bound_by"]:
-        bound = ", ".join(f"{kind} {count}" for kind, count in sorted(guessed["passes_bound_by"].items()))
+    if speculation["passes_bound_by"]:
+        bound = ", ".join(f"{kind} {count}" for kind, count in sorted(speculation["passes_bound_by"].items()))
         parts.append(f"passes bound by {bound}")
     busy = (t["stall_s"] or 0) + (t["compute_s"] or 0)
     parts.append(f"waited for disk {(t['stall_s'] or 0) / busy:.0%}" if busy else "no pass")

@@ -310,7 +310,7 @@ class Engine:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether sequences cannot share a pass, nor guesses be taken back, because the model keeps its own cache."""
+        """True if the model keeps its own cache: sequences cannot share a pass and drafts cannot be rolled back."""
         return self.way == "model"
 
     def step(self, batch: Sequence[Rows]) -> torch.Tensor:

@@ -1,9 +1,8 @@
-"""Which rows a pass carries: prompts, decoded tokens and guesses of all answers in the making.
+"""Chooses the rows of each pass: prompt chunks, decoded tokens and draft tokens of all running sequences.
 
-An answer is a list of tokens, of which the cache holds the first so many. What is pending is computed by the next pass,
-in chunks where it is a prompt; when nothing is pending but the last tokens, guesses follow them, and the pass yields
-as many tokens as were guessed right and one more. So prefill, decode and verification are the same thing, for one answer
-as for many, and answers come and go between any two passes.
+A sequence is a list of tokens; the KV cache holds a prefix of it. Each pass computes the uncomputed rest: a prompt in chunks,
+a decoded token as one row, and draft tokens behind it. The pass yields the accepted draft tokens and one more token. So
+prefill, decode and verification are the same code, for one sequence as for many. Sequences come and go between passes.
 
 A prompt is cut into chunks at the same positions whatever else is computed, and a chunk's results depend on its sequence
 alone. Only whole chunks of prompts are reused. So the same prompt gives the same tokens, whatever was asked before and
@@ -18,11 +17,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from headrace.engine.attention import CacheOverflow, KVCache
-from headrace.engine.depth import Speculation
-from headrace.engine.draft import Draft, common_length
+from headrace.engine.drafters import Draft, common_length
 from headrace.engine.engine import Engine, Rows
 from headrace.engine.model_cache import ModelCache
 from headrace.engine.sampling import Sampler
+from headrace.engine.speculation import Speculation
 from headrace.kernels import FEW_ROWS
 from headrace.kernels.limits import CHUNK_ROWS, SMALL_CHUNK_ROWS
 
@@ -114,7 +113,7 @@ class Scheduler:
         engine: Engine,
         slots: Sequence[Slot],
         prefill_rows: int,
-        most_guesses: int = 0,
+        max_draft_tokens: int = 0,
         deterministic: bool = True,
     ):
         """What is fixed for all answers.
@@ -123,7 +122,7 @@ class Scheduler:
             engine: makes the passes.
             slots: one for each answer at a time.
             prefill_rows: the most prompt rows of a pass.
-            most_guesses: the most guesses for one answer.
+            max_draft_tokens: max draft tokens of one sequence in a pass.
             deterministic: reuse nothing whose reuse could change the last bits of a result.
         """
         self.engine = engine
@@ -141,7 +140,7 @@ class Scheduler:
         else:
             self._chunks = Chunks(tokens, tokens)
         self._reused_chunks = self._chunks if deterministic else None
-        self._most_guesses = most_guesses
+        self._most_guesses = max_draft_tokens
 
     @property
     def has_room(self) -> bool:
@@ -214,7 +213,7 @@ class Scheduler:
             except CacheOverflow as overflow:
                 self._widen(overflow.cache)
                 return []
-            logits = torch.split(found, [1 + len(draft.guesses) for draft in drafts])
+            logits = torch.split(found, [1 + len(draft.draft_tokens) for draft in drafts])
         except BaseException:  # before the pass as well: some caches may already count on what others are to compute
             for answer in self.answers:
                 answer.slot.cache.abandon()
@@ -227,15 +226,15 @@ class Scheduler:
         stats = replace(
             self.engine.passes[-1],
             draft_s=draft_s,
-            drafted=sum(len(draft.guesses) for draft in drafts),
+            drafted=sum(len(draft.draft_tokens) for draft in drafts),
             accepted=sum(len(new) - 1 for _, new in news),
         )
         self.engine.passes.replace_last(stats)
         if self.speculation is not None and not loads and all(rows.is_exact for rows in batch):
-            self.speculation.pace.note_pass(stats)
-            self.speculation.pace.note_step(sum(len(new) for _, new in news), time.perf_counter() - start)
+            self.speculation.step_times.record_pass(stats)
+            self.speculation.step_times.record_step(sum(len(new) for _, new in news), time.perf_counter() - start)
         if self.engine.trace is not None:
-            self.engine.trace.add("draft", f"{stats.drafted} guesses", start, start + draft_s)
+            self.engine.trace.add("draft", f"{stats.drafted} draft tokens", start, start + draft_s)
             self.engine.trace.add("step", f"bound by {stats.bound_by}", start, time.perf_counter())
         return news
 
@@ -294,15 +293,20 @@ class Scheduler:
             start = end
 
     def _rows(self, answer: Answer, chunks: Sequence[list[int]], draft: Draft) -> Iterator[Rows]:
-        """The chunks of an answer, with the guesses behind the last. Only that one's last rows need logits."""
-        cache, guesses = answer.slot.cache, [guess.token for guess in draft.guesses]
+        """The chunks of a sequence, with its draft tokens behind the last. Only that one's last rows need logits."""
+        cache, draft_tokens = answer.slot.cache, [draft_token.token for draft_token in draft.draft_tokens]
         # With small chunks the length of the prompt decides between decode and prefill kernels, not that of the chunk: whatever
         # may be reused is of the prefill kernels.
         prefill = self._small_chunks and not answer.generated and answer.prompt_tokens >= self._chunks.first
         exact = False if prefill else None
         for chunk in chunks[:-1]:
             yield Rows(cache=cache, tokens=chunk, logits=0, exact=exact)
-        yield Rows(cache=cache, tokens=chunks[-1] + guesses, logits=1 + len(guesses), exact=True if guesses else exact)
+        yield Rows(
+            cache=cache,
+            tokens=chunks[-1] + draft_tokens,
+            logits=1 + len(draft_tokens),
+            exact=True if draft_tokens else exact,
+        )
 
     def _propose(
         self, speculation: Speculation, chunks: Sequence[tuple[Answer, list[list[int]]]], drafts: Sequence[Draft]
@@ -319,14 +323,14 @@ class Scheduler:
         speculation.propose(limits, sum(len(chunk) for _, own in chunks for chunk in own))
 
     def _verify(self, answer: Answer, draft: Draft, logits: torch.Tensor) -> list[int]:
-        """Draw from the logits of each row as long as the guesses agree; forget what was computed beyond."""
+        """Draw from the logits of each row while the draft tokens agree; truncate the cache behind them."""
         new: list[int] = []
-        for row, guess in enumerate([*draft.guesses, None]):
+        for row, draft_token in enumerate([*draft.draft_tokens, None]):
             new.append(answer.sampler.draw(logits[row], len(answer.tokens) + row))
-            if guess is None or guess.token != new[-1]:
+            if draft_token is None or draft_token.token != new[-1]:
                 break
         if self.speculation is not None:
-            self.speculation.verified(draft, len(new) - 1)
+            self.speculation.record_accepted(draft, len(new) - 1)
         answer.slot.tokens += new[:-1]
         answer.tokens += new
         answer.slot.cache.truncate(len(answer.tokens) - 1)

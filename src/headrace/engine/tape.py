@@ -269,7 +269,7 @@ class Tapes:
     def taking_down(self, key: Hashable, at_once: bool = False) -> Iterator[Tape | None]:
         """Within it a pass is taken down, unless that was in vain before. The second tape is played from then on.
 
-        Not the first of its kind, unless `at_once`: batches with guesses have passes of so many kinds that most never come again.
+        Not the first of its kind, unless `at_once`: batches with draft tokens have passes of so many kinds that most never come again.
         """
         if (key not in self._seen and not at_once) or key in self._spoilt or len(self._ready) >= MOST_TAPES:
             if len(self._seen) >= _MOST_SEEN:

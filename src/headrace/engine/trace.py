@@ -21,7 +21,7 @@ class PassStats:
     stall_s: float  # compute waited for the disk
     kernel_s: float  # products with packed weights
     draft_s: float = 0.0  # before the pass
-    drafted: int = 0  # guesses among its rows
+    drafted: int = 0  # draft tokens among its rows
     accepted: int = 0  # of those
     expert_read_bytes: int = 0  # of `read_bytes`
     expert_hits: int = 0  # experts that a layer needed and found in memory

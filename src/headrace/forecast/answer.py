@@ -25,9 +25,9 @@ HOST_SAFE_SHARE = 0.85
 HOST_LEAST_LEFT = 2e9
 DEVICE_LEFT = 1.2e9
 PREFILL_ROWS = 8192  # of all prompts in one pass
-# That a guess of a model of a third of the size is right, if all before it were: E at 4 / 8 / 16 guesses 3.4 / 4.5 / 5.9.
-SMALLER_MODEL_CHANCE = 0.8
-MOST_GUESSES = 16
+# Acceptance rate of a draft model of a third of the size: E at 4 / 8 / 16 draft tokens 3.4 / 4.5 / 5.9.
+SMALLER_MODEL_ACCEPTANCE_RATE = 0.8
+MAX_DRAFT_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What is wanted of the model. `draft` is a smaller model that guesses tokens."""
+    """What is wanted of the model. `draft` is a smaller model that drafts."""
 
     bits: float = 16.0
     kv_bits: float = 16.0
@@ -100,7 +100,7 @@ class Forecast:
     decode: Phase
     ttft_s: Interval
     s_per_token: Interval  # of each sequence
-    guesses: int
+    draft_tokens: int
     tokens_per_pass: float  # of each sequence
     joules_per_token: float | None
     usd_per_h: float | None
@@ -135,7 +135,7 @@ class Forecast:
             "decode": _phase_json(self.decode),
             "ttft_s": asdict(self.ttft_s),
             "s_per_token": asdict(self.s_per_token),
-            "speculation": {"guesses": self.guesses, "tokens_per_pass": self.tokens_per_pass},
+            "speculation": {"draft_tokens": self.draft_tokens, "tokens_per_pass": self.tokens_per_pass},
             "joules_per_token": self.joules_per_token,
             "usd_per_h": self.usd_per_h,
             "usd_per_million_output": None
@@ -213,14 +213,14 @@ def forecast(model: Architecture, machine: Machine, ask: Ask) -> Forecast:
     method = _method(model, machine, ask, where, device - kv - draft_bytes, host, reasons)
     decode_work = _work(ask, ask.batch, ask.prompt_tokens + ask.tokens / 2)
     single = method.run(decode_work)
-    guesses, tokens_per_pass, pass_s = 0, 1.0, single.seconds
+    draft_tokens, tokens_per_pass, pass_s = 0, 1.0, single.seconds
     chosen = single
     if ask.draft is not None:
-        guesses, tokens_per_pass, pass_s, chosen = _speculate(model, machine, ask, method, single)
+        draft_tokens, tokens_per_pass, pass_s, chosen = _speculate(model, machine, ask, method, single)
         reasons.append(
-            f"{ask.draft.name} guesses {guesses} tokens a pass: {tokens_per_pass:.1f} tokens with each right by "
-            f"{SMALLER_MODEL_CHANCE:.0%} (table)"
-            if guesses
+            f"{ask.draft.name} drafts {draft_tokens} tokens a pass: {tokens_per_pass:.1f} tokens with an acceptance rate of "
+            f"{SMALLER_MODEL_ACCEPTANCE_RATE:.0%} (table)"
+            if draft_tokens
             else f"{ask.draft.name} does not pay as a draft: rows cost more than they bring"
         )
     spread = load_constants().spread
@@ -243,7 +243,7 @@ def forecast(model: Architecture, machine: Machine, ask: Ask) -> Forecast:
     decode = Phase(
         pass_s=_interval(pass_s, low, high),
         tok_per_s=_rate(tok_per_s, low, high),
-        rows=ask.batch * (1 + guesses),
+        rows=ask.batch * (1 + draft_tokens),
         binding=chosen.binding,
         busy_s=chosen.parts,
         bytes_by_tier=_tiers(chosen, where, method.missed_bytes(decode_work)),
@@ -270,7 +270,7 @@ def forecast(model: Architecture, machine: Machine, ask: Ask) -> Forecast:
         decode=decode,
         ttft_s=_interval(ttft, prefill_low, prefill_high),
         s_per_token=_interval(s_per_token, low, high),
-        guesses=guesses,
+        draft_tokens=draft_tokens,
         tokens_per_pass=tokens_per_pass,
         joules_per_token=joules,
         usd_per_h=usd_per_h,
@@ -477,22 +477,29 @@ def _method(
 def _speculate(
     model: Architecture, machine: Machine, ask: Ask, method: _Method, single: PassForecast
 ) -> tuple[int, float, float, PassForecast]:
-    """(guesses, tokens per pass and sequence, seconds of a pass with its drafting, the pass) of the best number of guesses."""
+    """(draft tokens, tokens per pass and sequence, seconds of a pass with its drafting, the pass) of the best number of draft tokens."""
     assert ask.draft is not None
     rates = load_constants().rates_of(SOFTWARE.get(machine.family, "server"))
     small = Work(rows=ask.batch, sequences=ask.batch, context=ask.prompt_tokens + ask.tokens / 2, bits=ask.draft_bits)
-    guess_s = resident_pass(ask.draft, machine.silicon, replace(machine.split, width=1, nodes=1), small, rates).seconds
+    draft_token_s = resident_pass(
+        ask.draft, machine.silicon, replace(machine.split, width=1, nodes=1), small, rates
+    ).seconds
     best = (0, 1.0, single.seconds, single)
     tokens, share = 1.0, 1.0
-    for guesses in range(1, MOST_GUESSES + 1):
-        share *= SMALLER_MODEL_CHANCE
+    for draft_tokens in range(1, MAX_DRAFT_TOKENS + 1):
+        share *= SMALLER_MODEL_ACCEPTANCE_RATE
         tokens += share
         found = method.run(
-            _work(ask, ask.batch * (1 + guesses), ask.prompt_tokens + ask.tokens / 2, sequences=ask.batch)
+            _work(ask, ask.batch * (1 + draft_tokens), ask.prompt_tokens + ask.tokens / 2, sequences=ask.batch)
         )
-        seconds = found.seconds + guesses * guess_s
+        seconds = found.seconds + draft_tokens * draft_token_s
         if seconds / tokens < best[2] / best[1]:
-            best = (guesses, tokens, seconds, replace(found, parts={**found.parts, "drafting": guesses * guess_s}))
+            best = (
+                draft_tokens,
+                tokens,
+                seconds,
+                replace(found, parts={**found.parts, "drafting": draft_tokens * draft_token_s}),
+            )
     return best
 
 

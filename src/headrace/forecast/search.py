@@ -160,7 +160,7 @@ def configurations(
                 for batch in batches:
                     for draft in (None, small) if small is not None else (None,):
                         answer = _try(model, many, replace(ask, bits=bits, batch=batch, draft=draft))
-                        if answer is not None and (draft is None or answer.guesses):
+                        if answer is not None and (draft is None or answer.draft_tokens):
                             found.append(answer)
     return found
 

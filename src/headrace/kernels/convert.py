@@ -1,7 +1,7 @@
 """Packed rows from one format to another, in the calling thread. Used by readers, so it holds no state.
 
 ggml's own quantiser searches for the best scales of a Q4_K block and takes 14 million weights a second. A copy that only
-guesses does not need the best: scales from the smallest and the largest weight come at ten times that speed.
+drafts does not need the best: scales from the smallest and the largest weight come at ten times that speed.
 """
 
 import ctypes

@@ -490,7 +490,7 @@ def _starcoder2(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _glm4moe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Heads that guess further tokens are stored as further layers."""
+    """Multi-token prediction heads are stored as further layers."""
     head_dim, experts = _head_dim(checkpoint), checkpoint.number("expert_count")
     return {
         "num_hidden_layers": checkpoint.layers,

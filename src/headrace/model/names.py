@@ -267,7 +267,7 @@ class ConvertedNames(_Made):
 
         def dropped(name: str) -> bool:
             if layer_of(name) >= layers:
-                return True  # heads that guess further tokens are stored as further layers
+                return True  # multi-token prediction heads are stored as further layers
             return any(re.search(pattern, name) for pattern in patterns)
 
         return [name for name, target in self._homeless if not dropped(name) and not dropped(target)]

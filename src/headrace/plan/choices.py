@@ -55,7 +55,7 @@ def choose_drafting(
 ) -> tuple[Drafting, str]:
     """(the best way to draft, the comparison in words). The first option must fit; a later one must gain a twentieth."""
     if len(options) > 1 and shape_of(checkpoint).one_by_one:
-        options = options[:1]  # states cannot take guesses back
+        options = options[:1]  # recurrent states cannot be rolled back
     best, least = options[0], float("inf")
     words = []
     for drafting in options:
@@ -67,7 +67,7 @@ def choose_drafting(
             words.append(f"{drafting.name} does not fit")
             continue
         answers = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
-        found = plan.expectation.s_per_token + drafting.prepare_s / answers
+        found = plan.decode_prediction.s_per_token + drafting.prepare_s / answers
         words.append(f"{drafting.name} {seconds(found)}")
         if found < 0.95 * least:
             best, least = drafting, found
@@ -96,7 +96,7 @@ def choose_sequences(
                 raise
             break
         wanted = replace(wanted, drafting=drafting)
-        found = plan_for(checkpoint, profile, budget, wanted, None).expectation.s_per_token
+        found = plan_for(checkpoint, profile, budget, wanted, None).decode_prediction.s_per_token
         if found < 0.98 * least:
             best, least = wanted, found
     assert best is not None
@@ -112,7 +112,7 @@ def _changes(
     built: Built | None,
 ) -> tuple[Change, ...]:
     """The three changes that save most time per token, each by planning again with it."""
-    now = plan.expectation.s_per_token
+    now = plan.decode_prediction.s_per_token
     # With memory for everything no buffer is cut short, so its sum is what is enough.
     roomy = plan_for(checkpoint, profile, Budget(nbytes=1 << 50, reason="what if"), request, runtime_bytes, built)
     parts = roomy.runtime_bytes + roomy.kv_bytes + roomy.draft_bytes + roomy.activation_bytes
@@ -121,7 +121,7 @@ def _changes(
 
     def with_memory(nbytes: int) -> float:
         budget = Budget(nbytes=nbytes, reason="what if")
-        return plan_for(checkpoint, profile, budget, request, runtime_bytes, built).expectation.s_per_token
+        return plan_for(checkpoint, profile, budget, request, runtime_bytes, built).decode_prediction.s_per_token
 
     candidates: list[Change] = []
     streams = plan.streamed_bytes_per_pass or (plan.experts is not None and plan.expert_slots < plan.experts.total)
@@ -129,14 +129,14 @@ def _changes(
         candidates.append(Change(what=f"--memory {option(enough)}: everything pinned", s_per_token=with_memory(enough)))
         half = (plan.budget.nbytes + enough) // 2
         candidates.append(Change(what=f"--memory {option(half)}", s_per_token=with_memory(half)))
-        expected = plan.expectation
+        expected = plan.decode_prediction
         faster = replace(plan.decode, disk_s=plan.decode.disk_s / 2).seconds + expected.draft_s
         what = "a disk twice as fast (or the file on two)"
         candidates.append(Change(what=what, s_per_token=faster / expected.tokens_per_pass))
     candidates += _smaller_files(plan)
     if plan.kv_bytes > plan.budget.nbytes // 10 and streams:
         shorter = replace(request, context_tokens=min(request.context_tokens, max(256, request.context_tokens // 2)))
-        s = plan_for(checkpoint, profile, plan.budget, shorter, runtime_bytes, built).expectation.s_per_token
+        s = plan_for(checkpoint, profile, plan.budget, shorter, runtime_bytes, built).decode_prediction.s_per_token
         candidates.append(Change(what=f"--ctx-size {shorter.context_tokens}", s_per_token=s))
     better = sorted((c for c in candidates if c.s_per_token < 0.97 * now), key=lambda c: c.s_per_token)
     return tuple(better[:3])
@@ -145,7 +145,7 @@ def _changes(
 def _smaller_files(plan: Plan) -> list[Change]:
     """The next smaller quantisations: the same budget holds a larger share of fewer bytes. They need no low-bit copy."""
     smaller = [(name, bits) for name, bits in USUAL_FILES if bits < 0.92 * plan.type_bits][:2]
-    expected = plan.expectation
+    expected = plan.decode_prediction
     cost, tokens, draft_s, room = plan.decode, expected.tokens_per_pass, expected.draft_s, plan.held_bytes
     if plan.drafting.name == "self":
         cost, tokens, draft_s = plan.cost(plan.sequences), float(plan.sequences), 0.0

@@ -1,6 +1,6 @@
 """What drafting is worth: tokens per pass from how often guesses are right, and the best number of guesses.
 
-With every guess right with the same chance `a`, given that all before it were, a pass with `k` guesses yields
+With every guess right with the same acceptance_rate `a`, given that all before it were, a pass with `k` guesses yields
 
     E(k) = 1 + a + a^2 + ... + a^k                        (Leviathan, Kalman, Matias 2023, equation 1)
 
@@ -15,20 +15,19 @@ from pathlib import Path
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.low_bit import low_bit_copy
 from headrace.errors import UsageError
-from headrace.forecast.answer import SMALLER_MODEL_CHANCE
+from headrace.forecast.answer import SMALLER_MODEL_ACCEPTANCE_RATE
 from headrace.paths import exists
 from headrace.plan.cost import PassCost
 
-# Guesses for one sequence in a pass, at most: beyond, even a perfect copy gains little, and rows cost memory.
-MOST_GUESSES = 24
-# E at 4 / 8 / 16 guesses of Q4_0 of the same model: 4.4 / 6.8 / 10.8.
-# Of a copy by its bits per weight, up to so many: Q2_K, Q3_K_M, Q4_0.
-COPY_CHANCES = ((3.6, 0.80), (4.4, 0.92), (32.0, 0.94))
+# Max draft tokens of one sequence in a pass: beyond, even a perfect copy gains little, and rows cost memory.
+MAX_DRAFT_TOKENS = 24
+# (max bits per weight, acceptance rate) of a low-bit copy: Q2_K, Q3_K_M, Q4_0. E at 4 / 8 / 16 draft tokens of Q4_0: 4.4 / 6.8 / 10.8.
+COPY_ACCEPTANCE_RATES = ((3.6, 0.80), (4.4, 0.92), (32.0, 0.94))
 # A copy of a model with fewer bits than this saves too little.
 LEAST_BITS = 8.0
 COPIED_WEIGHTS_PER_S = 150e6  # measured with two readers
-# Of free text; where text is edited it is far more.
-LOOKUP_CHANCE = 0.1
+# Acceptance rate of prompt lookup in free text; far higher where text is edited.
+LOOKUP_ACCEPTANCE_RATE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +35,15 @@ class Drafting:
     """One way to draft. `checkpoint` is the draft model's, if there is one; it stays in memory."""
 
     name: str  # none, prompt, self or the file's name
-    chance: float  # that a guess is right, given that those before it were
-    most_guesses: int
+    acceptance_rate: float  # of a draft token, given that all before it were accepted
+    max_draft_tokens: int
     lookup: bool = False
     prepare_s: float = 0.0  # to make the draft model, once
     checkpoint: Checkpoint | None = None
 
 
-NO_DRAFT = Drafting(name="none", chance=0.0, most_guesses=0)
-LOOKUP = Drafting(name="prompt", chance=LOOKUP_CHANCE, most_guesses=MOST_GUESSES, lookup=True)
+NO_DRAFT = Drafting(name="none", acceptance_rate=0.0, max_draft_tokens=0)
+LOOKUP = Drafting(name="prompt", acceptance_rate=LOOKUP_ACCEPTANCE_RATE, max_draft_tokens=MAX_DRAFT_TOKENS, lookup=True)
 
 
 def drafting_options(checkpoint: Checkpoint, name: str) -> list[Drafting]:
@@ -61,7 +60,7 @@ def drafting_options(checkpoint: Checkpoint, name: str) -> list[Drafting]:
     if checkpoint.has_encoder:
         if name not in ("none", "auto"):
             raise UsageError(
-                f"{checkpoint.name} has an encoder: its decoder keeps a cache of its own, in which guesses cannot be taken back",
+                f"{checkpoint.name} has an encoder: its decoder keeps a cache of its own, which cannot be rolled back after a rejected draft token",
                 hint="use --draft none",
             )
         return [NO_DRAFT]
@@ -84,7 +83,7 @@ def drafting_options(checkpoint: Checkpoint, name: str) -> list[Drafting]:
 def _copy(checkpoint: Checkpoint) -> Drafting:
     copy = low_bit_copy(checkpoint)
     weights = sum(t.rows * t.columns for t in copy.tensors.values() if t != checkpoint.tensors[t.name])
-    return replace(_with_model(copy, "self", _copy_chance(copy)), prepare_s=weights / COPIED_WEIGHTS_PER_S)
+    return replace(_with_model(copy, "self", _copy_acceptance_rate(copy)), prepare_s=weights / COPIED_WEIGHTS_PER_S)
 
 
 def _model(checkpoint: Checkpoint, path: str) -> Drafting:
@@ -103,21 +102,27 @@ def _model(checkpoint: Checkpoint, path: str) -> Drafting:
     common = min(len(ours), len(theirs))
     if not common or ours[:common] != theirs[:common]:
         raise UsageError(
-            f"{path} has another vocabulary than {checkpoint.path}: its guesses would mean other tokens",
+            f"{path} has another vocabulary than {checkpoint.path}: its token ids mean other tokens",
             hint="use a draft model of the same family, or --draft prompt",
         )
     same = all(draft.get(key) == checkpoint.get(key) for key in ("block_count", "embedding_length"))
-    return _with_model(draft, Path(path).name, _copy_chance(draft) if same else SMALLER_MODEL_CHANCE)
+    return _with_model(draft, Path(path).name, _copy_acceptance_rate(draft) if same else SMALLER_MODEL_ACCEPTANCE_RATE)
 
 
-def _with_model(checkpoint: Checkpoint, name: str, chance: float) -> Drafting:
+def _with_model(checkpoint: Checkpoint, name: str, acceptance_rate: float) -> Drafting:
     """Prompt lookup goes with every draft model: it costs nothing."""
-    return Drafting(name=name, chance=chance, most_guesses=MOST_GUESSES, lookup=True, checkpoint=checkpoint)
+    return Drafting(
+        name=name,
+        acceptance_rate=acceptance_rate,
+        max_draft_tokens=MAX_DRAFT_TOKENS,
+        lookup=True,
+        checkpoint=checkpoint,
+    )
 
 
-def _copy_chance(copy: Checkpoint) -> float:
+def _copy_acceptance_rate(copy: Checkpoint) -> float:
     bits = _average_bits(copy)
-    return next(chance for limit, chance in COPY_CHANCES if bits <= limit)
+    return next(acceptance_rate for limit, acceptance_rate in COPY_ACCEPTANCE_RATES if bits <= limit)
 
 
 def _average_bits(checkpoint: Checkpoint) -> float:
@@ -126,18 +131,18 @@ def _average_bits(checkpoint: Checkpoint) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expectation:
-    """What a pass brings with the best number of guesses."""
+class DecodePrediction:
+    """Predicted decode pass with the best number of draft tokens."""
 
-    guesses: int
+    draft_tokens: int
     tokens_per_pass: float  # of all sequences together
     cost: PassCost
-    guess_s: float  # of one guess for each sequence
+    draft_token_s: float  # of one draft token for each sequence
 
     @property
     def draft_s(self) -> float:
         """Drafting before a pass."""
-        return self.guesses * self.guess_s
+        return self.draft_tokens * self.draft_token_s
 
     @property
     def seconds(self) -> float:
@@ -155,29 +160,29 @@ class Expectation:
         return "drafting" if self.draft_s > self.cost.seconds else self.cost.binding
 
 
-def expect(
-    chance: float, most_guesses: int, sequences: int, guess_s: float, cost: Callable[[int], PassCost]
-) -> Expectation:
-    """The best number of guesses for each of `sequences`.
+def predict_decode(
+    acceptance_rate: float, max_draft_tokens: int, sequences: int, draft_token_s: float, cost: Callable[[int], PassCost]
+) -> DecodePrediction:
+    """The decode pass with the number of draft tokens that gives the least seconds per token.
 
     Args:
-        chance: of a guess, given that all before it were right.
-        most_guesses: of a sequence in a pass.
-        sequences: in a pass.
-        guess_s: seconds of one more guess for all sequences.
-        cost: of a pass with so many rows.
+        acceptance_rate: of a draft token, given that all before it were accepted.
+        max_draft_tokens: of a sequence in a pass.
+        sequences: sequences in a pass.
+        draft_token_s: seconds of one more draft token for all sequences.
+        cost: cost of a pass by its rows.
     """
     options = []
     tokens, share = 1.0, 1.0
-    for guesses in range(most_guesses + 1):
+    for draft_tokens in range(max_draft_tokens + 1):
         options.append(
-            Expectation(
-                guesses=guesses,
+            DecodePrediction(
+                draft_tokens=draft_tokens,
                 tokens_per_pass=sequences * tokens,
-                cost=cost(sequences * (1 + guesses)),
-                guess_s=guess_s,
+                cost=cost(sequences * (1 + draft_tokens)),
+                draft_token_s=draft_token_s,
             )
         )
-        share *= chance
+        share *= acceptance_rate
         tokens += share
     return min(options, key=lambda option: option.s_per_token)

@@ -13,7 +13,7 @@ from headrace.checkpoint import Checkpoint
 from headrace.checkpoint.tensor import bits_per_weight
 from headrace.errors import ContextError
 from headrace.plan.cost import PassCost, Weights, compute_seconds, pass_cost
-from headrace.plan.draft import Drafting, Expectation, expect
+from headrace.plan.draft import DecodePrediction, Drafting, predict_decode
 from headrace.plan.experts import Experts
 from headrace.plan.memory import Budget
 from headrace.plan.profile import Profile
@@ -76,9 +76,9 @@ class Plan:
     prefill_rows: int
     prefill_passes: int
     drafting: Drafting
-    most_guesses: int  # for each sequence in a pass
+    max_draft_tokens: int  # for each sequence in a pass
     draft_bytes: int  # the draft model, its caches and activations
-    expectation: Expectation
+    decode_prediction: DecodePrediction
     activation_bytes: int
     runtime_bytes: int
     disk_bytes_per_s: float
@@ -100,13 +100,13 @@ class Plan:
 
     @property
     def decode(self) -> PassCost:
-        """A pass that decodes, with the guesses it verifies."""
-        return self.expectation.cost
+        """A decode pass with the draft tokens it verifies."""
+        return self.decode_prediction.cost
 
     @property
     def decode_rows(self) -> int:
         """Rows of such a pass."""
-        return self.sequences * (1 + self.expectation.guesses)
+        return self.sequences * (1 + self.decode_prediction.draft_tokens)
 
     @property
     def pass_bytes(self) -> int:
@@ -116,7 +116,7 @@ class Plan:
     @property
     def binding(self) -> str:
         """What a decoded token waits for: disk, compute or drafting."""
-        return self.expectation.binding
+        return self.decode_prediction.binding
 
     def line(self) -> str:
         """The plan in one line."""
@@ -163,8 +163,8 @@ class Plan:
         )
 
     def draft_line(self) -> str:
-        """How tokens are guessed, and what is expected of it."""
-        tokens = self.expectation.tokens_per_pass / self.sequences
+        """The drafter and its predicted tokens per pass."""
+        tokens = self.decode_prediction.tokens_per_pass / self.sequences
         memory = f" ({gib(self.draft_bytes)})" if self.draft_bytes else ""
         return f"draft {self.drafting.name}{memory}: about {tokens:.1f} tokens per pass"
 
@@ -205,9 +205,9 @@ class Plan:
             "sequences": self.sequences,
             "draft": {
                 "name": self.drafting.name,
-                "guesses": self.expectation.guesses,
-                "tokens_per_pass": self.expectation.tokens_per_pass,
-                "draft_s_per_pass": self.expectation.draft_s,
+                "draft_tokens": self.decode_prediction.draft_tokens,
+                "tokens_per_pass": self.decode_prediction.tokens_per_pass,
+                "draft_s_per_pass": self.decode_prediction.draft_s,
             },
             "prefill": {"rows_per_pass": self.prefill_rows, "passes": self.prefill_passes},
             "disk_bytes_per_s": self.disk_bytes_per_s,
@@ -236,10 +236,10 @@ def plan_for(
     disk = profile.disk(checkpoint.paths[0])
     rows = room.prefill_rows
     passes = -(-request.prompt_rows // rows)
-    guess_s = 0.0
+    draft_token_s = 0.0
     if draft is not None:
         woven = _interleaved(draft, {tensor.name: tensor.rows for tensor in draft.linears}, profile, in_place=True)
-        guess_s = compute_seconds(profile, woven, draft.layers, request.sequences, exact=True)
+        draft_token_s = compute_seconds(profile, woven, draft.layers, request.sequences, exact=True)
     drafting = request.drafting
     experts = shape.experts
     if experts is not None:
@@ -249,7 +249,9 @@ def plan_for(
         def cost(rows: int) -> PassCost:
             return pass_cost(profile, disk, room.streamed, weights, shape.layers, rows, exact=True)
 
-        expectation = expect(drafting.chance, request.most_guesses, request.sequences, guess_s, cost)
+        decode_prediction = predict_decode(
+            drafting.acceptance_rate, request.max_draft_tokens, request.sequences, draft_token_s, cost
+        )
         cold = weights if experts is None else replace(weights, experts=experts.with_cached(0))
         decoded = 1 if shape.opening else min(rows, request.prompt_rows)
         first = pass_cost(profile, disk, shape.weights_bytes, cold, shape.layers, decoded)
@@ -260,11 +262,11 @@ def plan_for(
         later = pass_cost(profile, disk, room.streamed + room.lent, weights, shape.layers, rows)
         ttft = first.seconds + (passes - 1) * later.seconds
         answers = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
-        return _Outlook(weights, expectation, first, ttft, ttft + answers * expectation.s_per_token)
+        return _Outlook(weights, decode_prediction, first, ttft, ttft + answers * decode_prediction.s_per_token)
 
     best, copied = _best_layout(shape, room, profile, request, experts, outlook)
     types = frozenset(best.weights.interleaved)
-    expectation, first, ttft = best.expectation, best.first, best.ttft_s
+    decode_prediction, first, ttft = best.decode_prediction, best.first, best.ttft_s
     reasons = [
         budget.reason,
         _rings(room),
@@ -276,7 +278,7 @@ def plan_for(
             how if copied else f"pinned {', '.join(sorted(types))} interleaved in place: many rows in a pass pay for it"
         )
     if best.weights.tiles_exactly:
-        reasons.append("single rows padded to tiles of eight: guesses and other sequences pay for it")
+        reasons.append("single rows padded to tiles of eight: draft tokens and other sequences pay for it")
     chosen = checkpoint.number("attention.indexer.top_k", 0)
     if 0 < chosen < request.context_tokens:
         reasons.append(f"the model would choose {chosen} positions to look at; here each token sees all before it")
@@ -312,14 +314,14 @@ def plan_for(
         prefill_rows=rows,
         prefill_passes=passes,
         drafting=drafting,
-        most_guesses=request.most_guesses,
+        max_draft_tokens=request.max_draft_tokens,
         draft_bytes=room.draft,
-        expectation=expectation,
+        decode_prediction=decode_prediction,
         activation_bytes=room.activations,
         runtime_bytes=room.runtime,
         disk_bytes_per_s=disk,
         prefill=first,
-        decode_s_per_token=_spread(expectation.s_per_token, profile),
+        decode_s_per_token=_spread(decode_prediction.s_per_token, profile),
         ttft_s=_spread(ttft, profile),
         profile=profile,
         weights=best.weights,
@@ -348,7 +350,7 @@ class _Outlook(NamedTuple):
     """What a layout of the weights leads to."""
 
     weights: Weights
-    expectation: Expectation
+    decode_prediction: DecodePrediction
     first: PassCost
     ttft_s: float
     total_s: float  # of all prompts and answers

@@ -48,12 +48,12 @@ class Pass(Protocol):
 
     @property
     def drafted(self) -> int:
-        """Guesses among its rows."""
+        """Draft tokens among its rows."""
         ...
 
     @property
     def accepted(self) -> int:
-        """Of those, how many were right."""
+        """Accepted draft tokens."""
         ...
 
 
@@ -122,7 +122,7 @@ def make_record(
         ttft_s: to the first of them.
         s_per_token: of the others.
     """
-    most = plan.sequences * (1 + plan.most_guesses)
+    most = plan.sequences * (1 + plan.max_draft_tokens)
     groups: dict[int, list[Pass]] = {}
     for one in passes[1:]:
         if one.rows <= most:

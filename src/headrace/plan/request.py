@@ -24,16 +24,16 @@ class Request:
         return self.prompt_tokens * self.sequences
 
     @property
-    def most_guesses(self) -> int:
+    def max_draft_tokens(self) -> int:
         """For each sequence in a pass: fewer where many share it, since the logits of every row take memory."""
-        return min(self.drafting.most_guesses, max(0, MOST_VERIFY_ROWS // self.sequences - 1))
+        return min(self.drafting.max_draft_tokens, max(0, MOST_VERIFY_ROWS // self.sequences - 1))
 
     @property
     def row_invariant(self) -> bool:
-        """Whether what one row computes must not depend on the number of rows: with guesses, or with others."""
-        return self.sequences > 1 or self.most_guesses > 0
+        """Whether what one row computes must not depend on the number of rows: with draft tokens, or with other sequences."""
+        return self.sequences > 1 or self.max_draft_tokens > 0
 
     @property
     def verify_rows(self) -> int:
-        """The most exact rows of a pass: of every sequence its token and all guesses."""
-        return max(FEW_ROWS, self.sequences * (1 + self.most_guesses))
+        """The most exact rows of a pass: of every sequence its token and all draft tokens."""
+        return max(FEW_ROWS, self.sequences * (1 + self.max_draft_tokens))

@@ -1,6 +1,6 @@
 """A file that is not there: its tensors are made from stored ones while they are read, in the reader's thread.
 
-Quantised layouts without a kernel, matrices stored with their inputs as rows, low-bit copies that guess: all are tensors on
+Quantised layouts without a kernel, matrices stored with their inputs as rows, low-bit draft copies: all are tensors on
 a path of which only the name exists. Nothing is written, and never more than what is asked for is made.
 """
 

@@ -1,8 +1,7 @@
-"""What might come next: drafters guess tokens that the model then verifies, all in one pass.
+"""Drafters propose tokens that the model verifies, all in one pass.
 
-A drafter looks at a sequence and names a token with a `Grade`: what kind of guess it is and how sure. How good guesses of
-a grade are is not assumed but counted (see `depth`). Drafters never have to be told what became of their guesses: they
-look at the sequence again, and forget what no longer agrees with it.
+A drafter proposes a token with a `ConfidenceBucket`: which drafter, and how confident. The acceptance rate of each bucket is
+counted, not assumed (`speculation.py`). Drafters need no result: they read the sequence again and rewind to the common prefix.
 """
 
 from array import array
@@ -20,48 +19,50 @@ from headrace.errors import CheckpointError
 from headrace.plan.rooms import DRAFT_PROMPT_ROWS
 
 
-class Grade(NamedTuple):
-    """Guesses that are counted together: who made them, and how sure, from 0 to `SURE`."""
+class ConfidenceBucket(NamedTuple):
+    """Draft tokens that are counted together: their drafter, and a bucket of confidence from 0 to `MAX_BUCKET`."""
 
     source: str
-    level: int
+    bucket: int
 
 
-class Guess(NamedTuple):
-    """A token, and the grade of the guess."""
+class DraftToken(NamedTuple):
+    """A proposed token and its confidence."""
 
     token: int
-    grade: Grade
+    confidence: ConfidenceBucket
 
 
-SURE = 9
+MAX_BUCKET = 9
 
 
 @dataclass(eq=False)
 class Draft:
-    """One sequence to guess for: its tokens so far, how it draws, and the guesses made."""
+    """The draft of one sequence: its tokens so far, its sampler, and the draft tokens proposed."""
 
     tokens: Sequence[int]
     sampler: Sampler
-    guesses: list[Guess] = field(default_factory=list)
+    draft_tokens: list[DraftToken] = field(default_factory=list)
 
 
 class PromptLookup:
-    """Guesses that the text goes on as it did the last time: the longest suffix that occurred before, and what followed.
+    """Proposes the token that followed the last occurrence of the longest suffix.
 
-    Costs nothing, and is right where text is edited, quoted or repeated (Saxena: Prompt Lookup Decoding, 2023).
+    Costs nothing, and is accepted where text is edited, quoted or repeated (Saxena: Prompt Lookup Decoding, 2023).
     """
 
     SHORTEST, LONGEST, CANDIDATES = 2, 32, 24
     source = "prompt"
 
-    def guess(self, draft: Draft) -> bool:
-        """Append a guess to the draft, if its suffix occurred before."""
-        found = self._continuation([*draft.tokens, *(guess.token for guess in draft.guesses)])
+    def propose(self, draft: Draft) -> bool:
+        """Append a draft token, if the suffix occurred before."""
+        found = self._continuation([*draft.tokens, *(draft_token.token for draft_token in draft.draft_tokens)])
         if found is None:
             return False
         token, length = found
-        draft.guesses.append(Guess(token, Grade(self.source, min(SURE, length.bit_length() * 2 - 2))))
+        draft.draft_tokens.append(
+            DraftToken(token, ConfidenceBucket(self.source, min(MAX_BUCKET, length.bit_length() * 2 - 2)))
+        )
         return True
 
     def _continuation(self, tokens: list[int]) -> tuple[int, int] | None:
@@ -97,35 +98,35 @@ class PromptLookup:
 
 
 @dataclass
-class _Held:
-    """What the draft model has computed of one sequence."""
+class _DraftSequence:
+    """The draft model's KV cache of one sequence, and the tokens in it."""
 
     cache: KVCache | ModelCache
     tokens: list[int]
 
 
 class ModelDrafter:
-    """A small model that stays in memory guesses. It draws as the sequence does, so that it hits the same token."""
+    """A small resident model drafts. It samples with the sequence's own sampler, so that it often draws the same token."""
 
     def __init__(self, engine: Engine, context_tokens: int, source: str = "model"):
         """`engine` holds the draft model, `context_tokens` is the most that a sequence has."""
         self.engine = engine
         self.source = source
         self._context_tokens = context_tokens
-        self._held: dict[int, _Held] = {}  # by the identity of the sequence's list of tokens
+        self._active: dict[int, _DraftSequence] = {}  # by the identity of the sequence's list of tokens
         self._is_broken = False  # whether the draft model computes values that are not finite
-        self._left: list[_Held] = []  # of sequences that have ended: the next may begin alike
+        self._idle: list[_DraftSequence] = []  # caches of sequences that have ended, for prefix caching
 
-    def guess(self, drafts: Sequence[Draft]) -> int:
-        """Append a guess to each draft, in one pass over the draft model; returns the rows that were computed."""
+    def propose(self, drafts: Sequence[Draft]) -> int:
+        """Append a draft token to each draft in one pass of the draft model; return the rows computed."""
         work = []
         if self._is_broken:
             return 0
         before = len(self.engine.passes)
         for draft in drafts:
-            tokens = [*draft.tokens, *(guess.token for guess in draft.guesses)]
+            tokens = [*draft.tokens, *(draft_token.token for draft_token in draft.draft_tokens)]
             if len(tokens) < self._context_tokens:
-                work.append((draft, self._agreed(draft, tokens), tokens))
+                work.append((draft, self._rewind_to_common_prefix(draft, tokens), tokens))
         while behind := [
             (held, tokens) for _, held, tokens in work if len(tokens) - held.cache.length > DRAFT_PROMPT_ROWS
         ]:
@@ -139,44 +140,45 @@ class ModelDrafter:
             return 0
         for (draft, _, tokens), row in zip(work, logits, strict=True):
             token, confidence = draft.sampler.draw_with_confidence(row, len(tokens))
-            draft.guesses.append(Guess(token, Grade(self.source, min(SURE, int(confidence * (SURE + 1))))))
+            draft.draft_tokens.append(
+                DraftToken(token, ConfidenceBucket(self.source, min(MAX_BUCKET, int(confidence * (MAX_BUCKET + 1)))))
+            )
         return sum(stats.rows for stats in self.engine.passes[before:])
 
     def forget(self, tokens: Sequence[int]) -> None:
         """The sequence has ended."""
-        held = self._held.pop(id(tokens), None)
+        held = self._active.pop(id(tokens), None)
         if held is not None:
-            self._left.append(held)
+            self._idle.append(held)
 
-    def _agreed(self, draft: Draft, tokens: list[int]) -> _Held:
-        """What is computed of this sequence, cut where it no longer agrees; at least one token is left to compute."""
-        held = self._held.get(id(draft.tokens))
+    def _rewind_to_common_prefix(self, draft: Draft, tokens: list[int]) -> _DraftSequence:
+        """The sequence's cache, truncated to the common prefix with `tokens`; at least one token is left to compute."""
+        held = self._active.get(id(draft.tokens))
         if held is None:
-            held = self._held[id(draft.tokens)] = self._take(tokens)
+            held = self._active[id(draft.tokens)] = self._take(tokens)
         length = min(common_length(held.tokens, tokens[:-1]), held.cache.length)
         held.cache.truncate(length)
         held.tokens = held.tokens[:length]
         return held
 
-    def _take(self, tokens: list[int]) -> _Held:
-        """For a new sequence: of those that have ended the one that it shares most with, so that there are never more caches
-        than there were sequences at a time."""
-        if not self._left:
-            return _Held(self.engine.new_cache(self._context_tokens), [])
-        best = max(self._left, key=lambda held: common_length(held.tokens, tokens))
-        self._left.remove(best)
+    def _take(self, tokens: list[int]) -> _DraftSequence:
+        """The idle cache with the longest common prefix, or a new one if none is idle."""
+        if not self._idle:
+            return _DraftSequence(self.engine.new_cache(self._context_tokens), [])
+        best = max(self._idle, key=lambda held: common_length(held.tokens, tokens))
+        self._idle.remove(best)
         return best
 
-    def _step(self, held: Sequence[_Held], tokens: Sequence[list[int]]) -> torch.Tensor | None:
-        """Logits of the last tokens; None: there is no guess this time."""
+    def _step(self, held: Sequence[_DraftSequence], tokens: Sequence[list[int]]) -> torch.Tensor | None:
+        """Logits of the last tokens; None: no draft token this time."""
         try:
             logits = self.engine.step(
                 [Rows(cache=h.cache, tokens=t[h.cache.length :], exact=True) for h, t in zip(held, tokens, strict=True)]
             )
-        except CacheOverflow as overflow:  # the next guess begins from the start, in a type that holds large values
+        except CacheOverflow as overflow:  # the next draft begins from the start, with a wider cache
             overflow.cache.widen()
             return None
-        except CheckpointError:  # the answer goes on without guesses
+        except CheckpointError:  # decoding goes on without drafts
             self._is_broken = True
             return None
         for h, t in zip(held, tokens, strict=True):
