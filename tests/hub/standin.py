@@ -156,7 +156,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, b"", {**common, "X-Error-Code": "EntryNotFound", **self.hub.lies})
         else:
             location = f"http://localhost:{self.hub.port}/cdn/{repo}/{quote(name)}"
-            linked = {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+            linked = {
+                "X-FusedCall-Size": str(len(content)),
+                "X-FusedCall-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            }
             self.answer(302, b"", {**common, **linked, "Location": location, **self.hub.lies})
 
     def cdn(self, repo: str, name: str) -> None:

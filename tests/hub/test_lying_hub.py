@@ -73,7 +73,7 @@ def pull_whatever_comes(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("value", OUT)
-@pytest.mark.parametrize("name", ["ETag", "X-Linked-ETag", "X-Repo-Commit"])
+@pytest.mark.parametrize("name", ["ETag", "X-FusedCall-ETag", "X-Repo-Commit"])
 def test_a_header_that_leads_out_of_the_cache_writes_nothing_there(
     name: str, value: str, lying: StandIn, cache: Path
 ) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from headrace.engine import latents
+from headrace.engine.capture import CapturedStep
 from headrace.engine.latents import NUMBERS_TOGETHER, Turns
-from headrace.engine.tape import Tape
 from headrace.kernels.limits import FEW_ROWS
 
 if TYPE_CHECKING:
@@ -149,15 +149,15 @@ class KVCache:
         return (held[0].data, held[1].data) if held is not None and fits else None
 
     def floats(
-        self, layer: int, first: int, last: int, room: "Room", filled: int = 0
+        self, layer: int, first: int, last: int, buffers: "FloatBuffers", filled: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in fp32: each (kv_heads, last, head_dim), of which positions before `first` are not filled.
 
-        `filled`: up to here the room holds those of this layer already, from the last call.
+        `filled`: up to here the buffers hold those of this layer already, from the last call.
         """
         held = self._held[layer]
         assert held is not None
-        keys, values = room.take(
+        keys, values = buffers.take(
             (held[0].heads, self.capacity, held[0].width), (held[1].heads, self.capacity, held[1].width)
         )
         keys, values = keys.narrow(1, 0, last), values.narrow(1, 0, last)
@@ -293,7 +293,7 @@ class _Pool:
         return bool((self._bits[: self._used, :, first:last] & 0x7FFF).amax() >= self._infinite)
 
 
-class Room:
+class FloatBuffers:
     """Memory for keys and values in fp32, of one layer after another.
 
     Products of fp16 are four times as slow as those of fp32 where the processor has none of its own: 94 us for a row over 100
@@ -342,9 +342,9 @@ class PackedAttention:
         # That called while the order was recorded: how many heads keep keys and values, and how many numbers of a position.
         self.layers: dict[int, tuple[int, int]] = {}
         self.strange: set[str] = set()  # what they asked for that is not done here
-        self.room = Room()
-        self.tape: Tape | None = None  # that takes down what happens
-        self._filled = 0  # positions of this layer that the room holds already
+        self.buffers = FloatBuffers()
+        self.capture: CapturedStep | None = None  # that takes down what happens
+        self._filled = 0  # positions of this layer that the buffers hold already
         self.records = False  # whether calls are looked at and not computed
         self._turns: dict[torch.nn.Module, Turns | None] = {}  # of a layer that is about to attend to latent vectors
 
@@ -408,12 +408,12 @@ class PackedAttention:
         layer: int = module.layer_idx  # type: ignore[assignment]
         arguments = (layer, query, key, value, scaling, sliding_window, softcap, s_aux)
         shape = (1, query.shape[2], query.shape[1], value.shape[3])
-        if self.tape is None:
+        if self.capture is None:
             out = query.new_empty(shape)
             self.attend(out, *arguments)
         else:
-            out = self.tape.empty(shape)
-            self.tape.do(self.attend, out, *arguments)
+            out = self.capture.empty(shape)
+            self.capture.do(self.attend, out, *arguments)
         return out, None
 
     def attend(
@@ -458,7 +458,7 @@ class PackedAttention:
             cache.put(layer, start, rotated[0, :, part], vectors[0, :, part])
             rows = part.stop - part.start
             first = max(0, start + 1 - window) if window else 0
-            places, seen = (held[0] for held in cache.floats(layer, first, start + rows, self.room))
+            places, seen = (held[0] for held in cache.floats(layer, first, start + rows, self.buffers))
             if not exact:
                 mask = self._mask(start, rows, window or 0)[:, first:]
                 latents.attend(query[:, part], seen[first:], places[first:], turns, mask, scaling, out[0, part])
@@ -505,7 +505,7 @@ class PackedAttention:
         """Each row alone, so that its result does not depend on the rows beside it. The heads of a group are the rows."""
         heads, rows, width = query.shape
         first = max(0, start + 1 - window) if window else 0
-        all_keys, all_values = cache.floats(layer, first, start + rows, self.room, self._filled)
+        all_keys, all_values = cache.floats(layer, first, start + rows, self.buffers, self._filled)
         for row in range(rows):
             last = start + row + 1
             visible = max(0, last - window) if window else 0
@@ -532,7 +532,9 @@ class PackedAttention:
     ) -> None:
         rows = query.shape[1]
         first = max(0, start + 1 - window) if window else 0
-        keys, values = (wide[:, first:] for wide in cache.floats(layer, first, start + rows, self.room, self._filled))
+        keys, values = (
+            wide[:, first:] for wide in cache.floats(layer, first, start + rows, self.buffers, self._filled)
+        )
         mask = self._mask(start, rows, window or 0)[:, first:]
         result = _attend(query, keys, values, mask, scaling, softcap, sinks)
         out.copy_(result.transpose(0, 1))

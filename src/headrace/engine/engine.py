@@ -22,8 +22,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import CacheOverflow, Entry, JoinedCache, KVCache, PackedAttention
-from headrace.engine.chains import Linker
+from headrace.engine.capture import CaptureCache, CapturedStep
 from headrace.engine.experts import ExpertProducts
+from headrace.engine.fuse import Fuser
 from headrace.engine.latents import makes_keys, turns_of
 from headrace.engine.look_ahead import LookAhead
 from headrace.engine.model_cache import (
@@ -37,8 +38,7 @@ from headrace.engine.model_cache import (
     trial_of,
 )
 from headrace.engine.numbers import numbers_of
-from headrace.engine.recycling import Recycling
-from headrace.engine.tape import Tape, Tapes
+from headrace.engine.pooled_allocation import PooledAllocation
 from headrace.engine.trace import PassLog, PassStats, Trace
 from headrace.errors import CheckpointError, ContextError, UnsupportedError
 from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels
@@ -129,10 +129,10 @@ class Engine:
         self.passes = PassLog()
         self.on_visit: Callable[[int, int], None] | None = None  # called with (visits done, visits of the pass)
         self.experts: ExpertProducts | None = None
-        self._tape: Tape | None = None  # that takes down what happens
+        self._capture: CapturedStep | None = None  # that takes down what happens
         own = kernels if isinstance(kernels, Kernels) else None
         self._attention = PackedAttention(own)
-        self._tapes = Tapes(list if own is None else Linker(own, self._attention, self, self._multiply))
+        self._captures = CaptureCache(list if own is None else Fuser(own, self._attention, self, self._multiply))
         self._recorder: Recorder | None = None
         self._name = f"headrace_{id(self):x}"
         self._streams: list[WeightStream] = []
@@ -343,7 +343,7 @@ class Engine:
         self._begin(self.steps)
         many = self._rows - self._exact_rows > FEW_ROWS
         try:
-            with Recycling() if many else nullcontext():
+            with PooledAllocation() if many else nullcontext():
                 logits = self._forward_in_order(batch, starts) if self.way != "model" else self._by_model(batch)
         except BaseException:
             self._broken_off = True
@@ -540,18 +540,18 @@ class Engine:
         if self._exact_rows < self._rows or self._rows > FEW_ROWS:
             return self._logits(arguments, torch.tensor(wanted))
         key = tuple((len(rows.tokens), rows.logits) for rows in batch)
-        found = self._tapes.tape(key)
+        found = self._captures.find(key)
         if found is not None:
-            return found.play(tokens, positions)
-        with self._tapes.taking_down(key, at_once=self._rows == 1) as tape:
-            if tape is None:
+            return found.replay(tokens, positions)
+        with self._captures.capturing(key, at_once=self._rows == 1) as capture:
+            if capture is None:
                 return self._logits(arguments, torch.tensor(wanted))
-            self._tape = self._attention.tape = tape
+            self._capture = self._attention.capture = capture
             try:
-                arguments = {name: tape.input(value) for name, value in arguments.items()}
-                return tape.output(self._logits(arguments, torch.tensor(wanted)))
+                arguments = {name: capture.input(value) for name, value in arguments.items()}
+                return capture.output(self._logits(arguments, torch.tensor(wanted)))
             finally:
-                self._tape = self._attention.tape = None
+                self._capture = self._attention.capture = None
 
     def _logits(self, arguments: dict[str, Any], keep: torch.Tensor) -> torch.Tensor:
         """A forward; the logits of the rows in `keep`."""
@@ -578,12 +578,12 @@ class Engine:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         # The head is given only the rows that need logits: few, so all of them are exact, even if they are all rows of the pass.
         exact = self._exact_rows if rows.shape[0] == self._rows and linear is not self._head else rows.shape[0]
-        empty = rows.new_empty if self._tape is None else self._tape.empty
+        empty = rows.new_empty if self._capture is None else self._capture.empty
         outputs = [empty((rows.shape[0], tensor.outputs)) for tensor in tensors]
-        if self._tape is None:
+        if self._capture is None:
             self._multiply(step, rows, outputs, exact)
         else:
-            self._tape.do(self._multiply, step, rows, outputs, exact)
+            self._capture.do(self._multiply, step, rows, outputs, exact)
         found = dict(zip((tensor.name for tensor in tensors), outputs, strict=True))
         for member in step.linears:
             self._pending[member] = (x, _assembled(member.matrix, found).reshape(*x.shape[:-1], -1))
@@ -601,7 +601,7 @@ class Engine:
         """The stream that a step's weights come from, and its visit there."""
         return self._places[step]
 
-    def chained(self, steps: Sequence[LinearStep], start: float, end: float) -> None:
+    def record_fused(self, steps: Sequence[LinearStep], start: float, end: float) -> None:
         """These steps were computed in one call."""
         self._kernel_s += end - start
         if self.trace is not None:
@@ -620,9 +620,9 @@ class Engine:
         rows = x.float().reshape(-1, x.shape[-1])
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
-        if self._tape is not None and self._tape.listens:
-            out = self._tape.empty(rows.shape)
-            self._tape.do(function, out, rows, *others)
+        if self._capture is not None and self._capture.is_recording:
+            out = self._capture.empty(rows.shape)
+            self._capture.do(function, out, rows, *others)
         else:
             out = rows.new_empty(rows.shape)
             if rows.numel():
@@ -655,8 +655,8 @@ class Engine:
         if self._recorder is not None:
             linear(vectors)
             return self._attention.take(layer, None, vectors, rotated)
-        if self._tape is not None:
-            self._tape.spoil("a matrix is unpacked")
+        if self._capture is not None:
+            self._capture.mark_uncapturable("a matrix is unpacked")
         step = self._next_step(linear)
         assert isinstance(step, LinearStep)
         sizes = [tensor.rows * tensor.columns for tensor in step.tensors]
@@ -682,7 +682,7 @@ class Engine:
         if exact + sum(chunks) != len(rows[0]):
             exact, chunks = len(rows[0]), []
         arguments = (packed, *rows, exact, chunks)
-        out = self._sum_up(*arguments) if self._tape is None else self._tape.call(self._sum_up, *arguments)
+        out = self._sum_up(*arguments) if self._capture is None else self._capture.call(self._sum_up, *arguments)
         return out.view(shape)
 
     def _sum_up(self, *arguments: Any) -> torch.Tensor:
@@ -765,7 +765,7 @@ class Engine:
 
     def _gather(self, tensor: Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Rows of a table, (tokens, columns): one short read each."""
-        return self._fetch(tensor, tokens) if self._tape is None else self._tape.call(self._fetch, tensor, tokens)
+        return self._fetch(tensor, tokens) if self._capture is None else self._capture.call(self._fetch, tensor, tokens)
 
     def _fetch(self, tensor: Tensor, tokens: torch.Tensor) -> torch.Tensor:
         if int(tokens.max()) >= tensor.rows or int(tokens.min()) < 0:

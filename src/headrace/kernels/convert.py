@@ -40,7 +40,7 @@ def convert(source_type: str, source: int, target_type: str, target: int, rows: 
 
 
 def q4_k_blocks(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Blocks of Q4_K, (weights / 256, 144) bytes: 8 x 32 weights of 4 bits, each 32 with a scale and a minimum of 6 bits.
+    """BufferPool of Q4_K, (weights / 256, 144) bytes: 8 x 32 weights of 4 bits, each 32 with a scale and a minimum of 6 bits.
 
     A weight is d * scale * q - dmin * minimum (ggml's `block_q4_K`).
     """

@@ -17,7 +17,7 @@ import torch
 from headrace.checkpoint.tensor import block_of, row_bytes
 from headrace.kernels import interleaved
 from headrace.kernels.attending import Attention, Heads, Positions
-from headrace.kernels.chain import Chain
+from headrace.kernels.fused_graph import FusedGraph
 from headrace.kernels.gated import Form, GatedExperts
 from headrace.kernels.ggml import takes_super_blocks
 from headrace.kernels.ggml_graph import Cast, Operands, Part, Products, RowFunction, Workers
@@ -69,7 +69,7 @@ class Kernels:
         self._row_functions: dict[tuple[str, int, float, bool], RowFunction] = {}
         self._gated: dict[tuple[int, Form, int], GatedExperts] = {}
         self._attentions: dict[tuple[Heads, int, float], Attention] = {}
-        self._chains: list[Chain] = []
+        self._fused_graphs: list[FusedGraph] = []
         self._scratch: torch.Tensor | None = None
         self._half: torch.Tensor | None = None  # unpacked weights
         self._to_half = ToHalf(threads)
@@ -77,7 +77,7 @@ class Kernels:
         self._activations_8 = _Prepared()
         self._padded_results = torch.empty(0)
         self._copies: list[torch.Tensor] = []
-        self._known: dict[tuple[int, ...], _Known] = {}
+        self._cached_matmuls: dict[tuple[int, ...], _CachedMatmul] = {}
         self._last: tuple[Products, list[Operands]] | None = None  # all that the product in progress consists of
 
     def spin(self) -> None:
@@ -136,16 +136,16 @@ class Kernels:
         called = None
         if type(pieces) is tuple and x.shape[0] == 1:
             called = _called(x, pieces, outputs)
-            known = self._known.get(called)
-            if known is not None and known.pieces is pieces:
-                known.graph(known.operands)
+            cached = self._cached_matmuls.get(called)
+            if cached is not None and cached.pieces is pieces:
+                cached.graph(cached.operands)
                 return
         self._last = None
         self._multiply(x, pieces, outputs, exact_rows, chunks)
         if called is not None and self._last is not None and len(self._last[1]) == len(pieces):
-            if len(self._known) >= _MOST_KNOWN:
-                self._known.clear()
-            self._known[called] = _Known(pieces, *self._last)
+            if len(self._cached_matmuls) >= _MAX_CACHED_MATMULS:
+                self._cached_matmuls.clear()
+            self._cached_matmuls[called] = _CachedMatmul(pieces, *self._last)
 
     def _multiply(
         self,
@@ -429,11 +429,11 @@ class Kernels:
             function = self._row_functions[key] = RowFunction(name, x.shape[1], workers, eps)
         return function
 
-    def chain(self, most: int) -> Chain:
+    def fused_graph(self, most: int) -> FusedGraph:
         """An empty one for at most so many operations. It lives as long as this."""
-        chain = Chain(self.few_workers, most, self.interleaving)
-        self._chains.append(chain)
-        return chain
+        graph = FusedGraph(self.few_workers, most, self.interleaving)
+        self._fused_graphs.append(graph)
+        return graph
 
     def shortened(self, weight: torch.Tensor) -> tuple[Piece, object]:
         """A matrix (rows, columns) in fp32 rounded to 8 bits, or as it is where its rows are not whole blocks; its owner."""
@@ -444,10 +444,12 @@ class Kernels:
         self._cast("F32", _SHORT, columns, many=True)(weight.data_ptr(), packed.data_ptr(), rows)
         return Piece(_SHORT, rows, packed.data_ptr(), 0), packed
 
-    def known(self, x: torch.Tensor, pieces: "_Pieces", outputs: Sequence[torch.Tensor]) -> "_Known | None":
+    def cached_matmul(
+        self, x: torch.Tensor, pieces: "_Pieces", outputs: Sequence[torch.Tensor]
+    ) -> "_CachedMatmul | None":
         """A product with one row that was done before."""
-        known = self._known.get(_called(x, pieces, outputs))
-        return known if known is not None and known.pieces is pieces else None
+        cached = self._cached_matmuls.get(_called(x, pieces, outputs))
+        return cached if cached is not None and cached.pieces is pieces else None
 
     def unpack_all(self, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
         """For every (i, piece), fill its rows of `outputs[i]`, fp32 (rows of the tensor, columns), with the weights."""
@@ -467,14 +469,14 @@ class Kernels:
             *self._gated.values(),
             *self._attentions.values(),
         )
-        for graph in (*self._products.values(), *small, *self._chains):
+        for graph in (*self._products.values(), *small, *self._fused_graphs):
             graph.close()
         self._products.clear()
         self._row_functions.clear()
         self._gated.clear()
         self._attentions.clear()
-        self._chains.clear()
-        self._known.clear()
+        self._fused_graphs.clear()
+        self._cached_matmuls.clear()
         self._casts.clear()
         self.release()
         self._copies.clear()
@@ -497,7 +499,7 @@ class ExpertJob(NamedTuple):
     chunks: Sequence[int] = ()
 
 
-class _Known(NamedTuple):
+class _CachedMatmul(NamedTuple):
     """A product that is done again with the same operands."""
 
     pieces: "_Pieces"
@@ -551,7 +553,7 @@ _SHORT = "Q8_0"
 _ROWS_8_BITS = "Q8_K"  # in which ggml's tiles take activations
 _LEAST_POSITIONS = 64  # that a graph of attention is made for
 _MOST_PARTS = 32  # products in one graph
-_MOST_KNOWN = 4096
+_MAX_CACHED_MATMULS = 4096
 _ALIGNMENT = 64
 _SLAB_BYTES = 1 << 20
 

@@ -9,10 +9,10 @@ from test_engine import PROMPT, make_engine
 from tiny import random_model, write_gguf
 
 from headrace.engine import Rows
-from headrace.engine.blocks import Blocks
-from headrace.engine.chains import Linked
-from headrace.engine.recycling import Recycling
-from headrace.engine.tape import MOST_TAPES, Tape, Tapes
+from headrace.engine.buffer_pool import BufferPool
+from headrace.engine.capture import MAX_CAPTURED_STEPS, CaptureCache, CapturedStep
+from headrace.engine.fuse import FusedCall
+from headrace.engine.pooled_allocation import PooledAllocation
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -22,7 +22,7 @@ def test_what_is_played_back_equals_what_is_computed(tiny_llama: Path, share: fl
     for plays in (True, False):
         with make_engine(tiny_llama, share) as engine:
             if not plays:
-                engine._tapes = NeverTapes()
+                engine._captures = NeverTapes()
             cache = engine.new_cache(64)
             engine.step([Rows(cache=cache, tokens=PROMPT)])
             logits = [engine.step([Rows(cache=cache, tokens=[token])]) for token in tokens]
@@ -32,22 +32,22 @@ def test_what_is_played_back_equals_what_is_computed(tiny_llama: Path, share: fl
                 pair = [Rows(cache=cache, tokens=[token]), Rows(cache=other, tokens=[token, 9], logits=2)]
                 logits.append(engine.step(pair))
             if plays:
-                assert set(engine._tapes._ready) == {((1, 1),), ((1, 1), (2, 2))}
-                played = engine._tapes._ready[((1, 1),)]._calls
-                chains = [call for call in played if isinstance(call.function, Linked)]
+                assert set(engine._captures._ready) == {((1, 1),), ((1, 1), (2, 2))}
+                played = engine._captures._ready[((1, 1),)]._calls
+                chains = [call for call in played if isinstance(call.function, FusedCall)]
                 assert len(chains) == (share == 1)  # it is the whole pass
             found.append(torch.cat(logits))
     assert torch.equal(found[0], found[1])
 
 
-class NeverTapes(Tapes):
-    def taking_down(self, key: object, at_once: bool = False) -> object:  # type: ignore[override]
+class NeverTapes(CaptureCache):
+    def capturing(self, key: object, at_once: bool = False) -> object:  # type: ignore[override]
         self._spoilt[key] = "never"  # type: ignore[index]
-        return super().taking_down(key, at_once)  # type: ignore[arg-type]
+        return super().capturing(key, at_once)  # type: ignore[arg-type]
 
 
-def take_down(blocks: Blocks, function: object, value: torch.Tensor) -> Tape:
-    tape = Tape(blocks)
+def take_down(blocks: BufferPool, function: object, value: torch.Tensor) -> CapturedStep:
+    tape = CapturedStep(blocks)
     with torch.inference_mode(), tape:
         tape.output(function(tape.input(value)))  # type: ignore[operator]
     return tape
@@ -66,12 +66,12 @@ def small_model(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_tape_gives_the_same_for_other_inputs() -> None:
-    tape = take_down(Blocks(), small_model, torch.randn(8))
-    assert tape.spoilt is None
+    tape = take_down(BufferPool(), small_model, torch.randn(8))
+    assert tape.uncapturable_reason is None
     for _ in range(3):
         x = torch.randn(8)
         with torch.inference_mode():
-            assert torch.equal(tape.play(x), small_model(x))
+            assert torch.equal(tape.replay(x), small_model(x))
 
 
 @pytest.mark.parametrize(
@@ -87,28 +87,28 @@ def test_a_tape_gives_the_same_for_other_inputs() -> None:
     ids=["a number", "a truth", "a shape", "chance", "no input", "a buffer of the model"],
 )
 def test_what_depends_on_values_spoils_a_tape(model: object) -> None:
-    assert take_down(Blocks(), model, torch.randn(8)).spoilt
+    assert take_down(BufferPool(), model, torch.randn(8)).uncapturable_reason
 
 
 KEPT = torch.zeros(8)
 
 
 def test_two_passes_that_differ_in_a_number_are_not_played() -> None:
-    tapes, x = Tapes(), torch.randn(8)
+    tapes, x = CaptureCache(), torch.randn(8)
     for factor in (2.0, 3.0, 4.0, 5.0):
         assert tapes.tape("key") is None
-        with torch.inference_mode(), tapes.taking_down("key") as tape:
+        with torch.inference_mode(), tapes.capturing("key") as tape:
             if tape is not None:
                 tape.output(tape.input(x) * factor)
     assert "differs" in tapes._spoilt["key"]
 
 
 def test_a_pass_that_fails_is_not_kept() -> None:
-    tapes = Tapes()
-    with tapes.taking_down("key") as tape:
+    tapes = CaptureCache()
+    with tapes.capturing("key") as tape:
         assert tape is None  # nothing like it has been seen
     for _ in range(3):
-        with pytest.raises(OSError, match="broken"), torch.inference_mode(), tapes.taking_down("key") as tape:
+        with pytest.raises(OSError, match="broken"), torch.inference_mode(), tapes.capturing("key") as tape:
             assert tape is not None
             tape.input(torch.ones(2))
             raise OSError("broken")
@@ -116,14 +116,14 @@ def test_a_pass_that_fails_is_not_kept() -> None:
 
 
 def test_passes_that_do_not_come_again_are_not_kept() -> None:
-    tapes, x = Tapes(), torch.randn(8)
-    for key in range(MOST_TAPES + 8):
+    tapes, x = CaptureCache(), torch.randn(8)
+    for key in range(MAX_CAPTURED_STEPS + 8):
         for _ in range(2):
-            with torch.inference_mode(), tapes.taking_down(key) as tape:
+            with torch.inference_mode(), tapes.capturing(key) as tape:
                 if tape is not None:
                     tape.output(tape.input(x) * 2)
-    assert len(tapes._first) == MOST_TAPES
-    assert tapes.tape(MOST_TAPES) is None
+    assert len(tapes._first) == MAX_CAPTURED_STEPS
+    assert tapes.tape(MAX_CAPTURED_STEPS) is None
 
 
 def test_rows_of_a_table_are_read_once_and_the_oldest_go(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,15 +140,15 @@ def test_rows_of_a_table_are_read_once_and_the_oldest_go(tiny_llama: Path, monke
 
 
 def test_memory_is_used_again_when_a_tensor_and_its_views_are_gone() -> None:
-    blocks = Blocks()
+    blocks = BufferPool()
     first = blocks.empty((4, 1000))
     view, address = first[1:], first.data_ptr()
     del first
     assert blocks.empty((4, 1000)).data_ptr() != address
     del view
     assert blocks.empty((1000, 4), stride=(1, 1000)).data_ptr() == address
-    assert blocks.holds(blocks.empty((3,), torch.int64))
-    assert not blocks.holds(torch.empty(3))
+    assert blocks.owns(blocks.empty((3,), torch.int64))
+    assert not blocks.owns(torch.empty(3))
 
 
 def test_large_results_are_the_same_and_lie_in_few_blocks() -> None:
@@ -164,12 +164,12 @@ def test_large_results_are_the_same_and_lie_in_few_blocks() -> None:
         expected = x
         for _ in range(6):
             expected = layer(expected)
-        recycling, found = Recycling(), x
+        recycling, found = PooledAllocation(), x
         with recycling:
             for _ in range(6):
                 found = layer(found)
     assert torch.equal(found, expected)
-    assert recycling._blocks.holds(found)
+    assert recycling._pool.owns(found)
     assert sum(map(len, recycling._blocks._blocks.values())) <= 8
 
 
@@ -180,11 +180,11 @@ def test_chains_change_no_bit_whatever_the_model_does_between_products(family: s
     for plays in (True, False):
         with make_engine(path, 1.0) as engine:
             if not plays:
-                engine._tapes = NeverTapes()
+                engine._captures = NeverTapes()
             cache = engine.new_cache(64)
             engine.step([Rows(cache=cache, tokens=PROMPT)])
             found.append(torch.cat([engine.step([Rows(cache=cache, tokens=[token])]) for token in range(3, 33)]))
             if plays:
-                played = engine._tapes._ready[((1, 1),)]._calls
-                assert any(isinstance(call.function, Linked) for call in played)
+                played = engine._captures._ready[((1, 1),)]._calls
+                assert any(isinstance(call.function, FusedCall) for call in played)
     assert torch.equal(found[0], found[1])

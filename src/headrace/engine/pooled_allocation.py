@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headrace.engine.blocks import Blocks, result_strides
+from headrace.engine.buffer_pool import BufferPool, result_strides
 
 LARGE_BYTES = 1 << 20
 
@@ -34,12 +34,12 @@ ELEMENTWISE: dict[Any, Any] = {
 }
 
 
-class Recycling(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PooledAllocation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode of torch: within it, large tensors in fp32 that operations make come from blocks of its own."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._blocks = Blocks()
+        self._pool = BufferPool()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # torch asks whether its compiler is to be kept out, at some us an operation
@@ -58,11 +58,11 @@ class Recycling(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _elementwise(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        out = room_for_elementwise(self._blocks, args, LARGE_BYTES)
+        out = buffer_for_elementwise(self._pool, args, LARGE_BYTES)
         return func(*args, **kwargs) if out is None else ELEMENTWISE[func](*args, **kwargs, out=out)
 
     def _cat(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        out = room_for_cat(self._blocks, args, LARGE_BYTES)
+        out = buffer_for_cat(self._pool, args, LARGE_BYTES)
         return func(*args, **kwargs) if out is None else _aten.cat.out(*args, **kwargs, out=out)
 
     def _empty(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -70,20 +70,20 @@ class Recycling(TorchDispatchMode):  # type: ignore[no-untyped-call]
         dtype = kwargs.get("dtype") or (args[0].dtype if func is _aten.new_empty.default else torch.get_default_dtype())
         if dtype != torch.float32 or 4 * math.prod(shape) < LARGE_BYTES or kwargs.get("pin_memory"):
             return func(*args, **kwargs)
-        return self._blocks.empty(shape)
+        return self._pool.empty(shape)
 
     def _rms_norm(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         x, shape, weight, eps = (*args, None, None)[:4]
         if x.dtype != torch.float32 or 4 * x.numel() < LARGE_BYTES or not x.is_contiguous() or len(shape) != 1:
             return func(*args, **kwargs)
-        return rms_norm_into(self._blocks.empty(x.shape), x, weight, eps)
+        return rms_norm_into(self._pool.empty(x.shape), x, weight, eps)
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
-    _aten.cat.default: Recycling._cat,
-    _aten.empty.memory_format: Recycling._empty,
-    _aten.new_empty.default: Recycling._empty,
-    _aten.rms_norm.default: Recycling._rms_norm,
+    _aten.cat.default: PooledAllocation._cat,
+    _aten.empty.memory_format: PooledAllocation._empty,
+    _aten.new_empty.default: PooledAllocation._empty,
+    _aten.rms_norm.default: PooledAllocation._rms_norm,
 }
 
 
@@ -95,7 +95,7 @@ def rms_norm_into(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | Non
     return out if weight is None else out.mul_(weight)
 
 
-def room_for_elementwise(blocks: Blocks, args: Sequence[Any], least_bytes: int = 0) -> torch.Tensor | None:
+def buffer_for_elementwise(pool: BufferPool, args: Sequence[Any], least_bytes: int = 0) -> torch.Tensor | None:
     """A place for the result of an elementwise operation on these; None where torch should find one itself."""
     operands = [operand for operand in args[:2] if isinstance(operand, torch.Tensor)]
     like = max(operands, key=torch.Tensor.numel)
@@ -104,14 +104,14 @@ def room_for_elementwise(blocks: Blocks, args: Sequence[Any], least_bytes: int =
     strides = result_strides(like)
     if strides is None or like.shape != np.broadcast_shapes(*[operand.shape for operand in operands]):
         return None
-    return blocks.empty(like.shape, stride=strides)
+    return pool.empty(like.shape, stride=strides)
 
 
-def room_for_cat(blocks: Blocks, args: Sequence[Any], least_bytes: int = 0) -> torch.Tensor | None:
+def buffer_for_cat(pool: BufferPool, args: Sequence[Any], least_bytes: int = 0) -> torch.Tensor | None:
     """The same for tensors that are put one behind another."""
     tensors, dim = args[0], args[1] if len(args) > 1 else 0
     shape = list(tensors[0].shape)
     if any(one.dtype != torch.float32 or one.dim() != len(shape) for one in tensors) or not shape:
         return None
     shape[dim] = sum([one.shape[dim] for one in tensors])
-    return None if 4 * math.prod(shape) < least_bytes else blocks.empty(shape)
+    return None if 4 * math.prod(shape) < least_bytes else pool.empty(shape)

@@ -49,9 +49,9 @@ def test_two_numbers_make_what_they_make_in_torch(
 ) -> None:
     expected = getattr(torch, name)(*operands)
     out = torch.full_like(expected, 9)
-    chain = kernels.chain(1)
+    chain = kernels.fused_graph(1)
     if chain.combine(name, out, *operands):
-        chain.seal(True)
+        chain.finalize(True)
         chain.compute()
         assert torch.equal(out, expected)
     else:
@@ -61,17 +61,17 @@ def test_two_numbers_make_what_they_make_in_torch(
 
 @pytest.mark.parametrize("operands", [(WIDE.transpose(0, 2), WIDE.transpose(0, 2)), (random(4, 6), random(6, 4).T)])
 def test_what_ggml_would_die_of_is_left_to_torch(kernels: Kernels, operands: tuple[torch.Tensor, torch.Tensor]) -> None:
-    assert not kernels.chain(1).combine("add", torch.empty(operands[0].shape), *operands)
-    assert not kernels.chain(1).combine("add", torch.empty(3, dtype=torch.int64), torch.ones(3), torch.ones(3))
+    assert not kernels.fused_graph(1).combine("add", torch.empty(operands[0].shape), *operands)
+    assert not kernels.fused_graph(1).combine("add", torch.empty(3, dtype=torch.int64), torch.ones(3), torch.ones(3))
 
 
 def test_parts_are_copied_to_where_they_belong(kernels: Kernels) -> None:
     parts = [WIDE[:, 1:3, 32:], random(3, 2, 16)]
     out = torch.empty(3, 2, 48)
-    chain = kernels.chain(2)
+    chain = kernels.fused_graph(2)
     assert chain.copy(out[..., :32], parts[0])
     assert chain.copy(out[..., 32:], parts[1])
-    chain.seal(True)
+    chain.finalize(True)
     chain.compute()
     assert torch.equal(out, torch.cat(parts, -1))
 
@@ -85,10 +85,10 @@ def test_norms_and_gates_are_near_to_torchs_and_the_same_in_a_chain(kernels: Ker
     torch.testing.assert_close(norm, torch.rms_norm(x, (columns,), weight, 1e-6), rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(gate, torch.nn.functional.silu(x), rtol=2e-6, atol=1e-6)
     chained = torch.empty(rows, columns), torch.empty(rows, columns)
-    chain = kernels.chain(3)
+    chain = kernels.fused_graph(3)
     assert chain.rms_norm(chained[0], x, weight, 1e-6)
     assert chain.silu(chained[1], x)
-    chain.seal(True)
+    chain.finalize(True)
     chain.compute()
     assert torch.equal(chained[0], norm)
     assert torch.equal(chained[1], gate)
@@ -103,9 +103,9 @@ def test_norms_and_gates_are_near_to_torchs_and_the_same_in_a_chain(kernels: Ker
 def test_numbers_of_a_row_in_another_order(kernels: Kernels) -> None:
     x, order = random(1, 1, 96), torch.randperm(96, generator=GENERATOR)
     out = torch.empty(1, 1, 96)
-    chain = kernels.chain(1)
+    chain = kernels.fused_graph(1)
     assert chain.select(out, x, order)
-    chain.seal(True)
+    chain.finalize(True)
     chain.compute()
     assert torch.equal(out, x.index_select(-1, order))
 
@@ -131,9 +131,9 @@ def test_attention_of_a_row_is_that_of_torch_and_the_same_in_a_chain(
     torch.testing.assert_close(out, expected.view(queries, -1), rtol=1e-5, atol=1e-5)
 
     heads = Heads(queries, kept, key_width, value_width)
-    chain = kernels.chain(Attending.OPERATIONS)
+    chain = kernels.fused_graph(Attending.OPERATIONS)
     attending = chain.attend(heads, capacity, scale)
-    chain.seal(True)
+    chain.finalize(True)
     chained, room = (
         torch.empty(queries, value_width),
         [torch.empty(kept, capacity, w) for w in (key_width, value_width)],

@@ -15,11 +15,11 @@ _LARGE_BYTES = 1 << 20
 _ALIGNMENT = 64
 
 
-class Blocks:
-    """Blocks of bytes, and tensors that lie in them."""
+class BufferPool:
+    """BufferPool of bytes, and tensors that lie in them."""
 
     def __init__(self) -> None:
-        self._blocks: dict[int, list[npt.NDArray[np.uint8]]] = {}  # by size
+        self._buffers: dict[int, list[npt.NDArray[np.uint8]]] = {}  # by size
         self.addresses: set[int] = set()  # where a tensor's storage begins if it lies in one of these
 
     def empty(
@@ -27,34 +27,34 @@ class Blocks:
     ) -> torch.Tensor:
         """A dense tensor of this shape in a block that no other uses, hardly larger than it."""
         nbytes = dtype.itemsize * math.prod(shape)
-        # Sizes have three binary digits, so that tensors of about the same size share blocks.
+        # Sizes have three binary digits, so that tensors of about the same size share buffers.
         grain = max(_ALIGNMENT, 1 << max(0, nbytes.bit_length() - 3))
         size = max(1, -(-nbytes // grain)) * grain
-        blocks = self._blocks.setdefault(size, [])
-        block = _unused(blocks)
-        if block is None:
-            block = _new(size)
-            blocks.append(block)
-            self.addresses.add(block.ctypes.data)
-        flat = torch.from_numpy(block[:nbytes]).view(dtype)
+        buffers = self._buffers.setdefault(size, [])
+        buffer = _unused(buffers)
+        if buffer is None:
+            buffer = _new(size)
+            buffers.append(buffer)
+            self.addresses.add(buffer.ctypes.data)
+        flat = torch.from_numpy(buffer[:nbytes]).view(dtype)
         return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
 
-    def holds(self, tensor: torch.Tensor) -> bool:
+    def owns(self, tensor: torch.Tensor) -> bool:
         """Whether it lies here."""
         return tensor.untyped_storage().data_ptr() in self.addresses
 
 
-def _unused(blocks: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8] | None:
-    for block in blocks:
-        if sys.getrefcount(block) == _UNUSED:
-            return block
+def _unused(buffers: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8] | None:
+    for buffer in buffers:
+        if sys.getrefcount(buffer) == _UNUSED:
+            return buffer
     return None
 
 
 def _references() -> int:
     """To a block that no tensor uses: of the list, of the loop and of `getrefcount`, unless the interpreter borrows some."""
-    for block in [np.empty(1, np.uint8)]:
-        return sys.getrefcount(block)
+    for buffer in [np.empty(1, np.uint8)]:
+        return sys.getrefcount(buffer)
     raise AssertionError
 
 

@@ -21,7 +21,7 @@ _LANES = 16  # numbers that ggml's gates take at a time; what is left over is ro
 _SHARED_NUMBERS = 2048  # from so many on, threads share an operation on one row
 
 
-class Chain(Graph):
+class FusedGraph(Graph):
     """A graph that is put together operation by operation, then computed as often as needed.
 
     Every method adds an operation whose operands and result lie where these tensors lie now, and says whether ggml can do it.
@@ -35,7 +35,7 @@ class Chain(Graph):
         self._scratch = np.empty(0, np.float32)  # of all attentions
         self._kept: list[torch.Tensor] = []  # what lies nowhere else
 
-    def seal(self, dots: bool) -> None:
+    def finalize(self, dots: bool) -> None:
         """Nothing more is added. `dots` as for `Products`."""
         self.plan(self._results, dots)
 

@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 from headrace.engine.attention import PackedAttention
-from headrace.engine.tape import Call, put_all
+from headrace.engine.capture import Call, put_all
 from headrace.kernels.attending import Attending, Heads, Positions
-from headrace.kernels.chain import Chain
+from headrace.kernels.fused_graph import FusedGraph
 from headrace.kernels.multiply import Kernels
 from headrace.model.order import LinearStep
 from headrace.stream import WeightStream
@@ -33,24 +33,24 @@ class _Visit(NamedTuple):
     weights: Batch
 
 
-class Products(Protocol):
+class WeightOwner(Protocol):
     """What chains need of the engine."""
 
     def place(self, step: LinearStep) -> tuple[WeightStream, int]:
         """The stream that a step's weights come from, and its visit there."""
 
-    def chained(self, steps: Sequence[LinearStep], start: float, end: float) -> None:
+    def record_fused(self, steps: Sequence[LinearStep], start: float, end: float) -> None:
         """These steps were computed in this time."""
 
 
-class Linker:
+class Fuser:
     """Makes chains for the tapes of one engine."""
 
-    def __init__(self, kernels: Kernels, attention: PackedAttention, products: Products, multiply: Callable[..., None]):
+    def __init__(self, kernels: Kernels, attention: PackedAttention, owner: WeightOwner, multiply: Callable[..., None]):
         """`multiply` is the function of calls that are products: of a step, its activations and its outputs."""
         self._kernels = kernels
         self._attention = attention
-        self._products = products
+        self._owner = owner
         self._multiply = multiply
 
     def __call__(self, calls: Sequence[Call]) -> list[Call]:
@@ -58,7 +58,7 @@ class Linker:
         done: list[Call] = []
         for likely, together in groupby(calls, self._is_likely):
             run = list(together)
-            done += self._linked(run) if likely else run
+            done += self._fused(run) if likely else run
         return done
 
     def _is_likely(self, call: Call) -> bool:
@@ -81,67 +81,73 @@ class Linker:
         return len(arguments[0]) if function is _aten.cat.out else 2
 
     def _weights(self, step: LinearStep) -> Batch | None:
-        stream, place = self._products.place(step)
+        stream, place = self._owner.place(step)
         return stream.whole(place)
 
-    def _linked(self, run: list[Call]) -> list[Call]:
+    def _fused(self, run: list[Call]) -> list[Call]:
         done: list[Call] = []
         while len(run) > 1 and any(call.function == self._multiply for call in run):
-            chain, parts = self._kernels.chain(sum(map(self._operations, run))), Parts()
-            count = next((i for i, call in enumerate(run) if not self._add(chain, call, parts)), len(run))
+            graph, parts = self._kernels.fused_graph(sum(map(self._operations, run))), FusedInputs()
+            count = next((i for i, call in enumerate(run) if not self._add(graph, call, parts)), len(run))
             if parts.visits and count > 1:
-                chain.seal(self._kernels.row_invariant)
-                done.append(Call(Linked(run[:count], chain, parts, self._products), (), {}))
+                graph.finalize(self._kernels.row_invariant)
+                done.append(Call(FusedCall(run[:count], graph, parts, self._owner), (), {}))
             else:
                 done += run[:count]
             done += run[count : count + 1]
             run = run[count + 1 :]
         return done + run
 
-    def _add(self, chain: Chain, call: Call, parts: "Parts") -> bool:
+    def _add(self, graph: FusedGraph, call: Call, parts: "FusedInputs") -> bool:
         """Whether ggml can do it; then it is added."""
         function, arguments, named = call
         if function == self._multiply:
-            return self._add_product(chain, parts, *arguments)
+            return self._add_product(graph, parts, *arguments)
         if function == self._attention.attend:
-            return self._add_attention(chain, parts, *arguments)
+            return self._add_attention(graph, parts, *arguments)
         if function == self._kernels.rms_norm:
-            return chain.rms_norm(*arguments)
+            return graph.rms_norm(*arguments)
         if function == self._kernels.silu:
-            return chain.silu(*arguments)
+            return graph.silu(*arguments)
         if function is put_all and arguments[1] is _aten.index_select.default:
             (out,), _, (x, dim, order), _ = arguments
-            return dim in (-1, x.dim() - 1) and chain.select(out, x, order)
+            return dim in (-1, x.dim() - 1) and graph.select(out, x, order)
         if named.keys() != {"out"}:
             return False
         out = named["out"]
         if function in _COMBINING:
-            return chain.combine(_COMBINING[function], out, *arguments)
+            return graph.combine(_COMBINING[function], out, *arguments)
         if function is _aten.neg.out:
-            return chain.combine("mul", out, arguments[0], -1.0)
+            return graph.combine("mul", out, arguments[0], -1.0)
         if function is _aten.cat.out:
             tensors, dim = (*arguments, 0)[:2]
             places = torch.split(out, [tensor.shape[dim] for tensor in tensors], dim)
-            return all(chain.copy(place, tensor) for place, tensor in zip(places, tensors, strict=True))
+            return all(graph.copy(place, tensor) for place, tensor in zip(places, tensors, strict=True))
         return False
 
     def _add_product(
-        self, chain: Chain, parts: "Parts", step: LinearStep, x: torch.Tensor, outputs: Sequence[torch.Tensor], _: int
+        self,
+        graph: FusedGraph,
+        parts: "FusedInputs",
+        step: LinearStep,
+        x: torch.Tensor,
+        outputs: Sequence[torch.Tensor],
+        _: int,
     ) -> bool:
-        stream, place = self._products.place(step)
+        stream, place = self._owner.place(step)
         weights = stream.whole(place)
         if weights is None or len(x) != 1:
             return False
-        known = self._kernels.known(x, weights, outputs)
-        if known is None:
+        cached = self._kernels.cached_matmul(x, weights, outputs)
+        if cached is None:
             return False
         parts.visits.append(_Visit(step, stream, place, weights))
-        return chain.multiply(known.graph.parts, known.operands)
+        return graph.multiply(cached.graph.parts, cached.operands)
 
     def _add_attention(
         self,
-        chain: Chain,
-        parts: "Parts",
+        graph: FusedGraph,
+        parts: "FusedInputs",
         out: torch.Tensor,
         layer: int,
         query: torch.Tensor,
@@ -159,7 +165,7 @@ class Linker:
             return False
         heads = Heads(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
         scale = heads.key_width**-0.5 if scaling is None else scaling
-        attending = chain.attend(heads, cache.capacity, scale)
+        attending = graph.attend(heads, cache.capacity, scale)
         rows = ((key.data_ptr(), 4 * key.stride(1)), (value.data_ptr(), 4 * value.stride(1)))
         asked = query.data_ptr(), 4 * query.stride(1)
         parts.attentions.append(_Attended(attending, self._attention, layer, window, asked, out.data_ptr(), rows))
@@ -187,14 +193,14 @@ class _Attended(NamedTuple):
         assert halves is not None
         first = max(0, cache.length + 1 - self.window) if self.window else 0
         shapes = [(heads.kept, cache.capacity, width) for width in (heads.key_width, heads.value_width)]
-        wide = [Positions(one.data_ptr(), 4 * one.stride(0)) for one in self.attention.room.take(*shapes)]
+        wide = [Positions(one.data_ptr(), 4 * one.stride(0)) for one in self.attention.buffers.take(*shapes)]
         kept = [Positions(one.data_ptr() + 2 * first * one.stride(1), 2 * one.stride(0)) for one in halves]
         attending.set(cache.length + 1 - first, self.query, self.out, *wide)
         attending.set_packed(cache.length + 1 - first, self.rows, *kept)
         return True
 
 
-class Parts:
+class FusedInputs:
     """What of a chain is looked at before it is computed."""
 
     def __init__(self) -> None:
@@ -202,14 +208,14 @@ class Parts:
         self.attentions: list[_Attended] = []
 
 
-class Linked:
+class FusedCall:
     """A run of calls as one call."""
 
-    def __init__(self, run: Sequence[Call], chain: Chain, parts: Parts, products: Products):
+    def __init__(self, run: Sequence[Call], graph: FusedGraph, parts: FusedInputs, owner: WeightOwner):
         self._run = run
-        self._chain = chain
+        self._graph = graph
         self._parts = parts
-        self._products = products
+        self._owner = owner
         self._steps = [visit.step for visit in parts.visits]
 
     def __call__(self) -> None:
@@ -223,5 +229,5 @@ class Linked:
         start = time.perf_counter()
         for visit in self._parts.visits:
             visit.stream.skip(visit.place)
-        self._chain.compute()
-        self._products.chained(self._steps, start, time.perf_counter())
+        self._graph.compute()
+        self._owner.record_fused(self._steps, start, time.perf_counter())

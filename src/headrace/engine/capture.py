@@ -1,12 +1,12 @@
-"""A pass of few rows, taken down operation by operation and played back for the next tokens.
+"""Decode steps are captured and replayed.
 
-For a row, a model's modules do the same from token to token: some forty small operations a layer on tensors of the same
-shapes. Through modules, hooks and the interpreter they take 0.5 ms a layer, from a flat list a quarter less. A tape is such
-a list: torch's operations, and the calls of the engine's own (products, attention, experts, rows of a table) between them,
-all on tensors whose places are fixed.
+For a small batch the sequence of tensor operations is the same for every token: some forty small operations a layer. Through
+modules, hooks and the interpreter they take 0.5 ms a layer; from a flat list a quarter less. A `CapturedStep` is such a list:
+torch's operations, and the engine's own calls between them (matmul, attention, experts, embedding lookup), with all operands at
+fixed addresses. Replay is bit-identical.
 
-What a model does must not depend on the values of its tensors or on numbers that change from token to token. An operation
-that brings a value into the interpreter spoils a tape, and two tapes of successive tokens must be alike before one is played.
+A captured step must not depend on tensor values or on numbers that change from token to token. An operation that reads a value
+makes the step uncapturable, and two captures of successive tokens must be identical before the second is replayed.
 """
 
 import ctypes
@@ -19,39 +19,43 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headrace.engine.blocks import Blocks, is_dense
-from headrace.engine.recycling import ELEMENTWISE, rms_norm_into, room_for_cat, room_for_elementwise
+from headrace.engine.buffer_pool import BufferPool, is_dense
+from headrace.engine.pooled_allocation import ELEMENTWISE, buffer_for_cat, buffer_for_elementwise, rms_norm_into
 
 _aten = torch.ops.aten
-# Of an operation on varying tensors: its result is a number or of unknown shape, or drawn at random.
-_SPOILING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
-# What always looks at its operand in another way. (`reshape` and `to` may, or not.)
+# Tags of operations whose result is a number, has an unknown shape, or is drawn at random.
+_UNCAPTURABLE_TAGS = {
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.nondeterministic_seeded,
+}
+# Operations that always return a view. (`reshape` and `to` may copy.)
 _VIEWS = {"alias", "chunk", "detach", "expand", "narrow", "permute", "select", "slice", "split", "split_with_sizes"}
 _VIEWS |= {"squeeze", "t", "transpose", "unbind", "unsqueeze", "view"}
 
 
 class Call(NamedTuple):
-    """One call of a tape."""
+    """One call of a capture."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     named: dict[str, Any]
 
 
-Link: TypeAlias = Callable[[list[Call]], list[Call]]  # calls that do the same, sooner
+Fuse: TypeAlias = Callable[[list[Call]], list[Call]]  # (calls) -> faster calls with the same results
 
-MOST_TAPES = 32
+MAX_CAPTURED_STEPS = 32
 _MOST_SEEN = 4096
 
 
-class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, takes down what varies: all that is computed from its inputs."""
+class CapturedStep(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active, records every operation whose operands depend on the step's inputs."""
 
-    def __init__(self, blocks: Blocks) -> None:
-        """`blocks` may be shared by tapes that are not played at the same time."""
+    def __init__(self, pool: BufferPool) -> None:
+        """`pool` may be shared by steps that are not replayed at the same time."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.spoilt: str | None = None
-        self._blocks = blocks
+        self.uncapturable_reason: str | None = None
+        self._pool = pool
         self._calls: list[Call] = []
         self._aliases: dict[tuple[Any, ...], torch.Tensor] = {}
         self._places: set[int] = set()  # their identities
@@ -63,82 +67,82 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _should_skip_dynamo(cls) -> bool:  # torch asks whether its compiler is to be kept out, at some us an operation
         return False
 
-    # -- taking down ----------------------------------------------------------------------------------------------
+    # -- capture --------------------------------------------------------------------------------------------------
 
     def input(self, value: torch.Tensor) -> torch.Tensor:
-        """The same numbers at a fixed place, to be given to the model."""
+        """A copy at a fixed address, to be given to the model."""
         with self._paused():
-            placed = self._blocks.empty(value.shape, value.dtype)
+            placed = self._pool.empty(value.shape, value.dtype)
             self._inputs.append(self._alias(placed))
             return placed.copy_(value)
 
     def output(self, value: torch.Tensor) -> torch.Tensor:
-        """What the model has returned."""
-        if not self._blocks.holds(value):
-            self.spoil("the result does not depend on the input")
-        elif self.spoilt is None:
+        """Record the model's result."""
+        if not self._pool.owns(value):
+            self.mark_uncapturable("the result does not depend on the input")
+        elif self.uncapturable_reason is None:
             self._output = self._alias(value)
         with self._paused():
             return value.clone()
 
     def call(self, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-        """A call of the engine's own, which may do as it likes: its result is put in its place whenever it is played."""
+        """Record a call of the engine's own. Each replay copies its result to a fixed address."""
         with self._paused():
             result = function(*arguments)
-            place = self._blocks.empty(result.shape, result.dtype)
+            place = self._pool.empty(result.shape, result.dtype)
             self._note(_put, (self._alias(place), function, *map(self._fixed, arguments)), {})
             return place.copy_(result)
 
     def do(self, function: Callable[..., None], *arguments: Any) -> None:
-        """The same for a call that writes to tensors among its arguments."""
+        """Record a call that writes to tensors among its arguments."""
         with self._paused():
             function(*arguments)
             self._note(function, tuple(map(self._fixed, arguments)), {})
 
     @property
-    def listens(self) -> bool:
-        """Whether what happens now is taken down: not within a call of the engine's own."""
+    def is_recording(self) -> bool:
+        """True while operations are recorded: not within a call of the engine's own."""
         return not self._off
 
-    def spoil(self, why: str) -> None:
-        """What happens now cannot be played back."""
-        self.spoilt = self.spoilt or why
+    def mark_uncapturable(self, why: str) -> None:
+        """This step cannot be replayed."""
+        self.uncapturable_reason = self.uncapturable_reason or why
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
-        """A place for what such a call writes, fp32."""
+        """An fp32 tensor at a fixed address, for `do` to write to."""
         with self._paused():
-            return self._blocks.empty(shape)
+            return self._pool.empty(shape)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Called by torch for every operation."""
         kwargs = kwargs or {}
-        if self._off or self.spoilt is not None or _makes_views(func):
+        if self._off or self.uncapturable_reason is not None or _makes_views(func):
             return func(*args, **kwargs)
         given = [*_tensors(args), *_tensors(kwargs.values())]
-        varying = [tensor for tensor in given if self._blocks.holds(tensor)]
+        varying = [tensor for tensor in given if self._pool.owns(tensor)]
         if not varying:
             return func(*args, **kwargs)
-        if func is _aten.dropout.default and not args[2]:  # which is none but in training
+        if func is _aten.dropout.default and not args[2]:  # a no-op outside of training
             return args[0]
-        if _SPOILING & set(func.tags) and not _by_numbers(func, args):
-            self.spoil(f"{func} depends on values")
+        if _UNCAPTURABLE_TAGS & set(func.tags) and not _by_numbers(func, args):
+            self.mark_uncapturable(f"{func} depends on values")
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)
         out, variant = None, func
         if func in ELEMENTWISE:
-            out, variant = room_for_elementwise(self._blocks, args), ELEMENTWISE[func]
+            out, variant = buffer_for_elementwise(self._pool, args), ELEMENTWISE[func]
         elif func is _aten.cat.default:
-            out, variant = room_for_cat(self._blocks, args), _aten.cat.out
+            out, variant = buffer_for_cat(self._pool, args), _aten.cat.out
         if out is not None:
             variant(*args, **kwargs, out=out)
             self._note(variant, args, {**kwargs, "out": out})
             return out
         if func is _aten.rms_norm.default and args[0].dtype == torch.float32 and len(args[1]) == 1:
             x, _, weight, eps = (*args, None, None)[:4]
-            out = self._blocks.empty(x.shape)
+            out = self._pool.empty(x.shape)
             self._note(rms_norm_into, (out, x, weight, eps), {})
             return rms_norm_into(out, x, weight, eps)
         return self._elsewhere(func, args, kwargs)
@@ -154,37 +158,37 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for argument in func._schema.arguments
             if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write
         ]
-        if not all(self._blocks.holds(tensor) for tensor in _tensors(written)):
-            self.spoil(f"{func} depends on values")
+        if not all(self._pool.owns(tensor) for tensor in _tensors(written)):
+            self.mark_uncapturable(f"{func} depends on values")
             return func(*args, **kwargs)
         self._note(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _elsewhere(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """An operation that makes its results wherever it likes, or a view."""
+        """Record an operation that allocates its results, or returns a view."""
         results = func(*args, **kwargs)
         made = list(results) if isinstance(results, (list, tuple)) else [results]
         if not all(isinstance(result, torch.Tensor) for result in made):
-            self.spoil(f"{func} gives something else than tensors")
+            self.mark_uncapturable(f"{func} gives something else than tensors")
             return results
-        if all(self._blocks.holds(result) for result in made):
+        if all(self._pool.owns(result) for result in made):
             return results
         if not all(map(is_dense, made)):
-            self.spoil(f"{func} gives tensors with holes")
+            self.mark_uncapturable(f"{func} gives tensors with holes")
             return results
-        places = [self._blocks.empty(one.shape, one.dtype, one.stride()).copy_(one) for one in made]
+        places = [self._pool.empty(one.shape, one.dtype, one.stride()).copy_(one) for one in made]
         self._note(put_all, (places, func, args, kwargs), {})
         return places[0] if isinstance(results, torch.Tensor) else type(results)(places)
 
     def _note(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        if self.spoilt is None:
+        if self.uncapturable_reason is None:
             named = {name: self._fixed(value) for name, value in kwargs.items()}
             self._calls.append(Call(function, tuple(map(self._fixed, args)), named))
 
     def _fixed(self, value: Any) -> Any:
-        """The argument as it is when it is played: of varying tensors their place."""
+        """The argument as replay passes it: varying tensors by their address."""
         if isinstance(value, torch.Tensor):
-            return self._alias(value) if self._blocks.holds(value) else value
+            return self._alias(value) if self._pool.owns(value) else value
         if type(value) in (list, tuple):
             return type(value)(map(self._fixed, value))
         if type(value) is dict:
@@ -192,7 +196,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
     def _alias(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor at the same place that does not keep the place from being used again."""
+        """A tensor at the same address that does not own the buffer, so that the pool may reuse it."""
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         alias = self._aliases.get(key)
         if alias is None:
@@ -208,17 +212,17 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """What the engine does itself is not taken down."""
+        """Record nothing within."""
         self._off += 1
         try:
             yield
         finally:
             self._off -= 1
 
-    # -- playing --------------------------------------------------------------------------------------------------
+    # -- replay ---------------------------------------------------------------------------------------------------
 
-    def is_like(self, other: "Tape") -> bool:
-        """Whether two tapes do the same, whatever the values and the places."""
+    def has_same_structure(self, other: "CapturedStep") -> bool:
+        """True if both captures consist of the same calls, whatever the values and addresses."""
 
         def same(mine: Any, theirs: Any) -> bool:
             if mine is theirs:
@@ -234,10 +238,12 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return len(mine) == len(theirs) and all(map(same, mine, theirs))
             return type(mine) is type(theirs) and bool(mine == theirs)
 
-        return self.spoilt is None and other.spoilt is None and same(self._calls, other._calls)
+        return (
+            self.uncapturable_reason is None and other.uncapturable_reason is None and same(self._calls, other._calls)
+        )
 
-    def play(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The result for other inputs."""
+    def replay(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The result for other inputs: (rows, vocab)."""
         assert self._output is not None
         for place, value in zip(self._inputs, inputs, strict=True):
             place.copy_(value)
@@ -245,62 +251,66 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             function(*arguments, **named)
         return self._output.clone()
 
-    def link(self, link: Link) -> None:
-        """From now on do what `link` makes of the calls."""
-        self._calls = link(self._calls)
+    def fuse(self, fuse: Fuse) -> None:
+        """Replace the calls by fused ones."""
+        self._calls = fuse(self._calls)
 
 
-class Tapes:
-    """The tapes of an engine, by what a pass consists of."""
+class CaptureCache:
+    """The captured steps of an engine, by the shape of the pass."""
 
-    def __init__(self, link: Link = list) -> None:
-        self._link = link
-        self._blocks = Blocks()
-        self._ready: dict[Hashable, Tape] = {}
-        self._first: dict[Hashable, Tape] = {}  # the latest last
+    def __init__(self, fuse: Fuse = list) -> None:
+        self._fuse = fuse
+        self._pool = BufferPool()
+        self._ready: dict[Hashable, CapturedStep] = {}
+        self._first: dict[Hashable, CapturedStep] = {}  # the latest last
         self._seen: set[Hashable] = set()
-        self._spoilt: dict[Hashable, str] = {}
+        self._uncapturable: dict[Hashable, str] = {}
 
-    def tape(self, key: Hashable) -> Tape | None:
-        """One that can be played."""
+    def find(self, key: Hashable) -> CapturedStep | None:
+        """The captured step of this key, if it can be replayed."""
         return self._ready.get(key)
 
     @contextmanager
-    def taking_down(self, key: Hashable, at_once: bool = False) -> Iterator[Tape | None]:
-        """Within it a pass is taken down, unless that was in vain before. The second tape is played from then on.
+    def capturing(self, key: Hashable, at_once: bool = False) -> Iterator[CapturedStep | None]:
+        """Capture the pass within, unless this key is uncapturable. The second capture is replayed from then on.
 
-        Not the first of its kind, unless `at_once`: batches with draft tokens have passes of so many kinds that most never come again.
+        The first pass of a key is not captured, unless `at_once`: batches with draft tokens have many keys that never recur.
         """
-        if (key not in self._seen and not at_once) or key in self._spoilt or len(self._ready) >= MOST_TAPES:
+        if (
+            (key not in self._seen and not at_once)
+            or key in self._uncapturable
+            or len(self._ready) >= MAX_CAPTURED_STEPS
+        ):
             if len(self._seen) >= _MOST_SEEN:
                 self._seen.clear()
             self._seen.add(key)
             yield None
             return
-        tape = Tape(self._blocks)
+        capture = CapturedStep(self._pool)
         with _without_collections():
-            with tape:
-                yield tape
-            self._keep(key, tape)
+            with capture:
+                yield capture
+            self._keep(key, capture)
 
-    def _keep(self, key: Hashable, tape: Tape) -> None:
+    def _keep(self, key: Hashable, capture: CapturedStep) -> None:
         first = self._first.pop(key, None)
-        if tape.spoilt is not None:
-            self._spoilt[key] = tape.spoilt
+        if capture.uncapturable_reason is not None:
+            self._uncapturable[key] = capture.uncapturable_reason
         elif first is None:
-            self._first[key] = tape
-            if len(self._first) > MOST_TAPES:
+            self._first[key] = capture
+            if len(self._first) > MAX_CAPTURED_STEPS:
                 del self._first[next(iter(self._first))]
-        elif tape.is_like(first):
-            tape.link(self._link)
-            self._ready[key] = tape
+        elif capture.has_same_structure(first):
+            capture.fuse(self._fuse)
+            self._ready[key] = capture
         else:
-            self._spoilt[key] = "it differs from token to token"
+            self._uncapturable[key] = "it differs from token to token"
 
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """Ten thousand new objects that stay would have Python look for garbage among all that there are, for 0.1 s and more."""
+    """No garbage collection within: ten thousand new live objects would start one of 0.1 s and more."""
     collected = gc.isenabled()
     gc.disable()
     try:
@@ -312,7 +322,7 @@ def _without_collections() -> Iterator[None]:
 
 @cache
 def _makes_views(func: Any) -> bool:
-    """Whether it always looks at its operand in another way: of what varies the result varies, at a place as fixed as that."""
+    """True if the operation always returns a view: the result then lies at an address as fixed as its operand's."""
     return func.overloadpacket.__name__ in _VIEWS
 
 
@@ -327,7 +337,7 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 
 def _by_numbers(func: Any, args: Sequence[Any]) -> bool:
-    """Whether an operation only looks as if its shape depended on values: it would, indexed by a mask."""
+    """True for indexing by integers, whose shape does not depend on values as indexing by a mask does."""
     return func is _aten.index.Tensor and all(index.dtype != torch.bool for index in _tensors(args[1]))
 
 
@@ -336,7 +346,7 @@ def _put(place: torch.Tensor, function: Callable[..., torch.Tensor], *arguments:
 
 
 def put_all(places: Sequence[torch.Tensor], function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Do an operation of torch and put its results in their places."""
+    """Run a torch operation and copy its results to `places`."""
     results = function(*args, **kwargs)
     for place, result in zip(places, [results] if isinstance(results, torch.Tensor) else results, strict=True):
         place.copy_(result)
