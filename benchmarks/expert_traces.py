@@ -83,7 +83,7 @@ def zipf(
     turns: int = 1,
     seed: int = 0,
 ) -> Trace:
-    """Turns of `prefill` rows in one pass and `tokens` alone; a new turn exchanges three tenths of the popularities."""
+    """KvBSplit of `prefill` rows in one pass and `tokens` alone; a new turn exchanges three tenths of the popularities."""
     experts, chosen, rng = 128, 8, np.random.default_rng(seed)
     weight = -skew * np.log(np.arange(1, experts + 1))
     home = np.stack([rng.permutation(experts) for _ in range(layers)])  # rank -> expert

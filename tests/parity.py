@@ -43,7 +43,7 @@ def outcome_of(name: str, folder: Path) -> Outcome:
         kept = None
         if isinstance(cache, KVCache):
             kept = sum(one.shape[0] * one.shape[2] for layer in range(engine.layers) for one in cache.get(layer, 1))
-        return Outcome(engine.way, same_choice(ours, expected), divergence(ours, expected), multiplied, kept)
+        return Outcome(engine.attention_mode, same_choice(ours, expected), divergence(ours, expected), multiplied, kept)
 
 
 def opened(path: Path, kernels: Kernels | ReferenceKernels, share: float = 0.5) -> Engine:
@@ -63,7 +63,7 @@ def streamed(
 ) -> tuple[torch.Tensor, str]:
     """Logits of every row of TOKENS in steps of these many rows, and the way in which attention ran."""
     with opened(path, kernels, share) as engine:
-        return logits_of(engine, parts)[0], engine.way
+        return logits_of(engine, parts)[0], engine.attention_mode
 
 
 def logits_of(engine: Engine, parts: tuple[int, ...]) -> tuple[torch.Tensor, object]:

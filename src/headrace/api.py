@@ -152,7 +152,7 @@ class _Live:
             shown, ends = shown + more, True
         if ends or stopped:
             return shown if stopped else shown + self.scanner.rest(), "stop"
-        if self.count < self.answer.most_tokens:
+        if self.count < self.answer.max_tokens:
             return shown, None
         more, stopped = self.scanner.push(self.text.flush())
         return shown + more + ([] if stopped else self.scanner.rest()), "stop" if stopped else "length"
@@ -477,7 +477,7 @@ class Model:
         first, read = len(self._engine.passes), self._engine.read_bytes
 
         def tell(done: int, visits: int) -> None:
-            left = sum(len(answer.pending) for answer in self._scheduler.answers)
+            left = sum(len(answer.uncomputed) for answer in self._scheduler.answers)
             number = len(self._engine.passes) - first + 1
             on_progress(
                 Progress(
@@ -758,7 +758,7 @@ def load(
     def decide(shell: Shell) -> StreamOptions:
         """Plan with what the process has really taken by now: everything is built, and no weights are in memory yet."""
         nonlocal request, why
-        if shell.way == "model" or (shell.way == "joined" and deterministic):
+        if shell.attention_mode == "native" or (shell.attention_mode == "concatenated" and deterministic):
             reason, hint = _why_alone(shell)
             if draft not in ("auto", "none"):
                 raise UsageError(f"{checkpoint.name} runs without drafts: {reason}", hint=hint)
@@ -822,7 +822,7 @@ def load(
 
 def _why_alone(shell: Shell) -> tuple[str, str]:
     """Why a model runs one sequence at a time and without drafts, and what to do about it."""
-    if shell.way == "joined":
+    if shell.attention_mode == "concatenated":
         reason = "it computes attention itself, so that rows of a pass change each other's last bits"
         return reason, "use --draft none, or --no-deterministic"
     return "an encoder reads the prompt" if shell.opening else "the model keeps a cache of its own", "use --draft none"
@@ -841,9 +841,9 @@ def _built(shell: Shell) -> Built:
         linears=shell.linears,
         opening=shell.opening_linears,
         experts=shell.expert_slices,
-        one_by_one=shell.way == "model",
+        single_sequence=shell.attention_mode == "native",
         cached=shell.cached,
-        remembers=shell.remembers,
+        has_cache=shell.has_cache,
     )
 
 

@@ -22,7 +22,7 @@ def test_what_is_played_back_equals_what_is_computed(tiny_llama: Path, share: fl
     for plays in (True, False):
         with make_engine(tiny_llama, share) as engine:
             if not plays:
-                engine._captures = NeverTapes()
+                engine._captures = NeverCaptured()
             cache = engine.new_cache(64)
             engine.step([Rows(cache=cache, tokens=PROMPT)])
             logits = [engine.step([Rows(cache=cache, tokens=[token])]) for token in tokens]
@@ -40,9 +40,9 @@ def test_what_is_played_back_equals_what_is_computed(tiny_llama: Path, share: fl
     assert torch.equal(found[0], found[1])
 
 
-class NeverTapes(CaptureCache):
+class NeverCaptured(CaptureCache):
     def capturing(self, key: object, at_once: bool = False) -> object:  # type: ignore[override]
-        self._spoilt[key] = "never"  # type: ignore[index]
+        self._uncapturable[key] = "never"  # type: ignore[index]
         return super().capturing(key, at_once)  # type: ignore[arg-type]
 
 
@@ -100,7 +100,7 @@ def test_two_passes_that_differ_in_a_number_are_not_played() -> None:
         with torch.inference_mode(), tapes.capturing("key") as tape:
             if tape is not None:
                 tape.output(tape.input(x) * factor)
-    assert "differs" in tapes._spoilt["key"]
+    assert "differs" in tapes._uncapturable["key"]
 
 
 def test_a_pass_that_fails_is_not_kept() -> None:
@@ -180,7 +180,7 @@ def test_chains_change_no_bit_whatever_the_model_does_between_products(family: s
     for plays in (True, False):
         with make_engine(path, 1.0) as engine:
             if not plays:
-                engine._captures = NeverTapes()
+                engine._captures = NeverCaptured()
             cache = engine.new_cache(64)
             engine.step([Rows(cache=cache, tokens=PROMPT)])
             found.append(torch.cat([engine.step([Rows(cache=cache, tokens=[token])]) for token in range(3, 33)]))

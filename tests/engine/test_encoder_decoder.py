@@ -75,7 +75,7 @@ def test_a_folder_gives_the_logits_and_the_answer_of_transformers(name: str, tmp
         assert divergence(logits_of(engine), expected_of(model, engine.opening)) < 1e-5
         model.config.eos_token_id = model.generation_config.eos_token_id = None
         assert greedy(engine, 20) == greedy_of_transformers(model, engine.opening, 20)
-        assert engine.way == "model"
+        assert engine.attention_mode == "native"
         kept = [module for module in engine.model.modules() if type(module) is torch.nn.Linear]
         assert all(one.weight.is_meta or len(one.weight) <= 8 for one in kept), "only routers are kept in memory"
 

@@ -258,7 +258,7 @@ def test_a_cache_of_8_bits_is_nearly_one_of_16(tiny_llama: Path, rows: int) -> N
             again = engine.step([Rows(cache=cache, tokens=tokens[4:], logits=6)])
             assert torch.equal(again, logits[-1][4:])
             other = engine.new_cache(32, bits)
-            other.share(cache, 7)
+            other.copy_prefix(cache, 7)
             assert torch.equal(engine.step([Rows(cache=other, tokens=tokens[7:], logits=3)]), logits[-1][7:])
     assert 0 < (logits[0] - logits[1]).norm() / logits[0].norm() < 0.05
 
@@ -268,8 +268,8 @@ def test_a_beginning_is_shared_within_the_pass_that_computes_it(tiny_llama: Path
     with make_engine(tiny_llama) as engine:
         alone = engine.step([Rows(cache=engine.new_cache(64), tokens=whole)])
         first, second, third = (engine.new_cache(64) for _ in range(3))
-        second.share(first, 30)
-        third.share(second, 38)  # and its donor shares in the same pass
+        second.copy_prefix(first, 30)
+        third.copy_prefix(second, 38)  # and its donor shares in the same pass
         batch = [
             Rows(cache=first, tokens=whole[:35]),  # many rows: sorted behind the exact ones
             Rows(cache=second, tokens=whole[30:39]),
@@ -295,7 +295,7 @@ def test_a_pass_that_fails_takes_back_what_was_shared(tiny_llama: Path) -> None:
         engine.step([Rows(cache=donor, tokens=PROMPT)])
         cache = engine.new_cache(32)
         engine.step([Rows(cache=cache, tokens=PROMPT[:3])])
-        cache.share(donor, 8)
+        cache.copy_prefix(donor, 8)
         Failing.armed = True
         with pytest.raises(ReadError):
             engine.step([Rows(cache=cache, tokens=[1])])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headrace.kernels import Kernels, Piece
-from headrace.kernels.attending import Attending, Heads, Positions
+from headrace.kernels.attention_graph import AttentionNodes, Heads, Positions
 from headrace.kernels.gated import Form
 from headrace.kernels.multiply import ExpertJob
 
@@ -131,7 +131,7 @@ def test_attention_of_a_row_is_that_of_torch_and_the_same_in_a_chain(
     torch.testing.assert_close(out, expected.view(queries, -1), rtol=1e-5, atol=1e-5)
 
     heads = Heads(queries, kept, key_width, value_width)
-    chain = kernels.fused_graph(Attending.OPERATIONS)
+    chain = kernels.fused_graph(AttentionNodes.OPERATIONS)
     attending = chain.attend(heads, capacity, scale)
     chain.finalize(True)
     chained, room = (

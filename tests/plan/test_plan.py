@@ -765,7 +765,7 @@ def test_a_model_that_takes_its_prompt_whole_needs_room_for_it() -> None:
         layers=4, heads=8, head_dim=128, feed_forward=4096, kv_heads=2, vocab=1000, kind="Q4_K", tied=False
     )
     own = shape_of(checkpoint)
-    whole = replace(own, one_by_one=True)
+    whole = replace(own, single_sequence=True)
     request = Request(context_tokens=4096, prompt_tokens=2048)
     for shape, fits in ((own, True), (whole, False)):
         try:

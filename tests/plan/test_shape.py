@@ -45,8 +45,8 @@ def test_the_cache_is_counted_by_the_layers_that_have_one(
     architecture: str, numbers: int, heads: int, tmp_path: Path
 ) -> None:
     shape = shape_of(open_checkpoint(write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf")))
-    assert shape.kv_bytes(1, 16) - shape.state_bytes == (8 if shape.one_by_one else 2) * numbers
-    assert shape.one_by_one or shape.kv_bytes(1, 8) == numbers + 4 * heads
+    assert shape.kv_bytes(1, 16) - shape.state_bytes == (8 if shape.single_sequence else 2) * numbers
+    assert shape.single_sequence or shape.kv_bytes(1, 8) == numbers + 4 * heads
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_what_a_pass_multiplies_is_what_the_model_multiplies(architecture: str, 
 
 def test_once_the_model_is_built_it_says_what_its_layers_keep(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(random_model("llama"), "llama", tmp_path / "tiny.gguf"))
-    built = Built(linears=shape_of(checkpoint).linears, experts=(), one_by_one=False, cached=((2, 40), (1, 30)))
+    built = Built(linears=shape_of(checkpoint).linears, experts=(), single_sequence=False, cached=((2, 40), (1, 30)))
     shape = shape_of(checkpoint, built)
     assert (shape.cached_heads, shape.cached_numbers) == (3, 70)
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from headrace.engine import latents
+from headrace.engine import mla
 from headrace.engine.capture import CapturedStep
-from headrace.engine.latents import NUMBERS_TOGETHER, Turns
+from headrace.engine.mla import NUMBERS_TOGETHER, KvBSplit
 from headrace.kernels.limits import FEW_ROWS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class KVCache:
     with scales in fp32.
     """
 
-    continues = True  # rows may follow what it has seen, as many as there are
+    accepts_multiple_rows = True  # rows may follow what it has seen, as many as there are
 
     def __init__(self, layers: int, capacity: int, bits: int = 16):
         """`capacity` is in tokens. Memory is taken from the system as it is written."""
@@ -58,8 +58,8 @@ class KVCache:
         self._held: list[tuple[_Rows, _Rows] | None] = [None] * self._layers  # keys and values
         self._pools: dict[tuple[int, ...], _Pool] = {}
         self._overflowed = False  # whether the pass in progress has put what does not fit
-        self._donor: KVCache | None = None
-        self._layers_to_copy: set[int] = set()  # layers whose shared positions have not been copied from the donor yet
+        self._prefix_source: KVCache | None = None
+        self._layers_to_copy: set[int] = set()  # layers whose shared positions have not been copied from the source yet
         self._before = 0  # the length before sharing
 
     @property
@@ -93,8 +93,8 @@ class KVCache:
             held = self._held[layer] = (self._rows(keys), self._rows(values))
         assert start + keys.shape[1] <= self.capacity, "the engine checks the context before a pass"
         if layer in self._layers_to_copy:
-            assert self._donor is not None
-            source = self._donor._held[layer]
+            assert self._prefix_source is not None
+            source = self._prefix_source._held[layer]
             assert source is not None
             for mine, theirs in zip(held, source, strict=True):
                 mine.copy(theirs, self.length)
@@ -115,26 +115,26 @@ class KVCache:
             pool = self._pools[shape] = _Pool(2 * self._layers, shape, self._kind)
         return self._kind(pool.next())
 
-    def share(self, donor: "KVCache", count: int) -> None:
+    def copy_prefix(self, source: "KVCache", count: int) -> None:
         """Begin with the first `count` positions of another cache of the same model.
 
-        They are copied layer by layer, each when the first rows after them are put. By then the donor must have put its
+        They are copied layer by layer, each when the first rows after them are put. By then the source must have put its
         own, which may be in the same pass: so prompts that begin alike are computed together, and their beginning once.
         """
-        assert count <= min(donor.capacity, self.capacity)
-        self._donor, self._layers_to_copy = donor, set(range(len(self._held)))
+        assert count <= min(source.capacity, self.capacity)
+        self._prefix_source, self._layers_to_copy = source, set(range(len(self._held)))
         self._before, self.length = self.length, count
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """A pass with rows of this cache has ended well."""
         assert not self._layers_to_copy, "a pass puts rows in every layer"
-        self._donor = None
+        self._prefix_source = None
 
-    def abandon(self) -> None:
+    def rollback(self) -> None:
         """A pass with rows of this cache has failed: what was to be shared is not."""
         self._overflowed = False
-        if self._donor is not None:
-            self._donor, self._layers_to_copy, self.length = None, set(), self._before
+        if self._prefix_source is not None:
+            self._prefix_source, self._layers_to_copy, self.length = None, set(), self._before
 
     def get(self, layer: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions [0, last), as they are kept (8 bits: in fp16): each (kv_heads, last, head_dim)."""
@@ -341,12 +341,12 @@ class PackedAttention:
         self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
         # That called while the order was recorded: how many heads keep keys and values, and how many numbers of a position.
         self.layers: dict[int, tuple[int, int]] = {}
-        self.strange: set[str] = set()  # what they asked for that is not done here
+        self.unknown_arguments: set[str] = set()  # what they asked for that is not done here
         self.buffers = FloatBuffers()
         self.capture: CapturedStep | None = None  # that takes down what happens
         self._filled = 0  # positions of this layer that the buffers hold already
         self.records = False  # whether calls are looked at and not computed
-        self._turns: dict[torch.nn.Module, Turns | None] = {}  # of a layer that is about to attend to latent vectors
+        self._kv_b: dict[torch.nn.Module, KvBSplit | None] = {}  # of a layer that is about to attend to latent vectors
 
     def begin(self, batch: Sequence[Entry]) -> None:
         """The sequences of the next forward; one that shares the beginning of another comes after it."""
@@ -361,17 +361,17 @@ class PackedAttention:
         return None if cache.halves(layer) is None else cache
 
     def take(
-        self, layer: torch.nn.Module, turns: Turns | None, vectors: torch.Tensor, rotated: torch.Tensor
+        self, layer: torch.nn.Module, kv_b: KvBSplit | None, vectors: torch.Tensor, rotated: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next call is of a layer that makes keys and values from vectors: what it is then given as such.
 
         Args:
             layer: the module that will call.
-            turns: its matrix; None while the order is recorded.
+            kv_b: its matrix; None while the order is recorded.
             vectors: of the new rows, (1, 1, rows, rank).
             rotated: the part of their keys that knows where they are, (1, 1, rows, width).
         """
-        self._turns[layer] = turns
+        self._kv_b[layer] = kv_b
         return rotated, vectors
 
     def __call__(
@@ -394,16 +394,16 @@ class PackedAttention:
         """
         if self.records:
             if key.shape[2] != query.shape[2]:
-                self.strange.add("keys beyond those of the rows")
+                self.unknown_arguments.add("keys beyond those of the rows")
             self._note(module, attention_mask, others, key, value)
             width: Any = value.shape[3]
-            if module in self._turns:
-                del self._turns[module]
+            if module in self._kv_b:
+                del self._kv_b[module]
                 width = module.v_head_dim
                 if softcap is not None or s_aux is not None:
-                    self.strange.add("latent vectors, with scores that are capped or have sinks")
+                    self.unknown_arguments.add("latent vectors, with scores that are capped or have sinks")
             return query.new_zeros((1, query.shape[2], query.shape[1], width)), None
-        if module in self._turns:
+        if module in self._kv_b:
             return self._latent(module, query[0], key, value, scaling, sliding_window), None
         layer: int = module.layer_idx  # type: ignore[assignment]
         arguments = (layer, query, key, value, scaling, sliding_window, softcap, s_aux)
@@ -450,10 +450,10 @@ class PackedAttention:
         window: int | None,
     ) -> torch.Tensor:
         """Query (heads, rows, width) over latent vectors: (1, rows, heads, value width)."""
-        turns = self._turns.pop(module)
-        assert turns is not None
+        kv_b = self._kv_b.pop(module)
+        assert kv_b is not None
         layer: int = module.layer_idx  # type: ignore[assignment]
-        out = query.new_empty((1, query.shape[1], query.shape[0], turns.values.shape[1]))
+        out = query.new_empty((1, query.shape[1], query.shape[0], kv_b.values.shape[1]))
         for cache, part, exact, start in self.batch:
             cache.put(layer, start, rotated[0, :, part], vectors[0, :, part])
             rows = part.stop - part.start
@@ -461,13 +461,13 @@ class PackedAttention:
             places, seen = (held[0] for held in cache.floats(layer, first, start + rows, self.buffers))
             if not exact:
                 mask = self._mask(start, rows, window or 0)[:, first:]
-                latents.attend(query[:, part], seen[first:], places[first:], turns, mask, scaling, out[0, part])
+                mla.attend(query[:, part], seen[first:], places[first:], kv_b, mask, scaling, out[0, part])
                 continue
             for row in range(rows):  # each alone, so that its result does not depend on the rows beside it
                 at = part.start + row
                 visible = slice(max(0, start + row + 1 - window) if window else 0, start + row + 1)
-                latents.attend(
-                    query[:, at : at + 1], seen[visible], places[visible], turns, None, scaling, out[0, at : at + 1]
+                mla.attend(
+                    query[:, at : at + 1], seen[visible], places[visible], kv_b, None, scaling, out[0, at : at + 1]
                 )
         return out
 
@@ -482,13 +482,13 @@ class PackedAttention:
         """A call while the order is recorded: remember who called and what is out of the ordinary."""
         layer = getattr(module, "layer_idx", None)
         if not isinstance(layer, int) or layer < 0 or layer in self.layers:
-            self.strange.add("layers that share a place in the cache")
+            self.unknown_arguments.add("layers that share a place in the cache")
         else:
             self.layers[layer] = key.shape[1], key.shape[1] * (key.shape[3] + value.shape[3])
         if mask is not None:
-            self.strange.add("a mask of its own")
+            self.unknown_arguments.add("a mask of its own")
         asked = {name for name, value in others.items() if value is not None and value is not False}
-        self.strange |= {name for name in asked if name not in _HARMLESS and not name.startswith("output_")}
+        self.unknown_arguments |= {name for name in asked if name not in _HARMLESS and not name.startswith("output_")}
 
     def _row_by_row(
         self,
@@ -611,7 +611,7 @@ def _by_scores(
 _HARMLESS = frozenset({"position_ids", "is_causal", "use_cache", "cache_position"})
 
 
-class JoinedCache:
+class ConcatenatedCache:
     """For models that compute attention themselves: the caches of all sequences as one, told apart by a mask.
 
     It speaks as much of transformers' cache protocol as their forward uses.

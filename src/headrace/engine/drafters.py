@@ -13,7 +13,7 @@ import torch
 
 from headrace.engine.attention import CacheOverflow, KVCache
 from headrace.engine.engine import Engine, Rows
-from headrace.engine.model_cache import ModelCache
+from headrace.engine.native_cache import NativeCache
 from headrace.engine.sampling import Sampler
 from headrace.errors import CheckpointError
 from headrace.plan.rooms import DRAFT_PROMPT_ROWS
@@ -101,7 +101,7 @@ class PromptLookup:
 class _DraftSequence:
     """The draft model's KV cache of one sequence, and the tokens in it."""
 
-    cache: KVCache | ModelCache
+    cache: KVCache | NativeCache
     tokens: list[int]
 
 

@@ -21,16 +21,16 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from headrace.checkpoint import Checkpoint, Tensor
-from headrace.engine.attention import CacheOverflow, Entry, JoinedCache, KVCache, PackedAttention
+from headrace.engine.attention import CacheOverflow, ConcatenatedCache, Entry, KVCache, PackedAttention
 from headrace.engine.capture import CaptureCache, CapturedStep
 from headrace.engine.experts import ExpertProducts
 from headrace.engine.fuse import Fuser
-from headrace.engine.latents import makes_keys, turns_of
 from headrace.engine.look_ahead import LookAhead
-from headrace.engine.model_cache import (
-    ModelCache,
+from headrace.engine.mla import is_mla, split_kv_b
+from headrace.engine.native_cache import (
+    NativeCache,
     arguments_for,
-    keeps_states,
+    has_recurrent_state,
     memory_of,
     parameters_of,
     sees_a_window,
@@ -46,7 +46,7 @@ from headrace.model import PackedLinear, Shell, build_shell
 from headrace.model.matrix import Matrix
 from headrace.model.order import ExpertStep, LinearStep, Recorder, Step
 from headrace.model.packed import PackedExperts
-from headrace.model.shell import Hooks, Way
+from headrace.model.shell import AttentionMode, Hooks
 from headrace.process import release_unused, resident_bytes
 from headrace.stream import Arena, WeightFile, WeightStream
 from headrace.stream.decoded import FileSet
@@ -69,7 +69,7 @@ class Rows:
     A sequence may have several chunks in a pass, in their order.
     """
 
-    cache: KVCache | ModelCache
+    cache: KVCache | NativeCache
     tokens: Sequence[int]
     logits: int = 1
     exact: bool | None = None
@@ -172,9 +172,9 @@ class Engine:
                 norm=self._norm,
                 silu=self._silu,
                 record=self._record,
-                ways=self._ways,
+                attention_modes=self._attention_modes,
                 cached=lambda: tuple(self._attention.layers.values()),
-                remembers=lambda model: memory_of(model) is not None,
+                has_cache=lambda model: memory_of(model) is not None,
             ),
         )
         self._files.add(shell.made_path, shell.made)
@@ -182,15 +182,15 @@ class Engine:
         # The output embeddings, where they are given only the rows that need logits.
         self._head = self.model.get_output_embeddings() if "logits_to_keep" in parameters_of(self.model) else None
         self.steps = shell.steps
-        self.way = shell.way
+        self.attention_mode = shell.attention_mode
         self.opening = shell.opening
         look_ahead = LookAhead(shell.experts, checkpoint.number("expert_used_count", 1), self.kernels)
         if callable(options):
             options = options(shell)
         self._options = options
         self.kernels.tiles_exactly = options.tiles_exactly
-        latent = [module.kv_b_proj.matrix for module in self.model.modules() if makes_keys(module)]
-        if self.way != "packed" and any(matrix.keys_turned for matrix in latent):
+        latent = [module.kv_b_proj.matrix for module in self.model.modules() if is_mla(module)]
+        if self.attention_mode != "packed" and any(matrix.k_b_transposed for matrix in latent):
             raise UnsupportedError(
                 f"{checkpoint.path}: the model computes attention itself, which needs `attn_kv_b` in one tensor",
                 hint="use a file that an older version of llama.cpp converted, or the model's folder",
@@ -302,16 +302,16 @@ class Engine:
         """Decoder layers, each with keys and values of its own."""
         return int(self.model.config.get_text_config().num_hidden_layers)
 
-    def new_cache(self, capacity: int, bits: int = 16) -> "KVCache | ModelCache":
+    def new_cache(self, capacity: int, bits: int = 16) -> "KVCache | NativeCache":
         """An empty cache for one sequence of at most `capacity` tokens, with keys and values in 16 or 8 bits."""
-        if self.way == "model":
-            return ModelCache(self.model, capacity, len(self.opening))
+        if self.attention_mode == "native":
+            return NativeCache(self.model, capacity, len(self.opening))
         return KVCache(self.layers, capacity, bits)
 
     @property
-    def one_by_one(self) -> bool:
+    def single_sequence(self) -> bool:
         """True if the model keeps its own cache: sequences cannot share a pass and drafts cannot be rolled back."""
-        return self.way == "model"
+        return self.attention_mode == "native"
 
     def step(self, batch: Sequence[Rows]) -> torch.Tensor:
         """One pass over the weights for the new rows of all sequences.
@@ -344,16 +344,18 @@ class Engine:
         many = self._rows - self._exact_rows > FEW_ROWS
         try:
             with PooledAllocation() if many else nullcontext():
-                logits = self._forward_in_order(batch, starts) if self.way != "model" else self._by_model(batch)
+                logits = (
+                    self._forward_in_order(batch, starts) if self.attention_mode != "native" else self._by_model(batch)
+                )
         except BaseException:
             self._broken_off = True
             for rows in batch:
-                rows.cache.abandon()
+                rows.cache.rollback()
             self._rewind()
             raise
         self._check_numbers(batch, starts, logits)
         for rows in batch:
-            rows.cache.settle()
+            rows.cache.commit()
             rows.cache.length += len(rows.tokens)
         end, after = time.perf_counter(), self._counted()
         if self.trace is not None:
@@ -394,7 +396,7 @@ class Engine:
         if narrow is None and not overflowed and (not len(logits) or bool(logits.amax().isfinite())):
             return
         for rows in batch:
-            rows.cache.abandon()
+            rows.cache.rollback()
         if narrow is not None:
             raise CacheOverflow(narrow)
         raise self._not_finite(next((rows for rows in batch if rows.tokens), batch[0]))
@@ -483,8 +485,8 @@ class Engine:
         parts = []
         for rows in batch:
             cache, tokens = rows.cache, list(rows.tokens)
-            assert isinstance(cache, ModelCache)
-            step = len(tokens) if cache.continues or not cache.length else 1
+            assert isinstance(cache, NativeCache)
+            step = len(tokens) if cache.accepts_multiple_rows or not cache.length else 1
             before, found = cache.length, []
             for first in range(0, len(tokens), step):
                 self._begin(self._again if cache.length else self.steps)
@@ -492,7 +494,7 @@ class Engine:
                 self._exact_rows = self._rows if rows.is_exact else 0
                 self._chunks = [] if rows.is_exact else [self._rows]
                 part = replace(rows, tokens=tokens[first : first + step], logits=min(step, rows.logits))
-                with cache.in_modules():
+                with cache.state_in_modules():
                     arguments = arguments_for(self.model, cache, torch.tensor([part.tokens]))
                     found.append(self._logits(arguments, torch.arange(-part.logits, 0)))
                 cache.length += step
@@ -532,8 +534,8 @@ class Engine:
             first += len(rows.tokens)
             wanted += range(first - rows.logits, first)
         arguments: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
-        if self.way != "packed":
-            joined = JoinedCache(entries)
+        if self.attention_mode != "packed":
+            joined = ConcatenatedCache(entries)
             arguments |= {"past_key_values": joined, "attention_mask": joined.mask(), "use_cache": True}
             return self._logits(arguments, torch.tensor(wanted))
         self._attention.begin(entries)
@@ -666,7 +668,7 @@ class Engine:
         outputs = [one.view(tensor.outputs, -1) for one, tensor in zip(flat, step.tensors, strict=True)]
         self._visit(step, lambda pieces: self.kernels.unpack_all(pieces, outputs))
         found = dict(zip((tensor.name for tensor in step.tensors), outputs, strict=True))
-        return self._attention.take(layer, turns_of(layer, linear.matrix, found), vectors, rotated)
+        return self._attention.take(layer, split_kv_b(layer, linear.matrix, found), vectors, rotated)
 
     def _experts(
         self, module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *_: Any, **__: Any
@@ -732,23 +734,23 @@ class Engine:
     def _record(self, recorder: Recorder | None) -> None:
         self._recorder, self._attention.records = recorder, recorder is not None
         if recorder is not None:
-            self._attention.layers, self._attention.strange = {}, set()
+            self._attention.layers, self._attention.unknown_arguments = {}, set()
 
-    def _ways(self, model: PreTrainedModel) -> Iterator[Way]:
+    def _attention_modes(self, model: PreTrainedModel) -> Iterator[AttentionMode]:
         """Ways to run attention, the best first: each layer's on our caches, on all of them joined, the model's own."""
-        if not keeps_states(model) and not sees_chunks(model):
-            layers = [module for module in model.modules() if makes_keys(module)]
+        if not has_recurrent_state(model) and not sees_chunks(model):
+            layers = [module for module in model.modules() if is_mla(module)]
             for layer in layers:
                 layer.expand_kv = partial(self._unexpanded, layer)
-            yield "packed", _positions, lambda: bool(self._attention.layers) and not self._attention.strange
+            yield "packed", _positions, lambda: bool(self._attention.layers) and not self._attention.unknown_arguments
             for layer in layers:
                 del layer.expand_kv
             if not sees_a_window(model):
-                yield "joined", _positions_and_mask, lambda: not self._attention.layers
+                yield "concatenated", _positions_and_mask, lambda: not self._attention.layers
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._attn_implementation = "eager"
-        yield "model", partial(trial_of, model), lambda: True
+        yield "native", partial(trial_of, model), lambda: True
 
     def _interleave(self, options: StreamOptions, unpacked: set[str], piece: Piece, tensor: Tensor) -> Piece:
         if piece.type not in options.interleaved_types or tensor.name in unpacked:

@@ -13,7 +13,7 @@ import torch
 
 from headrace.engine.attention import PackedAttention
 from headrace.engine.capture import Call, put_all
-from headrace.kernels.attending import Attending, Heads, Positions
+from headrace.kernels.attention_graph import AttentionNodes, Heads, Positions
 from headrace.kernels.fused_graph import FusedGraph
 from headrace.kernels.multiply import Kernels
 from headrace.model.order import LinearStep
@@ -77,7 +77,7 @@ class Fuser:
         if function == self._multiply:
             return sum(len(weights) for weights in [self._weights(arguments[0])] if weights)
         if function == self._attention.attend:
-            return Attending.OPERATIONS
+            return AttentionNodes.OPERATIONS
         return len(arguments[0]) if function is _aten.cat.out else 2
 
     def _weights(self, step: LinearStep) -> Batch | None:
@@ -175,7 +175,7 @@ class Fuser:
 class _Attended(NamedTuple):
     """An attention within a chain: addresses of rows, and the bytes between their heads."""
 
-    attending: Attending
+    attending: AttentionNodes
     attention: PackedAttention
     layer: int
     window: int | None
@@ -192,7 +192,7 @@ class _Attended(NamedTuple):
         halves = cache.halves(self.layer)
         assert halves is not None
         first = max(0, cache.length + 1 - self.window) if self.window else 0
-        shapes = [(heads.kept, cache.capacity, width) for width in (heads.key_width, heads.value_width)]
+        shapes = [(heads.kv, cache.capacity, width) for width in (heads.key_width, heads.value_width)]
         wide = [Positions(one.data_ptr(), 4 * one.stride(0)) for one in self.attention.buffers.take(*shapes)]
         kept = [Positions(one.data_ptr() + 2 * first * one.stride(1), 2 * one.stride(0)) for one in halves]
         attending.set(cache.length + 1 - first, self.query, self.out, *wide)

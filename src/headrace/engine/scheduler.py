@@ -19,14 +19,14 @@ import torch
 from headrace.engine.attention import CacheOverflow, KVCache
 from headrace.engine.drafters import Draft, common_length
 from headrace.engine.engine import Engine, Rows
-from headrace.engine.model_cache import ModelCache
+from headrace.engine.native_cache import NativeCache
 from headrace.engine.sampling import Sampler
 from headrace.engine.speculation import Speculation
 from headrace.kernels import FEW_ROWS
 from headrace.kernels.limits import CHUNK_ROWS, SMALL_CHUNK_ROWS
 
 # A shared beginning shorter than this is computed again rather than waited for.
-WORTH_SHARING = 16
+MIN_SHARED_PREFIX_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Chunks:
 class Slot:
     """A KV cache and its tokens. Kept after its answer ends, for prefix caching."""
 
-    cache: KVCache | ModelCache
+    cache: KVCache | NativeCache
     tokens: list[int] = field(default_factory=list)
     prompt_tokens: int = 0  # of these, how many were computed as a prompt
 
-    def holds(self, prompt: Sequence[int], chunks: "Chunks | None") -> int:
+    def cached_prefix_len(self, prompt: Sequence[int], chunks: "Chunks | None") -> int:
         """How many tokens of a prompt, all but its last at most, need not be computed again.
 
         `chunks`: only whole ones of a prompt are reused; None: all that the cache holds.
@@ -66,7 +66,7 @@ class Slot:
         if self.is_wide:
             return 0  # a wide cache is not reused by other prompts
         common = min(common_length(self.tokens, prompt[:-1]), self.cache.length)
-        if not self.cache.continues and (chunks is not None or common < len(prompt) - 1):
+        if not self.cache.accepts_multiple_rows and (chunks is not None or common < len(prompt) - 1):
             return 0  # this cache cannot resume in the middle of a prompt
         return common if chunks is None else chunks.whole(min(common, self.prompt_tokens))
 
@@ -75,7 +75,7 @@ class Slot:
         """Whether the cache keeps numbers in the type for large ones."""
         return isinstance(self.cache, KVCache) and self.cache.is_wide
 
-    def keep(self, count: int) -> None:
+    def truncate(self, count: int) -> None:
         """Forget all but the first `count` tokens."""
         self.cache.truncate(count)
         del self.tokens[count:]
@@ -88,11 +88,11 @@ class Answer:
 
     tokens: list[int]
     prompt_tokens: int
-    most_tokens: int  # to generate
+    max_tokens: int  # to generate
     sampler: Sampler
     slot: Slot
-    donor: "Answer | None" = None  # computes a beginning that both share
-    shared: int = 0
+    prefix_source: "Answer | None" = None  # computes a beginning that both share
+    shared_prefix_tokens: int = 0
 
     @property
     def generated(self) -> int:
@@ -100,7 +100,7 @@ class Answer:
         return len(self.tokens) - self.prompt_tokens
 
     @property
-    def pending(self) -> list[int]:
+    def uncomputed(self) -> list[int]:
         """Tokens that are not computed yet."""
         return self.tokens[self.slot.cache.length :]
 
@@ -134,7 +134,7 @@ class Scheduler:
         # Small chunks let more of a prefix be reused; they cost nothing where prefill rows share each matmul anyway.
         self._small_chunks = engine.prefill_is_row_invariant and prefill_rows > FEW_ROWS
         # Models with attention of their own take one chunk of a sequence in a pass.
-        tokens = min(CHUNK_ROWS, prefill_rows) if engine.way == "packed" else prefill_rows
+        tokens = min(CHUNK_ROWS, prefill_rows) if engine.attention_mode == "packed" else prefill_rows
         if self._small_chunks:
             self._chunks = Chunks(SMALL_CHUNK_ROWS, tokens // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS)
         else:
@@ -147,18 +147,18 @@ class Scheduler:
         """Whether another answer can be added."""
         return bool(self._free)
 
-    def add(self, prompt: list[int], most_tokens: int, sampler: Sampler) -> Answer:
+    def add(self, prompt: list[int], max_tokens: int, sampler: Sampler) -> Answer:
         """Begin an answer. What its prompt shares with what a cache holds is not computed again."""
-        slot = max(self._free, key=lambda slot: slot.holds(prompt, self._reused_chunks))
-        own = slot.holds(prompt, self._reused_chunks)
+        slot = max(self._free, key=lambda slot: slot.cached_prefix_len(prompt, self._reused_chunks))
+        own = slot.cached_prefix_len(prompt, self._reused_chunks)
         answer = Answer(
-            tokens=list(prompt), prompt_tokens=len(prompt), most_tokens=most_tokens, sampler=sampler, slot=slot
+            tokens=list(prompt), prompt_tokens=len(prompt), max_tokens=max_tokens, sampler=sampler, slot=slot
         )
-        donor = max(self.answers, key=lambda other: common_length(other.tokens, prompt[:-1]), default=None)
-        shared = 0 if donor is None else self._shareable(donor, prompt)
-        if shared >= own + WORTH_SHARING:
-            answer.donor, answer.shared = donor, shared
-        slot.keep(own)
+        prefix_source = max(self.answers, key=lambda other: common_length(other.tokens, prompt[:-1]), default=None)
+        shared = 0 if prefix_source is None else self._shareable_prefix(prefix_source, prompt)
+        if shared >= own + MIN_SHARED_PREFIX_TOKENS:
+            answer.prefix_source, answer.shared_prefix_tokens = prefix_source, shared
+        slot.truncate(own)
         if slot.is_wide and isinstance(slot.cache, KVCache):
             slot.cache.restore()
         slot.prompt_tokens = len(prompt)
@@ -166,17 +166,17 @@ class Scheduler:
         self.answers.append(answer)
         return answer
 
-    def _shareable(self, donor: Answer, prompt: Sequence[int]) -> int:
+    def _shareable_prefix(self, prefix_source: Answer, prompt: Sequence[int]) -> int:
         """How many tokens of a prompt another answer has computed or will compute, as far as they may be reused."""
-        common = common_length(donor.tokens, prompt[:-1])
-        return common if self._reused_chunks is None else self._chunks.whole(min(common, donor.prompt_tokens))
+        common = common_length(prefix_source.tokens, prompt[:-1])
+        return common if self._reused_chunks is None else self._chunks.whole(min(common, prefix_source.prompt_tokens))
 
     def reset(self) -> None:
         """Free all slots, whatever was interrupted where; the caches of unfinished answers are dropped."""
         for slot in self._slots:
             if slot not in self._free:
-                slot.cache.abandon()
-                slot.keep(0)
+                slot.cache.rollback()
+                slot.truncate(0)
         self.answers.clear()
         self._free = list(self._slots)
 
@@ -186,9 +186,9 @@ class Scheduler:
             return
         self.answers.remove(answer)
         for other in self.answers:
-            if other.donor is answer:
-                other.donor = None  # it computes the beginning itself
-        answer.slot.keep(min(answer.slot.cache.length, len(answer.tokens)))
+            if other.prefix_source is answer:
+                other.prefix_source = None  # it computes the beginning itself
+        answer.slot.truncate(min(answer.slot.cache.length, len(answer.tokens)))
         self._free.append(answer.slot)
         if self.speculation is not None:
             self.speculation.forget(answer.tokens)
@@ -216,7 +216,7 @@ class Scheduler:
             logits = torch.split(found, [1 + len(draft.draft_tokens) for draft in drafts])
         except BaseException:  # before the pass as well: some caches may already count on what others are to compute
             for answer in self.answers:
-                answer.slot.cache.abandon()
+                answer.slot.cache.rollback()
             raise
         news = []
         for (answer, _), draft, part in zip(chunks, drafts, logits, strict=True):
@@ -241,7 +241,7 @@ class Scheduler:
     def _widen(self, cache: KVCache) -> None:
         """Compute a sequence again from its start in the wide type, after a key or value overflowed FP16."""
         for answer in self.answers:
-            answer.slot.cache.abandon()
+            answer.slot.cache.rollback()
             if answer.slot.cache is cache:
                 answer.slot.tokens.clear()
         cache.widen()
@@ -255,12 +255,12 @@ class Scheduler:
         chunks: list[tuple[Answer, list[list[int]]]] = []
         computed: dict[Answer, int] = {}  # positions after this pass
         for answer in self.answers:
-            start, donor = answer.slot.cache.length, answer.donor
-            if donor is not None:
-                if computed.get(donor, donor.slot.cache.length) < answer.shared:
-                    continue  # the donor's prompt takes several passes
-                if donor.slot.cache.type == answer.slot.cache.type:
-                    start = answer.shared
+            start, prefix_source = answer.slot.cache.length, answer.prefix_source
+            if prefix_source is not None:
+                if computed.get(prefix_source, prefix_source.slot.cache.length) < answer.shared_prefix_tokens:
+                    continue  # the prefix_source's prompt takes several passes
+                if prefix_source.slot.cache.type == answer.slot.cache.type:
+                    start = answer.shared_prefix_tokens
             own: list[list[int]] = []
             taken = 0
             for chunk in self._cut(answer, start):
@@ -270,12 +270,12 @@ class Scheduler:
                 taken += len(chunk)
             if not own:
                 continue
-            if donor is not None and start > answer.slot.cache.length:
-                mine, theirs = answer.slot.cache, donor.slot.cache
+            if prefix_source is not None and start > answer.slot.cache.length:
+                mine, theirs = answer.slot.cache, prefix_source.slot.cache
                 assert isinstance(mine, KVCache)
                 assert isinstance(theirs, KVCache)
-                mine.share(theirs, start)
-            answer.donor = None
+                mine.copy_prefix(theirs, start)
+            answer.prefix_source = None
             room = max(0, room - (taken - 1))
             chunks.append((answer, own))
             computed[answer] = start + taken
@@ -284,7 +284,7 @@ class Scheduler:
     def _cut(self, answer: Answer, start: int) -> Iterator[list[int]]:
         """The tokens of an answer from `start` on in chunks, which end at multiples of their size and where the prompt ends."""
         tokens = answer.tokens
-        if not answer.slot.cache.continues:
+        if not answer.slot.cache.accepts_multiple_rows:
             yield tokens[start:]
             return
         while start < len(tokens):
@@ -316,9 +316,9 @@ class Scheduler:
             return  # a prompt is on its way: the pass is long as it is, and rates are not those of decoding
         limits = []
         for (answer, own), draft in zip(chunks, drafts, strict=True):
-            ready = sum(map(len, own)) == len(answer.pending)
+            ready = sum(map(len, own)) == len(answer.uncomputed)
             room = answer.slot.cache.capacity - len(answer.tokens)
-            most = min(self._most_guesses, answer.most_tokens - answer.generated - 1, room) if ready else 0
+            most = min(self._most_guesses, answer.max_tokens - answer.generated - 1, room) if ready else 0
             limits.append((draft, most))
         speculation.propose(limits, sum(len(chunk) for _, own in chunks for chunk in own))
 

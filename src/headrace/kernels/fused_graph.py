@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from headrace.kernels.attending import Attending, Heads, scratch_numbers
+from headrace.kernels.attention_graph import AttentionNodes, Heads, scratch_numbers
 from headrace.kernels.ggml_graph import Graph, Operands, Part, Workers
 from headrace.kernels.interleaved import Interleaving
 
@@ -99,11 +99,11 @@ class FusedGraph(Graph):
         self._results.append(node)
         return True
 
-    def attend(self, heads: Heads, most: int, scale: float) -> Attending:
+    def attend(self, heads: Heads, most: int, scale: float) -> AttentionNodes:
         """Attention of a row over at most so many positions that lie in fp16, to which its own is added."""
         if self._scratch.size < scratch_numbers(heads, most):
             self._scratch = np.empty(scratch_numbers(heads, most), np.float32)
-        attending = Attending(self, heads, most, scale, True, self._scratch)
+        attending = AttentionNodes(self, heads, most, scale, True, self._scratch)
         self._results += attending.results
         return attending
 

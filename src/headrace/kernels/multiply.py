@@ -16,7 +16,7 @@ import torch
 
 from headrace.checkpoint.tensor import block_of, row_bytes
 from headrace.kernels import interleaved
-from headrace.kernels.attending import Attention, Heads, Positions
+from headrace.kernels.attention_graph import AttentionGraph, Heads, Positions
 from headrace.kernels.fused_graph import FusedGraph
 from headrace.kernels.gated import Form, GatedExperts
 from headrace.kernels.ggml import takes_super_blocks
@@ -68,7 +68,7 @@ class Kernels:
         self._one_worker = Workers(1, spin=False)
         self._row_functions: dict[tuple[str, int, float, bool], RowFunction] = {}
         self._gated: dict[tuple[int, Form, int], GatedExperts] = {}
-        self._attentions: dict[tuple[Heads, int, float], Attention] = {}
+        self._attentions: dict[tuple[Heads, int, float], AttentionGraph] = {}
         self._fused_graphs: list[FusedGraph] = []
         self._scratch: torch.Tensor | None = None
         self._half: torch.Tensor | None = None  # unpacked weights
@@ -415,7 +415,7 @@ class Kernels:
         most = max(_LEAST_POSITIONS, 1 << (count - 1).bit_length())
         graph = self._attentions.get((heads, most, scale))
         if graph is None:
-            graph = Attention(self.few_workers, heads, most, scale, self.row_invariant)
+            graph = AttentionGraph(self.few_workers, heads, most, scale, self.row_invariant)
             self._attentions[heads, most, scale] = graph
         places = [Positions(one.data_ptr(), 4 * one.stride(0)) for one in (keys, values)]
         graph(count, (query.data_ptr(), 4 * query.stride(0)), out.data_ptr(), *places)

@@ -24,7 +24,7 @@ class Matrix:
     order: torch.Tensor | None = None  # which row of the slices each output is; None: as they come
     input_order: torch.Tensor | None = None  # which activation each column of the slices takes; None: as they come
     # Of latent attention: two slices, what makes keys, head by head with inputs as rows, and what makes values.
-    keys_turned: bool = False
+    k_b_transposed: bool = False
 
     @property
     def outputs(self) -> int:

@@ -361,7 +361,7 @@ class GgufNames(_Made):
         fits = len(keys.shape) == len(values.shape) == 3 and keys.shape[0] == values.shape[0]
         if not fits or (keys.shape[0] * (keys.shape[2] + values.shape[1]), keys.shape[1]) != tuple(shape):
             raise self._contradiction(parameter, keys.shape + values.shape, shape)
-        return Matrix(tuple(Slice(tensor, 0, tensor.rows) for tensor in halves), keys_turned=True)
+        return Matrix(tuple(Slice(tensor, 0, tensor.rows) for tensor in halves), k_b_transposed=True)
 
     def _row_order(self, tensor: Tensor) -> torch.Tensor | None:
         """Where each output row lies in the file: what transformers does to the weight, done to the row numbers."""

@@ -47,7 +47,7 @@ _SMALL_TABLE_BYTES = 4 << 20
 
 
 # A way to run attention: its name, what the forwards are given that record the order, and whether these showed it to be right.
-Way: TypeAlias = tuple[str, Callable[[], Iterator[dict[str, Any]]], Callable[[], bool]]
+AttentionMode: TypeAlias = tuple[str, Callable[[], Iterator[dict[str, Any]]], Callable[[], bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,11 @@ class Shell:
 
     model: PreTrainedModel
     steps: tuple[Step, ...]  # of a pass that begins a text
-    way: str  # how attention runs, one of those that the engine offered
+    attention_mode: str  # how attention runs, one of those that the engine offered
     cached: tuple[
         tuple[int, int], ...
     ]  # heads and numbers kept of a position, by layer; empty: the model keeps them itself
-    remembers: bool  # whether a pass that adds tokens computes these alone; False: all anew
+    has_cache: bool  # whether a pass that adds tokens computes these alone; False: all anew
     opening: tuple[int, ...]  # the tokens of a prompt that are the decoder's, where an encoder reads the others
     made_path: str
     made: Sequence[tuple[Tensor, Encoding]]  # tensors on that path, besides the checkpoint's own
@@ -104,10 +104,10 @@ class Hooks:
     norm: Norm
     silu: Gate
     record: Callable[[Recorder | None], None]  # while the order is recorded, experts go to this recorder
-    ways: Callable[[PreTrainedModel], Iterator[Way]]  # to run attention, the best first
+    attention_modes: Callable[[PreTrainedModel], Iterator[AttentionMode]]  # to run attention, the best first
     # Of each layer whose attention came to the engine while the order was recorded: heads and numbers kept of a position.
     cached: Callable[[], tuple[tuple[int, int], ...]]
-    remembers: Callable[[PreTrainedModel], bool]  # whether a model that runs in its own way takes a memory
+    has_cache: Callable[[PreTrainedModel], bool]  # whether a model that runs in its own way takes a memory
 
 
 def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
@@ -129,7 +129,7 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
         derived = _fill_derived(model, names, tied)
         before = _pack_linears(model, names, tied, hooks.product)
         elsewhere = derived | _pack_experts(model, names)
-    steps, way = _record(model, before, hooks)
+    steps, attention_mode = _record(model, before, hooks)
     _scale_frequencies(checkpoint, model, hooks.read)
     _gather_tables(model, names, tied, derived, hooks)
     _fill(model, names, tied, elsewhere, hooks)
@@ -138,9 +138,9 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
     return Shell(
         model=model,
         steps=steps,
-        way=way,
-        cached=hooks.cached() if way == "packed" else (),
-        remembers=way != "model" or hooks.remembers(model),
+        attention_mode=attention_mode,
+        cached=hooks.cached() if attention_mode == "packed" else (),
+        has_cache=attention_mode != "native" or hooks.has_cache(model),
         opening=opening_of(checkpoint),
         made_path=names.made_path,
         made=names.made,
@@ -340,7 +340,7 @@ def _record(
     """The steps of a pass and the way in which attention runs. A linear whose weight is looked at becomes an ordinary one
     again, kept in memory."""
     refused: Exception | None = None
-    for name, arguments, right in hooks.ways(model):
+    for name, arguments, right in hooks.attention_modes(model):
         while True:
             recorder = Recorder()
             hooks.record(recorder)

@@ -54,7 +54,7 @@ def choose_drafting(
     checkpoint: Checkpoint, profile: Profile, budget: Budget, request: Request, options: Sequence[Drafting]
 ) -> tuple[Drafting, str]:
     """(the best way to draft, the comparison in words). The first option must fit; a later one must gain a twentieth."""
-    if len(options) > 1 and shape_of(checkpoint).one_by_one:
+    if len(options) > 1 and shape_of(checkpoint).single_sequence:
         options = options[:1]  # recurrent states cannot be rolled back
     best, least = options[0], float("inf")
     words = []
@@ -87,7 +87,7 @@ def choose_sequences(
     More sequences share a pass; their caches take memory from pinned weights, and their rows take compute.
     """
     best, least = None, float("inf")
-    for count in sorted({min(most, count) for count in ((1,) if shape_of(checkpoint).one_by_one else SEQUENCES)}):
+    for count in sorted({min(most, count) for count in ((1,) if shape_of(checkpoint).single_sequence else SEQUENCES)}):
         wanted = replace(request, sequences=count)
         try:
             drafting, _ = choose_drafting(checkpoint, profile, budget, wanted, options)

@@ -88,7 +88,7 @@ def divide(
     least_rings = LEAST_SLOTS * slot * (2 if shape.opening else 1)
     least = base - margin + MARGIN_BYTES + least_rings + few_experts
     exact = _activations(shape, request, request.verify_rows, exact=True)
-    if shape.one_by_one:  # it takes its prompt whole
+    if shape.single_sequence:  # it takes its prompt whole
         exact = max(exact, _activations(shape, request, _whole_rows(shape, request)))
     floor = ceil((least + exact) / (1 - MARGIN_SHARE))
     if runtime_bytes is None:
@@ -199,7 +199,9 @@ def _activations(shape: Shape, request: Request, rows: int, exact: bool = False)
         return rows * 4 * (narrow + max(mlp, attention)) + logits + wide
     # Many rows: weights unpacked beside them, and a mask.
     masked = wide + rows * context_tokens + (SCORES_BYTES if shape.makes_scores else 0)
-    if shape.one_by_one and shape.cached_numbers:  # all rows see each other: biases, scores and their softmax, in fp32
+    if (
+        shape.single_sequence and shape.cached_numbers
+    ):  # all rows see each other: biases, scores and their softmax, in fp32
         masked += 4 * 4 * rows**2 * heads
     unpacked = MANY_ROWS_BYTES if shape.experts is None else 2 * MANY_ROWS_BYTES  # once left 18 MiB of 5000
     return rows * 4 * (narrow + max(mlp, attention)) + logits + masked + unpacked
@@ -215,8 +217,8 @@ def _expert_numbers(experts: Experts | None) -> int:
 
 
 def _whole_rows(shape: Shape, request: Request) -> int:
-    """Rows of the largest pass of a model that takes its prompt whole, or, if it remembers nothing, the answer as well."""
-    return max(FEW_ROWS, request.prompt_rows if shape.remembers else request.context_tokens)
+    """Rows of the largest pass of a model that takes its prompt whole, or, if it has_cache nothing, the answer as well."""
+    return max(FEW_ROWS, request.prompt_rows if shape.has_cache else request.context_tokens)
 
 
 def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) -> int:
@@ -224,7 +226,7 @@ def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) 
 
     A model that keeps states of its own takes a prompt whole, and so does an encoder.
     """
-    if shape.one_by_one:
+    if shape.single_sequence:
         return _whole_rows(shape, request)
     limit = min(room, max(budget_bytes // 8, 192 * MIB))
     rows = request.prompt_rows

@@ -23,9 +23,9 @@ class Built:
     linears: tuple[Tensor, ...]
     opening: tuple[Tensor, ...] = ()  # what only the beginning of a text multiplies
     experts: Sequence[Sequence[Sequence[Slice]]]  # of every expert of every layer, its slices
-    one_by_one: bool  # sequences do not share passes, and keys and values are kept in fp32
+    single_sequence: bool  # sequences do not share passes, and keys and values are kept in fp32
     cached: Sequence[tuple[int, int]] = ()  # of each layer, heads that keep keys and values, and numbers of a position
-    remembers: bool = True  # False: every pass computes all positions anew
+    has_cache: bool = True  # False: every pass computes all positions anew
 
 
 class Scan(NamedTuple):
@@ -59,8 +59,8 @@ class Shape:
     cached_heads: int  # that keep keys and values, over all layers
     cached_numbers: int  # that these keep of one position
     context_limit: int
-    one_by_one: bool = False
-    remembers: bool = True
+    single_sequence: bool = False
+    has_cache: bool = True
     scanned: Scan | None = None  # of state spaces that take rows in chunks
 
     @property
@@ -98,7 +98,7 @@ class Shape:
     def kv_bytes(self, context_tokens: int, bits: int) -> int:
         """Keys and values of one sequence in all layers; in 8 bits each head has a scale beside them. And its states."""
         of_token = 2 * self.cached_numbers if bits == 16 else self.cached_numbers + 4 * self.cached_heads
-        if self.one_by_one:  # fp32, and a copy while it grows
+        if self.single_sequence:  # fp32, and a copy while it grows
             of_token = 2 * 4 * self.cached_numbers
         return context_tokens * of_token + self.state_bytes
 
@@ -238,8 +238,8 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
         cached_heads=cached_heads,
         cached_numbers=cached_numbers,
         context_limit=checkpoint.context_limit(1 << 20),
-        one_by_one=checkpoint.has_encoder or (kv_layers < layers if built is None else built.one_by_one),
-        remembers=built is None or built.remembers,
+        single_sequence=checkpoint.has_encoder or (kv_layers < layers if built is None else built.single_sequence),
+        has_cache=built is None or built.has_cache,
         scanned=_scanned(checkpoint),
     )
 

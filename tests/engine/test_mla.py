@@ -11,7 +11,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
 from headrace.engine.attention import Entry, KVCache, PackedAttention
 from headrace.engine.engine import StreamOptions
-from headrace.engine.latents import Turns
+from headrace.engine.mla import KvBSplit
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, ReferenceKernels
 from headrace.kernels.piece import Piece
@@ -61,7 +61,7 @@ def test_exact_rows_do_not_depend_on_the_rows_beside_them(path: Path) -> None:
         first.truncate(6)
         assert torch.equal(engine.step([Rows(cache=first, tokens=PROMPT[6:], logits=7)]), expected[6:])
         shared = engine.new_cache(64)
-        shared.share(first, 9)
+        shared.copy_prefix(first, 9)
         assert torch.equal(engine.step([Rows(cache=shared, tokens=PROMPT[9:], logits=4)]), expected[9:])
 
 
@@ -106,7 +106,7 @@ def test_a_window_is_the_same_for_many_rows_and_for_each_alone() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Module()
     layer.layer_idx = 0
-    turns = Turns(torch.randn(2, 8, 16), torch.randn(2, 6, 16))
+    turns = KvBSplit(torch.randn(2, 8, 16), torch.randn(2, 6, 16))
     query, vectors, rotated = torch.randn(1, 2, 25, 12), torch.randn(1, 1, 25, 16), torch.randn(1, 1, 25, 4)
     results = []
     for exact in (False, True):

@@ -17,14 +17,14 @@ class Heads(NamedTuple):
     """Numbers of a layer's attention: heads that ask, heads that are kept, numbers of a key and of a value."""
 
     queries: int
-    kept: int
+    kv: int
     key_width: int
     value_width: int
 
     @property
     def groups(self) -> int:
         """Heads that ask the same kept one."""
-        return self.queries // self.kept
+        return self.queries // self.kv
 
 
 class Positions(NamedTuple):
@@ -34,7 +34,7 @@ class Positions(NamedTuple):
     head_bytes: int
 
 
-class Attending:
+class AttentionNodes:
     """One attention in a graph. `set` says where everything lies before the graph is computed."""
 
     OPERATIONS = 7
@@ -64,14 +64,14 @@ class Attending:
         self._most_rows = _counting(most)
         self._sources: list[Any] = []
         self._own: list[tuple[Any, Any, Any]] = []  # new row, its place in the cache, the copying
-        self._rows = graph.tensor("I32", most, heads.kept)  # all, in order, the same for each head
+        self._rows = graph.tensor("I32", most, heads.kv)  # all, in order, the same for each head
         self._rows.contents.data = self._most_rows.ctypes.data
         _strides(self._rows.contents, 4, 0, 0, 0)
         keys, values = (self._positions(width, packed) for width in (heads.key_width, heads.value_width))
-        query = graph.tensor("F32", heads.key_width, heads.groups, heads.kept)
+        query = graph.tensor("F32", heads.key_width, heads.groups, heads.kv)
         scores = graph.add("mul_mat", keys, query)
         chances = graph.add("soft_max_ext", scores, None, scale, 0.0)
-        turned = graph.tensor("F32", heads.groups, most, heads.kept)
+        turned = graph.tensor("F32", heads.groups, most, heads.kv)
         out = graph.add("out_prod", values, turned)
         self.results += [scores, chances, out]
         self._scratch = scratch
@@ -86,10 +86,10 @@ class Attending:
         """The tensor of keys or values in fp32."""
         graph, heads = self._graph, self.heads
         if not packed:
-            return graph.tensor("F32", width, self.most, heads.kept)
-        new, place = graph.tensor("F32", width, heads.kept), graph.tensor("F16", width, heads.kept)
+            return graph.tensor("F32", width, self.most, heads.kv)
+        new, place = graph.tensor("F32", width, heads.kv), graph.tensor("F16", width, heads.kv)
         copying = graph.add("cpy", new, place)
-        held = graph.tensor("F16", width, self.most, heads.kept)
+        held = graph.tensor("F16", width, self.most, heads.kv)
         wide = graph.add("get_rows", held, self._rows)
         self.results += [copying, wide]
         self._own.append((new.contents, place.contents, copying.contents))
@@ -105,16 +105,16 @@ class Attending:
         ):
             tensor.data = where.address
             tensor.ne[1] = count
-            _strides(tensor, 4, 4 * width, where.head_bytes, where.head_bytes * heads.kept)
+            _strides(tensor, 4, 4 * width, where.head_bytes, where.head_bytes * heads.kv)
         address, stride = query
         self._query.data, self._out.data = address, out
         _strides(self._query, 4, stride, stride * heads.groups, stride * heads.queries)
         row, group = 4 * count, 4 * count * heads.groups
         for tensor in (self._scores, self._chances):
             tensor.ne[0] = count
-            _strides(tensor, 4, row, group, group * heads.kept)
+            _strides(tensor, 4, row, group, group * heads.kv)
         self._turned.ne[1] = count
-        _strides(self._turned, row, 4, group, group * heads.kept)
+        _strides(self._turned, row, 4, group, group * heads.kv)
 
     def set_packed(
         self, count: int, new: tuple[tuple[int, int], tuple[int, int]], keys: Positions, values: Positions
@@ -128,28 +128,28 @@ class Attending:
         ):
             source, place, copying = own
             source.data = address
-            _strides(source, 4, stride, stride * self.heads.kept, stride * self.heads.kept)
+            _strides(source, 4, stride, stride * self.heads.kv, stride * self.heads.kv)
             for tensor in (place, copying):
                 tensor.data = where.address + 2 * width * (count - 1)
                 _strides(
-                    tensor, 2, where.head_bytes, where.head_bytes * self.heads.kept, where.head_bytes * self.heads.kept
+                    tensor, 2, where.head_bytes, where.head_bytes * self.heads.kv, where.head_bytes * self.heads.kv
                 )
             held.data = where.address
             held.ne[1] = count
-            _strides(held, 2, 2 * width, where.head_bytes, where.head_bytes * self.heads.kept)
+            _strides(held, 2, 2 * width, where.head_bytes, where.head_bytes * self.heads.kv)
 
 
-class Attention(Graph):
+class AttentionGraph(Graph):
     """A graph of nothing else, over keys and values in fp32."""
 
     def __init__(self, workers: Workers, heads: Heads, most: int, scale: float, dots: bool):
-        super().__init__(workers, Attending.OPERATIONS)
+        super().__init__(workers, AttentionNodes.OPERATIONS)
         scratch = np.empty(scratch_numbers(heads, most), np.float32)
-        self.attending = Attending(self, heads, most, scale, False, scratch)
+        self.attending = AttentionNodes(self, heads, most, scale, False, scratch)
         self.plan(self.attending.results, dots)
 
     def __call__(self, count: int, query: tuple[int, int], out: int, keys: Positions, values: Positions) -> None:
-        """As `Attending.set`."""
+        """As `AttentionNodes.set`."""
         self.attending.set(count, query, out, keys, values)
         self.compute()
 

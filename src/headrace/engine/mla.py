@@ -22,38 +22,38 @@ from headrace.model.packed import PackedLinear
 NUMBERS_TOGETHER = 8 << 20
 
 
-class Turns(NamedTuple):
+class KvBSplit(NamedTuple):
     """The two parts of a layer's matrix, in fp32: (heads, key width, rank) and (heads, value width, rank)."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
-def makes_keys(module: nn.Module) -> bool:
+def is_mla(module: nn.Module) -> bool:
     """Whether this layer makes keys and values from latent vectors, as transformers writes it for all such families."""
     return hasattr(type(module), "expand_kv") and isinstance(getattr(module, "kv_b_proj", None), PackedLinear)
 
 
-def turns_of(layer: Any, matrix: Matrix, found: Mapping[str, torch.Tensor]) -> Turns:
+def split_kv_b(layer: Any, matrix: Matrix, found: Mapping[str, torch.Tensor]) -> KvBSplit:
     """The parts of a layer's `kv_b_proj` from its tensors, unpacked: each (rows, columns) in fp32."""
     keys, values = layer.qk_nope_head_dim, layer.v_head_dim
     parts = [found[part.tensor.name][part.first : part.first + part.rows] for part in matrix.slices]
-    if matrix.keys_turned:
+    if matrix.k_b_transposed:
         turned, straight = parts
         rank = straight.shape[1]
-        return Turns(turned.view(-1, rank, keys).transpose(1, 2), straight.view(-1, values, rank))
+        return KvBSplit(turned.view(-1, rank, keys).transpose(1, 2), straight.view(-1, values, rank))
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
     if matrix.order is not None:
         rows = rows.index_select(0, matrix.order)
     heads = rows.view(-1, keys + values, rows.shape[1])
-    return Turns(heads[:, :keys], heads[:, keys:])
+    return KvBSplit(heads[:, :keys], heads[:, keys:])
 
 
 def attend(
     query: torch.Tensor,
     vectors: torch.Tensor,
     rotated: torch.Tensor,
-    turns: Turns,
+    kv_b: KvBSplit,
     mask: torch.Tensor | None,
     scaling: float | None,
     out: torch.Tensor,
@@ -64,23 +64,23 @@ def attend(
         query: (heads, rows, key width + rotated width), fp32.
         vectors: of the positions, (positions, rank), fp32.
         rotated: what of their keys knows where they are, one for all heads, (positions, rotated width), fp32.
-        turns: the layer's.
+        kv_b: the layer's.
         mask: True where a row may look, (rows, positions); None: everywhere.
         scaling: of the scores; None: one by the root of the query's width.
         out: (rows, heads, value width), is filled.
     """
     heads, rows, width = query.shape
-    plain = turns.keys.shape[1]
+    plain = kv_b.keys.shape[1]
     scale = width**-0.5 if scaling is None else scaling
     together = max(1, NUMBERS_TOGETHER // (rows * (2 * vectors.shape[0] + 3 * vectors.shape[1])))
     for first in range(0, heads, together):
         part = slice(first, min(heads, first + together))
         own = query[part]
-        turned = own[..., :plain] @ turns.keys[part]
+        turned = own[..., :plain] @ kv_b.keys[part]
         scores = turned.flatten(0, 1) @ vectors.T
         scores += own[..., plain:].flatten(0, 1) @ rotated.T
         scores = scores.mul_(scale).view(len(own), rows, -1)
         if mask is not None:
             scores.masked_fill_(~mask, -torch.inf)
         seen = (scores.softmax(-1).flatten(0, 1) @ vectors).view(len(own), rows, -1)
-        out[:, part] = (seen @ turns.values[part].transpose(1, 2)).transpose(0, 1)
+        out[:, part] = (seen @ kv_b.values[part].transpose(1, 2)).transpose(0, 1)

@@ -22,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 _MEMORIES = ("cache_params", "past_key_values", "state")
 
 
-class ModelCache:
+class NativeCache:
     """Speaks as `KVCache` does to those who schedule: a length, a capacity, and how to forget."""
 
     def __init__(self, model: PreTrainedModel, capacity: int, opening: int = 0):
@@ -30,7 +30,9 @@ class ModelCache:
         none."""
         self.type = "F32"  # as the model itself keeps it
         self.whole = memory_of(model) is None
-        self.continues = self.whole or not keeps_states(model)  # several rows may follow what it has seen
+        self.accepts_multiple_rows = self.whole or not has_recurrent_state(
+            model
+        )  # several rows may follow what it has seen
         self.opening = opening
         self.encoded: Any = None  # what the encoder made of its tokens
         self.capacity = capacity
@@ -55,7 +57,7 @@ class ModelCache:
         return self._tokens
 
     @contextmanager
-    def in_modules(self) -> Iterator[None]:
+    def state_in_modules(self) -> Iterator[None]:
         """During a pass, what this sequence has to remember lies in the model's modules, if that is where it belongs."""
         for (module, name), value in zip(self._places, self._in_modules, strict=True):
             setattr(module, name, value)
@@ -81,10 +83,10 @@ class ModelCache:
         else:
             self._reset()
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """A pass with rows of this cache has ended well."""
 
-    def abandon(self) -> None:
+    def rollback(self) -> None:
         """A pass with rows of this cache has failed: some layers may have seen its rows."""
         self._reset()
 
@@ -163,8 +165,8 @@ def sees_chunks(model: PreTrainedModel) -> bool:
     return "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
 
 
-def keeps_states(model: PreTrainedModel) -> bool:
-    """Whether some layer remembers other things than keys and values."""
+def has_recurrent_state(model: PreTrainedModel) -> bool:
+    """Whether some layer has_cache other things than keys and values."""
     if memory_of(model) != "past_key_values" or _places_in_modules(model):
         return True
     try:
@@ -177,7 +179,7 @@ def keeps_states(model: PreTrainedModel) -> bool:
     return any(type(layer).__name__ not in plain for layer in cache.layers)
 
 
-def arguments_for(model: PreTrainedModel, cache: ModelCache, tokens: torch.Tensor) -> dict[str, Any]:
+def arguments_for(model: PreTrainedModel, cache: NativeCache, tokens: torch.Tensor) -> dict[str, Any]:
     """Arguments of a forward over new tokens (1, rows) of one sequence. An encoder runs here, when the sequence begins."""
     known, memory = parameters_of(model), memory_of(model)
     arguments: dict[str, Any] = {"use_cache": False} if memory is None else {memory: cache.states, "use_cache": True}
@@ -195,7 +197,7 @@ def arguments_for(model: PreTrainedModel, cache: ModelCache, tokens: torch.Tenso
 
 def trial_of(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """Arguments of two forwards: the beginning of a text, and its next token."""
-    cache = ModelCache(model, 4, opening=int(model.config.is_encoder_decoder))
+    cache = NativeCache(model, 4, opening=int(model.config.is_encoder_decoder))
     for count in (3 if cache.opening else 2, 1):
         yield arguments_for(model, cache, torch.zeros((1, count), dtype=torch.long))
         cache.length += count
