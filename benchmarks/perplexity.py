@@ -16,7 +16,7 @@ import torch
 
 import headrace
 from headrace.engine import Rows
-from headrace.kernels import FEW_ROWS
+from headrace.kernels import DECODE_MAX_ROWS
 
 WINDOW = 512
 
@@ -56,7 +56,7 @@ def main() -> None:
         tokens = model.tokenizer.encode(arguments.text.read_text())
         print(f"{arguments.model.name}, {len(tokens) // WINDOW} windows of {WINDOW} tokens")
         ours = perplexity(model, tokens, WINDOW)
-        few = perplexity(model, tokens, FEW_ROWS)
+        few = perplexity(model, tokens, DECODE_MAX_ROWS)
         small = perplexity(model, tokens, WINDOW, kv_bits=8)
     command = [
         arguments.llama / "llama-perplexity",
@@ -73,7 +73,7 @@ def main() -> None:
     assert match is not None, output.stderr[-500:]
     theirs = float(match.group(1))
     print(
-        f"one pass per window {ours:.4f} ({ours / theirs - 1:+.2%}), steps of {FEW_ROWS} rows {few:.4f} ({few / theirs - 1:+.2%})"
+        f"one pass per window {ours:.4f} ({ours / theirs - 1:+.2%}), steps of {DECODE_MAX_ROWS} rows {few:.4f} ({few / theirs - 1:+.2%})"
     )
     print(f"one pass per window, KV cache in 8 bits {small:.4f} ({small / ours - 1:+.2%} of that in 16)")
     print(f"llama.cpp {theirs:.4f}")

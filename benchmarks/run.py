@@ -70,7 +70,7 @@ def headrace(row: Row, path: Path) -> dict[str, Any]:
         "streamed_bytes": memory["streamed_bytes_per_pass"],
         "pinned_bytes": memory["pinned_bytes"],
         "other_bytes": memory["peak_bytes"]
-        - sum(memory[key] for key in ("pinned_bytes", "interleaved_bytes", "kv_bytes")),
+        - sum(memory[key] for key in ("pinned_bytes", "repacked_bytes", "kv_bytes")),
         "peak_bytes": memory["peak_bytes"],
         "cgroup_peak_bytes": result.peak_bytes,
         "binding": plan["binding"],

@@ -541,7 +541,7 @@ def kept() -> dict[str, bytes]:
         source="measured 2026-01-01",
         disk_bytes_per_s={"1": 1e9},
         spread=(0.8, 1.2),
-        interleaved_weights_per_s={"Q4_K": {"1": 2e10}},
+        repacked_weights_per_s={"Q4_K": {"1": 2e10}},
         factors={"disk": 1.1, "kernel": 1.0, "layer": 1.0, "reading": 0.3},
     )
     group = PassGroup(

@@ -566,7 +566,7 @@ class Model:
                 "lent_bytes": self.plan.lent_bytes,
                 "streamed_bytes_per_pass": self.plan.streamed_bytes_per_pass,
                 "ring_bytes": self.plan.ring_bytes,
-                "interleaved_bytes": self.plan.interleaved_bytes,
+                "repacked_bytes": self.plan.repacked_bytes,
                 "kv_bytes": self.plan.kv_bytes,
                 "draft_bytes": self.plan.draft_bytes,
             },
@@ -778,9 +778,9 @@ def load(
             lent_slots=plan.lent_slots,
             opening_slots=plan.opening_slots,
             readers=plan.readers,
-            tiles_exactly=plan.tiles_exactly,
-            interleaved_types=plan.interleaved_types,
-            interleaved_in_place=plan.interleaved_in_place,
+            pad_decode_rows_to_tiles=plan.pad_decode_rows_to_tiles,
+            repacked_types=plan.repacked_types,
+            repack_in_place=plan.repack_in_place,
             expert_slots=plan.expert_slots,
             expert_scores=_scores(checkpoint, shell),
         )
@@ -805,7 +805,9 @@ def load(
             draft_engine.close()
             draft_engine = None
         if draft_engine is not None:
-            draft_engine.step([Rows(cache=draft_engine.new_cache(1), tokens=[0], exact=True)])  # reads its weights
+            draft_engine.step(
+                [Rows(cache=draft_engine.new_cache(1), tokens=[0], row_invariant=True)]
+            )  # reads its weights
         plan = replace(plans[0], reasons=(*plans[0].reasons, *engine.remarks))
         model = Model(
             checkpoint,
@@ -862,8 +864,8 @@ def _load_draft(original: Checkpoint, drafting: Drafting, profile: Profile) -> E
         unit_bytes=1 << 20,
         slots=1,
         readers=profile.threads,
-        interleaved_types=profile.types_to_interleave,
-        interleaved_in_place=True,
+        repacked_types=profile.types_to_repack,
+        repack_in_place=True,
         pinned_read_bytes=1 << 20,
     )
     kernels, _ = make_kernels(profile.threads, profile.bf16_pays, row_invariant=False, tiled=profile.tiled)

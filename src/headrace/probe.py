@@ -27,9 +27,9 @@ from headrace.checkpoint.tensor import row_bytes
 from headrace.engine import Engine, Rows
 from headrace.engine.engine import StreamOptions
 from headrace.errors import HeadraceError
-from headrace.kernels import FEW_ROWS, Kernels, Piece
+from headrace.kernels import DECODE_MAX_ROWS, Kernels, WeightSlice
 from headrace.kernels.ggml import takes_super_blocks
-from headrace.kernels.limits import PRECISE_TYPES
+from headrace.kernels.thresholds import PRECISE_TYPES
 from headrace.plan.profile import Profile, load_profile, machine_name
 from headrace.plan.rooms import MOST_RING_SLOTS, READERS, UNIT_BYTES
 from headrace.plan.shape import is_linear
@@ -41,7 +41,7 @@ from headrace.units import GIB, MIB, gib
 
 COLUMNS, WEIGHT_ROWS = 4096, 14336  # one projection of an 8B model
 USUAL_TYPES = ("Q4_K", "Q6_K", "Q5_K", "Q8_0", "F16", "BF16", "Q5_0", "Q4_0", "Q3_K", "Q2_K", "IQ4_XS", "F32")
-KERNEL_ROWS = (1, 2, 4, 8, FEW_ROWS)
+KERNEL_ROWS = (1, 2, 4, 8, DECODE_MAX_ROWS)
 PRODUCT_ROWS = (32, 128, 512)
 DISK_BYTES = GIB
 ROUNDS = 3
@@ -71,7 +71,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     types = dict.fromkeys([*_types_of(target), *USUAL_TYPES])
     rates = {kind: _measure_kernel(kernels, kind) for kind in types}
     packed = {kind: {**plain, **_measure_tiles(threads, kind)} for kind, (plain, _) in rates.items()}
-    woven = {kind: interleaved for kind, (_, interleaved) in rates.items() if interleaved}
+    repacked = {kind: repacked for kind, (_, repacked) in rates.items() if repacked}
     unpacked = {kind: _measure_unpack(kernels, kind) for kind in types if kind != "F32"} | {"F32": 1e12}
     say("disk and kernels together")
     reading = measure_reading(target, threads, rates["Q4_K"][0]["1"], DISK_BYTES // 2)
@@ -88,7 +88,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
         threads=threads,
         disk_bytes_per_s=disks,
         kernel_weights_per_s=packed,
-        interleaved_weights_per_s=woven,
+        repacked_weights_per_s=repacked,
         unpack_weights_per_s=unpacked,
         bf16_flop_per_s=products["Q4_K"],
         fp32_flop_per_s=products["F16"],
@@ -141,7 +141,7 @@ def measure_reading(target: Path, threads: int, weights_per_s: float, total_byte
         def multiply(count: int) -> None:
             nonlocal done
             for _ in range(count * each):
-                piece = Piece("Q4_K", rows, arena.address + done % copies * piece_bytes, 0)
+                piece = WeightSlice("Q4_K", rows, arena.address + done % copies * piece_bytes, 0)
                 kernels.multiply(x, [(0, piece)], [out])
                 done += 1
 
@@ -241,18 +241,18 @@ def _packed(kind: str, rows: int, copies: int) -> tuple[Arena, int]:
 
 
 def _measure_kernel(kernels: Kernels, kind: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Weights per second by rows, from plain blocks and interleaved (nothing, where the format has no such layout).
+    """Weights per second by rows, from plain blocks and repacked (nothing, where the format has no such layout).
 
     The two take turns: a busy neighbour would otherwise decide which of them is faster.
     """
     copies = max(1, PROBE_BYTES // (row_bytes(kind, COLUMNS) * WEIGHT_ROWS))
     arena, nbytes = _packed(kind, WEIGHT_ROWS, copies)
-    # Random bytes are as good interleaved as not: only the kernel's speed is looked at.
+    # Random bytes are as good repacked as not: only the kernel's speed is looked at.
     addresses = [arena.address + i * nbytes for i in range(copies)]
-    plain = [Piece(kind, WEIGHT_ROWS, at, 0) for at in addresses]
+    plain = [WeightSlice(kind, WEIGHT_ROWS, at, 0) for at in addresses]
     ways = [plain]
-    if kind in kernels.interleaving.types:
-        ways.append([replace(piece, interleaved=piece.address) for piece in plain])
+    if kind in kernels.repacking.types:
+        ways.append([replace(piece, repacked=piece.address) for piece in plain])
     rates: tuple[dict[str, float], dict[str, float]] = {}, {}
     for rows in KERNEL_ROWS:
         x, out = torch.randn(rows, COLUMNS), torch.empty(rows, WEIGHT_ROWS)
@@ -280,7 +280,7 @@ def _measure_tiles(threads: int, kind: str) -> Mapping[str, float]:
         x, out = torch.randn(rows, COLUMNS), torch.empty(rows, weight_rows)
 
         def work(_: int, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
-            kernels.multiply(x, [(0, Piece(kind, weight_rows, arena.address, 0))], [out])
+            kernels.multiply(x, [(0, WeightSlice(kind, weight_rows, arena.address, 0))], [out])
 
         rates[str(rows)] = weight_rows * COLUMNS / _median_s(work)
     kernels.close()
@@ -307,7 +307,7 @@ def _measure_products(kernels: Kernels, kind: str) -> Mapping[str, float]:
         x, out = torch.randn(rows, COLUMNS), torch.empty(rows, weight_rows)
 
         def work(_: int, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
-            kernels.multiply(x, [(0, Piece(kind, weight_rows, arena.address, 0))], [out])
+            kernels.multiply(x, [(0, WeightSlice(kind, weight_rows, arena.address, 0))], [out])
 
         spent = _median_s(work)
         rates[str(rows)] = 2 * weights * rows / max(spent - unpack_s, spent / 10)

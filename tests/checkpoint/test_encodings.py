@@ -546,10 +546,10 @@ def auto_round_config(case: Case, packing: str) -> dict[str, Any]:
 
 
 def joined(store: Store, config: Mapping[str, Any], target: str) -> Array:
-    """The (outputs, inputs) matrix that a tensor of slabs stands for."""
+    """The (outputs, inputs) matrix that a tensor of k_splits stands for."""
     tensor = decoded(store.tensors, config, "m")[0]["a.weight"]
     assert tensor.type == target
-    assert tensor.slabs == tensor.shape[0]
+    assert tensor.k_splits == tensor.shape[0]
     return np.concatenate(list(store.values(config, "a.weight")), axis=1)
 
 
@@ -759,7 +759,7 @@ def test_gptq_of_three_bits_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "slabs"),
+    ("shape", "k_splits"),
     [
         ((512, 48), (2, 48, 256)),
         ((384, 300), (3, 300, 128)),
@@ -769,19 +769,19 @@ def test_gptq_of_three_bits_is_refused_by_name() -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
-def test_transposed_slabs_are_the_same_values(shape: tuple[int, ...], slabs: tuple[int, ...], kind: str) -> None:
+def test_transposed_slabs_are_the_same_values(shape: tuple[int, ...], k_splits: tuple[int, ...], kind: str) -> None:
     stored = random(8).integers(0, 1 << 15, shape).astype(np.float32 if kind == "F32" else np.uint16)
     stored = stored.view(np.float16) if kind == "F16" else stored
     store = Store()
     store.add("a", kind, stored)
     tensor, encoding = transposed(store.tensors["a"], "m[decoded]", 8192)
 
-    assert (tensor.shape, tensor.slabs, tensor.offset, tensor.path) == (slabs, slabs[-3], 8192, "m[decoded]")
+    assert (tensor.shape, tensor.k_splits, tensor.offset, tensor.path) == (k_splits, k_splits[-3], 8192, "m[decoded]")
     ((source, offset, count),) = encoding.reads(0, tensor.rows)
     assert (source.name, offset, count) == ("a", 0, tensor.nbytes)
     out = np.empty(tensor.nbytes, np.uint8)
     encoding.decode([store.data["a"]], 0, tensor.rows, out)
-    matrix = np.concatenate(list(np.moveaxis(out.view(stored.dtype).reshape(slabs), -3, 0)), axis=-1)
+    matrix = np.concatenate(list(np.moveaxis(out.view(stored.dtype).reshape(k_splits), -3, 0)), axis=-1)
     np.testing.assert_array_equal(matrix, stored.swapaxes(-1, -2))
 
 

@@ -94,36 +94,36 @@ KEPT = torch.zeros(8)
 
 
 def test_two_passes_that_differ_in_a_number_are_not_played() -> None:
-    tapes, x = CaptureCache(), torch.randn(8)
+    captures, x = CaptureCache(), torch.randn(8)
     for factor in (2.0, 3.0, 4.0, 5.0):
-        assert tapes.tape("key") is None
-        with torch.inference_mode(), tapes.capturing("key") as tape:
+        assert captures.find("key") is None
+        with torch.inference_mode(), captures.capturing("key") as tape:
             if tape is not None:
                 tape.output(tape.input(x) * factor)
-    assert "differs" in tapes._uncapturable["key"]
+    assert "differs" in captures._uncapturable["key"]
 
 
 def test_a_pass_that_fails_is_not_kept() -> None:
-    tapes = CaptureCache()
-    with tapes.capturing("key") as tape:
+    captures = CaptureCache()
+    with captures.capturing("key") as tape:
         assert tape is None  # nothing like it has been seen
     for _ in range(3):
-        with pytest.raises(OSError, match="broken"), torch.inference_mode(), tapes.capturing("key") as tape:
+        with pytest.raises(OSError, match="broken"), torch.inference_mode(), captures.capturing("key") as tape:
             assert tape is not None
             tape.input(torch.ones(2))
             raise OSError("broken")
-    assert tapes.tape("key") is None
+    assert captures.find("key") is None
 
 
 def test_passes_that_do_not_come_again_are_not_kept() -> None:
-    tapes, x = CaptureCache(), torch.randn(8)
+    captures, x = CaptureCache(), torch.randn(8)
     for key in range(MAX_CAPTURED_STEPS + 8):
         for _ in range(2):
-            with torch.inference_mode(), tapes.capturing(key) as tape:
+            with torch.inference_mode(), captures.capturing(key) as tape:
                 if tape is not None:
                     tape.output(tape.input(x) * 2)
-    assert len(tapes._first) == MAX_CAPTURED_STEPS
-    assert tapes.tape(MAX_CAPTURED_STEPS) is None
+    assert len(captures._first) == MAX_CAPTURED_STEPS
+    assert captures.find(MAX_CAPTURED_STEPS) is None
 
 
 def test_rows_of_a_table_are_read_once_and_the_oldest_go(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,13 +164,13 @@ def test_large_results_are_the_same_and_lie_in_few_blocks() -> None:
         expected = x
         for _ in range(6):
             expected = layer(expected)
-        recycling, found = PooledAllocation(), x
-        with recycling:
+        pooled, found = PooledAllocation(), x
+        with pooled:
             for _ in range(6):
                 found = layer(found)
     assert torch.equal(found, expected)
-    assert recycling._pool.owns(found)
-    assert sum(map(len, recycling._blocks._blocks.values())) <= 8
+    assert pooled._pool.owns(found)
+    assert sum(map(len, pooled._pool._buffers.values())) <= 8
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3", "phi3", "gpt2", "qwen3moe", "gpt-oss", "gemma2"])

@@ -19,7 +19,7 @@ from headrace.engine.sampling import Sampler
 from headrace.engine.scheduler import Answer, Chunks, Scheduler, Slot
 from headrace.kernels import Kernels
 from headrace.kernels.convert import q4_k_blocks
-from headrace.kernels.limits import CHUNK_ROWS, SMALL_CHUNK_ROWS
+from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS
 from headrace.model import Shell
 
 CONTEXT, NEW_TOKENS = 320, 2

@@ -232,16 +232,18 @@ def test_interleaved_weights_give_the_same_model_and_exact_rows_stay_exact(
         unit_bytes=16 << 10,
         slots=3,
         readers=2,
-        interleaved_types=frozenset({"Q4_0"}),
-        interleaved_in_place=in_place,
+        repacked_types=frozenset({"Q4_0"}),
+        repack_in_place=in_place,
     )
     with Engine(checkpoint, options, Kernels(2)) as engine:
         assert (decode(engine) - plain).norm() / plain.norm() < 0.05  # activations are rounded in another way
-        together = engine.step([Rows(cache=engine.new_cache(40), tokens=[*PROMPT, *PROMPT], logits=26, exact=True)])
+        together = engine.step(
+            [Rows(cache=engine.new_cache(40), tokens=[*PROMPT, *PROMPT], logits=26, row_invariant=True)]
+        )
         cache = engine.new_cache(40)
         alone = torch.cat([engine.step([Rows(cache=cache, tokens=[token])]) for token in [*PROMPT, *PROMPT]])
         assert torch.equal(together, alone)
-        many = engine.step([Rows(cache=engine.new_cache(64), tokens=PROMPT * 4, logits=52, exact=False)])
+        many = engine.step([Rows(cache=engine.new_cache(64), tokens=PROMPT * 4, logits=52, row_invariant=False)])
         assert (many[:26] - together).norm() / together.norm() < 0.08
 
 

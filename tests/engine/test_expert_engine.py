@@ -60,10 +60,10 @@ def test_rows_of_a_batch_share_experts_and_no_row_changes(folder: Path) -> None:
         alone = []
         for start in range(4):
             cache = engine.new_cache(16)
-            engine.step([Rows(cache=cache, tokens=TOKENS[start : start + 5], exact=True)])
+            engine.step([Rows(cache=cache, tokens=TOKENS[start : start + 5], row_invariant=True)])
             alone.append(engine.step([Rows(cache=cache, tokens=[TOKENS[start + 5]])]))
         caches = [engine.new_cache(16) for _ in range(4)]
-        engine.step([Rows(cache=c, tokens=TOKENS[i : i + 5], exact=True) for i, c in enumerate(caches)])
+        engine.step([Rows(cache=c, tokens=TOKENS[i : i + 5], row_invariant=True) for i, c in enumerate(caches)])
         together = engine.step([Rows(cache=c, tokens=[TOKENS[i + 5]]) for i, c in enumerate(caches)])
         assert torch.equal(together, torch.cat(alone))
         stats = engine.passes[-1]
@@ -90,7 +90,7 @@ def test_a_router_that_chooses_an_expert_that_does_not_exist_is_an_error(folder:
         packed = engine.steps[-1] and next(step.experts for step in engine.steps if hasattr(step, "experts"))
         hidden = torch.zeros((1, 64))
         with pytest.raises(CheckpointError, match="chose expert 99 of"):
-            engine.experts(packed, hidden, torch.tensor([[0, 99]]), torch.ones((1, 2)), exact_rows=1)
+            engine.experts(packed, hidden, torch.tensor([[0, 99]]), torch.ones((1, 2)), invariant_rows=1)
 
 
 def test_threads_spin_only_where_nothing_is_read(folder: Path) -> None:

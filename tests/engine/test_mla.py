@@ -14,18 +14,18 @@ from headrace.engine.engine import StreamOptions
 from headrace.engine.mla import KvBSplit
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, ReferenceKernels
-from headrace.kernels.piece import Piece
+from headrace.kernels.weight_slice import WeightSlice
 
 PROMPT = [5, 17, 99, 3, 250, 41, 7, 7, 12, 130, 64, 2, 9]
 KINDS = [("deepseek2", "F32"), ("deepseek2", "Q8_0"), ("deepseek2-lite", "Q4_0")]
 
 
-def opened(path: Path, share: float = 0.5, woven: bool = False) -> Engine:
+def opened(path: Path, share: float = 0.5, repacked: bool = False) -> Engine:
     checkpoint = open_checkpoint(path)
     options = StreamOptions(
         pinned_rows={tensor.name: int(share * tensor.rows) // 8 * 8 for tensor in checkpoint.tensors.values()},
         unit_bytes=16 << 10, slots=3, readers=2, expert_slots=24, expert_readers=1,
-        interleaved_types=frozenset({"Q4_0"} if woven else ()), interleaved_in_place=woven,
+        repacked_types=frozenset({"Q4_0"} if repacked else ()), repack_in_place=repacked,
     )  # fmt: skip
     return Engine(checkpoint, options, Kernels(2))
 
@@ -70,7 +70,7 @@ def test_many_rows_and_8_bits_give_nearly_the_same(path: Path) -> None:
         expected = alone(engine, PROMPT)
         small = alone(engine, PROMPT, 8)
         assert 0 < float((small - expected).norm() / expected.norm()) < 0.1
-        many = engine.step([Rows(cache=engine.new_cache(64), tokens=PROMPT * 3, logits=39, exact=False)])
+        many = engine.step([Rows(cache=engine.new_cache(64), tokens=PROMPT * 3, logits=39, row_invariant=False)])
         close = (many[:13].argmax(-1) == expected.argmax(-1)).float().mean()
         assert close > 0.7  # a row that chooses another expert is far away
 
@@ -79,7 +79,7 @@ def test_its_matrix_keeps_the_layout_that_it_is_unpacked_from(tmp_path: Path) ->
     path = write_gguf(random_model("deepseek2-lite"), "deepseek2-lite", tmp_path / "tiny.gguf", "Q4_0")
     with opened(path, 1.0) as engine:
         plain = alone(engine, PROMPT)
-    with opened(path, 1.0, woven=True) as engine:
+    with opened(path, 1.0, repacked=True) as engine:
         close = (alone(engine, PROMPT).argmax(-1) == plain.argmax(-1)).float().mean()
         assert close > 0.7
 
@@ -112,7 +112,7 @@ def test_a_window_is_the_same_for_many_rows_and_for_each_alone() -> None:
     for exact in (False, True):
         attention, cache, found = PackedAttention(), KVCache(1, 64, 32), []
         for first, last in ((0, 20), (20, 25)):
-            for part in attention.room.take((1, 64, 4), (1, 64, 16)):
+            for part in attention.buffers.take((1, 64, 4), (1, 64, 16)):
                 part.fill_(torch.nan)  # what nobody has filled
             attention.begin([Entry(cache, slice(0, last - first), exact, first)])
             part = slice(first, last)
@@ -126,14 +126,14 @@ def test_a_window_is_the_same_for_many_rows_and_for_each_alone() -> None:
 @pytest.mark.parametrize("kernels", [Kernels(1), ReferenceKernels(1)])
 def test_weights_are_unpacked_to_where_they_belong(kernels: Kernels | ReferenceKernels) -> None:
     rows = np.arange(12, dtype=np.float32).reshape(4, 3)
-    slabs = np.arange(100, 116, dtype=np.float32).reshape(2, 4, 2)  # of a (4, 4) matrix, two columns each
+    k_splits = np.arange(100, 116, dtype=np.float32).reshape(2, 4, 2)  # of a (4, 4) matrix, two columns each
     plain, turned = torch.empty(4, 3), torch.empty(4, 4)
     pieces = [
-        (0, Piece("F32", 1, rows[3:].ctypes.data, 3)),
-        (1, Piece("F32", 4, slabs[1:].ctypes.data, 4, slab_rows=4, slab_columns=2)),
-        (0, Piece("F32", 3, rows.ctypes.data, 0)),
-        (1, Piece("F32", 4, slabs.ctypes.data, 0, slab_rows=4, slab_columns=2)),
+        (0, WeightSlice("F32", 1, rows[3:].ctypes.data, 3)),
+        (1, WeightSlice("F32", 4, k_splits[1:].ctypes.data, 4, k_split_rows=4, slab_columns=2)),
+        (0, WeightSlice("F32", 3, rows.ctypes.data, 0)),
+        (1, WeightSlice("F32", 4, k_splits.ctypes.data, 0, k_split_rows=4, slab_columns=2)),
     ]
     kernels.unpack_all(pieces, [plain, turned])
     assert torch.equal(plain, torch.from_numpy(rows))
-    assert torch.equal(turned, torch.from_numpy(np.concatenate(list(slabs), 1)))
+    assert torch.equal(turned, torch.from_numpy(np.concatenate(list(k_splits), 1)))

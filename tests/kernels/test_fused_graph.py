@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from headrace.kernels import Kernels, Piece
+from headrace.kernels import Kernels, WeightSlice
 from headrace.kernels.attention_graph import AttentionNodes, Heads, Positions
-from headrace.kernels.gated import Form
-from headrace.kernels.multiply import ExpertJob
+from headrace.kernels.expert_mlp import ExpertShapes
+from headrace.kernels.multiply import ExpertMatmul
 
 GENERATOR = torch.Generator().manual_seed(7)
 
@@ -160,17 +160,17 @@ def test_experts_of_a_row_are_those_of_their_products_one_by_one(kernels: Kernel
     ups = [random(2 * inner, hidden) for _ in range(count)]
     downs = [random(hidden, inner) for _ in range(count)]
 
-    def piece(rows: torch.Tensor) -> Piece:
-        return Piece("F32", len(rows), rows.data_ptr(), 0)
+    def piece(rows: torch.Tensor) -> WeightSlice:
+        return WeightSlice("F32", len(rows), rows.data_ptr(), 0)
 
-    form = Form((("F32", 2 * inner // parts),) * parts, (("F32", hidden),))
+    form = ExpertShapes((("F32", 2 * inner // parts),) * parts, (("F32", hidden),))
     pieces = [[*up.split(2 * inner // parts), down] for up, down in zip(ups, downs, strict=True)]
     outputs = [torch.empty(1, hidden) for _ in range(count)]
     addresses = [[one.data_ptr() for one in expert] for expert in pieces]
-    kernels.gated(x, form, addresses, [output.data_ptr() for output in outputs])
+    kernels.expert_mlp(x, form, addresses, [output.data_ptr() for output in outputs])
     for up, down, output in zip(ups, downs, outputs, strict=True):
         raised, gate, expected = torch.empty(1, 2 * inner), torch.empty(1, inner), torch.empty(1, hidden)
-        kernels.multiply_each([ExpertJob(x, piece(up), raised, 1)])
+        kernels.multiply_each([ExpertMatmul(x, piece(up), raised, 1)])
         kernels.silu(gate, raised[:, :inner])
-        kernels.multiply_each([ExpertJob(gate * raised[:, inner:], piece(down), expected, 1)])
+        kernels.multiply_each([ExpertMatmul(gate * raised[:, inner:], piece(down), expected, 1)])
         assert torch.equal(output, expected)

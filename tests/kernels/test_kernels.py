@@ -9,10 +9,10 @@ import torch
 
 from headrace.checkpoint.tensor import COMPUTABLE, block_of
 from headrace.errors import HeadraceError
-from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels, make_kernels, torch_reference
+from headrace.kernels import DECODE_MAX_ROWS, Kernels, ReferenceKernels, WeightSlice, make_kernels, torch_reference
 from headrace.kernels.ggml import library, type_number
-from headrace.kernels.limits import PRECISE_TYPES
-from headrace.kernels.multiply import ExpertJob
+from headrace.kernels.multiply import ExpertMatmul
+from headrace.kernels.thresholds import PRECISE_TYPES
 
 COLUMNS, ROWS = 512, 24
 # The gguf package cannot unpack it, so there is no twin to compare with.
@@ -32,7 +32,7 @@ def quantised(kind: str) -> torch.Tensor:
 
 def product(kernels: Kernels | ReferenceKernels, x: torch.Tensor, kind: str, packed: torch.Tensor) -> torch.Tensor:
     out = torch.full((x.shape[0], ROWS + 5), 99.0)
-    kernels.multiply(x, [(0, Piece(kind, ROWS, packed.data_ptr(), 3))], [out])
+    kernels.multiply(x, [(0, WeightSlice(kind, ROWS, packed.data_ptr(), 3))], [out])
     assert (out[:, :3] == 99).all()
     assert (out[:, 3 + ROWS :] == 99).all()
     return out[:, 3 : 3 + ROWS]
@@ -43,7 +43,7 @@ def kernels() -> Kernels:
     return Kernels(2)
 
 
-@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1, 70])
+@pytest.mark.parametrize("rows", [1, 3, DECODE_MAX_ROWS, DECODE_MAX_ROWS + 1, 70])
 @pytest.mark.parametrize("kind", TYPES)
 def test_products_equal_the_slow_twin(kernels: Kernels, kind: str, rows: int) -> None:
     packed = quantised(kind)
@@ -52,16 +52,16 @@ def test_products_equal_the_slow_twin(kernels: Kernels, kind: str, rows: int) ->
     error = (product(kernels, x, kind, packed) - expected).norm() / expected.norm()
 
     # ggml quantises the activations to 8 bits per block of 32 or 256: about 0.7 %. bf16 has 8 bits too, fp32 none to lose.
-    exact = kind == "F32" or (kind in PRECISE_TYPES and rows > FEW_ROWS)
+    exact = kind == "F32" or (kind in PRECISE_TYPES and rows > DECODE_MAX_ROWS)
     assert error < (1e-5 if exact else 2e-2)
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_result_of_a_row_does_not_depend_on_the_rows_beside_it(kernels: Kernels, kind: str) -> None:
     packed = quantised(kind)
-    x = torch.randn(FEW_ROWS, COLUMNS)
+    x = torch.randn(DECODE_MAX_ROWS, COLUMNS)
     together = product(kernels, x, kind, packed)
-    for row in range(FEW_ROWS):
+    for row in range(DECODE_MAX_ROWS):
         assert torch.equal(product(kernels, x[row : row + 1].clone(), kind, packed)[0], together[row])
 
 
@@ -73,10 +73,10 @@ def test_the_result_does_not_depend_on_how_the_weight_is_cut(kernels: Kernels, k
     for rows in (1, 5):
         x = torch.randn(rows, COLUMNS)
         whole, cut = torch.empty(rows, ROWS), torch.empty(rows, ROWS)
-        kernels.multiply(x, [(0, Piece(kind, ROWS, packed.data_ptr(), 0))], [whole])
+        kernels.multiply(x, [(0, WeightSlice(kind, ROWS, packed.data_ptr(), 0))], [whole])
         for first in range(0, ROWS, 7):
             count = min(7, ROWS - first)
-            kernels.multiply(x, [(0, Piece(kind, count, packed.data_ptr() + first * row_bytes, first))], [cut])
+            kernels.multiply(x, [(0, WeightSlice(kind, count, packed.data_ptr() + first * row_bytes, first))], [cut])
         assert torch.equal(whole, cut)
 
 
@@ -84,7 +84,7 @@ def test_several_weights_share_one_call(kernels: Kernels) -> None:
     packed = {kind: quantised(kind) for kind in ("Q4_K", "Q6_K")}
     x = torch.randn(2, COLUMNS)
     outs = [torch.empty(2, ROWS), torch.empty(2, ROWS)]
-    kernels.multiply(x, [(i, Piece(k, ROWS, p.data_ptr(), 0)) for i, (k, p) in enumerate(packed.items())], outs)
+    kernels.multiply(x, [(i, WeightSlice(k, ROWS, p.data_ptr(), 0)) for i, (k, p) in enumerate(packed.items())], outs)
     for out, (kind, data) in zip(outs, packed.items(), strict=True):
         assert torch.equal(out, product(kernels, x, kind, data))
 
@@ -106,23 +106,23 @@ def test_without_ggml_the_slow_twin_runs_and_says_so(monkeypatch: pytest.MonkeyP
     )
 
 
-def interleaved(kernels: Kernels, kind: str) -> tuple[Piece, torch.Tensor]:
+def repacked(kernels: Kernels, kind: str) -> tuple[WeightSlice, torch.Tensor]:
     packed = quantised(kind)
-    piece = kernels.interleave(Piece(kind, ROWS, packed.data_ptr(), 0), COLUMNS)
-    if piece.interleaved is None:
-        pytest.skip(f"ggml has no interleaved {kind} on this processor")
+    piece = kernels.repack(WeightSlice(kind, ROWS, packed.data_ptr(), 0), COLUMNS)
+    if piece.repacked is None:
+        pytest.skip(f"ggml has no repacked {kind} on this processor")
     return piece, packed
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, FEW_ROWS, 70])
+@pytest.mark.parametrize("rows", [1, 2, 5, DECODE_MAX_ROWS, 70])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q2_K"])
 def test_an_interleaved_copy_gives_the_same_products(kind: str, rows: int) -> None:
     kernels = Kernels(2, row_invariant=False)
-    piece, packed = interleaved(kernels, kind)
+    piece, packed = repacked(kernels, kind)
     x = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(rows))
     out, plain = torch.empty(rows, ROWS), torch.empty(rows, ROWS)
-    kernels.multiply(x, [(0, piece)], [out], exact_rows=rows)
-    kernels.multiply(x, [(0, Piece(kind, ROWS, packed.data_ptr(), 0))], [plain], exact_rows=rows)
+    kernels.multiply(x, [(0, piece)], [out], invariant_rows=rows)
+    kernels.multiply(x, [(0, WeightSlice(kind, ROWS, packed.data_ptr(), 0))], [plain], invariant_rows=rows)
 
     # The activations are rounded to 8 bits in another way: the difference is a rounding of a rounding.
     assert (out - plain).norm() / plain.norm() < 1e-2
@@ -131,10 +131,10 @@ def test_an_interleaved_copy_gives_the_same_products(kind: str, rows: int) -> No
 @pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q2_K"])
 def test_rows_of_an_interleaved_product_do_not_depend_on_each_other(kind: str) -> None:
     kernels = Kernels(2, row_invariant=True)
-    piece, packed = interleaved(kernels, kind)
+    piece, packed = repacked(kernels, kind)
     x = torch.randn(23, COLUMNS)
     together = torch.empty(23, ROWS)
-    kernels.multiply(x, [(0, piece)], [together], exact_rows=23)
+    kernels.multiply(x, [(0, piece)], [together], invariant_rows=23)
     for count in (1, 3, 4, 9):
         out = torch.empty(count, ROWS)
         kernels.multiply(x[:count].contiguous(), [(0, piece)], [out])
@@ -144,11 +144,11 @@ def test_rows_of_an_interleaved_product_do_not_depend_on_each_other(kind: str) -
 
 def test_exact_rows_are_computed_as_if_they_were_alone(kernels: Kernels) -> None:
     packed = quantised("Q4_K")
-    piece = [(0, Piece("Q4_K", ROWS, packed.data_ptr(), 0))]
+    piece = [(0, WeightSlice("Q4_K", ROWS, packed.data_ptr(), 0))]
     x = torch.randn(90, COLUMNS)
     mixed, alone, many = torch.empty(90, ROWS), torch.empty(40, ROWS), torch.empty(50, ROWS)
-    kernels.multiply(x, piece, [mixed], exact_rows=40)
-    kernels.multiply(x[:40].contiguous(), piece, [alone], exact_rows=40)
+    kernels.multiply(x, piece, [mixed], invariant_rows=40)
+    kernels.multiply(x[:40].contiguous(), piece, [alone], invariant_rows=40)
     kernels.multiply(x[40:].contiguous(), piece, [many])
 
     assert torch.equal(mixed[:40], alone)
@@ -158,47 +158,47 @@ def test_exact_rows_are_computed_as_if_they_were_alone(kernels: Kernels) -> None
 @pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q2_K"])
 def test_interleaving_in_place_gives_the_products_of_a_copy(kind: str) -> None:
     kernels = Kernels(2)
-    piece, packed = interleaved(kernels, kind)
+    piece, packed = repacked(kernels, kind)
     x = torch.randn(9, COLUMNS)
     copied, overwritten = torch.empty(9, ROWS), torch.empty(9, ROWS)
     kernels.multiply(x, [(0, piece)], [copied])
     kernels.multiply(
-        x, [(0, kernels.interleave(Piece(kind, ROWS, packed.data_ptr(), 0), COLUMNS, in_place=True))], [overwritten]
+        x, [(0, kernels.repack(WeightSlice(kind, ROWS, packed.data_ptr(), 0), COLUMNS, in_place=True))], [overwritten]
     )
     assert torch.equal(copied, overwritten)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q8_0", "F16"])
-@pytest.mark.parametrize("tiles_exactly", [False, True])
-def test_tiles_change_no_more_than_the_last_bits(kind: str, tiles_exactly: bool) -> None:
+@pytest.mark.parametrize("pad_decode_rows_to_tiles", [False, True])
+def test_tiles_change_no_more_than_the_last_bits(kind: str, pad_decode_rows_to_tiles: bool) -> None:
     packed, x = quantised(kind), torch.randn(70, COLUMNS)
-    tiled = Kernels(2, tiled=[kind], tiles_exactly=tiles_exactly)
+    tiled = Kernels(2, tiled=[kind], pad_decode_rows_to_tiles=pad_decode_rows_to_tiles)
     for rows, exact in ((1, None), (5, None), (16, None), (70, None), (70, 5), (70, 70)):
         out, expected = torch.zeros(rows, ROWS), torch.empty(rows, ROWS)
-        pieces = [(0, Piece(kind, ROWS - 7, packed.data_ptr(), 0)), (0, cut_off(kind, packed, ROWS - 7))]
+        pieces = [(0, WeightSlice(kind, ROWS - 7, packed.data_ptr(), 0)), (0, cut_off(kind, packed, ROWS - 7))]
         tiled.multiply(x[:rows].contiguous(), pieces, [out], exact)
         Kernels(2).multiply(x[:rows].contiguous(), pieces, [expected], rows)
         many = kind in ("F16", "Q8_0") and rows == 70 and exact != 70  # by torch, in fp32
         torch.testing.assert_close(out, expected, rtol=0, atol=(2e-2 if many else 1e-5) * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("tiles_exactly", [False, True])
-def test_exact_rows_do_not_depend_on_their_number_where_many_go_through_tiles(tiles_exactly: bool) -> None:
-    packed, x = quantised("Q4_K"), torch.randn(FEW_ROWS, COLUMNS)
-    kernels = Kernels(2, tiled=["Q4_K"], tiles_exactly=tiles_exactly)
+@pytest.mark.parametrize("pad_decode_rows_to_tiles", [False, True])
+def test_exact_rows_do_not_depend_on_their_number_where_many_go_through_tiles(pad_decode_rows_to_tiles: bool) -> None:
+    packed, x = quantised("Q4_K"), torch.randn(DECODE_MAX_ROWS, COLUMNS)
+    kernels = Kernels(2, tiled=["Q4_K"], pad_decode_rows_to_tiles=pad_decode_rows_to_tiles)
     together = product(kernels, x, "Q4_K", packed)
-    assert {dots for _, dots, _ in kernels._products} == {not tiles_exactly}  # the way that was asked for
+    assert {dots for _, dots, _ in kernels._products} == {not pad_decode_rows_to_tiles}  # the way that was asked for
     for first, last in ((0, 1), (3, 8), (4, 16)):
         assert torch.equal(product(kernels, x[first:last].clone(), "Q4_K", packed), together[first:last])
 
 
 def test_experts_of_many_rows_go_through_tiles() -> None:
     packed, x = quantised("Q4_K"), torch.randn(24, COLUMNS)
-    piece = Piece("Q4_K", ROWS, packed.data_ptr(), 0)
+    piece = WeightSlice("Q4_K", ROWS, packed.data_ptr(), 0)
     results = []
     for kernels in (Kernels(2), Kernels(2, tiled=["Q4_K"])):
         outs = [torch.empty(rows, ROWS) for rows in (1, 9, 24)]
-        kernels.multiply_each([ExpertJob(x[: len(out)].contiguous(), piece, out, 0, [len(out)]) for out in outs])
+        kernels.multiply_each([ExpertMatmul(x[: len(out)].contiguous(), piece, out, 0, [len(out)]) for out in outs])
         results.append(outs)
     for dots, tiles in zip(*results, strict=True):
         torch.testing.assert_close(tiles, dots, rtol=0, atol=2e-2 * float(dots.abs().max()))
@@ -218,9 +218,9 @@ def test_a_folder_without_ggml_is_refused_with_a_hint(monkeypatch: pytest.Monkey
     assert "slow" in why
 
 
-def cut_off(kind: str, packed: torch.Tensor, first: int) -> Piece:
+def cut_off(kind: str, packed: torch.Tensor, first: int) -> WeightSlice:
     block, size = block_of(kind)
-    return Piece(kind, ROWS - first, packed.data_ptr() + first * (COLUMNS // block * size), first)
+    return WeightSlice(kind, ROWS - first, packed.data_ptr() + first * (COLUMNS // block * size), first)
 
 
 def test_threads_that_spin_give_the_same() -> None:
@@ -232,7 +232,7 @@ def test_threads_that_spin_give_the_same() -> None:
         if spins:
             kernels.spin()
         output = torch.empty(1, 4096)
-        kernels.multiply(x, [(0, Piece("F32", 4096, weights.data_ptr(), 0))], [output])
+        kernels.multiply(x, [(0, WeightSlice("F32", 4096, weights.data_ptr(), 0))], [output])
         kernels.close()
         found.append(output)
     assert torch.equal(*found)
@@ -242,7 +242,7 @@ def test_a_shortened_matrix_is_near() -> None:
     kernels = Kernels(2)
     for columns, error in ((256, 0.01), (40, 1e-6)):  # in blocks of 8 bits; as it is
         weights, x = torch.randn(24, columns), torch.randn(1, columns)
-        piece, _owner = kernels.shortened(weights)
+        piece, _owner = kernels.quantise_q8(weights)
         output = torch.empty(1, 24)
         kernels.multiply(x, [(0, piece)], [output])
         assert (output - x @ weights.T).norm() < error * (x @ weights.T).norm()

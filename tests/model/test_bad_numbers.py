@@ -314,7 +314,7 @@ def full(profile: Profile) -> dict[str, Any]:
         profile,
         source="measured 2026-01-01",
         disk_bytes_per_s={"1": 1e9},
-        interleaved_weights_per_s={"Q4_K": {"1": 2e10, "4": 1e10}},
+        repacked_weights_per_s={"Q4_K": {"1": 2e10, "4": 1e10}},
         factors={"disk": 1.1, "kernel": 1.0, "layer": 1.0, "reading": 0.3},
         spread=(0.8, 1.2),
         probed_at="2026-01-01T00:00:00",

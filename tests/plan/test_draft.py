@@ -139,20 +139,22 @@ def test_caches_in_8_bits_take_half_and_a_little() -> None:
 
 
 def test_interleaving_a_copy_needs_room_and_in_place_needs_many_rows() -> None:
-    woven = replace(
-        MEASURED, interleaved_weights_per_s={"Q4_K": {"1": 40e9, "4": 20e9, "16": 8e9}}, disk_bytes_per_s={"1": 4e9}
+    repacked = replace(
+        MEASURED, repacked_weights_per_s={"Q4_K": {"1": 40e9, "4": 20e9, "16": 8e9}}, disk_bytes_per_s={"1": 4e9}
     )
     target = model(layers=16, heads=16, head_dim=128, feed_forward=8192)
-    roomy = make_plan(target, woven, budget_of(8 * GIB), REQUEST)
-    assert roomy.interleaved_types == {"Q4_K"}
-    assert roomy.interleaved_bytes > 0
-    assert not roomy.interleaved_in_place
-    single = make_plan(target, woven, budget_of(1100 * MIB), REQUEST)
+    roomy = make_plan(target, repacked, budget_of(8 * GIB), REQUEST)
+    assert roomy.repacked_types == {"Q4_K"}
+    assert roomy.repacked_bytes > 0
+    assert not roomy.repack_in_place
+    single = make_plan(target, repacked, budget_of(1100 * MIB), REQUEST)
     assert single.streamed_bytes_per_pass > 0
-    assert not single.interleaved_types  # the disk binds: nothing to gain
-    many = make_plan(target, woven, budget_of(1100 * MIB), Request(prompt_tokens=16, context_tokens=216, sequences=16))
-    assert many.interleaved_in_place
-    assert many.interleaved_bytes == 0
+    assert not single.repacked_types  # the disk binds: nothing to gain
+    many = make_plan(
+        target, repacked, budget_of(1100 * MIB), Request(prompt_tokens=16, context_tokens=216, sequences=16)
+    )
+    assert many.repack_in_place
+    assert many.repacked_bytes == 0
     plain = replace(single.weights, row_invariant=True)
     assert many.cost(16).compute_s < 0.9 * replace(many, weights=plain).cost(16).compute_s
 
@@ -180,6 +182,6 @@ def test_single_rows_are_padded_to_tiles_where_many_draft_tokens_are_accepted() 
     for chance, pays in ((0.05, False), (0.9, True)):
         drafting = replace(LOOKUP, acceptance_rate=chance)
         plan = make_plan(target, tiled, budget_of(1100 * MIB), replace(REQUEST, drafting=drafting))
-        assert plan.tiles_exactly == pays
+        assert plan.pad_decode_rows_to_tiles == pays
     alone = make_plan(target, tiled, budget_of(1100 * MIB), REQUEST)
-    assert not alone.tiles_exactly
+    assert not alone.pad_decode_rows_to_tiles

@@ -24,7 +24,7 @@ from headrace.plan import (
     load_profile,
     make_plan,
 )
-from headrace.plan.cost import FEW_ROWS
+from headrace.plan.cost import DECODE_MAX_ROWS
 from headrace.plan.plan import Change
 from headrace.plan.profile import machine_name, profile_path, save_profile
 from headrace.plan.rooms import ROW_MULTIPLE, SCORES_BYTES, UNIT_BYTES, divide
@@ -93,7 +93,7 @@ MEASURED = replace(
     guessed_profile(),
     source="measured 2025-01-01",
     disk_bytes_per_s={"1": 1.5e9, "2": 4e9},
-    interleaved_weights_per_s={},
+    repacked_weights_per_s={},
     kernel_weights_per_s={
         "Q4_K": {"1": 30e9, "4": 9e9, "16": 3e9},
         "Q8_0": {"1": 25e9, "4": 9e9, "16": 3e9},
@@ -347,7 +347,7 @@ def test_where_the_cache_is_the_larger_part_a_shorter_context_is_hinted_at() -> 
 
 
 @PROPERTY
-@given(SHAPES, MACHINES, BUDGETS, BUDGETS, st.integers(1, FEW_ROWS))
+@given(SHAPES, MACHINES, BUDGETS, BUDGETS, st.integers(1, DECODE_MAX_ROWS))
 def test_more_memory_never_makes_decode_slower(
     shape: Shape, machine: str, one: int, other: int, prompt_tokens: int
 ) -> None:
@@ -418,7 +418,7 @@ def test_a_prefill_takes_no_more_passes_than_the_fewest_rows_need(
 
     assert plan.prefill_rows * plan.prefill_passes >= request.prompt_tokens
     assert plan.prefill_rows * (plan.prefill_passes - 1) < request.prompt_tokens
-    assert plan.prefill_rows >= FEW_ROWS
+    assert plan.prefill_rows >= DECODE_MAX_ROWS
 
 
 def test_a_guess_is_less_certain_than_a_measurement_and_says_so() -> None:

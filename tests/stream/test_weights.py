@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from headrace.checkpoint import Tensor
 from headrace.errors import ReadError
-from headrace.kernels import Piece
+from headrace.kernels import WeightSlice
 from headrace.stream import Layout, WeightFile, WeightStream
 from headrace.stream.layout import make_layout
 from headrace.stream.memory import PAGE_BYTES
@@ -337,7 +337,7 @@ def test_settled_pieces_are_delivered_and_read_again_after_an_interrupt(tmp_path
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     calls = 0
 
-    def settle(piece: Piece, tensor: Tensor) -> Piece:
+    def settle(piece: WeightSlice, tensor: Tensor) -> WeightSlice:
         nonlocal calls
         calls += 1
         nbytes = piece.rows * tensor.columns * 4

@@ -35,7 +35,7 @@ def _shrinks(tensor: Tensor, type_name: str) -> bool:
     block, _ = block_of(type_name)
     return (
         len(tensor.shape) == 2
-        and not tensor.slabs
+        and not tensor.k_splits
         and tensor.columns % block == 0
         and bits_per_weight(tensor.type) > bits_per_weight(type_name)
     )

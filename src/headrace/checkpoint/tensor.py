@@ -29,8 +29,8 @@ class Tensor:
     path: str
     offset: int  # bytes from the start of the file
     nbytes: int
-    slabs: int = (
-        0  # if not 0, the contraction is cut into so many slabs: shape (..., slabs, outputs, columns of a slab)
+    k_splits: int = (
+        0  # if not 0, the contraction is cut into so many k_splits: shape (..., k_splits, outputs, columns of a slab)
     )
 
     @property
@@ -45,18 +45,18 @@ class Tensor:
 
     @property
     def row_multiple(self) -> int:
-        """Rows are read in multiples of this: of a tensor in slabs, whole slabs."""
-        return self.shape[-2] if self.slabs else 1
+        """Rows are read in multiples of this: of a tensor in k_splits, whole k_splits."""
+        return self.shape[-2] if self.k_splits else 1
 
     @property
     def outputs(self) -> int:
         """Numbers in the product of this matrix with one vector."""
-        return self.shape[-2] if self.slabs else self.rows
+        return self.shape[-2] if self.k_splits else self.rows
 
     @property
     def inputs(self) -> int:
         """Numbers in the vector that this matrix multiplies."""
-        return self.columns * max(1, self.slabs)
+        return self.columns * max(1, self.k_splits)
 
     @property
     def row_bytes(self) -> int:

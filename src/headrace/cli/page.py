@@ -132,7 +132,7 @@ def plan_page(
     if measured is not None:
         end = max((end for spans in measured.values() for _, end in spans), default=0.0)
         panels[f"measured: {seconds(end)}"] = {name: joined(spans) for name, spans in measured.items()}
-    weights = sum(plan.weights.plain.values()) + sum(plan.weights.interleaved.values())
+    weights = sum(plan.weights.plain.values()) + sum(plan.weights.repacked.values())
     flop = 2.0 * weights
     per_row = plan.profile.kernel("Q4_K", 1) * 4.5 / 8
     peak = plan.profile.product(512, precise=not plan.profile.bf16_pays)

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from headrace.engine import mla
 from headrace.engine.capture import CapturedStep
 from headrace.engine.mla import NUMBERS_TOGETHER, KvBSplit
-from headrace.kernels.limits import FEW_ROWS
+from headrace.kernels.thresholds import DECODE_MAX_ROWS
 
 if TYPE_CHECKING:
     from headrace.kernels import Kernels
@@ -82,7 +82,7 @@ class KVCache:
 
     def has_overflowed(self, start: int, rows: int) -> bool:
         """Whether this pass wrote a key or value out of range at or after `start`."""
-        if not self._overflowed and rows <= FEW_ROWS:
+        if not self._overflowed and rows <= DECODE_MAX_ROWS:
             self._overflowed = any(pool.overflows(start, start + rows) for pool in self._pools.values())
         return self._overflowed
 
@@ -102,7 +102,7 @@ class KVCache:
         for rows, new in zip(held, (keys, values), strict=True):
             rows.put(start, new)
             if (
-                not self._kind.pooled or new.shape[1] > FEW_ROWS
+                not self._kind.pooled or new.shape[1] > DECODE_MAX_ROWS
             ):  # few rows are checked once for all layers, after the pass
                 self._overflowed |= not bool(new.abs().amax() <= self._kind.largest)
 

@@ -173,7 +173,10 @@ class ModelDrafter:
         """Logits of the last tokens; None: no draft token this time."""
         try:
             logits = self.engine.step(
-                [Rows(cache=h.cache, tokens=t[h.cache.length :], exact=True) for h, t in zip(held, tokens, strict=True)]
+                [
+                    Rows(cache=h.cache, tokens=t[h.cache.length :], row_invariant=True)
+                    for h, t in zip(held, tokens, strict=True)
+                ]
             )
         except CacheOverflow as overflow:  # the next draft begins from the start, with a wider cache
             overflow.cache.widen()

@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import CacheOverflow, ConcatenatedCache, Entry, KVCache, PackedAttention
 from headrace.engine.capture import CaptureCache, CapturedStep
-from headrace.engine.experts import ExpertProducts
+from headrace.engine.experts import ExpertRunner
 from headrace.engine.fuse import Fuser
 from headrace.engine.look_ahead import LookAhead
 from headrace.engine.mla import is_mla, split_kv_b
@@ -37,11 +37,11 @@ from headrace.engine.native_cache import (
     sees_chunks,
     trial_of,
 )
-from headrace.engine.numbers import numbers_of
+from headrace.engine.plain_dtypes import plain_values
 from headrace.engine.pooled_allocation import PooledAllocation
 from headrace.engine.trace import PassLog, PassStats, Trace
 from headrace.errors import CheckpointError, ContextError, UnsupportedError
-from headrace.kernels import FEW_ROWS, Kernels, Piece, ReferenceKernels
+from headrace.kernels import DECODE_MAX_ROWS, Kernels, ReferenceKernels, WeightSlice
 from headrace.model import PackedLinear, Shell, build_shell
 from headrace.model.matrix import Matrix
 from headrace.model.order import ExpertStep, LinearStep, Recorder, Step
@@ -72,12 +72,12 @@ class Rows:
     cache: KVCache | NativeCache
     tokens: Sequence[int]
     logits: int = 1
-    exact: bool | None = None
+    row_invariant: bool | None = None
 
     @property
-    def is_exact(self) -> bool:
+    def is_row_invariant(self) -> bool:
         """Whether these rows are computed one by one."""
-        return len(self.tokens) <= FEW_ROWS if self.exact is None else self.exact
+        return len(self.tokens) <= DECODE_MAX_ROWS if self.row_invariant is None else self.row_invariant
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,13 +89,13 @@ class StreamOptions:
     slots: int
     lent_slots: int = 0  # of these, what the ring has only while memory is lent
     readers: int
-    tiles_exactly: bool = False  # how exact rows stay independent (`Kernels`)
-    interleaved_types: frozenset[str] = frozenset()  # brought into ggml's interleaved layout where pinned
-    interleaved_in_place: bool = False  # rather than copied: no memory, but prompts take longer
+    pad_decode_rows_to_tiles: bool = False  # how exact rows stay independent (`Kernels`)
+    repacked_types: frozenset[str] = frozenset()  # brought into ggml's repacked layout where pinned
+    repack_in_place: bool = False  # rather than copied: no memory, but prompts take longer
     pinned_read_bytes: int = 4 << 20
     # Rows behind the pinned ones, pinned while no prompt needs the memory.
     lent_rows: Mapping[str, int] = field(default_factory=dict)
-    lent_up_to_rows: int = FEW_ROWS  # of a pass, all of them exact
+    lent_up_to_rows: int = DECODE_MAX_ROWS  # of a pass, all of them exact
     memory_limit_bytes: int | None = None  # of the process, when memory is lent
     expert_slots: int = 0  # experts that fit into memory, where the model has any
     expert_readers: int = 4
@@ -128,7 +128,7 @@ class Engine:
         self.trace = trace
         self.passes = PassLog()
         self.on_visit: Callable[[int, int], None] | None = None  # called with (visits done, visits of the pass)
-        self.experts: ExpertProducts | None = None
+        self.experts: ExpertRunner | None = None
         self._capture: CapturedStep | None = None  # that takes down what happens
         own = kernels if isinstance(kernels, Kernels) else None
         self._attention = PackedAttention(own)
@@ -146,7 +146,7 @@ class Engine:
         self._lends: bool | None = None  # whether memory was lent after the last prompt; None: not yet looked
         self._broken_off = False  # whether a pass was, and the streams are still in the middle of it
         self._step = self._visited = 0
-        self._rows = self._exact_rows = 0
+        self._rows = self._invariant_rows = 0
         self._chunks: list[int] = []  # rows of each chunk after the exact rows
         self._closed = False
         self._inspects = False  # whether each result is checked for NaN and infinity
@@ -188,7 +188,7 @@ class Engine:
         if callable(options):
             options = options(shell)
         self._options = options
-        self.kernels.tiles_exactly = options.tiles_exactly
+        self.kernels.pad_decode_rows_to_tiles = options.pad_decode_rows_to_tiles
         latent = [module.kv_b_proj.matrix for module in self.model.modules() if is_mla(module)]
         if self.attention_mode != "packed" and any(matrix.k_b_transposed for matrix in latent):
             raise UnsupportedError(
@@ -196,7 +196,7 @@ class Engine:
                 hint="use a file that an older version of llama.cpp converted, or the model's folder",
             )
         unpacked = {tensor.name for matrix in latent for tensor in matrix.tensors}
-        settle = partial(self._interleave, options, unpacked) if options.interleaved_types else None
+        settle = partial(self._repack, options, unpacked) if options.repacked_types else None
         self._again = [step for step in shell.steps if not step.once]  # of a pass that takes up a text
         self.stream = self._make_stream(self._again, options, options.slots, options.lent_slots, settle)
         if len(self._again) < len(shell.steps):
@@ -213,7 +213,7 @@ class Engine:
         options: StreamOptions,
         slots: int,
         lent_slots: int,
-        settle: Callable[[Piece, Tensor], Piece] | None,
+        settle: Callable[[WeightSlice, Tensor], WeightSlice] | None,
     ) -> WeightStream:
         """The weights of these steps of every pass, in order."""
         linears = [step for step in steps if isinstance(step, LinearStep)]
@@ -237,7 +237,7 @@ class Engine:
         self._places |= {step: (stream, visit) for visit, step in enumerate(linears)}
         return stream
 
-    def _make_experts(self, shell: Shell, options: StreamOptions, look_ahead: LookAhead) -> ExpertProducts | None:
+    def _make_experts(self, shell: Shell, options: StreamOptions, look_ahead: LookAhead) -> ExpertRunner | None:
         if not shell.experts:
             return None
         for packed in shell.experts:
@@ -256,7 +256,7 @@ class Engine:
             file_of=self._files.__getitem__,
             spans=self.trace,
         )
-        return ExpertProducts(stream, self.kernels, self.trace, look_ahead)
+        return ExpertRunner(stream, self.kernels, self.trace, look_ahead)
 
     def __enter__(self) -> "Engine":
         return self
@@ -289,7 +289,7 @@ class Engine:
             for read in bundle.reads
         ]
         tiled: frozenset[str] = getattr(self.kernels, "tiled", frozenset())
-        return all(tensor.type in tiled and not tensor.slabs for tensor in (*linears, *experts))
+        return all(tensor.type in tiled and not tensor.k_splits for tensor in (*linears, *experts))
 
     @property
     def embedding_rows(self) -> int | None:
@@ -333,15 +333,15 @@ class Engine:
         if self._broken_off:  # and an interrupt came while that was cleaned up
             self._rewind()
         self._rows = sum(len(rows.tokens) for rows in batch)
-        self._exact_rows = sum(len(rows.tokens) for rows in batch if rows.is_exact)
-        self._chunks = [len(rows.tokens) for rows in batch if not rows.is_exact]
-        self._share_cores(self._rows - self._exact_rows)
+        self._invariant_rows = sum(len(rows.tokens) for rows in batch if rows.is_row_invariant)
+        self._chunks = [len(rows.tokens) for rows in batch if not rows.is_row_invariant]
+        self._share_cores(self._rows - self._invariant_rows)
         self._broken_off = True  # should an interrupt come while memory is lent
         self._lend()
         self._broken_off = False
         before, start = self._counted(), time.perf_counter()
         self._begin(self.steps)
-        many = self._rows - self._exact_rows > FEW_ROWS
+        many = self._rows - self._invariant_rows > DECODE_MAX_ROWS
         try:
             with PooledAllocation() if many else nullcontext():
                 logits = (
@@ -410,7 +410,13 @@ class Engine:
         self._inspects = True
         try:
             self.step(
-                [Rows(cache=self.new_cache(_INSPECTED_TOKENS), tokens=rows.tokens[:_INSPECTED_TOKENS], exact=False)]
+                [
+                    Rows(
+                        cache=self.new_cache(_INSPECTED_TOKENS),
+                        tokens=rows.tokens[:_INSPECTED_TOKENS],
+                        row_invariant=False,
+                    )
+                ]
             )
         except CheckpointError as error:
             return error
@@ -461,7 +467,7 @@ class Engine:
     def _lend(self) -> None:
         """Between prompts, their memory holds weights. Only if the system has really got it back from the allocator."""
         options, stream = self._options, self.stream
-        lends = self._rows <= options.lent_up_to_rows and self._rows - self._exact_rows <= FEW_ROWS
+        lends = self._rows <= options.lent_up_to_rows and self._rows - self._invariant_rows <= DECODE_MAX_ROWS
         if lends and self._lends is None and stream.lendable_bytes:  # once after a prompt: collecting takes a while
             self.kernels.release()
             release_unused()
@@ -473,7 +479,7 @@ class Engine:
 
     def _share_cores(self, shared_rows: int) -> None:
         """torch's small operations stay on one core while ggml works, whose threads may wait by spinning on all of them."""
-        threads = self.kernels.threads if shared_rows > FEW_ROWS else 1
+        threads = self.kernels.threads if shared_rows > DECODE_MAX_ROWS else 1
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 
@@ -491,8 +497,8 @@ class Engine:
             for first in range(0, len(tokens), step):
                 self._begin(self._again if cache.length else self.steps)
                 self._rows = cache.rows(step)
-                self._exact_rows = self._rows if rows.is_exact else 0
-                self._chunks = [] if rows.is_exact else [self._rows]
+                self._invariant_rows = self._rows if rows.is_row_invariant else 0
+                self._chunks = [] if rows.is_row_invariant else [self._rows]
                 part = replace(rows, tokens=tokens[first : first + step], logits=min(step, rows.logits))
                 with cache.state_in_modules():
                     arguments = arguments_for(self.model, cache, torch.tensor([part.tokens]))
@@ -507,14 +513,14 @@ class Engine:
 
     def _forward_in_order(self, batch: Sequence[Rows], starts: Sequence[int]) -> torch.Tensor:
         """Exact rows first, as the kernels want them; the logits in the order of the batch."""
-        order = sorted(range(len(batch)), key=lambda i: not batch[i].is_exact)
+        order = sorted(range(len(batch)), key=lambda i: not batch[i].is_row_invariant)
         entries: dict[int, Entry] = {}
         first = 0
         for i in order:
             last = first + len(batch[i].tokens)
             cache = batch[i].cache
             assert isinstance(cache, KVCache)
-            entries[i] = Entry(cache, slice(first, last), batch[i].is_exact, starts[i])
+            entries[i] = Entry(cache, slice(first, last), batch[i].is_row_invariant, starts[i])
             first = last
         logits = self._forward([batch[i] for i in order], [entries[i] for i in range(len(batch))])
         if order == list(range(len(batch))):
@@ -539,7 +545,7 @@ class Engine:
             arguments |= {"past_key_values": joined, "attention_mask": joined.mask(), "use_cache": True}
             return self._logits(arguments, torch.tensor(wanted))
         self._attention.begin(entries)
-        if self._exact_rows < self._rows or self._rows > FEW_ROWS:
+        if self._invariant_rows < self._rows or self._rows > DECODE_MAX_ROWS:
             return self._logits(arguments, torch.tensor(wanted))
         key = tuple((len(rows.tokens), rows.logits) for rows in batch)
         found = self._captures.find(key)
@@ -578,23 +584,23 @@ class Engine:
         assert isinstance(step, LinearStep)
         tensors = step.tensors
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        # The head is given only the rows that need logits: few, so all of them are exact, even if they are all rows of the pass.
-        exact = self._exact_rows if rows.shape[0] == self._rows and linear is not self._head else rows.shape[0]
+        # The head is given only the rows that need logits: few, so all of them are invariant, even if they are all rows of the pass.
+        invariant = self._invariant_rows if rows.shape[0] == self._rows and linear is not self._head else rows.shape[0]
         empty = rows.new_empty if self._capture is None else self._capture.empty
         outputs = [empty((rows.shape[0], tensor.outputs)) for tensor in tensors]
         if self._capture is None:
-            self._multiply(step, rows, outputs, exact)
+            self._multiply(step, rows, outputs, invariant)
         else:
-            self._capture.do(self._multiply, step, rows, outputs, exact)
+            self._capture.do(self._multiply, step, rows, outputs, invariant)
         found = dict(zip((tensor.name for tensor in tensors), outputs, strict=True))
         for member in step.linears:
             self._pending[member] = (x, _assembled(member.matrix, found).reshape(*x.shape[:-1], -1))
 
-    def _multiply(self, step: LinearStep, rows: torch.Tensor, outputs: Sequence[torch.Tensor], exact: int) -> None:
+    def _multiply(self, step: LinearStep, rows: torch.Tensor, outputs: Sequence[torch.Tensor], invariant: int) -> None:
         """The visit of a step: products with what is pinned and with what comes."""
         rows = rows.view(rows.shape)  # the kernels keep what they make of activations as long as these live
-        chunks = self._chunks if exact < rows.shape[0] else ()
-        self._visit(step, lambda pieces: self.kernels.multiply(rows, pieces, outputs, exact, chunks))
+        chunks = self._chunks if invariant < rows.shape[0] else ()
+        self._visit(step, lambda pieces: self.kernels.multiply(rows, pieces, outputs, invariant, chunks))
         if self._inspects:
             for tensor, output in zip(step.tensors, outputs, strict=True):
                 self._inspect(tensor.name, rows, [output])
@@ -680,10 +686,10 @@ class Engine:
         self._next_step(packed)
         shape = hidden.shape
         rows = hidden.reshape(-1, shape[-1]), ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
-        exact, chunks = self._exact_rows, self._chunks
-        if exact + sum(chunks) != len(rows[0]):
-            exact, chunks = len(rows[0]), []
-        arguments = (packed, *rows, exact, chunks)
+        invariant, chunks = self._invariant_rows, self._chunks
+        if invariant + sum(chunks) != len(rows[0]):
+            invariant, chunks = len(rows[0]), []
+        arguments = (packed, *rows, invariant, chunks)
         out = self._sum_up(*arguments) if self._capture is None else self._capture.call(self._sum_up, *arguments)
         return out.view(shape)
 
@@ -702,20 +708,20 @@ class Engine:
         `others` are what some routers take besides: token ids, of which each row has its own, or corrections for all.
         """
         rows = hidden.shape[-2]
-        exact = min(self._exact_rows, rows)
-        chunks = self._chunks if exact + sum(self._chunks) == rows else [rows - exact] * (exact < rows)
-        if exact + len(chunks) < 2:
+        invariant = min(self._invariant_rows, rows)
+        chunks = self._chunks if invariant + sum(self._chunks) == rows else [rows - invariant] * (invariant < rows)
+        if invariant + len(chunks) < 2:
             return forward(hidden, *others)
 
         def part(first: int, last: int) -> Any:
             own = [one[..., first:last] if _is_of_rows(one, rows) else one for one in others]
             return forward(hidden[..., first:last, :], *own)
 
-        parts = [part(row, row + 1) for row in range(exact)]
-        for last in accumulate(chunks, initial=exact):
-            if last > exact:
-                parts.append(part(exact, last))
-                exact = last
+        parts = [part(row, row + 1) for row in range(invariant)]
+        for last in accumulate(chunks, initial=invariant):
+            if last > invariant:
+                parts.append(part(invariant, last))
+                invariant = last
         if isinstance(parts[0], torch.Tensor):
             return torch.cat(parts, -2)
         return tuple(torch.cat(one, -2) for one in zip(*parts, strict=True))
@@ -752,18 +758,18 @@ class Engine:
                 module.config._attn_implementation = "eager"
         yield "native", partial(trial_of, model), lambda: True
 
-    def _interleave(self, options: StreamOptions, unpacked: set[str], piece: Piece, tensor: Tensor) -> Piece:
-        if piece.type not in options.interleaved_types or tensor.name in unpacked:
+    def _repack(self, options: StreamOptions, unpacked: set[str], piece: WeightSlice, tensor: Tensor) -> WeightSlice:
+        if piece.type not in options.repacked_types or tensor.name in unpacked:
             return piece
-        return self.kernels.interleave(piece, tensor.columns, options.interleaved_in_place)
+        return self.kernels.repack(piece, tensor.columns, options.repack_in_place)
 
     def _unpack(self, tensor: Tensor) -> torch.Tensor:
         """A small tensor read whole, in its shape: fp32, or the whole numbers that are stored."""
         data = self._read(tensor.path, tensor.offset, tensor.nbytes)
-        if tensor.slabs:
-            plain = self._to_numbers(tensor, data).view(tensor.slabs, tensor.outputs, tensor.columns)
+        if tensor.k_splits:
+            plain = self._to_plain(tensor, data).view(tensor.k_splits, tensor.outputs, tensor.columns)
             return plain.transpose(0, 1).reshape(tensor.outputs, tensor.inputs)
-        return self._to_numbers(tensor, data).view(tensor.shape)
+        return self._to_plain(tensor, data).view(tensor.shape)
 
     def _gather(self, tensor: Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Rows of a table, (tokens, columns): one short read each."""
@@ -776,7 +782,7 @@ class Engine:
                 hint="the tokenizer is of another model",
             )
         packed = np.concatenate([self._row(tensor, token) for token in tokens.tolist()])
-        found = self._to_numbers(tensor, packed).view(-1, tensor.columns).float()
+        found = self._to_plain(tensor, packed).view(-1, tensor.columns).float()
         if self._inspects:
             self._inspect(tensor.name, tokens, [found])
         return found
@@ -792,8 +798,8 @@ class Engine:
             self._rows_read_bytes -= self._rows_read.pop(next(iter(self._rows_read))).nbytes
         return row
 
-    def _to_numbers(self, tensor: Tensor, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
-        plain = numbers_of(tensor.type, data)
+    def _to_plain(self, tensor: Tensor, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
+        plain = plain_values(tensor.type, data)
         if plain is not None:
             return plain
         rows = len(data) // tensor.row_bytes

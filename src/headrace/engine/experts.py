@@ -17,16 +17,16 @@ import torch
 
 from headrace.engine.look_ahead import LookAhead
 from headrace.errors import CheckpointError
-from headrace.kernels import Kernels, Piece, ReferenceKernels
-from headrace.kernels.gated import Form
-from headrace.kernels.limits import EXPERTS_TOGETHER
-from headrace.kernels.multiply import ExpertJob
+from headrace.kernels import Kernels, ReferenceKernels, WeightSlice
+from headrace.kernels.expert_mlp import ExpertShapes
+from headrace.kernels.multiply import ExpertMatmul
+from headrace.kernels.thresholds import EXPERTS_PER_CALL
 from headrace.model.packed import PackedExperts
 from headrace.stream.experts import ExpertStream
 from headrace.stream.readers import Spans
 
 
-class ExpertProducts:
+class ExpertRunner:
     """Multiplies the experts of one engine."""
 
     def __init__(
@@ -37,7 +37,7 @@ class ExpertProducts:
         self.kernel_s = 0.0
         self._kernels = kernels
         self._spans = spans
-        self._plain: dict[int, Form | None] = {}  # by layer, where `_of_one_row` will do
+        self._plain: dict[int, ExpertShapes | None] = {}  # by layer, where `_of_one_row` will do
 
     def __call__(
         self,
@@ -45,7 +45,7 @@ class ExpertProducts:
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-        exact_rows: int,
+        invariant_rows: int,
         chunks: Sequence[int] = (),
     ) -> torch.Tensor:
         """The weighted sum of the chosen experts' results.
@@ -55,7 +55,7 @@ class ExpertProducts:
             hidden: activations (rows, hidden), fp32.
             ids: which experts each row chose, (rows, chosen).
             weights: of the choices, (rows, chosen).
-            exact_rows: so many rows, from the first on, are row-invariant.
+            invariant_rows: so many rows, from the first on, are row-invariant.
             chunks: rows of each chunk of a prompt after them, whose results depend on the chunk alone.
 
         Returns:
@@ -63,7 +63,7 @@ class ExpertProducts:
         """
         rows, chosen = ids.shape
         hidden = hidden.contiguous()
-        if rows == 1 and (form := self._plain_form(packed)) is not None:
+        if rows == 1 and (form := self._plain_shapes(packed)) is not None:
             return self._of_one_row(packed, form, hidden, ids[0].numpy(), weights)
         order = ids.reshape(-1).argsort(stable=True)  # pairs of a row and an expert, expert after expert
         sizes = _counted(packed, ids.reshape(-1).numpy())
@@ -79,13 +79,13 @@ class ExpertProducts:
             packed.index, sizes[: packed.count], rows, partial(self._read_ahead, packed, hidden)
         ):
             start = time.perf_counter()
-            for first in range(0, len(ready), EXPERTS_TOGETHER):
+            for first in range(0, len(ready), EXPERTS_PER_CALL):
                 members = []
-                for expert, address in ready[first : first + EXPERTS_TOGETHER]:
+                for expert, address in ready[first : first + EXPERTS_PER_CALL]:
                     mine = slice(firsts[expert], firsts[expert + 1])
                     pieces = bundles[expert].pieces(address)
                     own = hidden if rows == 1 else hidden[owners[mine]]
-                    groups = _groups(owners[mine], exact_rows, chunks)
+                    groups = _groups(owners[mine], invariant_rows, chunks)
                     members.append(_Member(expert, pieces, own, pairs[mine], *groups))
                 self._group(packed, members)
             end = time.perf_counter()
@@ -104,15 +104,15 @@ class ExpertProducts:
         for layer, guessed in self.look_ahead.guess(packed.index, hidden):
             self.stream.expect(layer, guessed)
 
-    def _plain_form(self, packed: PackedExperts) -> Form | None:
+    def _plain_shapes(self, packed: PackedExperts) -> ExpertShapes | None:
         if packed.index not in self._plain:
-            self._plain[packed.index] = packed.plain_form if isinstance(self._kernels, Kernels) else None
+            self._plain[packed.index] = packed.plain_shapes if isinstance(self._kernels, Kernels) else None
         return self._plain[packed.index]
 
     def _of_one_row(
         self,
         packed: PackedExperts,
-        form: Form,
+        form: ExpertShapes,
         hidden: torch.Tensor,
         chosen: npt.NDArray[np.int64],
         weights: torch.Tensor,
@@ -132,10 +132,10 @@ class ExpertProducts:
             packed.index, sizes[: packed.count], 1, partial(self._read_ahead, packed, hidden)
         ):
             start = time.perf_counter()
-            for first in range(0, len(ready), EXPERTS_TOGETHER):
-                some = ready[first : first + EXPERTS_TOGETHER]
+            for first in range(0, len(ready), EXPERTS_PER_CALL):
+                some = ready[first : first + EXPERTS_PER_CALL]
                 addresses = [[address + offset for offset in bundles[expert].offsets] for expert, address in some]
-                self._kernels.gated(hidden, form, addresses, [results[expert] for expert, _ in some])
+                self._kernels.expert_mlp(hidden, form, addresses, [results[expert] for expert, _ in some])
             end = time.perf_counter()
             self.kernel_s += end - start
             if self._spans is not None:
@@ -165,15 +165,17 @@ class ExpertProducts:
             result = member.result if down.order is None else member.result.index_select(1, down.order)
             member.result.copy_(result + module.down_proj_bias[member.expert] if module.has_bias else result)
 
-    def _multiply(self, products: Sequence[tuple["_Member", torch.Tensor, Sequence[Piece], torch.Tensor]]) -> None:
+    def _multiply(
+        self, products: Sequence[tuple["_Member", torch.Tensor, Sequence[WeightSlice], torch.Tensor]]
+    ) -> None:
         """Each x times the pieces of a matrix, which lie one under another: their results side by side."""
         jobs = []
         for member, x, pieces, result in products:
             column = 0
             for piece in pieces:
-                height = piece.slab_rows or piece.rows
+                height = piece.k_split_rows or piece.rows
                 output = result[:, column : column + height]
-                jobs.append(ExpertJob(x, piece, output, member.exact_rows, member.chunks))
+                jobs.append(ExpertMatmul(x, piece, output, member.invariant_rows, member.chunks))
                 column += height
         self._kernels.multiply_each(jobs)
 
@@ -194,18 +196,18 @@ class _Member(NamedTuple):
     """An expert of a group: its weights in memory, the rows that chose it, and where their results go."""
 
     expert: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[WeightSlice, ...]
     x: torch.Tensor
     result: torch.Tensor
-    exact_rows: int
+    invariant_rows: int
     chunks: Sequence[int]
 
 
-def _groups(owners: torch.Tensor, exact_rows: int, chunks: Sequence[int]) -> tuple[int, Sequence[int]]:
-    """Of the rows that chose an expert, in order: how many are exact, and how many are of each chunk."""
+def _groups(owners: torch.Tensor, invariant_rows: int, chunks: Sequence[int]) -> tuple[int, Sequence[int]]:
+    """Of the rows that chose an expert, in order: how many are invariant, and how many are of each chunk."""
     if not chunks:
         return len(owners), ()
-    bounds = np.cumsum([exact_rows, *chunks])
+    bounds = np.cumsum([invariant_rows, *chunks])
     counts = np.diff(np.searchsorted(owners.numpy(), bounds), prepend=0)
     return int(counts[0]), counts[1:][counts[1:] > 0].tolist()
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.kernels import FEW_ROWS, Kernels, ReferenceKernels
+from headrace.kernels import DECODE_MAX_ROWS, Kernels, ReferenceKernels
 from headrace.model.packed import PackedExperts, Router
 
 DISTANCE = 2  # layers
@@ -56,7 +56,7 @@ class LookAhead:
     def guess(self, layer: int, hidden: torch.Tensor) -> Iterator[tuple[int, list[int]]]:
         """(layer, experts that are worth reading ahead), the next layer first; (rows, hidden) is the input of `layer`'s."""
         asked = self._asked[layer]
-        if len(hidden) > FEW_ROWS or not asked.routers:
+        if len(hidden) > DECODE_MAX_ROWS or not asked.routers:
             return
         for distance, scores in asked.scores(hidden, self._kernels):
             guess = (-scores).argsort(-1)[:, : self._per_token]
@@ -75,7 +75,7 @@ class _Copy:
     def __init__(self, router: Router, kernels: Kernels | ReferenceKernels):
         self.router = router
         self.count = len(router.weight)
-        self.piece, self._owner = kernels.shortened(router.weight)
+        self.piece, self._owner = kernels.quantise_q8(router.weight)
 
     def scores(self, products: torch.Tensor) -> npt.NDArray[np.float32]:
         """What the router ranks experts by, given its weight's products."""

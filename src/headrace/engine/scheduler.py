@@ -22,8 +22,8 @@ from headrace.engine.engine import Engine, Rows
 from headrace.engine.native_cache import NativeCache
 from headrace.engine.sampling import Sampler
 from headrace.engine.speculation import Speculation
-from headrace.kernels import FEW_ROWS
-from headrace.kernels.limits import CHUNK_ROWS, SMALL_CHUNK_ROWS
+from headrace.kernels import DECODE_MAX_ROWS
+from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS
 
 # A shared beginning shorter than this is computed again rather than waited for.
 MIN_SHARED_PREFIX_TOKENS = 16
@@ -132,7 +132,7 @@ class Scheduler:
         self._free = list(slots)
         self._prefill_rows = prefill_rows
         # Small chunks let more of a prefix be reused; they cost nothing where prefill rows share each matmul anyway.
-        self._small_chunks = engine.prefill_is_row_invariant and prefill_rows > FEW_ROWS
+        self._small_chunks = engine.prefill_is_row_invariant and prefill_rows > DECODE_MAX_ROWS
         # Models with attention of their own take one chunk of a sequence in a pass.
         tokens = min(CHUNK_ROWS, prefill_rows) if engine.attention_mode == "packed" else prefill_rows
         if self._small_chunks:
@@ -230,7 +230,7 @@ class Scheduler:
             accepted=sum(len(new) - 1 for _, new in news),
         )
         self.engine.passes.replace_last(stats)
-        if self.speculation is not None and not loads and all(rows.is_exact for rows in batch):
+        if self.speculation is not None and not loads and all(rows.is_row_invariant for rows in batch):
             self.speculation.step_times.record_pass(stats)
             self.speculation.step_times.record_step(sum(len(new) for _, new in news), time.perf_counter() - start)
         if self.engine.trace is not None:
@@ -298,21 +298,21 @@ class Scheduler:
         # With small chunks the length of the prompt decides between decode and prefill kernels, not that of the chunk: whatever
         # may be reused is of the prefill kernels.
         prefill = self._small_chunks and not answer.generated and answer.prompt_tokens >= self._chunks.first
-        exact = False if prefill else None
+        row_invariant = False if prefill else None
         for chunk in chunks[:-1]:
-            yield Rows(cache=cache, tokens=chunk, logits=0, exact=exact)
+            yield Rows(cache=cache, tokens=chunk, logits=0, row_invariant=row_invariant)
         yield Rows(
             cache=cache,
             tokens=chunks[-1] + draft_tokens,
             logits=1 + len(draft_tokens),
-            exact=True if draft_tokens else exact,
+            row_invariant=True if draft_tokens else row_invariant,
         )
 
     def _propose(
         self, speculation: Speculation, chunks: Sequence[tuple[Answer, list[list[int]]]], drafts: Sequence[Draft]
     ) -> None:
         prefills = self._small_chunks and any(not answer.generated for answer, _ in chunks)
-        if prefills or any(len(chunk) > FEW_ROWS for _, own in chunks for chunk in own):
+        if prefills or any(len(chunk) > DECODE_MAX_ROWS for _, own in chunks for chunk in own):
             return  # a prompt is on its way: the pass is long as it is, and rates are not those of decoding
         limits = []
         for (answer, own), draft in zip(chunks, drafts, strict=True):

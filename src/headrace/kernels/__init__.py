@@ -10,15 +10,15 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import HeadraceError
-from headrace.kernels.limits import FEW_ROWS
-from headrace.kernels.piece import Piece
+from headrace.kernels.thresholds import DECODE_MAX_ROWS
+from headrace.kernels.weight_slice import WeightSlice
 from headrace.limits import check_threads
 
 if TYPE_CHECKING:
     from headrace.kernels.multiply import Kernels
     from headrace.kernels.torch_reference import ReferenceKernels
 
-__all__ = ["FEW_ROWS", "Kernels", "Piece", "ReferenceKernels", "make_kernels"]
+__all__ = ["DECODE_MAX_ROWS", "Kernels", "ReferenceKernels", "WeightSlice", "make_kernels"]
 
 
 def make_kernels(

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from headrace.kernels.attention_graph import AttentionNodes, Heads, scratch_numbers
-from headrace.kernels.ggml_graph import Graph, Operands, Part, Workers
-from headrace.kernels.interleaved import Interleaving
+from headrace.kernels.ggml_graph import Graph, MatmulPointers, MatmulShape, Workers
+from headrace.kernels.repack import Repacking
 
 _MOST_DIMENSIONS = 4
 _LANES = 16  # numbers that ggml's gates take at a time; what is left over is rounded in another way
@@ -27,20 +27,20 @@ class FusedGraph(Graph):
     Every method adds an operation whose operands and result lie where these tensors lie now, and says whether ggml can do it.
     """
 
-    def __init__(self, workers: Workers, most: int, interleaving: Interleaving):
+    def __init__(self, workers: Workers, most: int, repacking: Repacking):
         super().__init__(workers, most)
         self._threads = workers.threads
-        self._interleaving = interleaving
+        self._interleaving = repacking
         self._results: list[Any] = []
         self._scratch = np.empty(0, np.float32)  # of all attentions
         self._kept: list[torch.Tensor] = []  # what lies nowhere else
 
     def finalize(self, dots: bool) -> None:
-        """Nothing more is added. `dots` as for `Products`."""
+        """Nothing more is added. `dots` as for `MatmulGraph`."""
         self.plan(self._results, dots)
 
-    def multiply(self, parts: Sequence[Part], operands: Sequence[Operands]) -> bool:
-        """Products of single rows."""
+    def multiply(self, parts: Sequence[MatmulShape], operands: Sequence[MatmulPointers]) -> bool:
+        """MatmulGraph of single rows."""
         for part, at in zip(parts, operands, strict=True):
             weight, x, result = self.product(part, 1, self._interleaving)
             weight.contents.data, x.contents.data, result.contents.data = at.weight, at.x, at.result

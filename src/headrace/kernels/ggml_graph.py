@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from headrace.kernels.ggml import InitParams, Tensor, library, type_number
-from headrace.kernels.interleaved import Interleaving
+from headrace.kernels.repack import Repacking
 
 # Of ggml's bookkeeping: for a graph, and for each product in it (three tensors, one node, two leaves).
 _GRAPH_BYTES = 16 << 10
@@ -72,12 +72,12 @@ class Graph:
         """The result of one of ggml's operations."""
         return getattr(self._ggml, f"ggml_{name}")(self._context, *operands)
 
-    def product(self, part: "Part", rows: int, interleaving: Interleaving) -> tuple[Any, Any, Any]:
+    def product(self, part: "MatmulShape", rows: int, repacking: Repacking) -> tuple[Any, Any, Any]:
         """A new product: the tensors of its weight, of so many rows of x and of its result."""
         x = self.leaf(part.x_type, part.columns, rows)
         weight = self.leaf(part.type, part.columns, part.rows)
-        if part.interleaved:
-            interleaving.mark(part.type, weight.contents)
+        if part.repacked:
+            repacking.mark(part.type, weight.contents)
         result = self._ggml.ggml_mul_mat(self._context, weight, x)
         for tensor, stride in ((x.contents, part.x_stride), (result.contents, part.stride)):
             tensor.nb[1] = stride
@@ -105,7 +105,7 @@ class Graph:
             self._context = None
 
 
-class Part(NamedTuple):
+class MatmulShape(NamedTuple):
     """One product: the weight's format, rows and columns, x's format, the bytes between rows of x and of the result."""
 
     type: str
@@ -114,10 +114,10 @@ class Part(NamedTuple):
     x_type: str
     x_stride: int
     stride: int
-    interleaved: bool
+    repacked: bool
 
 
-class Operands(NamedTuple):
+class MatmulPointers(NamedTuple):
     """Where the operands of one product lie now, and how many rows x has."""
 
     weight: int
@@ -126,21 +126,23 @@ class Operands(NamedTuple):
     rows: int
 
 
-class Products(Graph):
+class MatmulGraph(Graph):
     """x @ w.T for several packed `w`, each with an x of its own: results of shape (rows of x, rows of w) in fp32.
 
     With `dots` a row's result does not depend on the number of rows.
     """
 
-    def __init__(self, parts: Sequence[Part], most_rows: int, dots: bool, workers: Workers, interleaving: Interleaving):
+    def __init__(
+        self, parts: Sequence[MatmulShape], most_rows: int, dots: bool, workers: Workers, repacking: Repacking
+    ):
         super().__init__(workers, len(parts))
         self.parts = tuple(parts)
-        products = [self.product(part, most_rows, interleaving) for part in parts]
+        products = [self.product(part, most_rows, repacking) for part in parts]
         self._parts = [tuple(tensor.contents for tensor in product) for product in products]
         self._rows = [most_rows] * len(parts)
         self.plan([result for _, _, result in products], dots)
 
-    def __call__(self, operands: Sequence[Operands]) -> None:
+    def __call__(self, operands: Sequence[MatmulPointers]) -> None:
         """Multiply what lies at these addresses."""
         for i, ((weight, x, result), at) in enumerate(zip(self._parts, operands, strict=True)):
             weight.data, x.data, result.data = at.weight, at.x, at.result

@@ -15,16 +15,22 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from headrace.checkpoint.tensor import block_of, row_bytes
-from headrace.kernels import interleaved
+from headrace.kernels import repack
 from headrace.kernels.attention_graph import AttentionGraph, Heads, Positions
+from headrace.kernels.expert_mlp import ExpertMlp, ExpertShapes
 from headrace.kernels.fused_graph import FusedGraph
-from headrace.kernels.gated import Form, GatedExperts
 from headrace.kernels.ggml import takes_super_blocks
-from headrace.kernels.ggml_graph import Cast, Operands, Part, Products, RowFunction, Workers
-from headrace.kernels.interleaved import Interleaving
-from headrace.kernels.limits import ACTIVATION_ROWS, FEW_EXPERT_ROWS, FEW_ROWS, PRECISE_TYPES, TILE_ROWS
-from headrace.kernels.piece import Piece
+from headrace.kernels.ggml_graph import Cast, MatmulGraph, MatmulPointers, MatmulShape, RowFunction, Workers
+from headrace.kernels.repack import Repacking
+from headrace.kernels.thresholds import (
+    ACTIVATION_ROWS,
+    DECODE_MAX_ROWS,
+    EXPERT_DECODE_MAX_ROWS,
+    PRECISE_TYPES,
+    TILE_ROWS,
+)
 from headrace.kernels.unpacking import ToHalf, unpack_pieces
+from headrace.kernels.weight_slice import WeightSlice
 
 # Scratch for unpacked weights, which keeps torch's products wide; and the rows of them that oneDNN likes multiples of: with
 # 292 of 14336 columns bf16 products ran at 348 GFLOP/s, with 256 at 401, with 512 at 418. With 16 MiB a prompt of 512 rows of an
@@ -42,7 +48,7 @@ class Kernels:
         bf16_many_rows: bool = True,
         row_invariant: bool = True,
         tiled: Collection[str] = (),
-        tiles_exactly: bool = False,
+        pad_decode_rows_to_tiles: bool = False,
     ):
         """What is fixed for all products.
 
@@ -53,21 +59,21 @@ class Kernels:
             row_invariant: an exact row's result must not depend on the number of rows. Kernels that are faster for one
                 row, or for many, break this in the last bits.
             tiled: the formats of which many rows go through ggml's tiles, in 8 bits, and not through torch.
-            tiles_exactly: how exact rows of these stay independent: all go through tiles, however few, instead of through
+            pad_decode_rows_to_tiles: how exact rows of these stay independent: all go through tiles, however few, instead of through
                 dot products, however many.
         """
         self.threads = threads
         self.bf16_many_rows = bf16_many_rows and _multiplies_bf16()
         self.row_invariant = row_invariant
         self.tiled = frozenset(kind for kind in tiled if takes_super_blocks(kind))
-        self.tiles_exactly = tiles_exactly
-        self.interleaving = Interleaving()
-        self._many_workers = self.few_workers = Workers(threads, spin=False)
-        self._products: dict[tuple[object, ...], Products] = {}
+        self.pad_decode_rows_to_tiles = pad_decode_rows_to_tiles
+        self.repacking = Repacking()
+        self._many_workers = self.decode_workers = Workers(threads, spin=False)
+        self._products: dict[tuple[object, ...], MatmulGraph] = {}
         self._casts: dict[tuple[str, str, int, bool], Cast] = {}
         self._one_worker = Workers(1, spin=False)
         self._row_functions: dict[tuple[str, int, float, bool], RowFunction] = {}
-        self._gated: dict[tuple[int, Form, int], GatedExperts] = {}
+        self._gated: dict[tuple[int, ExpertShapes, int], ExpertMlp] = {}
         self._attentions: dict[tuple[Heads, int, float], AttentionGraph] = {}
         self._fused_graphs: list[FusedGraph] = []
         self._scratch: torch.Tensor | None = None
@@ -78,60 +84,62 @@ class Kernels:
         self._padded_results = torch.empty(0)
         self._copies: list[torch.Tensor] = []
         self._cached_matmuls: dict[tuple[int, ...], _CachedMatmul] = {}
-        self._last: tuple[Products, list[Operands]] | None = None  # all that the product in progress consists of
+        self._last: tuple[MatmulGraph, list[MatmulPointers]] | None = (
+            None  # all that the product in progress consists of
+        )
 
     def spin(self) -> None:
         """From now on threads start at once on products of few rows. Before the first of them, and only if nothing is read."""
-        if self.few_workers is self._many_workers:
-            self.few_workers = Workers(self.threads, spin=True)
+        if self.decode_workers is self._many_workers:
+            self.decode_workers = Workers(self.threads, spin=True)
 
-    def interleave(self, piece: Piece, columns: int, in_place: bool = False) -> Piece:
-        """The same piece with an interleaved copy, where ggml has that layout for it. The copy lives as long as this.
+    def repack(self, piece: WeightSlice, columns: int, in_place: bool = False) -> WeightSlice:
+        """The same piece with a repacked copy, where ggml has that layout for it. The copy lives as long as this.
 
-        `in_place` overwrites the piece: then all products with it are exact, those of prompts too.
+        `in_place` overwrites the piece: then all matmuls with it are row-invariant, those of prompts too.
         """
-        if piece.slab_rows or not self.interleaving.takes(piece.type, piece.rows):
+        if piece.k_split_rows or not self.repacking.takes(piece.type, piece.rows):
             return piece
         if in_place:
             self._overwrite(piece, columns)
-            return replace(piece, interleaved=piece.address)
+            return replace(piece, repacked=piece.address)
         copy = torch.empty(piece.rows * row_bytes(piece.type, columns) + _ALIGNMENT, dtype=torch.uint8)
         target = -(-copy.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-        self.interleaving.copy(piece.type, piece.rows, columns, piece.address, target)
+        self.repacking.copy(piece.type, piece.rows, columns, piece.address, target)
         self._copies.append(copy)
-        return replace(piece, interleaved=target)
+        return replace(piece, repacked=target)
 
-    def _overwrite(self, piece: Piece, columns: int) -> None:
+    def _overwrite(self, piece: WeightSlice, columns: int) -> None:
         stride = row_bytes(piece.type, columns)
-        step = max(interleaved.ROWS, _SLAB_BYTES // stride // interleaved.ROWS * interleaved.ROWS)
-        slab = (ctypes.c_uint8 * (step * stride))()
+        step = max(repack.ROWS, _K_SPLIT_BYTES // stride // repack.ROWS * repack.ROWS)
+        block = (ctypes.c_uint8 * (step * stride))()
         for first in range(0, piece.rows, step):
             rows = min(step, piece.rows - first)
             at = piece.address + first * stride
-            ctypes.memmove(slab, at, rows * stride)
-            self.interleaving.copy(piece.type, rows, columns, ctypes.addressof(slab), at)
+            ctypes.memmove(block, at, rows * stride)
+            self.repacking.copy(piece.type, rows, columns, ctypes.addressof(block), at)
 
     def multiply(
         self,
         x: torch.Tensor,
-        pieces: Sequence[tuple[int, Piece]],
+        pieces: Sequence[tuple[int, WeightSlice]],
         outputs: Sequence[torch.Tensor],
-        exact_rows: int | None = None,
+        invariant_rows: int | None = None,
         chunks: Sequence[int] = (),
     ) -> None:
         """For every (i, piece), fill `outputs[i][:, first : first + rows]` with x times the piece.
 
-        Of a tensor in slabs, pieces are whole slabs and come in order; each is added to what those before have given.
+        Of a tensor in k_splits, pieces are whole k_splits and come in order; each is added to what those before have given.
 
         Args:
             x: fp32 activations, contiguous, (rows, columns).
             pieces: packed weights with that many columns, each with the index of its output. A tuple is taken for one that
                 will come again: a product with a single row is remembered by it.
             outputs: fp32, contiguous, (rows, total rows of the tensor).
-            exact_rows: so many rows, from the first on, are computed independently of each other; None: all of them if
+            invariant_rows: so many rows, from the first on, are computed independently of each other; None: all of them if
                 they are few. The others may go through torch's products.
             chunks: rows of each prompt chunk after the exact rows; a result depends on its own chunk alone. Empty: the others
-                are one chunk, or exact if they are few.
+                are one chunk, or row_invariant if they are few.
         """
         called = None
         if type(pieces) is tuple and x.shape[0] == 1:
@@ -141,7 +149,7 @@ class Kernels:
                 cached.graph(cached.operands)
                 return
         self._last = None
-        self._multiply(x, pieces, outputs, exact_rows, chunks)
+        self._multiply(x, pieces, outputs, invariant_rows, chunks)
         if called is not None and self._last is not None and len(self._last[1]) == len(pieces):
             if len(self._cached_matmuls) >= _MAX_CACHED_MATMULS:
                 self._cached_matmuls.clear()
@@ -152,58 +160,62 @@ class Kernels:
         x: torch.Tensor,
         pieces: "_Pieces",
         outputs: Sequence[torch.Tensor],
-        exact_rows: int | None,
+        invariant_rows: int | None,
         chunks: Sequence[int],
     ) -> None:
-        if exact_rows is None or (not chunks and x.shape[0] - exact_rows <= FEW_ROWS):
-            exact_rows = x.shape[0] if exact_rows is not None or x.shape[0] <= FEW_ROWS else 0
-        if exact_rows < x.shape[0]:
-            woven = [(i, piece) for i, piece in pieces if piece.only_interleaved]
-            if woven:
-                self._few_rows(x, woven, outputs)
-            pieces = [(i, piece) for i, piece in pieces if not piece.only_interleaved]
-            tiled, others = self._divide(pieces, exact=False)
+        if invariant_rows is None or (not chunks and x.shape[0] - invariant_rows <= DECODE_MAX_ROWS):
+            invariant_rows = x.shape[0] if invariant_rows is not None or x.shape[0] <= DECODE_MAX_ROWS else 0
+        if invariant_rows < x.shape[0]:
+            repacked = [(i, piece) for i, piece in pieces if piece.repacked_in_place]
+            if repacked:
+                self._decode_rows(x, repacked, outputs)
+            pieces = [(i, piece) for i, piece in pieces if not piece.repacked_in_place]
+            tiled, others = self._divide(pieces, row_invariant=False)
             if tiled:
-                self._tiles(x, range(exact_rows, len(x)), tiled, outputs)
+                self._tiles(x, range(invariant_rows, len(x)), tiled, outputs)
             for i, piece in others:
-                many = self._activations(x, exact_rows, piece.type)
-                self._many_rows(many, piece, outputs[i][exact_rows:], chunks)
-        if exact_rows and pieces:
-            if self.tiles_exactly if self.row_invariant else exact_rows >= TILE_ROWS:
-                tiled, pieces = self._divide(pieces, exact=True)
+                many = self._activations(x, invariant_rows, piece.type)
+                self._prefill_rows(many, piece, outputs[i][invariant_rows:], chunks)
+        if invariant_rows and pieces:
+            if self.pad_decode_rows_to_tiles if self.row_invariant else invariant_rows >= TILE_ROWS:
+                tiled, pieces = self._divide(pieces, row_invariant=True)
                 if tiled:
-                    self._tiles(x, range(exact_rows), tiled, outputs)
+                    self._tiles(x, range(invariant_rows), tiled, outputs)
             if pieces:
-                self._few_rows(x[:exact_rows], pieces, [output[:exact_rows] for output in outputs])
+                self._decode_rows(x[:invariant_rows], pieces, [output[:invariant_rows] for output in outputs])
 
-    def _divide(self, pieces: "_Pieces", exact: bool) -> tuple["_Pieces", "_Pieces"]:
+    def _divide(self, pieces: "_Pieces", row_invariant: bool) -> tuple["_Pieces", "_Pieces"]:
         """(those that go through tiles, the others)."""
         tiled = [
-            (i, p) for i, p in pieces if p.type in self.tiled and not p.slab_rows and not (exact and p.interleaved)
+            (i, p)
+            for i, p in pieces
+            if p.type in self.tiled and not p.k_split_rows and not (row_invariant and p.repacked)
         ]
         return tiled, [pair for pair in pieces if pair not in tiled] if tiled else pieces
 
-    def multiply_each(self, jobs: Sequence["ExpertJob"]) -> None:
+    def multiply_each(self, jobs: Sequence["ExpertMatmul"]) -> None:
         """As `multiply`, for pieces that each have activations and an output of their own: those of experts."""
         dots: list[_Job] = []
         others: list[_Job] = []
-        for x, piece, output, exact_rows, chunks in jobs:
-            if piece.slab_rows:
-                self.multiply(x, [(0, piece)], [output], exact_rows, chunks)
+        for x, piece, output, invariant_rows, chunks in jobs:
+            if piece.k_split_rows:
+                self.multiply(x, [(0, piece)], [output], invariant_rows, chunks)
                 continue
-            if exact_rows:
-                (dots if self.row_invariant else others).append(_job(x[:exact_rows], piece, output[:exact_rows]))
+            if invariant_rows:
+                (dots if self.row_invariant else others).append(
+                    _job(x[:invariant_rows], piece, output[:invariant_rows])
+                )
             if not chunks:
                 continue
-            if piece.type in self.tiled and x.shape[0] - exact_rows >= TILE_ROWS:
-                others.append(_job(x[exact_rows:], piece, output[exact_rows:]))
+            if piece.type in self.tiled and x.shape[0] - invariant_rows >= TILE_ROWS:
+                others.append(_job(x[invariant_rows:], piece, output[invariant_rows:]))
             elif piece.type in self.tiled:
-                self._tiles(x, range(exact_rows, x.shape[0]), [(0, piece)], [output])
+                self._tiles(x, range(invariant_rows, x.shape[0]), [(0, piece)], [output])
             else:
-                many, first = [], exact_rows
+                many, first = [], invariant_rows
                 for count in chunks:
                     part = slice(first, first + count)
-                    if count <= FEW_EXPERT_ROWS:
+                    if count <= EXPERT_DECODE_MAX_ROWS:
                         (dots if self.row_invariant else others).append(_job(x[part], piece, output[part]))
                     else:
                         many.append(part)
@@ -214,7 +226,9 @@ class Kernels:
             for start in range(0, len(some), _MOST_PARTS):
                 self._run(some[start : start + _MOST_PARTS], by_dots)
 
-    def gated(self, x: torch.Tensor, form: Form, experts: Sequence[Sequence[int]], outputs: Sequence[int]) -> None:
+    def expert_mlp(
+        self, x: torch.Tensor, form: ExpertShapes, experts: Sequence[Sequence[int]], outputs: Sequence[int]
+    ) -> None:
         """For one row the experts whose gate is SiLU.
 
         Args:
@@ -226,21 +240,23 @@ class Kernels:
         key = x.shape[1], form, len(experts)
         graph = self._gated.get(key)
         if graph is None:
-            graph = self._gated[key] = GatedExperts(
-                form, len(experts), x.shape[1], self.row_invariant, self.few_workers, self.interleaving
+            graph = self._gated[key] = ExpertMlp(
+                form, len(experts), x.shape[1], self.row_invariant, self.decode_workers, self.repacking
             )
         split = len(form.up)
         weights = [address for pieces in experts for address in pieces[:split]]
         weights += [address for pieces in experts for address in pieces[split:]]
         graph(x.data_ptr(), weights, outputs)
 
-    def _few_rows(self, x: torch.Tensor, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
+    def _decode_rows(
+        self, x: torch.Tensor, pieces: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]
+    ) -> None:
         for i, piece in pieces:
-            if piece.slab_rows:
-                self._slabs(x, piece, outputs[i])
-        whole = [(i, piece) for i, piece in pieces if not piece.slab_rows]
+            if piece.k_split_rows:
+                self._k_splits(x, piece, outputs[i])
+        whole = [(i, piece) for i, piece in pieces if not piece.k_split_rows]
         missing = -x.shape[0] % ACTIVATION_ROWS
-        if missing and (self.row_invariant or x.shape[0] > 1) and any(p.interleaved for _, p in whole):
+        if missing and (self.row_invariant or x.shape[0] > 1) and any(p.repacked for _, p in whole):
             self._padded(x, missing, whole, outputs)
             self._last = None
         elif whole:
@@ -259,8 +275,8 @@ class Kernels:
         for (i, p), result in zip(pieces, padded, strict=True):
             stride = 4 * (p.rows if pads else outputs[i].stride(0))
             to = result.data_ptr() if pads else outputs[i].data_ptr() + which.start * stride + 4 * p.first
-            part = Part(p.type, p.rows, x.shape[1], _ROWS_8_BITS, x_stride, stride, interleaved=False)
-            jobs.append((part, Operands(p.address, packed, to, rows)))
+            part = MatmulShape(p.type, p.rows, x.shape[1], _ROWS_8_BITS, x_stride, stride, repacked=False)
+            jobs.append((part, MatmulPointers(p.address, packed, to, rows)))
         self._run(jobs, dots=False)
         if pads:
             for (i, p), result in zip(pieces, padded, strict=True):
@@ -273,23 +289,23 @@ class Kernels:
         kept = self._activations_8
         if not kept.are_of(x, which.start):
             buffer = kept.room(rows * stride, torch.uint8)
-            cast = self._cast("F32", _ROWS_8_BITS, columns, len(which) > FEW_ROWS)
+            cast = self._cast("F32", _ROWS_8_BITS, columns, len(which) > DECODE_MAX_ROWS)
             cast(x.data_ptr() + 4 * which.start * columns, buffer.data_ptr(), len(which))
             kept.keep(x, which.start, buffer)
         return kept.value.data_ptr(), stride
 
-    def _run(self, jobs: Sequence["_Job"], dots: bool) -> tuple[Products, list[Operands]]:
+    def _run(self, jobs: Sequence["_Job"], dots: bool) -> tuple[MatmulGraph, list[MatmulPointers]]:
         """Compute products in one graph, kept by their shapes."""
         parts = tuple([part for part, _ in jobs])
         most_rows = 1 << (max([operands.rows for _, operands in jobs]) - 1).bit_length()
         key = (most_rows, dots, parts)
         graph = self._products.get(key)
         if graph is None:
-            workers = self._many_workers if most_rows > FEW_ROWS else self.few_workers
+            workers = self._many_workers if most_rows > DECODE_MAX_ROWS else self.decode_workers
             nbytes = sum([part.rows * row_bytes(part.type, part.columns) for part in parts])
-            if nbytes * most_rows <= _OF_ONE and self.few_workers is self._many_workers:  # none that spin
+            if nbytes * most_rows <= _OF_ONE and self.decode_workers is self._many_workers:  # none that spin
                 workers = self._one_worker
-            graph = self._products[key] = Products(parts, most_rows, dots, workers, self.interleaving)
+            graph = self._products[key] = MatmulGraph(parts, most_rows, dots, workers, self.repacking)
         operands = [operands for _, operands in jobs]
         graph(operands)
         return graph, operands
@@ -298,44 +314,44 @@ class Kernels:
         key = (source_type, target_type, columns, many)
         cast = self._casts.get(key)
         if cast is None:
-            workers = self._many_workers if many else self.few_workers
+            workers = self._many_workers if many else self.decode_workers
             cast = self._casts[key] = Cast(source_type, target_type, columns, 1, workers)
         return cast
 
-    def _slabs(self, x: torch.Tensor, piece: Piece, output: torch.Tensor) -> None:
-        """Products with the slabs of a piece, added up one after another: the sum does not depend on the cuts."""
+    def _k_splits(self, x: torch.Tensor, piece: WeightSlice, output: torch.Tensor) -> None:
+        """MatmulGraph with the slabs of a piece, added up one after another: the sum does not depend on the cuts."""
         width = piece.slab_columns
-        for index, slab in enumerate(piece.slabs()):
-            number = piece.first // piece.slab_rows + index
+        for index, slab in enumerate(piece.k_splits()):
+            number = piece.first // piece.k_split_rows + index
             part = output if number == 0 else torch.empty_like(output)
             self._run([_job(x[:, number * width : (number + 1) * width], slab, part)], self.row_invariant)
             if number:
                 output += part
 
     def _padded(
-        self, x: torch.Tensor, missing: int, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]
+        self, x: torch.Tensor, missing: int, pieces: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]
     ) -> None:
         """Interleaved weights have one kernel for rows by the four and another for the rest: so no row is left over."""
         rows = x.shape[0]
         padded = [output.new_empty((rows + missing, output.shape[1])) for output in outputs]
-        self._few_rows(torch.cat([x, x.new_zeros((missing, x.shape[1]))]), pieces, padded)
+        self._decode_rows(torch.cat([x, x.new_zeros((missing, x.shape[1]))]), pieces, padded)
         for i, piece in pieces:
             part = slice(piece.first, piece.first + piece.rows)
             outputs[i][:, part] = padded[i][:rows, part]
 
-    def _many_rows(self, x: torch.Tensor, piece: Piece, output: torch.Tensor, chunks: Sequence[int]) -> None:
+    def _prefill_rows(self, x: torch.Tensor, piece: WeightSlice, output: torch.Tensor, chunks: Sequence[int]) -> None:
         parts = [slice(last - count, last) for count, last in zip(chunks, accumulate(chunks), strict=True)]
         parts = parts or [slice(None)]
-        if piece.slab_rows:
+        if piece.k_split_rows:
             width = piece.slab_columns
-            for index, slab in enumerate(piece.slabs()):
-                number = piece.first // piece.slab_rows + index
+            for index, slab in enumerate(piece.k_splits()):
+                number = piece.first // piece.k_split_rows + index
                 self._unpacked(x[:, number * width : (number + 1) * width], slab, output, parts, add=number > 0)
         else:
             self._unpacked(x, piece, output, parts)
 
     def _unpacked(
-        self, x: torch.Tensor, piece: Piece, output: torch.Tensor, parts: Sequence[slice], add: bool = False
+        self, x: torch.Tensor, piece: WeightSlice, output: torch.Tensor, parts: Sequence[slice], add: bool = False
     ) -> None:
         """Unpack some rows of weights at a time and let torch multiply them: of x each of these parts by itself."""
         columns = x.shape[1]
@@ -415,13 +431,13 @@ class Kernels:
         most = max(_LEAST_POSITIONS, 1 << (count - 1).bit_length())
         graph = self._attentions.get((heads, most, scale))
         if graph is None:
-            graph = AttentionGraph(self.few_workers, heads, most, scale, self.row_invariant)
+            graph = AttentionGraph(self.decode_workers, heads, most, scale, self.row_invariant)
             self._attentions[heads, most, scale] = graph
         places = [Positions(one.data_ptr(), 4 * one.stride(0)) for one in (keys, values)]
         graph(count, (query.data_ptr(), 4 * query.stride(0)), out.data_ptr(), *places)
 
     def _row_function(self, name: str, x: torch.Tensor, eps: float = 0.0) -> RowFunction:
-        many = x.shape[0] > FEW_ROWS
+        many = x.shape[0] > DECODE_MAX_ROWS
         key = name, x.shape[1], eps, many
         function = self._row_functions.get(key)
         if function is None:
@@ -431,18 +447,18 @@ class Kernels:
 
     def fused_graph(self, most: int) -> FusedGraph:
         """An empty one for at most so many operations. It lives as long as this."""
-        graph = FusedGraph(self.few_workers, most, self.interleaving)
+        graph = FusedGraph(self.decode_workers, most, self.repacking)
         self._fused_graphs.append(graph)
         return graph
 
-    def shortened(self, weight: torch.Tensor) -> tuple[Piece, object]:
+    def quantise_q8(self, weight: torch.Tensor) -> tuple[WeightSlice, object]:
         """A matrix (rows, columns) in fp32 rounded to 8 bits, or as it is where its rows are not whole blocks; its owner."""
         rows, columns = weight.shape
         if columns % block_of(_SHORT)[0]:
-            return Piece("F32", rows, weight.data_ptr(), 0), weight
+            return WeightSlice("F32", rows, weight.data_ptr(), 0), weight
         packed = torch.empty((rows, row_bytes(_SHORT, columns)), dtype=torch.uint8)
         self._cast("F32", _SHORT, columns, many=True)(weight.data_ptr(), packed.data_ptr(), rows)
-        return Piece(_SHORT, rows, packed.data_ptr(), 0), packed
+        return WeightSlice(_SHORT, rows, packed.data_ptr(), 0), packed
 
     def cached_matmul(
         self, x: torch.Tensor, pieces: "_Pieces", outputs: Sequence[torch.Tensor]
@@ -451,7 +467,7 @@ class Kernels:
         cached = self._cached_matmuls.get(_called(x, pieces, outputs))
         return cached if cached is not None and cached.pieces is pieces else None
 
-    def unpack_all(self, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
+    def unpack_all(self, pieces: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]) -> None:
         """For every (i, piece), fill its rows of `outputs[i]`, fp32 (rows of the tensor, columns), with the weights."""
         unpack_pieces(self.unpack, pieces, outputs)
 
@@ -480,22 +496,22 @@ class Kernels:
         self._casts.clear()
         self.release()
         self._copies.clear()
-        self.interleaving.close()
+        self.repacking.close()
         self._to_half.close()
-        for workers in {self._one_worker, self.few_workers, self._many_workers}:
+        for workers in {self._one_worker, self.decode_workers, self._many_workers}:
             workers.close()
 
 
-class ExpertJob(NamedTuple):
+class ExpertMatmul(NamedTuple):
     """A product of an expert: x (rows, columns) times a piece to output (rows, rows of the piece), fp32, rows contiguous.
 
-    As in `Kernels.multiply`, `exact_rows` are computed independently, and those of a chunk depend on that chunk alone.
+    As in `Kernels.multiply`, `invariant_rows` are computed independently, and those of a chunk depend on that chunk alone.
     """
 
     x: torch.Tensor
-    piece: Piece
+    piece: WeightSlice
     output: torch.Tensor
-    exact_rows: int
+    invariant_rows: int
     chunks: Sequence[int] = ()
 
 
@@ -503,8 +519,8 @@ class _CachedMatmul(NamedTuple):
     """A product that is done again with the same operands."""
 
     pieces: "_Pieces"
-    graph: Products
-    operands: list[Operands]
+    graph: MatmulGraph
+    operands: list[MatmulPointers]
 
 
 def _called(x: torch.Tensor, pieces: "_Pieces", outputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
@@ -536,17 +552,17 @@ class _Prepared:
         self._source, self._first, self.value = weakref.ref(x), first, value
 
 
-def _job(x: torch.Tensor, piece: Piece, output: torch.Tensor, to: int = 0) -> "_Job":
+def _job(x: torch.Tensor, piece: WeightSlice, output: torch.Tensor, to: int = 0) -> "_Job":
     """x times the piece to `output`, which begins so many bytes further."""
-    rows = piece.slab_rows or piece.rows
-    part = Part(
-        piece.type, rows, x.shape[1], "F32", 4 * x.stride(0), 4 * output.stride(0), piece.interleaved is not None
+    rows = piece.k_split_rows or piece.rows
+    part = MatmulShape(
+        piece.type, rows, x.shape[1], "F32", 4 * x.stride(0), 4 * output.stride(0), piece.repacked is not None
     )
-    return part, Operands(piece.interleaved or piece.address, x.data_ptr(), output.data_ptr() + to, x.shape[0])
+    return part, MatmulPointers(piece.repacked or piece.address, x.data_ptr(), output.data_ptr() + to, x.shape[0])
 
 
-_Job: TypeAlias = tuple[Part, Operands]
-_Pieces: TypeAlias = Sequence[tuple[int, Piece]]
+_Job: TypeAlias = tuple[MatmulShape, MatmulPointers]
+_Pieces: TypeAlias = Sequence[tuple[int, WeightSlice]]
 
 _OF_ONE = 640 << 10  # bytes of weights times rows that one thread has multiplied before another wakes
 _SHORT = "Q8_0"
@@ -555,7 +571,7 @@ _LEAST_POSITIONS = 64  # that a graph of attention is made for
 _MOST_PARTS = 32  # products in one graph
 _MAX_CACHED_MATMULS = 4096
 _ALIGNMENT = 64
-_SLAB_BYTES = 1 << 20
+_K_SPLIT_BYTES = 1 << 20
 
 
 def _multiplies_bf16() -> bool:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from headrace.checkpoint.tensor import row_bytes
-from headrace.kernels.piece import Piece
 from headrace.kernels.unpacking import unpack_pieces
+from headrace.kernels.weight_slice import WeightSlice
 
 if TYPE_CHECKING:
-    from headrace.kernels.multiply import ExpertJob
+    from headrace.kernels.multiply import ExpertMatmul
 
 
 def unpack(type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
@@ -38,49 +38,49 @@ class ReferenceKernels:
 
     def __init__(self, threads: int):
         self.threads = threads
-        self.tiles_exactly = False  # every row is computed alike anyway
+        self.pad_decode_rows_to_tiles = False  # every row is computed alike anyway
 
     def spin(self) -> None:
         """As `Kernels.spin`: torch's threads wait as they are told to elsewhere."""
 
-    def interleave(self, piece: Piece, columns: int, in_place: bool = False) -> Piece:
-        """As `Kernels.interleave`: there is no other layout here."""
+    def repack(self, piece: WeightSlice, columns: int, in_place: bool = False) -> WeightSlice:
+        """As `Kernels.repack`: there is no other layout here."""
         return piece
 
     def multiply(
         self,
         x: torch.Tensor,
-        pieces: Sequence[tuple[int, Piece]],
+        pieces: Sequence[tuple[int, WeightSlice]],
         outputs: Sequence[torch.Tensor],
-        exact_rows: int | None = None,
+        invariant_rows: int | None = None,
         chunks: Sequence[int] = (),
     ) -> None:
         """As `Kernels.multiply`, in fp32."""
-        if chunks and exact_rows is not None:
-            parts = torch.split(x, [1] * exact_rows + list(chunks))
+        if chunks and invariant_rows is not None:
+            parts = torch.split(x, [1] * invariant_rows + list(chunks))
             targets = zip(*(torch.split(output, [len(part) for part in parts]) for output in outputs), strict=True)
             for part, target in zip(parts, targets, strict=True):
                 self.multiply(part, pieces, target)
             return
         for i, piece in pieces:
-            if not piece.slab_rows:
+            if not piece.k_split_rows:
                 outputs[i][:, piece.first : piece.first + piece.rows] = multiply(
                     x, piece.type, piece.address, piece.rows
                 )
                 continue
-            for index, slab in enumerate(piece.slabs()):
-                number, width = piece.first // piece.slab_rows + index, piece.slab_columns
+            for index, slab in enumerate(piece.k_splits()):
+                number, width = piece.first // piece.k_split_rows + index, piece.slab_columns
                 part = multiply(x[:, number * width : (number + 1) * width], slab.type, slab.address, slab.rows)
                 outputs[i][:] = part if number == 0 else outputs[i] + part
 
-    def multiply_each(self, jobs: Sequence["ExpertJob"]) -> None:
+    def multiply_each(self, jobs: Sequence["ExpertMatmul"]) -> None:
         """As `Kernels.multiply_each`, in fp32."""
-        for x, piece, output, exact_rows, chunks in jobs:
-            self.multiply(x, [(0, piece)], [output], exact_rows, chunks)
+        for x, piece, output, invariant_rows, chunks in jobs:
+            self.multiply(x, [(0, piece)], [output], invariant_rows, chunks)
 
-    def shortened(self, weight: torch.Tensor) -> tuple[Piece, object]:
+    def quantise_q8(self, weight: torch.Tensor) -> tuple[WeightSlice, object]:
         """As `Kernels.shortened`, but as it is."""
-        return Piece("F32", len(weight), weight.data_ptr(), 0), weight
+        return WeightSlice("F32", len(weight), weight.data_ptr(), 0), weight
 
     def rms_norm(self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         """As `Kernels.rms_norm`."""
@@ -94,7 +94,7 @@ class ReferenceKernels:
         """As `Kernels.unpack`."""
         return unpack(type_name, address, rows, columns)
 
-    def unpack_all(self, pieces: Sequence[tuple[int, Piece]], outputs: Sequence[torch.Tensor]) -> None:
+    def unpack_all(self, pieces: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]) -> None:
         """As `Kernels.unpack_all`."""
         unpack_pieces(unpack, pieces, outputs)
 

@@ -7,7 +7,7 @@ import torch
 
 from headrace.checkpoint.tensor import row_bytes
 from headrace.kernels.ggml import library, type_number
-from headrace.kernels.piece import Piece
+from headrace.kernels.weight_slice import WeightSlice
 
 # Weights that a thread unpacks to fp32 and then rounds: half a MiB, which stays in its core's cache in between. Two cores of a
 # Xeon make 5.0 giga-weights/s of Q4_K so, 3.3 by a quarter of it and 3.8 by twice as many, and 1.1 by ggml's graphs and torch.
@@ -57,14 +57,14 @@ class ToHalf:
 
 def unpack_pieces(
     unpack: Callable[[str, int, int, int], torch.Tensor],
-    pieces: Sequence[tuple[int, Piece]],
+    pieces: Sequence[tuple[int, WeightSlice]],
     outputs: Sequence[torch.Tensor],
 ) -> None:
     """For every (i, piece), fill its part of `outputs[i]` (rows, columns) by `unpack` (type, address, rows, columns)."""
     for i, piece in pieces:
-        if piece.slab_rows:
+        if piece.k_split_rows:
             width = piece.slab_columns
-            for number, slab in enumerate(piece.slabs(), piece.first // piece.slab_rows):
+            for number, slab in enumerate(piece.k_splits(), piece.first // piece.k_split_rows):
                 outputs[i][:, number * width : (number + 1) * width] = unpack(slab.type, slab.address, slab.rows, width)
         else:
             plain = unpack(piece.type, piece.address, piece.rows, outputs[i].shape[1])

@@ -22,7 +22,7 @@ class Stack:
     parameter: str  # its name below the module of experts; with {} for an expert's number, where each has its own
     shape: tuple[int, ...]  # (experts, outputs, inputs)
     outputs_last: bool = False  # the shape is (experts, inputs, outputs)
-    interleaved: bool = False  # gates and ups take turns
+    repacked: bool = False  # gates and ups take turns
 
     @property
     def parameters(self) -> tuple[str, ...]:

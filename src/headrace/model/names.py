@@ -243,7 +243,7 @@ class ConvertedNames(_Made):
         tensors: Sequence[Tensor], numbers: npt.NDArray[np.int64], shape: Sequence[int], outputs_last: bool
     ) -> bool:
         """Which way a square matrix lies: blocks run along the inputs; else the model's own dimensions tell."""
-        if shape[0] != shape[1] or any(tensor.slabs or block_of(tensor.type)[0] > 1 for tensor in tensors):
+        if shape[0] != shape[1] or any(tensor.k_splits or block_of(tensor.type)[0] > 1 for tensor in tensors):
             return True
         turned = numbers.ndim > 1 and numbers.shape[-1] != 1  # the conversion transposes
         return turned == outputs_last
@@ -294,7 +294,7 @@ def _row_numbers(tensor: Tensor, base: int) -> torch.Tensor:
     """The numbers of a tensor's rows in its shape, with one column; of a vector: of its elements."""
     if len(tensor.shape) < 2:
         return torch.arange(base, base + prod(tensor.shape)).view(tensor.shape)
-    shape = (tensor.outputs,) if tensor.slabs else tensor.shape[:-1]
+    shape = (tensor.outputs,) if tensor.k_splits else tensor.shape[:-1]
     return torch.arange(base, base + _height(tensor)).view(*shape, 1)
 
 

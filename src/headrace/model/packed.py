@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers.integrations.moe import _default_apply_gate
 
-from headrace.kernels.gated import Form
-from headrace.kernels.limits import FEW_ROWS
+from headrace.kernels.expert_mlp import ExpertShapes
+from headrace.kernels.thresholds import DECODE_MAX_ROWS
 from headrace.model.matrix import Matrix
 
 # Multiplies activations (..., inputs) with the packed matrix of a linear: (..., outputs), fp32.
@@ -128,7 +128,7 @@ class PackedExperts:
         return len(self.up)
 
     @property
-    def plain_form(self) -> Form | None:
+    def plain_shapes(self) -> ExpertShapes | None:
         """That of every expert, where all are alike and no more than down(silu(gate) * up), without biases, rows and columns in
         order."""
         module = self.module
@@ -139,8 +139,8 @@ class PackedExperts:
         ):
             return None
         matrices = (*self.up, *self.down)
-        plain = all(one.order is None and not any(part.tensor.slabs for part in one.slices) for one in matrices)
-        forms = {Form(_pieces_of(up), _pieces_of(down)) for up, down in zip(self.up, self.down, strict=True)}
+        plain = all(one.order is None and not any(part.tensor.k_splits for part in one.slices) for one in matrices)
+        forms = {ExpertShapes(_pieces_of(up), _pieces_of(down)) for up, down in zip(self.up, self.down, strict=True)}
         return forms.pop() if plain and len(forms) == 1 and isinstance(module.act_fn, Silu) else None
 
     def matrices(self, expert: int) -> tuple[Matrix, Matrix]:
@@ -166,7 +166,7 @@ class GatheredEmbedding:
     def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Replace the table and the ids of this call."""
         ids = arguments[0]
-        if ids.numel() <= FEW_ROWS:  # not worth looking for equal ones
+        if ids.numel() <= DECODE_MAX_ROWS:  # not worth looking for equal ones
             unique, numbered = ids.reshape(-1), torch.arange(ids.numel()).view(ids.shape)
         else:
             unique, numbered = torch.unique(ids, return_inverse=True)

@@ -330,7 +330,7 @@ def _pack_experts(model: PreTrainedModel, names: Names) -> set[str]:
 def _matrices(names: Names, module: str, stack: Stack, spare: int) -> tuple[Matrix, ...]:
     parameters = [f"{module}.{parameter}" for parameter in stack.parameters]
     if len(parameters) == 1:
-        return names.stack(parameters[0], stack.shape, stack.outputs_last, stack.interleaved, spare)
+        return names.stack(parameters[0], stack.shape, stack.outputs_last, stack.repacked, spare)
     return tuple(names.matrix(one, stack.shape[1:], stack.outputs_last) for one in parameters)
 
 
@@ -450,7 +450,7 @@ def _gather_tables(
 
 def _rows_of(matrix: Matrix, hooks: Hooks) -> Callable[[torch.Tensor], torch.Tensor]:
     tensor, first = matrix.slices[0].tensor, matrix.slices[0].first
-    if len(matrix.slices) > 1 or matrix.order is not None or tensor.slabs:
+    if len(matrix.slices) > 1 or matrix.order is not None or tensor.k_splits:
         raise UnsupportedError(
             f"`{tensor.name}` is a table whose rows do not lie one after another, which is not supported",
             hint="use a version of the model with embeddings that are not quantised",

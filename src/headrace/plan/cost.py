@@ -11,7 +11,7 @@ but reading takes time of the cores (`plan.fit`).
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from headrace.kernels.limits import ACTIVATION_ROWS, FEW_ROWS, TILE_ROWS
+from headrace.kernels.thresholds import ACTIVATION_ROWS, DECODE_MAX_ROWS, TILE_ROWS
 from headrace.plan.experts import FOUND_LATE, LAYER_S, Experts, average_weights
 from headrace.plan.profile import Profile
 
@@ -43,22 +43,24 @@ class PassCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The weights that a pass multiplies, counted by type: in the file's own layout, and interleaved (`kernels`).
+    """The weights that a pass multiplies, counted by type: in the file's own layout, and repacked (`kernels`).
 
-    Interleaved ones keep their own layout beside it, for prompts, unless they were interleaved in place.
+    Interleaved ones keep their own layout beside it, for prompts, unless they were repacked in place.
     """
 
     plain: Mapping[str, int]
-    interleaved: Mapping[str, int] = field(default_factory=dict)
+    repacked: Mapping[str, int] = field(default_factory=dict)
     in_place: bool = False
     decoding_core_s_per_byte: float = 0.0  # of one core, for what is not stored as it is multiplied
     read_share: float = 1.0  # bytes read from the disk for each byte that arrives; experts have their own
     experts: Experts | None = None  # of which a pass multiplies those that its rows choose
     row_invariant: bool = False  # exact rows do not depend on their number: by dot products, or else
-    tiles_exactly: bool = False  # all through tiles, where the format has them (`kernels`)
+    pad_decode_rows_to_tiles: bool = False  # all through tiles, where the format has them (`kernels`)
 
 
-def compute_seconds(profile: Profile, weights: Weights, layers: int, rows: int, exact: bool | None = None) -> float:
+def compute_seconds(
+    profile: Profile, weights: Weights, layers: int, rows: int, row_invariant: bool | None = None
+) -> float:
     """Seconds of compute of a pass.
 
     Args:
@@ -66,20 +68,24 @@ def compute_seconds(profile: Profile, weights: Weights, layers: int, rows: int, 
         weights: what is multiplied.
         layers: decoder layers.
         rows: of the pass.
-        exact: whether rows are computed one by one, by the packed kernels; None: if they are few.
+        row_invariant: whether rows are computed one by one, by the packed kernels; None: if they are few.
     """
-    exact = rows <= FEW_ROWS if exact is None else exact
+    row_invariant = rows <= DECODE_MAX_ROWS if row_invariant is None else row_invariant
     seconds = layer_seconds(profile, layers, rows)
-    for kind, count in weights.interleaved.items():
-        if exact or weights.in_place:
+    for kind, count in weights.repacked.items():
+        if row_invariant or weights.in_place:
             padded = -(-rows // ACTIVATION_ROWS) * ACTIVATION_ROWS if weights.row_invariant else rows
-            seconds += count / profile.kernel(kind, padded, interleaved=True)
+            seconds += count / profile.kernel(kind, padded, repacked=True)
         else:
             seconds += _many(profile, kind, count, rows)
     for kind, count in weights.plain.items():
-        seconds += count / exact_rate(profile, weights, kind, rows) if exact else _many(profile, kind, count, rows)
+        seconds += (
+            count / row_invariant_rate(profile, weights, kind, rows)
+            if row_invariant
+            else _many(profile, kind, count, rows)
+        )
     if weights.experts is not None:
-        seconds += expert_seconds(profile, weights.experts, rows, exact and weights.row_invariant)
+        seconds += expert_seconds(profile, weights.experts, rows, row_invariant and weights.row_invariant)
     return seconds
 
 
@@ -92,7 +98,9 @@ def expert_seconds(profile: Profile, experts: Experts, rows: int, dots: bool) ->
         if dots:
             kernels += count / profile.dots(kind, each)
         else:
-            kernels += count / profile.kernel(kind, each) if each <= FEW_ROWS else _many(profile, kind, count, each)
+            kernels += (
+                count / profile.kernel(kind, each) if each <= DECODE_MAX_ROWS else _many(profile, kind, count, each)
+            )
     return experts.layers * (LAYER_S + touched * kernels)
 
 
@@ -101,11 +109,11 @@ def layer_seconds(profile: Profile, layers: int, rows: int) -> float:
     return layers * (profile.layer_s + (rows - 1) * profile.layer_row_s)
 
 
-def exact_rate(profile: Profile, weights: Weights, kind: str, rows: int) -> float:
-    """Weights per second of exact rows, not interleaved."""
+def row_invariant_rate(profile: Profile, weights: Weights, kind: str, rows: int) -> float:
+    """Weights per second of exact rows, not repacked."""
     if not weights.row_invariant:
         return profile.kernel(kind, rows)
-    if weights.tiles_exactly and kind in profile.tiled:
+    if weights.pad_decode_rows_to_tiles and kind in profile.tiled:
         return profile.kernel(kind, max(rows, TILE_ROWS))
     return profile.dots(kind, rows)
 
@@ -124,14 +132,14 @@ def pass_cost(
     weights: Weights,
     layers: int,
     rows: int,
-    exact: bool | None = None,
+    row_invariant: bool | None = None,
 ) -> PassCost:
     """The cost of one pass in which `read_bytes` arrive and the experts that it misses; the others as for `compute_seconds`."""
     missed = weights.experts.missed_bytes(rows) if weights.experts is not None else 0.0
-    late = FOUND_LATE * missed if rows <= FEW_ROWS else 0.0  # a prompt takes experts as they come
+    late = FOUND_LATE * missed if rows <= DECODE_MAX_ROWS else 0.0  # a prompt takes experts as they come
     return PassCost(
         disk_s=(read_bytes * weights.read_share + missed) / disk_bytes_per_s,
-        compute_s=compute_seconds(profile, weights, layers, rows, exact)
+        compute_s=compute_seconds(profile, weights, layers, rows, row_invariant)
         + read_bytes * weights.decoding_core_s_per_byte / profile.threads
         + late / disk_bytes_per_s,
         reading=profile.reading,

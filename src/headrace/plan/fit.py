@@ -105,7 +105,7 @@ def apply_fit(profile: Profile, fit: Fit) -> Profile:
         source=f"{date}, fitted to {fit.runs} runs",
         disk_bytes_per_s=slower(profile.disk_bytes_per_s, ratio["disk"]),
         kernel_weights_per_s={kind: slower(rates, kernel) for kind, rates in profile.kernel_weights_per_s.items()},
-        interleaved_weights_per_s={k: slower(rates, kernel) for k, rates in profile.interleaved_weights_per_s.items()},
+        repacked_weights_per_s={k: slower(rates, kernel) for k, rates in profile.repacked_weights_per_s.items()},
         unpack_weights_per_s=slower(profile.unpack_weights_per_s, kernel),
         bf16_flop_per_s=slower(profile.bf16_flop_per_s, kernel),
         fp32_flop_per_s=slower(profile.fp32_flop_per_s, kernel),

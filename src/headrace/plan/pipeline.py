@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 
 from headrace.forecast.schedule import Timeline, Unit, simulate
-from headrace.kernels.limits import FEW_ROWS
-from headrace.plan.cost import exact_rate, expert_seconds, layer_seconds
+from headrace.kernels.thresholds import DECODE_MAX_ROWS
+from headrace.plan.cost import expert_seconds, layer_seconds, row_invariant_rate
 from headrace.plan.experts import FOUND_LATE, Experts
 from headrace.plan.plan import Plan
 
@@ -26,9 +26,9 @@ def pass_units(plan: Plan, rows: int) -> list[Unit]:
     glue_s = layer_seconds(profile, plan.shape.layers, rows) / len(linears)
     units: list[Unit] = []
     for tensor in linears:
-        rate = exact_rate(profile, weights, tensor.type, rows)
-        woven = tensor.type in plan.interleaved_types
-        pinned_rate = profile.kernel(tensor.type, rows, interleaved=True) if woven else rate
+        rate = row_invariant_rate(profile, weights, tensor.type, rows)
+        repacked = tensor.type in plan.repacked_types
+        pinned_rate = profile.kernel(tensor.type, rows, repacked=True) if repacked else rate
         pinned, lent = plan.pinned_rows[tensor.name], plan.lent_rows.get(tensor.name, 0)
         held_s = tensor.columns * (pinned / pinned_rate + lent / rate)
         left = tensor.rows - pinned - lent
@@ -52,7 +52,7 @@ def _with_experts(units: Sequence[Unit], plan: Plan, experts: Experts, rows: int
     """
     read_s = experts.missed_bytes(rows) / experts.layers / plan.disk_bytes_per_s
     compute_s = expert_seconds(plan.profile, experts, rows, plan.weights.row_invariant) / experts.layers
-    compute_s += (plan.profile.reading + (FOUND_LATE if rows <= FEW_ROWS else 0.0)) * read_s
+    compute_s += (plan.profile.reading + (FOUND_LATE if rows <= DECODE_MAX_ROWS else 0.0)) * read_s
     share = max(1, len(units) // experts.layers)
     for layer in range(experts.layers):
         last = len(units) if layer == experts.layers - 1 else (layer + 1) * share

@@ -65,10 +65,10 @@ class Plan:
     readers: int
     threads: int
     bf16_many_rows: bool
-    tiles_exactly: bool
-    interleaved_types: frozenset[str]
-    interleaved_in_place: bool
-    interleaved_bytes: int
+    pad_decode_rows_to_tiles: bool
+    repacked_types: frozenset[str]
+    repack_in_place: bool
+    repacked_bytes: int
     kv_bytes: int
     kv_bits: int
     context_tokens: int
@@ -159,7 +159,7 @@ class Plan:
             self.weights,
             self.shape.layers,
             rows,
-            exact=True,
+            row_invariant=True,
         )
 
     def draft_line(self) -> str:
@@ -184,7 +184,7 @@ class Plan:
                 "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
                 "streamed_bytes_per_prompt": self.streamed_bytes_per_prompt,
                 "ring_bytes": self.ring_bytes,
-                "interleaved_bytes": self.interleaved_bytes,
+                "repacked_bytes": self.repacked_bytes,
                 "kv_bytes": self.kv_bytes,
                 "draft_bytes": self.draft_bytes,
                 "activation_bytes": self.activation_bytes,
@@ -238,8 +238,8 @@ def plan_for(
     passes = -(-request.prompt_rows // rows)
     draft_token_s = 0.0
     if draft is not None:
-        woven = _interleaved(draft, {tensor.name: tensor.rows for tensor in draft.linears}, profile, in_place=True)
-        draft_token_s = compute_seconds(profile, woven, draft.layers, request.sequences, exact=True)
+        repacked = _repacked(draft, {tensor.name: tensor.rows for tensor in draft.linears}, profile, in_place=True)
+        draft_token_s = compute_seconds(profile, repacked, draft.layers, request.sequences, row_invariant=True)
     drafting = request.drafting
     experts = shape.experts
     if experts is not None:
@@ -247,7 +247,7 @@ def plan_for(
 
     def outlook(weights: Weights) -> _Outlook:
         def cost(rows: int) -> PassCost:
-            return pass_cost(profile, disk, room.streamed, weights, shape.layers, rows, exact=True)
+            return pass_cost(profile, disk, room.streamed, weights, shape.layers, rows, row_invariant=True)
 
         decode_prediction = predict_decode(
             drafting.acceptance_rate, request.max_draft_tokens, request.sequences, draft_token_s, cost
@@ -256,7 +256,7 @@ def plan_for(
         decoded = 1 if shape.opening else min(rows, request.prompt_rows)
         first = pass_cost(profile, disk, shape.weights_bytes, cold, shape.layers, decoded)
         if shape.opening:
-            read = replace(weights, plain=shape.opening_weights, interleaved={}, experts=None)
+            read = replace(weights, plain=shape.opening_weights, repacked={}, experts=None)
             layers = checkpoint.number("block_count")
             first += pass_cost(profile, disk, shape.opening_bytes, read, layers, request.prompt_rows)
         later = pass_cost(profile, disk, room.streamed + room.lent, weights, shape.layers, rows)
@@ -265,7 +265,7 @@ def plan_for(
         return _Outlook(weights, decode_prediction, first, ttft, ttft + answers * decode_prediction.s_per_token)
 
     best, copied = _best_layout(shape, room, profile, request, experts, outlook)
-    types = frozenset(best.weights.interleaved)
+    types = frozenset(best.weights.repacked)
     decode_prediction, first, ttft = best.decode_prediction, best.first, best.ttft_s
     reasons = [
         budget.reason,
@@ -273,11 +273,11 @@ def plan_for(
         f"{passes} weight pass{'es' if passes > 1 else ''} of up to {rows} rows for {request.prompt_rows} prompt tokens",
     ]
     if types:
-        how = f"a second, interleaved copy of {', '.join(sorted(types))} ({gib(copied)}): there is room for it"
+        how = f"a second, repacked copy of {', '.join(sorted(types))} ({gib(copied)}): there is room for it"
         reasons.append(
-            how if copied else f"pinned {', '.join(sorted(types))} interleaved in place: many rows in a pass pay for it"
+            how if copied else f"pinned {', '.join(sorted(types))} repacked in place: many rows in a pass pay for it"
         )
-    if best.weights.tiles_exactly:
+    if best.weights.pad_decode_rows_to_tiles:
         reasons.append("single rows padded to tiles of eight: draft tokens and other sequences pay for it")
     chosen = checkpoint.number("attention.indexer.top_k", 0)
     if 0 < chosen < request.context_tokens:
@@ -303,10 +303,10 @@ def plan_for(
         readers=READERS,
         threads=profile.threads,
         bf16_many_rows=profile.bf16_pays,
-        tiles_exactly=best.weights.tiles_exactly,
-        interleaved_types=types,
-        interleaved_in_place=bool(types) and not copied,
-        interleaved_bytes=copied,
+        pad_decode_rows_to_tiles=best.weights.pad_decode_rows_to_tiles,
+        repacked_types=types,
+        repack_in_place=bool(types) and not copied,
+        repacked_bytes=copied,
         kv_bytes=room.kv,
         kv_bits=request.kv_bits,
         context_tokens=request.context_tokens,
@@ -364,7 +364,7 @@ def _best_layout(
     experts: Experts | None,
     outlook: Callable[[Weights], _Outlook],
 ) -> tuple[_Outlook, int]:
-    """(the outlook of the layout that is done first, bytes of interleaved copies)."""
+    """(the outlook of the layout that is done first, bytes of repacked copies)."""
     decoding = shape.decoding_core_s / max(1, shape.weights_bytes)
     share = shape.read_share
     plain = Weights(
@@ -376,28 +376,28 @@ def _best_layout(
     )
     best, copied = outlook(plain), 0
     if request.row_invariant and profile.tiled & shape.weights.keys():
-        found = outlook(replace(plain, tiles_exactly=True))
+        found = outlook(replace(plain, pad_decode_rows_to_tiles=True))
         if found.total_s < 0.97 * best.total_s:
             best = found
     # In place only for batches: what one sequence computes should not depend on the budget in the last bits.
     for in_place in (False, True) if request.sequences > 1 else (False,):
-        woven = _interleaved(shape, room.pinned_rows, profile, in_place)
-        woven = replace(best.weights, plain=woven.plain, interleaved=woven.interleaved, in_place=in_place)
-        size = 0 if in_place else sum(ceil(n * bits_per_weight(kind) / 8) for kind, n in woven.interleaved.items())
-        if not woven.interleaved or (size + len(shape.linears) * 4096 > room.spare and not in_place):
+        repacked = _repacked(shape, room.pinned_rows, profile, in_place)
+        repacked = replace(best.weights, plain=repacked.plain, repacked=repacked.repacked, in_place=in_place)
+        size = 0 if in_place else sum(ceil(n * bits_per_weight(kind) / 8) for kind, n in repacked.repacked.items())
+        if not repacked.repacked or (size + len(shape.linears) * 4096 > room.spare and not in_place):
             continue
-        found = outlook(woven)
+        found = outlook(repacked)
         if found.total_s < (0.97 if in_place else 0.99) * best.total_s:  # the room for a copy is there anyway
             best, copied = found, size
     return best, copied
 
 
-def _interleaved(shape: Shape, pinned_rows: Mapping[str, int], profile: Profile, in_place: bool) -> Weights:
-    """The weights with all pinned rows interleaved whose formats gain by it."""
-    plain, woven = dict(shape.weights), dict[str, int]()
+def _repacked(shape: Shape, pinned_rows: Mapping[str, int], profile: Profile, in_place: bool) -> Weights:
+    """The weights with all pinned rows repacked whose formats gain by it."""
+    plain, repacked = dict(shape.weights), dict[str, int]()
     for tensor in shape.linears:
-        if tensor.type in profile.types_to_interleave:
+        if tensor.type in profile.types_to_repack:
             count = pinned_rows[tensor.name] * tensor.columns
             plain[tensor.type] -= count
-            woven[tensor.type] = woven.get(tensor.type, 0) + count
-    return Weights(plain=plain, interleaved={kind: n for kind, n in woven.items() if n}, in_place=in_place)
+            repacked[tensor.type] = repacked.get(tensor.type, 0) + count
+    return Weights(plain=plain, repacked={kind: n for kind, n in repacked.items() if n}, in_place=in_place)

@@ -16,11 +16,11 @@ from typing import Any
 from headrace.bounded import json_of, read_bounded
 from headrace.cgroup import usable_cores
 from headrace.errors import HeadraceError
-from headrace.kernels.limits import PRECISE_TYPES, TILE_ROWS
+from headrace.kernels.thresholds import PRECISE_TYPES, TILE_ROWS
 from headrace.units import GIB, MIB
 
-SCHEMA = 5
-MANY_ROWS = 512  # of a prompt: at which ways to multiply are compared
+SCHEMA = 6
+PREFILL_ROWS = 512  # of a prompt: at which ways to multiply are compared
 # Of the time that the disk takes, how much the cores lose to it: 0.4 on two cores of a virtual machine (docs/accuracy.md).
 READING = 0.3
 
@@ -34,9 +34,7 @@ class Profile:
     threads: int
     disk_bytes_per_s: Mapping[str, float]  # by device number of the file system
     kernel_weights_per_s: Mapping[str, Mapping[str, float]]  # by type, by rows: products on packed blocks
-    interleaved_weights_per_s: Mapping[
-        str, Mapping[str, float]
-    ]  # the same in ggml's interleaved layout, where it has one
+    repacked_weights_per_s: Mapping[str, Mapping[str, float]]  # the same in ggml's repacked layout, where it has one
     unpack_weights_per_s: Mapping[str, float]  # by type
     bf16_flop_per_s: Mapping[str, float]  # by rows: torch's products of unpacked weights
     fp32_flop_per_s: Mapping[str, float]
@@ -52,7 +50,7 @@ class Profile:
     schema: int = field(default=SCHEMA)
 
     def __post_init__(self) -> None:
-        by_rows = [*self.kernel_weights_per_s.values(), *self.interleaved_weights_per_s.values()]
+        by_rows = [*self.kernel_weights_per_s.values(), *self.repacked_weights_per_s.values()]
         by_rows += [self.bf16_flop_per_s, self.fp32_flop_per_s]
         if not all(by_rows) or not self.kernel_weights_per_s or not self.unpack_weights_per_s:
             raise ValueError("a profile needs a rate of every kind")
@@ -78,9 +76,9 @@ class Profile:
         key = str(os.stat(path).st_dev) if os.path.exists(path) else ""
         return self.disk_bytes_per_s.get(key) or min(self.disk_bytes_per_s.values(), default=1e9)
 
-    def kernel(self, type_name: str, rows: int, *, interleaved: bool = False) -> float:
+    def kernel(self, type_name: str, rows: int, *, repacked: bool = False) -> float:
         """Weights per second of the packed product with this many rows."""
-        table = self.interleaved_weights_per_s.get(type_name) if interleaved else None
+        table = self.repacked_weights_per_s.get(type_name) if repacked else None
         table = table or self.kernel_weights_per_s.get(type_name) or _slowest(self.kernel_weights_per_s)
         most = max(map(int, table))  # beyond, every row takes the same time
         return _interpolated(table, rows) * min(1.0, most / rows)
@@ -93,7 +91,7 @@ class Profile:
     @property
     def tiled(self) -> frozenset[str]:
         """Formats of which ggml multiplies many rows faster than unpacking and torch do."""
-        rows = MANY_ROWS
+        rows = PREFILL_ROWS
         return frozenset(
             kind
             for kind, rates in self.kernel_weights_per_s.items()
@@ -106,12 +104,10 @@ class Profile:
         return 1 / self.unpack(type_name) + 2 * rows / self.product(rows, precise)
 
     @property
-    def types_to_interleave(self) -> frozenset[str]:
-        """Formats that multiply one row faster interleaved; whether a copy is worth its memory, the plan decides."""
+    def types_to_repack(self) -> frozenset[str]:
+        """Formats that multiply one row faster repacked; whether a copy is worth its memory, the plan decides."""
         return frozenset(
-            kind
-            for kind in self.interleaved_weights_per_s
-            if self.kernel(kind, 1, interleaved=True) > self.kernel(kind, 1)
+            kind for kind in self.repacked_weights_per_s if self.kernel(kind, 1, repacked=True) > self.kernel(kind, 1)
         )
 
     @property
@@ -236,7 +232,7 @@ def guessed_profile() -> Profile:
         threads=usable_cores(),
         disk_bytes_per_s={},
         kernel_weights_per_s={"Q4_K": {"1": 20e9, "4": 8e9, "16": 3e9}, "F16": {"1": 8e9, "4": 6e9, "16": 3e9}},
-        interleaved_weights_per_s={},
+        repacked_weights_per_s={},
         unpack_weights_per_s={"Q4_K": 2e9},
         bf16_flop_per_s={"32": 150e9, "512": 200e9},
         fp32_flop_per_s={"32": 150e9, "512": 200e9},

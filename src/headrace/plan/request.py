@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from headrace.kernels import FEW_ROWS
+from headrace.kernels import DECODE_MAX_ROWS
 from headrace.plan.draft import NO_DRAFT, Drafting
 
 MOST_VERIFY_ROWS = 64
@@ -36,4 +36,4 @@ class Request:
     @property
     def verify_rows(self) -> int:
         """The most exact rows of a pass: of every sequence its token and all draft tokens."""
-        return max(FEW_ROWS, self.sequences * (1 + self.max_draft_tokens))
+        return max(DECODE_MAX_ROWS, self.sequences * (1 + self.max_draft_tokens))

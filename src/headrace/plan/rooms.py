@@ -9,7 +9,7 @@ from math import ceil
 
 from headrace.checkpoint import Tensor
 from headrace.errors import BudgetError
-from headrace.kernels import FEW_ROWS
+from headrace.kernels import DECODE_MAX_ROWS
 from headrace.plan.experts import Experts, most_slots
 from headrace.plan.memory import Budget
 from headrace.plan.profile import Profile
@@ -32,7 +32,7 @@ TOKENIZER_BYTES_PER_TOKEN = 450
 TOKENIZER_BUILD_BYTES_PER_TOKEN = 1500
 DRAFT_PROMPT_ROWS = 128  # of a prompt in one pass of a draft model
 DRAFT_RUNTIME_BYTES = 24 * MIB  # modules of a draft model and its first passes
-MANY_ROWS_BYTES = 64 * MIB  # unpacked weights, oneDNN's copies and code, what the allocator keeps
+PREFILL_SCRATCH_BYTES = 64 * MIB  # unpacked weights, oneDNN's copies and code, what the allocator keeps
 SCORES_BYTES = 32 * MIB  # of heads whose scores are computed together
 KEPT_BYTES = 32 * MIB  # of what prompts took, the allocator and oneDNN keep so much
 MARGIN_BYTES = 24 * MIB
@@ -87,10 +87,10 @@ def divide(
     few_experts = _least_experts(shape.experts)
     least_rings = LEAST_SLOTS * slot * (2 if shape.opening else 1)
     least = base - margin + MARGIN_BYTES + least_rings + few_experts
-    exact = _activations(shape, request, request.verify_rows, exact=True)
+    decode_activations = _activations(shape, request, request.verify_rows, row_invariant=True)
     if shape.single_sequence:  # it takes its prompt whole
-        exact = max(exact, _activations(shape, request, _whole_rows(shape, request)))
-    floor = ceil((least + exact) / (1 - MARGIN_SHARE))
+        decode_activations = max(decode_activations, _activations(shape, request, _whole_rows(shape, request)))
+    floor = ceil((least + decode_activations) / (1 - MARGIN_SHARE))
     if runtime_bytes is None:
         floor = max(floor, profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BUILD_BYTES_PER_TOKEN)
     if budget.nbytes < floor:
@@ -100,7 +100,7 @@ def divide(
         )
     room = budget.nbytes - base - few_experts
     rows = _prefill_rows(shape, request, budget.nbytes, room - least_rings)
-    activations = max(exact, _activations(shape, request, rows))
+    activations = max(decode_activations, _activations(shape, request, rows))
     if budget.pinned_limit_bytes is not None:
         room = min(room, activations + _slots(budget.pinned_limit_bytes, slot) * slot + budget.pinned_limit_bytes)
     room -= activations
@@ -108,7 +108,7 @@ def divide(
     opening_slots = 0 if fits or not shape.opening else _slots(room // 2, slot)
     left = room - opening_slots * slot
     slots = 0 if left >= shape.weights_bytes + shape.page_slack_bytes else _slots(left, slot)
-    to_lend = 0 if shape.opening else max(0, activations - exact - KEPT_BYTES)
+    to_lend = 0 if shape.opening else max(0, activations - decode_activations - KEPT_BYTES)
     lent_slots = min(max(0, slots - PROMPT_SLOTS), to_lend // slot)
     own_ring = (slots - lent_slots) * slot
     pinned_rows = _pin(shape.linears, left - own_ring)
@@ -165,19 +165,19 @@ def _least_experts(experts: Experts | None) -> int:
 def _draft_bytes(draft: Shape, request: Request, known_runtime: bool) -> int:
     """What a draft model takes: its weights, all of them, its caches and activations; its modules, if not yet built."""
     kv = draft.kv_bytes(request.context_tokens, 16) * request.sequences
-    activations = _activations(draft, request, DRAFT_PROMPT_ROWS) - MANY_ROWS_BYTES
+    activations = _activations(draft, request, DRAFT_PROMPT_ROWS) - PREFILL_SCRATCH_BYTES
     built = 0 if known_runtime else draft.small_bytes + DRAFT_RUNTIME_BYTES
     return draft.all_bytes + draft.page_slack_bytes + kv + activations + built
 
 
-def _activations(shape: Shape, request: Request, rows: int, exact: bool = False) -> int:
+def _activations(shape: Shape, request: Request, rows: int, row_invariant: bool = False) -> int:
     """The most that a pass of this many rows holds at once, in fp32: the wider of MLP and attention, and logits.
 
     Exact rows may all need logits; of a prompt only the last row does, beside which every other sequence has a row of its own.
     """
     context_tokens = request.context_tokens
-    with_logits = rows if exact else request.sequences
-    rows += 0 if exact else request.sequences - 1
+    with_logits = rows if row_invariant else request.sequences
+    rows += 0 if row_invariant else request.sequences - 1
     # Alive at once are three of the MLP's width and two or three of the model's; the rest is for the allocator's holes and
     # oneDNN's copies. Measured and counted, MiB: 512 rows of an 8B shape 181 and 282, of a 1.5B one 165 and 190; 64 rows 53
     # and 92, 36 and 80.
@@ -191,11 +191,11 @@ def _activations(shape: Shape, request: Request, rows: int, exact: bool = False)
     wide = 4 * (shape.latent_numbers + context_tokens * (widths + 2 * heads))
     copies = 3 if shape.checkpoint.get("final_logit_softcapping") else 1
     logits = (3 + copies * with_logits) * shape.checkpoint.vocab_size * 4
-    if shape.scanned is not None and rows > 1 and not exact:  # in whole chunks, however few there are
+    if shape.scanned is not None and rows > 1 and not row_invariant:  # in whole chunks, however few there are
         # Scores, decays, their product and what einsum makes of them; both sides of a state for every head.
         padded = ceil(rows / shape.scanned.chunk) * shape.scanned.chunk
         wide += 4 * shape.scanned.heads * padded * (4 * shape.scanned.chunk + 2 * shape.scanned.state)
-    if rows <= FEW_ROWS or exact:
+    if rows <= DECODE_MAX_ROWS or row_invariant:
         return rows * 4 * (narrow + max(mlp, attention)) + logits + wide
     # Many rows: weights unpacked beside them, and a mask.
     masked = wide + rows * context_tokens + (SCORES_BYTES if shape.makes_scores else 0)
@@ -203,7 +203,7 @@ def _activations(shape: Shape, request: Request, rows: int, exact: bool = False)
         shape.single_sequence and shape.cached_numbers
     ):  # all rows see each other: biases, scores and their softmax, in fp32
         masked += 4 * 4 * rows**2 * heads
-    unpacked = MANY_ROWS_BYTES if shape.experts is None else 2 * MANY_ROWS_BYTES  # once left 18 MiB of 5000
+    unpacked = PREFILL_SCRATCH_BYTES if shape.experts is None else 2 * PREFILL_SCRATCH_BYTES  # once left 18 MiB of 5000
     return rows * 4 * (narrow + max(mlp, attention)) + logits + masked + unpacked
 
 
@@ -218,7 +218,7 @@ def _expert_numbers(experts: Experts | None) -> int:
 
 def _whole_rows(shape: Shape, request: Request) -> int:
     """Rows of the largest pass of a model that takes its prompt whole, or, if it has_cache nothing, the answer as well."""
-    return max(FEW_ROWS, request.prompt_rows if shape.has_cache else request.context_tokens)
+    return max(DECODE_MAX_ROWS, request.prompt_rows if shape.has_cache else request.context_tokens)
 
 
 def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) -> int:
@@ -230,12 +230,12 @@ def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) 
         return _whole_rows(shape, request)
     limit = min(room, max(budget_bytes // 8, 192 * MIB))
     rows = request.prompt_rows
-    if rows <= FEW_ROWS:
-        return FEW_ROWS
+    if rows <= DECODE_MAX_ROWS:
+        return DECODE_MAX_ROWS
     while rows > ROW_CHUNK and _activations(shape, request, rows) > limit:
         rows -= ROW_CHUNK
-    rows = max(rows, FEW_ROWS)  # the last step down may have gone below
-    return rows if _activations(shape, request, rows) <= limit else FEW_ROWS
+    rows = max(rows, DECODE_MAX_ROWS)  # the last step down may have gone below
+    return rows if _activations(shape, request, rows) <= limit else DECODE_MAX_ROWS
 
 
 def _pin(tensors: Sequence[Tensor], room: int) -> dict[str, int]:
@@ -268,7 +268,7 @@ def _lend(shape: Shape, pinned_rows: Mapping[str, int], room: int) -> dict[str, 
 
 
 def _cut(tensor: Tensor, share: float) -> int:
-    """That share of a tensor's rows, in multiples that can be read and interleaved."""
+    """That share of a tensor's rows, in multiples that can be read and repacked."""
     multiple = max(ROW_MULTIPLE, tensor.row_multiple)
     return int(share * tensor.rows) // multiple * multiple
 

@@ -376,7 +376,10 @@ _OF_ATTENTION = re.compile(r"attention\.experts\.")  # JetMoe's, which are all c
 def is_linear(tensor: Tensor) -> bool:
     """Whether a tensor is multiplied in every pass, by its name and shape: a matrix, and not a table of embeddings."""
     plain = (
-        len(tensor.shape) == 2 or tensor.slabs > 0 or _LATENT.search(tensor.name) or _OF_ATTENTION.search(tensor.name)
+        len(tensor.shape) == 2
+        or tensor.k_splits > 0
+        or _LATENT.search(tensor.name)
+        or _OF_ATTENTION.search(tensor.name)
     )
     return bool(plain) and not _TABLE.search(tensor.name) and not _OF_STATES.search(tensor.name)
 
@@ -433,7 +436,7 @@ def _experts(
 
 
 def _decoding_core_s(tensor: Tensor) -> float:
-    if tensor.type == "BF16" and not tensor.slabs:
+    if tensor.type == "BF16" and not tensor.k_splits:
         return tensor.rows * tensor.columns / _UNPACKED_EXPONENTS_PER_S
     return tensor.rows * tensor.columns / _DECODED_WEIGHTS_PER_S.get(tensor.type, _DECODED_OTHERS_PER_S)
 
@@ -445,7 +448,7 @@ _UNPACKED_EXPONENTS_PER_S = 0.6e9  # of packed folders, in the readers of a run;
 
 
 def _slice_bytes(part: Slice) -> int:
-    return part.tensor.nbytes if part.tensor.slabs else part.rows * part.tensor.row_bytes
+    return part.tensor.nbytes if part.tensor.k_splits else part.rows * part.tensor.row_bytes
 
 
 def _paged(nbytes: int) -> int:

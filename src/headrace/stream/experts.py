@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.checkpoint.tensor import Slice
-from headrace.kernels import FEW_ROWS, Piece
+from headrace.kernels import DECODE_MAX_ROWS, WeightSlice
 from headrace.stream.files import File
 from headrace.stream.memory import Arena, aligned
 from headrace.stream.policy import ExpertCache
@@ -57,12 +57,12 @@ class Bundle:
     offsets: tuple[int, ...]  # of each slice's first row, in the slot
     nbytes: int  # in its slot
 
-    def pieces(self, address: int) -> tuple[Piece, ...]:
+    def pieces(self, address: int) -> tuple[WeightSlice, ...]:
         """Of each slice, where the slot has that address."""
         found = []
         for read, offset in zip(self.reads, self.offsets, strict=True):
             part = read.part
-            rows = part.tensor.rows if part.tensor.slabs else part.rows
+            rows = part.tensor.rows if part.tensor.k_splits else part.rows
             found.append(piece_of(part.tensor, 0, rows, address + offset))
         return tuple(found)
 
@@ -72,7 +72,7 @@ def bundle_of(slices: Sequence[Slice]) -> Bundle:
     reads, offsets, place = [], [], 0
     for part in slices:
         offset = part.tensor.offset + part.first * part.tensor.row_bytes
-        size = part.tensor.nbytes if part.tensor.slabs else part.rows * part.tensor.row_bytes
+        size = part.tensor.nbytes if part.tensor.k_splits else part.rows * part.tensor.row_bytes
         start, length = aligned(offset, size)
         reads.append(Read(part, start, length, offset - start + size, place))
         offsets.append(place + offset - start)
@@ -177,7 +177,7 @@ class ExpertStream:
                 yield self._placed(ready)
                 self._let_go([slot for _, slot in ready], held)
             while missing or self._loading:
-                ready = self._wait(layer, missing, held, together=rows <= FEW_ROWS)
+                ready = self._wait(layer, missing, held, together=rows <= DECODE_MAX_ROWS)
                 yield self._placed(ready)
                 self._let_go([slot for _, slot in ready], held)
         finally:

@@ -61,7 +61,7 @@ class Visit:
     @property
     def in_order(self) -> bool:
         """Whether pieces must be multiplied in the order of the file: sums over slabs depend on it."""
-        return any(tensor.slabs for tensor in self.tensors)
+        return any(tensor.k_splits for tensor in self.tensors)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from headrace.checkpoint import Tensor
-from headrace.kernels import Piece
+from headrace.kernels import WeightSlice
 from headrace.stream.files import File, WeightFile
 from headrace.stream.layout import Layout, Resident, Unit, rows_that_fit
 from headrace.stream.memory import Arena
@@ -25,14 +25,14 @@ SLICE_BYTES = 32 << 20
 # Units multiplied in one call, if a quarter of the ring holds as many: one takes 0.1 ms, as long as threads take to wake.
 UNITS_TOGETHER = 4
 
-Batch: TypeAlias = Sequence[tuple[int, Piece]]  # a tuple, if the same will come again in the next pass
+Batch: TypeAlias = Sequence[tuple[int, WeightSlice]]  # a tuple, if the same will come again in the next pass
 
 
-def piece_of(tensor: Tensor, first: int, rows: int, address: int) -> Piece:
+def piece_of(tensor: Tensor, first: int, rows: int, address: int) -> WeightSlice:
     """Rows of a tensor that lie at an address."""
-    if not tensor.slabs:
-        return Piece(tensor.type, rows, address, first)
-    return Piece(tensor.type, rows, address, first, slab_rows=tensor.outputs, slab_columns=tensor.columns)
+    if not tensor.k_splits:
+        return WeightSlice(tensor.type, rows, address, first)
+    return WeightSlice(tensor.type, rows, address, first, k_split_rows=tensor.outputs, slab_columns=tensor.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class WeightStream:
         lent_slots: int = 0,
         spans: Spans | None = None,
         stall_limit_s: float = STALL_LIMIT_S,
-        settle: Callable[[Piece, Tensor], Piece] | None = None,
+        settle: Callable[[WeightSlice, Tensor], WeightSlice] | None = None,
     ):
         """`readers=0` is the serial twin. `slots` is the size of the ring in units, `lent_slots` of them only while memory is
         lent. `file_of` gives the open file of a path.
@@ -127,7 +127,7 @@ class WeightStream:
                 self._readers.room.notify(len(units))
         yield from pinned[done:]
 
-    def _piece_in(self, number: int, unit: Unit) -> Piece:
+    def _piece_in(self, number: int, unit: Unit) -> WeightSlice:
         slot = self._ring.address + number % self._slots * self.layout.slot_bytes
         return piece_of(unit.tensor, unit.first, unit.rows, slot + unit.delta)
 
@@ -191,7 +191,7 @@ class WeightStream:
         complete: dict[int, list[Batch]],
         residents: Sequence[Resident],
         arena: Arena,
-        settle: Callable[[Piece, Tensor], Piece] | None,
+        settle: Callable[[WeightSlice, Tensor], WeightSlice] | None,
     ) -> list[Batch]:
         """The rows of a visit that stay in an arena, once they have come."""
         batches = complete.get(index)
@@ -205,14 +205,18 @@ class WeightStream:
         return batches
 
     def _resident_batches(
-        self, index: int, residents: Sequence[Resident], arena: Arena, settle: Callable[[Piece, Tensor], Piece] | None
+        self,
+        index: int,
+        residents: Sequence[Resident],
+        arena: Arena,
+        settle: Callable[[WeightSlice, Tensor], WeightSlice] | None,
     ) -> list[Batch]:
         """As one batch, or in slices where others stream beside them."""
         visit = self.layout.visits[index]
         units = [id(unit) for rows in residents for unit in rows.units]
         if units:
             self._wait(lambda: self._loaded.issuperset(units), f"visit {index}")
-        pieces: list[tuple[int, Piece]] = []
+        pieces: list[tuple[int, WeightSlice]] = []
         for i, (tensor, found) in enumerate(zip(visit.tensors, residents, strict=True)):
             step = rows_that_fit(tensor, SLICE_BYTES) if visit.streamed_unlent else max(1, found.rows)
             for row in range(0, found.rows, step):

@@ -1,4 +1,4 @@
-"""AWQ, in the layout of its `gemm` version: words of eight outputs, interleaved, an input below the other.
+"""AWQ, in the layout of its `gemm` version: words of eight outputs, repacked, an input below the other.
 
 `qweight` (inputs, outputs / 8), `qzeros` (groups, outputs / 8), `scales` (groups, outputs). The nibbles of a word are the
 outputs 0, 2, 4, 6, 1, 3, 5, 7, from the lowest. Zero points are stored as they are.
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.checkpoint.encodings.encoding import FLOAT_TYPES, Bytes, Settings, Virtual, companion, require, setting
-from headrace.checkpoint.encodings.slabs import SlabIntegers, group_of, group_widths, integer_type, slab_width
+from headrace.checkpoint.encodings.k_splits import SlabIntegers, group_of, group_widths, integer_type, slab_width
 from headrace.checkpoint.tensor import Tensor
 from headrace.errors import CheckpointError, UnsupportedError
 
@@ -98,7 +98,7 @@ def _matrix(tensors: Mapping[str, Tensor], weight: Tensor, settings: Settings, s
     )
     parts = tuple(base + part for part in ("qweight", "qzeros", "scales"))
     shape = (inputs // width, outputs, width)
-    return Virtual(name=name, shape=shape, type=type_name, slabs=shape[0], encoding=encoding, parts=parts)
+    return Virtual(name=name, shape=shape, type=type_name, k_splits=shape[0], encoding=encoding, parts=parts)
 
 
 def _check(weight: Tensor, scale: Tensor, zero: Tensor) -> None:

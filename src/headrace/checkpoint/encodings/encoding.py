@@ -59,7 +59,7 @@ class Virtual:
     type: str
     encoding: Encoding
     parts: tuple[str, ...]
-    slabs: int = 0
+    k_splits: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from headrace.checkpoint.encodings.blocks import halves, write_nibbles
 from headrace.checkpoint.encodings.encoding import FLOAT_TYPES, Bytes, Settings, Virtual, companion, require, setting
 from headrace.checkpoint.encodings.integers import unpacked
-from headrace.checkpoint.encodings.slabs import SlabIntegers, group_of, group_widths, integer_type, slab_width
+from headrace.checkpoint.encodings.k_splits import SlabIntegers, group_of, group_widths, integer_type, slab_width
 from headrace.checkpoint.tensor import Tensor
 from headrace.errors import CheckpointError, UnsupportedError
 
@@ -111,7 +111,7 @@ def _matrix(tensors: Mapping[str, Tensor], weight: Tensor, settings: Settings, s
     )
     parts = tuple(base + part for part in ("qweight", "qzeros", "scales", "g_idx"))
     shape = (inputs // width, outputs, width)
-    return Virtual(name=name, shape=shape, type=type_name, slabs=shape[0], encoding=encoding, parts=parts)
+    return Virtual(name=name, shape=shape, type=type_name, k_splits=shape[0], encoding=encoding, parts=parts)
 
 
 def _bits(weight: Tensor, scale: Tensor, zero: Tensor, settings: Settings) -> int:

@@ -18,5 +18,5 @@ def placed(virtual: Virtual, path: str, offset: int) -> Tensor:
         path=path,
         offset=offset,
         nbytes=prod(virtual.shape) // block * size,
-        slabs=virtual.slabs,
+        k_splits=virtual.k_splits,
     )

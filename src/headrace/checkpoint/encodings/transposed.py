@@ -1,6 +1,6 @@
 """Plain matrices that are stored contraction-major, (inputs, outputs): GPT-2's, and some models' stacks of experts.
 
-Cut into slabs as in `slabs.py`, so that a slab is one contiguous range, and transposed inside of it. No value changes.
+Cut into slabs as in `k_splits.py`, so that a slab is one contiguous range, and transposed inside of it. No value changes.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ import numpy as np
 
 from headrace.checkpoint.encodings.blocks import transpose
 from headrace.checkpoint.encodings.encoding import FLOAT_TYPES, Bytes, Encoding, Read, Virtual, require
+from headrace.checkpoint.encodings.k_splits import slab_width
 from headrace.checkpoint.encodings.placing import placed
-from headrace.checkpoint.encodings.slabs import slab_width
 from headrace.checkpoint.tensor import Tensor, block_of
 from headrace.errors import CheckpointError
 
@@ -28,7 +28,7 @@ class Transposed:
 
     @property
     def row_multiple(self) -> int:
-        """Whole slabs."""
+        """Whole k_splits."""
         return self.source.columns
 
     def reads(self, first: int, last: int) -> Sequence[Read]:
@@ -47,7 +47,7 @@ class Transposed:
 
 
 def transposed(tensor: Tensor, path: str, offset: int) -> tuple[Tensor, Encoding]:
-    """The slabs of a stored (..., inputs, outputs), as a virtual tensor at `offset` of `path`: (..., slabs, outputs, width).
+    """The slabs of a stored (..., inputs, outputs), as a virtual tensor at `offset` of `path`: (..., k_splits, outputs, width).
 
     Raises:
         CheckpointError: not a matrix or a stack of them in F16, BF16 or F32.
@@ -57,10 +57,10 @@ def transposed(tensor: Tensor, path: str, offset: int) -> tuple[Tensor, Encoding
         raise CheckpointError(f"tensor `{tensor.name}` has the shape {tensor.shape}, which cannot be transposed")
     *stack, inputs, outputs = tensor.shape
     width = slab_width(inputs, _WIDTHS)
-    slabs = inputs // width
-    shape = (*stack, slabs, outputs, width)
+    k_splits = inputs // width
+    shape = (*stack, k_splits, outputs, width)
     encoding = Transposed(source=tensor, width=width)
     virtual = Virtual(
-        name=tensor.name, shape=shape, type=tensor.type, slabs=slabs, encoding=encoding, parts=(tensor.name,)
+        name=tensor.name, shape=shape, type=tensor.type, k_splits=k_splits, encoding=encoding, parts=(tensor.name,)
     )
     return placed(virtual, path, offset), encoding

@@ -1,7 +1,7 @@
 """Contraction-major integers, as GPTQ and AWQ store them: all outputs of an input together, and not the other way round.
 
 A row of ggml's is an output with its inputs, which would have to be gathered from the whole tensor. So the contraction is cut
-into slabs, of as many inputs as a group has where that is possible: a slab's weights, its scales and its zero points are one
+into k_splits, of as many inputs as a group has where that is possible: a slab's weights, its scales and its zero points are one
 contiguous range each, and y is the sum over slabs of x's columns times the slab's rows. Inside of a slab the words are
 transposed on the way.
 
@@ -55,7 +55,7 @@ class SlabIntegers(ABC):
 
     @property
     def row_multiple(self) -> int:
-        """Whole slabs."""
+        """Whole k_splits."""
         return self.outputs
 
     def reads(self, first: int, last: int) -> Sequence[Read]:

@@ -11,7 +11,7 @@ _WHOLE = {
 }  # fmt: skip
 
 
-def numbers_of(type_name: str, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor | None:
+def plain_values(type_name: str, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor | None:
     """The numbers in these bytes, in one dimension; None for the types that kernels unpack.
 
     Whole numbers stay such, as int64: the multipliers of a hash are larger than fp32 can tell apart.

@@ -5,21 +5,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from headrace.kernels.ggml_graph import Graph, Part, Workers
-from headrace.kernels.interleaved import Interleaving
+from headrace.kernels.ggml_graph import Graph, MatmulShape, Workers
+from headrace.kernels.repack import Repacking
 
 
-class Form(NamedTuple):
+class ExpertShapes(NamedTuple):
     """Of one expert's matrices: the pieces that lead up to gate and up, and those that lead down, by type and rows."""
 
     up: tuple[tuple[str, int], ...]
     down: tuple[tuple[str, int], ...]
 
 
-class GatedExperts(Graph):
+class ExpertMlp(Graph):
     """So many experts of this form, on a row of so many columns. Gates and ups lie one after another in what leads up."""
 
-    def __init__(self, form: Form, count: int, columns: int, dots: bool, workers: Workers, interleaving: Interleaving):
+    def __init__(
+        self, form: ExpertShapes, count: int, columns: int, dots: bool, workers: Workers, repacking: Repacking
+    ):
         super().__init__(workers, 2 + count * (len(form.up) + len(form.down)))
         raised = sum(rows for _, rows in form.up)
         inner = raised // 2
@@ -36,8 +38,8 @@ class GatedExperts(Graph):
         for i in range(count):
             column = 0
             for kind, rows in form.up:
-                part = Part(kind, rows, columns, "F32", 4 * columns, 4 * raised, interleaved=False)
-                weight, x, result = self.product(part, 1, interleaving)
+                part = MatmulShape(kind, rows, columns, "F32", 4 * columns, 4 * raised, repacked=False)
+                weight, x, result = self.product(part, 1, repacking)
                 result.contents.data = start + 4 * (i * raised + column)
                 self._x.append(x.contents)
                 self._weights.append(weight.contents)
@@ -56,8 +58,8 @@ class GatedExperts(Graph):
         for i in range(count):
             column = 0
             for kind, rows in form.down:
-                part = Part(kind, rows, inner, "F32", 4 * inner, 4 * columns, interleaved=False)
-                weight, x, result = self.product(part, 1, interleaving)
+                part = MatmulShape(kind, rows, inner, "F32", 4 * inner, 4 * columns, repacked=False)
+                weight, x, result = self.product(part, 1, repacking)
                 x.contents.data = product + 4 * i * inner
                 self._weights.append(weight.contents)
                 self._results.append((i, result.contents, 4 * column))

@@ -1,10 +1,10 @@
-"""ggml's interleaved layout: blocks of eight rows woven together, so that one load of activations serves eight dot products.
+"""ggml's repacked layout: blocks of eight rows repacked together, so that one load of activations serves eight dot products.
 
 On AVX-512 it multiplies Q4_K 1.03 to 1.4 times as fast for one row and 1.3 to 2.3 times for several. It is a copy: for
 weights that stay in memory, where there is room for both. The copy holds the same numbers; sums are added in another
 order, so results differ from the plain layout's in the last bits.
 
-ggml only interleaves tensors in a buffer type of its own. What it looks at is two fields of the tensor, so a tiny tensor
+ggml only repacks tensors in a buffer type of its own. What it looks at is two fields of the tensor, so a tiny tensor
 in such a buffer lends them to tensors over memory of ours.
 """
 
@@ -13,16 +13,16 @@ from typing import Any
 
 from headrace.kernels.ggml import InitParams, library, type_number
 
-ROWS = 8  # that are woven together
-# Formats that ggml interleaves on some processor; which ones here is asked of ggml.
+ROWS = 8  # that are repacked together
+# Formats that ggml repacks on some processor; which ones here is asked of ggml.
 _CANDIDATES = ("Q4_K", "Q4_0", "IQ4_NL", "Q2_K")
 
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _silent = _Log(lambda level, text, data: None)
 
 
-class Interleaving:
-    """What this processor can interleave. One for each `Kernels`."""
+class Repacking:
+    """What this processor can repack. One for each `Kernels`."""
 
     def __init__(self) -> None:
         self._lent: dict[str, tuple[int, int]] = {}  # by type: the fields `buffer` and `extra`
@@ -41,20 +41,20 @@ class Interleaving:
                 self._lent[name] = (tensor.contents.buffer, tensor.contents.extra)
 
     def takes(self, type_name: str, rows: int) -> bool:
-        """Whether so many rows of this format can be interleaved."""
+        """Whether so many rows of this format can be repacked."""
         return type_name in self._lent and rows % ROWS == 0
 
     @property
     def types(self) -> frozenset[str]:
-        """The formats that can be interleaved here."""
+        """The formats that can be repacked here."""
         return frozenset(self._lent)
 
     def mark(self, type_name: str, tensor: Any) -> None:
-        """Tell ggml that what this tensor points to is interleaved."""
+        """Tell ggml that what this tensor points to is repacked."""
         tensor.buffer, tensor.extra = self._lent[type_name]
 
     def copy(self, type_name: str, rows: int, columns: int, source: int, target: int) -> None:
-        """Write the interleaved form of packed rows at `source` to `target`; both take the same bytes."""
+        """Write the repacked form of packed rows at `source` to `target`; both take the same bytes."""
         ggml = library()
         context = ggml.ggml_init(InitParams(4 << 10, None, True))
         tensor = ggml.ggml_new_tensor_2d(context, type_number(type_name), columns, rows)
@@ -72,7 +72,7 @@ class Interleaving:
 
 
 def _buffer_type() -> int | None:
-    """ggml's buffer type for interleaved weights, or None where this build has none."""
+    """ggml's buffer type for repacked weights, or None where this build has none."""
     ggml = library()
     registry = ggml.ggml_backend_cpu_reg()
     address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")

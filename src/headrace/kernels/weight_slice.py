@@ -1,0 +1,33 @@
+"""A piece of a packed weight, as the stream delivers it and the kernels take it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from headrace.checkpoint.tensor import row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlice:
+    """Some rows of a packed weight, in memory: `type`, number of rows, address, and the first column they fill.
+
+    Of a tensor in k_splits: whole k_splits, of which each fills all columns; `first` and `rows` count the rows of all k_splits.
+    """
+
+    type: str
+    rows: int
+    address: int
+    first: int
+    repacked: int | None = None  # address in ggml's repacked layout: a copy's, or its own
+    k_split_rows: int = 0
+    slab_columns: int = 0
+
+    @property
+    def repacked_in_place(self) -> bool:
+        """Whether the file's own layout is gone."""
+        return self.repacked == self.address
+
+    def k_splits(self) -> "Iterator[WeightSlice]":
+        """Each slab as a matrix of its own."""
+        nbytes = self.k_split_rows * row_bytes(self.type, self.slab_columns)
+        for index in range(self.rows // self.k_split_rows):
+            yield WeightSlice(self.type, self.k_split_rows, self.address + index * nbytes, 0)
