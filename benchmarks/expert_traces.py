@@ -9,7 +9,7 @@ whole, first misses included. Sizes are shares of all experts.
     fixed       the most requested experts of the counted part, in memory from the start; on independent draws no online policy
                 can beat it, but for chance
     MIN         Belady's optimum, which may also leave an expert out: keep what is asked for soonest
-    ours        headrace.stream.policy.ExpertCache itself
+    ours        headrace.stream.expert_cache.ExpertCache itself
 
 Recorded traces: CSV with the columns turn, phase (0 prefill, 1 decode), step, layer, slot, expert; the steps of phase 0 of a turn
 are one pass. Synthetic: per layer a Zipf law over shuffled experts, a share of the choices repeated from the token before, and
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from headrace.stream.policy import ExpertCache
+from headrace.stream.expert_cache import ExpertCache
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -49,19 +49,19 @@ class Trace:
     def layers(self) -> int:
         return int(self.choices.shape[1])
 
-    def visits(self) -> "Iterator[Visit]":
+    def visits(self) -> "Iterator[WeightGroup]":
         row = 0
         for number, rows in enumerate(self.passes):
             for layer in range(self.layers):
                 chosen = self.choices[row : row + rows, layer].ravel()
                 counts = np.bincount(chosen[chosen >= 0], minlength=self.experts)
                 asked = np.flatnonzero(counts) + layer * self.experts
-                yield Visit(number=number, layer=layer, asked=asked, counts=counts, rows=rows)
+                yield WeightGroup(number=number, layer=layer, asked=asked, counts=counts, rows=rows)
             row += rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Visit:
+class WeightGroup:
     """One layer in one pass: experts `asked` for, numbered through all layers, and `counts` of rows for each of the layer's."""
 
     number: int
@@ -145,7 +145,7 @@ class Worth:
         self.worth: Floats = np.zeros(trace.layers * trace.experts)
         self.experts = trace.experts
 
-    def note(self, visit: Visit) -> None:
+    def note(self, visit: WeightGroup) -> None:
         raise NotImplementedError
 
 
@@ -154,7 +154,7 @@ class LRU(Worth):
 
     clock = 0
 
-    def note(self, visit: Visit) -> None:
+    def note(self, visit: WeightGroup) -> None:
         self.clock += 1
         self.worth[visit.asked] = self.clock
 
@@ -165,7 +165,7 @@ class Decay(Worth):
     half_life = NEVER
     last = -1
 
-    def note(self, visit: Visit) -> None:
+    def note(self, visit: WeightGroup) -> None:
         if visit.number != self.last:
             self.worth *= 0.5 ** (1 / self.half_life)
             self.last = visit.number
@@ -181,7 +181,7 @@ class Decay32(Decay):
 
 
 class Mixture(Worth):
-    """Ours with parts to be changed: see headrace.stream.policy. A pass counts as `ticks(rows)` tokens."""
+    """Ours with parts to be changed: see headrace.stream.expert_cache. A pass counts as `ticks(rows)` tokens."""
 
     half_life = 24.0
     locality: float | None = None  # None: measured
@@ -194,7 +194,7 @@ class Mixture(Worth):
     def ticks(self, rows: int) -> float:
         return float(rows**0.5)
 
-    def note(self, visit: Visit) -> None:
+    def note(self, visit: WeightGroup) -> None:
         own = slice(visit.layer * self.experts, (visit.layer + 1) * self.experts)
         usual, last, asked = self.usual[own], self.last[own], visit.counts / visit.rows
         self.up = self.up * (1 - 1 / 2000) + float((last - usual) @ (asked - usual))
@@ -212,7 +212,7 @@ class NoLast(Mixture):
 class Cyclic(NoLast):
     """The expected time to the next use, with how far the layer is away: experts of the layer just computed are needed last."""
 
-    def note(self, visit: Visit) -> None:
+    def note(self, visit: WeightGroup) -> None:
         super().note(visit)
         layers = len(self.usual) // self.experts
         away = ((np.arange(layers) - visit.layer - 1) % layers + 1) / layers
@@ -240,17 +240,17 @@ class MIN(Worth):
             self.upcoming.append(following[visits[clock].asked].copy())
             following[visits[clock].asked] = clock
 
-    def note(self, visit: Visit) -> None:
+    def note(self, visit: WeightGroup) -> None:
         self.worth[visit.asked] = -self.upcoming.pop()
 
 
-Policy = Callable[[Trace, int], Iterable[tuple[Visit, int]]]  # hits of each visit, given a number of slots
+Policy = Callable[[Trace, int], Iterable[tuple[WeightGroup, int]]]  # hits of each visit, given a number of slots
 
 
 def keeping(kind: type[Worth], *, bypass: bool = False, quota: bool = False) -> Policy:
     """Keeps the worthiest: of all layers, or of each (`quota`); what is asked for comes in always, or if worthy (`bypass`)."""
 
-    def run(trace: Trace, slots: int) -> Iterable[tuple[Visit, int]]:
+    def run(trace: Trace, slots: int) -> Iterable[tuple[WeightGroup, int]]:
         policy, inside = kind(trace), np.zeros(trace.layers * trace.experts, bool)
         for visit in trace.visits():
             yield visit, int(inside[visit.asked].sum())
@@ -270,7 +270,7 @@ def keeping(kind: type[Worth], *, bypass: bool = False, quota: bool = False) -> 
 
 def ours(
     trace: Trace, slots: int, *, scores: Scores | None = None, filled: bool = False, bypass: bool = False
-) -> Iterable[tuple[Visit, int]]:
+) -> Iterable[tuple[WeightGroup, int]]:
     """The cache that ships; `filled` with the experts of the highest scores before anything is asked for."""
     cache = ExpertCache(layers=trace.layers, experts=trace.experts, slots=slots, scores=scores)
     if filled and scores is not None:
@@ -291,12 +291,12 @@ def ours(
             cache.release(slot)
 
 
-def ours_bypass(trace: Trace, slots: int) -> Iterable[tuple[Visit, int]]:
+def ours_bypass(trace: Trace, slots: int) -> Iterable[tuple[WeightGroup, int]]:
     """The cache that ships, what is not worthy being read outside it."""
     return ours(trace, slots, bypass=True)
 
 
-def s3_fifo(trace: Trace, slots: int) -> Iterable[tuple[Visit, int]]:
+def s3_fifo(trace: Trace, slots: int) -> Iterable[tuple[WeightGroup, int]]:
     """S3-FIFO (Yang et al. 2023): a small queue of a tenth, a main one, and a ghost of the main one's length."""
     small: OrderedDict[int, int] = OrderedDict()
     main: OrderedDict[int, int] = OrderedDict()
@@ -330,7 +330,7 @@ def s3_fifo(trace: Trace, slots: int) -> Iterable[tuple[Visit, int]]:
         yield visit, hits
 
 
-def arc(trace: Trace, slots: int) -> Iterable[tuple[Visit, int]]:
+def arc(trace: Trace, slots: int) -> Iterable[tuple[WeightGroup, int]]:
     """ARC (Megiddo and Modha 2003)."""
     once, often, ghost_once, ghost_often = (OrderedDict[int, None]() for _ in range(4))
     target = 0.0
@@ -390,7 +390,7 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def hit_rate(runs: Iterable[tuple[Visit, int]], trace: Trace, until: float = NEVER) -> float:
+def hit_rate(runs: Iterable[tuple[WeightGroup, int]], trace: Trace, until: float = NEVER) -> float:
     """Hits per request of the counted passes."""
     counted = [(hits, len(visit.asked)) for visit, hits in runs if trace.warm <= visit.number < until]
     return sum(hits for hits, _ in counted) / sum(asked for _, asked in counted)

@@ -169,7 +169,7 @@ def test_the_header_alone_counts_the_bytes_that_the_built_model_needs(name: str,
 
         def options(shell: Shell, found: list[Shell] = shells) -> StreamOptions:
             found.append(shell)
-            rows = {t.name: t.rows for t in (*shell.linears, *shell.opening_linears)}
+            rows = {t.name: t.rows for t in (*shell.linears, *shell.prefill_only_linears)}
             return StreamOptions(pinned_rows=rows, unit_bytes=1 << 20, slots=3, readers=0)
 
         with Engine(checkpoint, options, Kernels(1)):
@@ -186,8 +186,8 @@ def test_the_plan_tells_what_is_read_once_per_prompt(large: Path) -> None:
     shape = shape_of(checkpoint)
     tight = make_plan(checkpoint, profile, Budget(nbytes=700 << 20, reason="test"), Request())
     roomy = make_plan(checkpoint, profile, Budget(nbytes=8 << 30, reason="test"), Request())
-    assert tight.weights_bytes == shape.weights_bytes + shape.opening_bytes
-    assert tight.opening_bytes == shape.opening_bytes
+    assert tight.weights_bytes == shape.weights_bytes + shape.prefill_only_bytes
+    assert tight.prefill_only_bytes == shape.prefill_only_bytes
     assert roomy.streamed_bytes_per_pass == roomy.streamed_bytes_per_prompt == 0
     longer = make_plan(checkpoint, profile, roomy.budget, Request(prompt_tokens=2000, context_tokens=3000))
     assert longer.activation_bytes > roomy.activation_bytes  # every row of an encoder sees every other

@@ -56,8 +56,8 @@ from headrace.plan.routing import Routing, load_routing, save_routing
 from headrace.plan.shape import Built
 from headrace.process import keep_freed_memory, not_after_a_fork, peak_bytes, release_unused, resident_bytes
 from headrace.stream import WeightFile
+from headrace.stream.expert_cache import ExpertCache
 from headrace.stream.files import File
-from headrace.stream.policy import ExpertCache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +188,7 @@ class Model:
         if plan.max_draft_tokens:
             self._scheduler.speculation = _speculation(plan, draft_engine)
         # An encoder's positions and a decoder's are each counted for itself; elsewhere the context is the limit.
-        self._most_positions = checkpoint.positions_limit(1 << 30) if engine.opening else 1 << 30
+        self._most_positions = checkpoint.positions_limit(1 << 30) if engine.decoder_start_ids else 1 << 30
         self._closed = self._torn_down = self._in_step = False
         self._lock = RLock()  # held during a step, and while everything is given back
         self._stream: weakref.ref[Iterator[Piece]] | None = None  # that is open, or was the last
@@ -228,7 +228,7 @@ class Model:
         """Leave to the next run what routers have chosen, and how much of it was in memory."""
         single = [one for one in self._engine.passes[len(self._engine.passes) // 3 :] if one.rows == 1]
         hits = sum(one.expert_hits for one in single)
-        asked = sum(one.expert_hits + one.expert_ahead + one.expert_misses for one in single)
+        asked = sum(one.expert_hits + one.expert_prefetched + one.expert_misses for one in single)
         if asked:
             cached = self.plan.expert_slots
             save_routing(self.checkpoint, Routing(scores=cache.scores, cached=cached, hit_rate=hits / asked))
@@ -318,9 +318,9 @@ class Model:
         if not tokens:
             raise UsageError("the prompt is empty", hint="give a prompt of at least one token")
         self._check_tokens(tokens)
-        if len(tokens) - len(self._engine.opening) > self._most_positions:
+        if len(tokens) - len(self._engine.decoder_start_ids) > self._most_positions:
             raise ContextError(
-                f"the prompt has {len(tokens) - len(self._engine.opening)} tokens, the model's encoder reads at most"
+                f"the prompt has {len(tokens) - len(self._engine.decoder_start_ids)} tokens, the model's encoder reads at most"
                 f" {self._most_positions}",
                 hint="give it a shorter text",
             )
@@ -370,7 +370,7 @@ class Model:
                     hint="read it to its end or close it; prompts given together share their passes",
                 )
             self._stream = mine
-            self._engine.on_visit = None
+            self._engine.on_progress = None
             self._scheduler.reset()
 
     def _stream_jobs(
@@ -397,13 +397,13 @@ class Model:
                     return
                 news = self._step()
                 if news:
-                    self._engine.on_visit = None
+                    self._engine.on_progress = None
                 for answer, tokens in news:
                     yield from self._pieces(live, answer, tokens)
         finally:
             if os.getpid() == self._process:
                 with self._lock:
-                    self._engine.on_visit = None
+                    self._engine.on_progress = None
                     for answer in live:
                         scheduler.remove(answer)
 
@@ -490,7 +490,7 @@ class Model:
                 )
             )
 
-        self._engine.on_visit = tell
+        self._engine.on_progress = tell
 
     @overload
     def generate(self, prompt: Prompt, **options: Any) -> Completion: ...
@@ -563,7 +563,7 @@ class Model:
                 "budget_bytes": self.plan.budget.nbytes,
                 "peak_bytes": peak_bytes(),
                 "pinned_bytes": self.plan.pinned_bytes,
-                "lent_bytes": self.plan.lent_bytes,
+                "decode_pinned_bytes": self.plan.decode_pinned_bytes,
                 "streamed_bytes_per_pass": self.plan.streamed_bytes_per_pass,
                 "ring_bytes": self.plan.ring_bytes,
                 "repacked_bytes": self.plan.repacked_bytes,
@@ -587,7 +587,7 @@ class Model:
         read = sum(p.expert_read_bytes for p in decode)
         return {
             "hit_rate": hits / asked if asked else None,
-            "ahead_rate": ahead / asked if asked else None,
+            "prefetched_rate": ahead / asked if asked else None,
             "bytes_per_token": read / tokens if tokens > 0 else None,
             "wasted_bytes": sum(p.expert_wasted_bytes for p in decode),
             "slots": self.plan.expert_slots,
@@ -770,13 +770,13 @@ def load(
         plans.append(replace(plan, reasons=(*plan.reasons, why)))
         return StreamOptions(
             pinned_rows=plan.pinned_rows,
-            lent_rows=plan.lent_rows,
-            lent_up_to_rows=request.verify_rows,
+            decode_pinned_rows=plan.decode_pinned_rows,
+            decode_pinned_max_rows=request.verify_rows,
             memory_limit_bytes=budget.nbytes,
             unit_bytes=plan.unit_bytes,
             slots=plan.ring_slots,
-            lent_slots=plan.lent_slots,
-            opening_slots=plan.opening_slots,
+            decode_only_slots=plan.decode_only_slots,
+            prefill_only_slots=plan.prefill_only_slots,
             readers=plan.readers,
             pad_decode_rows_to_tiles=plan.pad_decode_rows_to_tiles,
             repacked_types=plan.repacked_types,
@@ -827,7 +827,10 @@ def _why_alone(shell: Shell) -> tuple[str, str]:
     if shell.attention_mode == "concatenated":
         reason = "it computes attention itself, so that rows of a pass change each other's last bits"
         return reason, "use --draft none, or --no-deterministic"
-    return "an encoder reads the prompt" if shell.opening else "the model keeps a cache of its own", "use --draft none"
+    return (
+        "an encoder reads the prompt" if shell.decoder_start_ids else "the model keeps a cache of its own",
+        "use --draft none",
+    )
 
 
 def _scores(checkpoint: Checkpoint, shell: Shell) -> npt.NDArray[np.float32] | None:
@@ -841,7 +844,7 @@ def _built(shell: Shell) -> Built:
     """What the plan wants to know of a built model."""
     return Built(
         linears=shell.linears,
-        opening=shell.opening_linears,
+        prefill_only=shell.prefill_only_linears,
         experts=shell.expert_slices,
         single_sequence=shell.attention_mode == "native",
         cached=shell.cached,

@@ -207,7 +207,7 @@ def _streamed(
     ):
         for round_ in range(rounds + 1):
             start = time.perf_counter()
-            for pieces in stream.visit(0):
+            for pieces in stream.weights_of(0):
                 use(len(pieces))
             if round_:  # the first fills the ring and starts the threads
                 times.append(time.perf_counter() - start)

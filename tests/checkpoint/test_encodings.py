@@ -59,7 +59,7 @@ class Store:
         """The weights of a virtual tensor, as the `gguf` package understands its type."""
         tensor = decoded(self.tensors, config, "m")[0][name]
         assert tensor.nbytes == tensor.rows * tensor.row_bytes
-        packed = self.made(config, name).reshape(tensor.rows, -1)
+        packed = self.virtual(config, name).reshape(tensor.rows, -1)
         return dequantize(packed, GGMLQuantizationType[tensor.type]).reshape(tensor.shape)
 
 
@@ -203,7 +203,7 @@ def test_a_scale_with_which_weights_exceed_fp16_is_an_error() -> None:
         store.add("a.weight_scale_inv", "F32", np.full((64, 1), scale, np.float32))
 
         with pytest.raises(CheckpointError, match=r"`a.weight_scale_inv` allows weights of .*, fp16 ends at 65504"):
-            store.made(fp8_config(), "a.weight")
+            store.virtual(fp8_config(), "a.weight")
 
 
 def test_fp8_without_a_scale_is_an_error() -> None:
@@ -321,7 +321,7 @@ def test_a_scale_with_which_integers_exceed_fp16_is_an_error(group: int) -> None
         store.add("a.weight_scale", "F32", np.full((32, 256 // group), scale, np.float32))
 
         with pytest.raises(CheckpointError, match=r"`a.weight_scale` has a scale of .* with 4094 weights exceed fp16"):
-            store.made(ct_config("pack-quantized", num_bits=4, group_size=group), "a.weight")
+            store.virtual(ct_config("pack-quantized", num_bits=4, group_size=group), "a.weight")
 
 
 def test_an_order_that_names_no_group_is_an_error() -> None:
@@ -329,7 +329,7 @@ def test_an_order_that_names_no_group_is_an_error() -> None:
     store.add("a.weight_g_idx", "I32", np.full(256, 4, np.int32))
 
     with pytest.raises(CheckpointError, match=r"`a.weight_g_idx` names the group 4 of 4"):
-        store.made(ct_config("pack-quantized", num_bits=4, group_size=64, actorder="group"), "a.weight")
+        store.virtual(ct_config("pack-quantized", num_bits=4, group_size=64, actorder="group"), "a.weight")
 
 
 @pytest.mark.parametrize("format_name", ["int-quantized", "naive-quantized"])
@@ -652,7 +652,7 @@ def test_weights_that_are_not_symmetric_after_all_are_an_error_with_what_to_do(f
     with pytest.raises(
         CheckpointError, match=r"`a.qzeros` has the zero point \d+, symmetric .* 4 bits have 8"
     ) as caught:
-        store.made(config, "a.weight")
+        store.virtual(config, "a.weight")
     assert '"sym"' in str(caught.value.hint)
 
 
@@ -727,7 +727,7 @@ def test_an_order_of_inputs_that_names_no_group_is_an_error() -> None:
     store.add("a.g_idx", "I32", np.full(256, -1, np.int32))
 
     with pytest.raises(CheckpointError, match=r"`a.g_idx` names the group -1 of 4"):
-        store.made(gptq_config(Case(ordered=True)), "a.weight")
+        store.virtual(gptq_config(Case(ordered=True)), "a.weight")
 
 
 @pytest.mark.parametrize(
@@ -844,10 +844,10 @@ def test_rounding_to_fp16_is_that_of_numpy(values: list[float]) -> None:
 @pytest.mark.parametrize("layout", ["fp8, large blocks", "int4, asymmetric", "gptq, ordered", "awq"])
 def test_threads_that_decode_at_once_do_not_disturb_each_other(layout: str) -> None:
     store, config, name = LAYOUTS[layout]()
-    whole = store.made(config, name)
+    whole = store.virtual(config, name)
 
     with ThreadPoolExecutor(8) as pool:
-        for made in pool.map(lambda _: store.made(config, name), range(32)):
+        for made in pool.map(lambda _: store.virtual(config, name), range(32)):
             np.testing.assert_array_equal(made, whole)
 
 
@@ -902,8 +902,8 @@ def test_any_range_of_rows_has_the_bytes_that_it_has_in_the_whole(layout: str, d
     last = data.draw(st.integers(first // step + 1, count)) * step
     size = tensors[name].row_bytes
 
-    whole = store.made(config, name)
-    np.testing.assert_array_equal(store.made(config, name, first, last), whole[first * size : last * size])
+    whole = store.virtual(config, name)
+    np.testing.assert_array_equal(store.virtual(config, name, first, last), whole[first * size : last * size])
 
 
 KINDS = ["F32", "F16", "BF16", "I32", "I8", "U8", "F8_E4M3", "F8_E8M0"]

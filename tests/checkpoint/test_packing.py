@@ -203,7 +203,7 @@ def test_a_packed_folder_holds_the_same_tensors_bit_for_bit(original: Path, tmp_
     assert {name: (t.type, t.shape) for name, t in tensors.items()} == {
         name: (t.type, t.shape) for name, t in open_folder(str(original)).tensors.items()
     }
-    made = {tensor.name for made in open_folder(packed.path).made.values() for tensor, _ in made}
+    made = {tensor.name for made in open_folder(packed.path).virtual.values() for tensor, _ in made}
     assert made == {"a.weight", "stack", "zeros.weight"}
     assert (packed.tensors, packed.packed_tensors) == (8, 3)
     assert packed.packed_bytes < 0.85 * packed.original_bytes
@@ -223,8 +223,8 @@ def test_a_bit_that_differs_is_found(original: Path, tmp_path: Path) -> None:
     packed = pack_folder(str(original), str(tmp_path / "packed")).path
     file = tmp_path / "packed" / "model-00002-of-00002.safetensors"
     data = bytearray(file.read_bytes())
-    place = next(t for t, e in next(iter(open_folder(packed).made.values())) if t.name == "stack")
-    encoding = next(e for t, e in next(iter(open_folder(packed).made.values())) if t.name == "stack")
+    place = next(t for t, e in next(iter(open_folder(packed).virtual.values())) if t.name == "stack")
+    encoding = next(e for t, e in next(iter(open_folder(packed).virtual.values())) if t.name == "stack")
     assert isinstance(encoding, Exponents)
     data[encoding.stored.offset + 101 * encoding.stored.columns - 1] ^= 1
     file.write_bytes(data)

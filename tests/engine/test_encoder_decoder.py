@@ -26,7 +26,7 @@ def opened(path: Path, share: float = 0.5, readers: int = 2) -> Engine:
     """This share of every linear pinned, of the encoder too, the rest through rings of three units of 16 KiB."""
 
     def options(shell: Shell) -> StreamOptions:
-        linears = (*shell.linears, *shell.opening_linears)
+        linears = (*shell.linears, *shell.prefill_only_linears)
         pinned = {t.name: int(share * t.rows) // t.row_multiple * t.row_multiple for t in linears}
         return StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=readers)
 
@@ -35,8 +35,8 @@ def opened(path: Path, share: float = 0.5, readers: int = 2) -> Engine:
 
 def logits_of(engine: Engine, text: torch.Tensor = TEXT, answer: torch.Tensor = ANSWER) -> torch.Tensor:
     """Logits of the rows of an answer, one by one after the pass that reads the text."""
-    cache, count = engine.new_cache(100, 32), len(engine.opening)
-    found = [engine.step([Rows(cache=cache, tokens=[*text[0].tolist(), *engine.opening], logits=count)])]
+    cache, count = engine.new_cache(100, 32), len(engine.decoder_start_ids)
+    found = [engine.step([Rows(cache=cache, tokens=[*text[0].tolist(), *engine.decoder_start_ids], logits=count)])]
     found += [engine.step([Rows(cache=cache, tokens=[token])]) for token in answer[0].tolist()]
     return torch.cat(found)
 
@@ -49,7 +49,7 @@ def expected_of(model: torch.nn.Module, opening: tuple[int, ...]) -> torch.Tenso
 
 def greedy(engine: Engine, count: int) -> list[int]:
     cache = engine.new_cache(100, 32)
-    tokens = [*TEXT[0].tolist(), *engine.opening]
+    tokens = [*TEXT[0].tolist(), *engine.decoder_start_ids]
     found: list[int] = []
     for _ in range(count):
         found.append(int(engine.step([Rows(cache=cache, tokens=tokens)]).argmax()))
@@ -72,9 +72,9 @@ def test_a_folder_gives_the_logits_and_the_answer_of_transformers(name: str, tmp
     model = translator(name, CASES[name])
     with opened(write_translator(model, tmp_path / "model")) as engine:
         # fp32 all the way; only the order of sums differs.
-        assert divergence(logits_of(engine), expected_of(model, engine.opening)) < 1e-5
+        assert divergence(logits_of(engine), expected_of(model, engine.decoder_start_ids)) < 1e-5
         model.config.eos_token_id = model.generation_config.eos_token_id = None
-        assert greedy(engine, 20) == greedy_of_transformers(model, engine.opening, 20)
+        assert greedy(engine, 20) == greedy_of_transformers(model, engine.decoder_start_ids, 20)
         assert engine.attention_mode == "native"
         kept = [module for module in engine.model.modules() if type(module) is torch.nn.Linear]
         assert all(one.weight.is_meta or len(one.weight) <= 8 for one in kept), "only routers are kept in memory"
@@ -84,7 +84,7 @@ def test_a_folder_gives_the_logits_and_the_answer_of_transformers(name: str, tmp
 def test_a_gguf_file_gives_the_logits_of_the_model_it_was_made_of(name: str, tmp_path: Path) -> None:
     model = translator(name, FILES[name])
     with opened(write_gguf(model, tmp_path / "tiny.gguf")) as engine:
-        assert divergence(logits_of(engine), expected_of(model, engine.opening)) < 1e-5
+        assert divergence(logits_of(engine), expected_of(model, engine.decoder_start_ids)) < 1e-5
         assert type(engine.model).__name__ == type(model).__name__
 
 

@@ -65,11 +65,11 @@ def test_the_memory_of_prompts_holds_weights_between_them(
         options = StreamOptions(
             # By the 16: how torch adds up a prompt's row may depend on how many others are left over at a cut.
             pinned_rows={name: int(0.3 * count) // 16 * 16 for name, count in rows.items()},
-            lent_rows={name: int(lent * count) // 16 * 16 for name, count in rows.items()},
+            decode_pinned_rows={name: int(lent * count) // 16 * 16 for name, count in rows.items()},
             memory_limit_bytes=limit,
             unit_bytes=16 << 10,
             slots=3,
-            lent_slots=2 if lent else 0,
+            decode_only_slots=2 if lent else 0,
             readers=0,
         )
         logits, held = [], []
@@ -77,7 +77,7 @@ def test_the_memory_of_prompts_holds_weights_between_them(
             cache = engine.new_cache(160)
             for tokens in (PROMPT * 3, [1], [2], [3], PROMPT * 3, [4], [5], [6]):
                 logits.append(engine.step([Rows(cache=cache, tokens=tokens)]))
-                held.append(engine.stream.lends)
+                held.append(engine.stream.reuses_prefill_memory)
             return torch.cat(logits), held, [one.read_bytes for one in engine.passes]
 
     plain, _, _ = conversation(0.0)
@@ -172,14 +172,14 @@ def test_an_interrupt_while_a_pass_is_given_up_does_not_break_the_next(
             patch.setattr(engine, "on_visit", stopped)
             with pytest.raises(KeyboardInterrupt):
                 engine.step([Rows(cache=engine.new_cache(64), tokens=[1, 2])])
-        engine.on_visit = None
+        engine.on_progress = None
         assert torch.equal(decode(engine), resident)
 
 
 def test_passes_that_are_played_back_tell_how_far_they_are(tiny_llama: Path) -> None:
     with make_engine(tiny_llama, 0.3) as engine:
         seen: list[tuple[int, int]] = []
-        engine.on_visit = lambda done, visits: seen.append((done, visits))
+        engine.on_progress = lambda done, visits: seen.append((done, visits))
         cache = engine.new_cache(64)
         for _ in range(6):
             seen.clear()

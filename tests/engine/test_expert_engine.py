@@ -9,7 +9,7 @@ from corpus import VOCAB, tiny_model, write_folder
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
 from headrace.engine.engine import StreamOptions
-from headrace.engine.look_ahead import DISTANCE
+from headrace.engine.expert_prefetch import DISTANCE
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels
 from headrace.model import Shell
@@ -68,7 +68,7 @@ def test_rows_of_a_batch_share_experts_and_no_row_changes(folder: Path) -> None:
         assert torch.equal(together, torch.cat(alone))
         stats = engine.passes[-1]
     layers = len(engine.experts.stream.bundles) if engine.experts is not None else 0
-    asked = stats.expert_hits + stats.expert_ahead + stats.expert_misses
+    asked = stats.expert_hits + stats.expert_prefetched + stats.expert_misses
     assert asked < 4 * 2 * layers + 1  # at most one read for every expert, however many rows chose it
 
 
@@ -78,10 +78,10 @@ def test_what_is_read_ahead_changes_no_bit_and_is_counted(folder: Path) -> None:
         expected = logits_of(engine, parts)
     with engine_of(folder, slots=7) as engine:
         assert engine.experts is not None
-        look = engine.experts.look_ahead
+        look = engine.experts.expert_predictor
         look._ranks[:] = [look._per_token] * DISTANCE  # as if every guess had been right so far
         assert torch.equal(logits_of(engine, parts), expected)
-        assert sum(stats.expert_ahead for stats in engine.passes) > 0
+        assert sum(stats.expert_prefetched for stats in engine.passes) > 0
 
 
 def test_a_router_that_chooses_an_expert_that_does_not_exist_is_an_error(folder: Path) -> None:

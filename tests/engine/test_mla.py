@@ -130,9 +130,9 @@ def test_weights_are_unpacked_to_where_they_belong(kernels: Kernels | ReferenceK
     plain, turned = torch.empty(4, 3), torch.empty(4, 4)
     pieces = [
         (0, WeightSlice("F32", 1, rows[3:].ctypes.data, 3)),
-        (1, WeightSlice("F32", 4, k_splits[1:].ctypes.data, 4, k_split_rows=4, slab_columns=2)),
+        (1, WeightSlice("F32", 4, k_splits[1:].ctypes.data, 4, k_split_rows=4, k_split_columns=2)),
         (0, WeightSlice("F32", 3, rows.ctypes.data, 0)),
-        (1, WeightSlice("F32", 4, k_splits.ctypes.data, 0, k_split_rows=4, slab_columns=2)),
+        (1, WeightSlice("F32", 4, k_splits.ctypes.data, 0, k_split_rows=4, k_split_columns=2)),
     ]
     kernels.unpack_all(pieces, [plain, turned])
     assert torch.equal(plain, torch.from_numpy(rows))

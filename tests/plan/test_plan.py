@@ -212,10 +212,12 @@ def test_pinned_and_streamed_are_all_weights(shape: Shape, machine: str, nbytes:
     assert all(0 <= rows <= matrices[name].rows for name, rows in plan.pinned_rows.items())
     assert plan.weights_bytes == sum(one.nbytes for one in matrices.values())
     assert plan.pinned_bytes == sum(rows * matrices[name].row_bytes for name, rows in plan.pinned_rows.items())
-    assert plan.lent_bytes == sum(rows * matrices[name].row_bytes for name, rows in plan.lent_rows.items())
+    assert plan.decode_pinned_bytes == sum(
+        rows * matrices[name].row_bytes for name, rows in plan.decode_pinned_rows.items()
+    )
     assert plan.held_bytes + plan.streamed_bytes_per_pass == plan.weights_bytes
-    assert plan.lent_bytes <= plan.activation_bytes
-    assert all(plan.pinned_rows[name] + rows <= matrices[name].rows for name, rows in plan.lent_rows.items())
+    assert plan.decode_pinned_bytes <= plan.activation_bytes
+    assert all(plan.pinned_rows[name] + rows <= matrices[name].rows for name, rows in plan.decode_pinned_rows.items())
 
 
 @PROPERTY
@@ -229,7 +231,7 @@ def test_what_is_streamed_has_a_ring_and_what_is_not_has_none(
     if plan.pinned_bytes < plan.weights_bytes:
         widest = max(one.row_bytes for one in linears(checkpoint).values())
         assert plan.ring_slots >= 3
-        assert plan.ring_bytes >= (plan.ring_slots - plan.lent_slots) * (plan.unit_bytes + widest)
+        assert plan.ring_bytes >= (plan.ring_slots - plan.decode_only_slots) * (plan.unit_bytes + widest)
     else:
         assert plan.ring_slots == plan.ring_bytes == 0
 
@@ -601,7 +603,7 @@ def test_the_plan_is_json_without_nan(shape: Shape, machine: str, nbytes: int, r
     values = json.loads(json.dumps(plan.as_json(), allow_nan=False))
 
     assert values == plan.as_json()
-    parts = ("pinned_bytes", "lent_bytes", "streamed_bytes_per_pass")
+    parts = ("pinned_bytes", "decode_pinned_bytes", "streamed_bytes_per_pass")
     assert sum(values["memory"][part] for part in parts) == plan.weights_bytes
     assert values["memory"]["budget_bytes"] == nbytes
     assert values["decode_s_per_token"] == asdict(plan.decode_s_per_token)

@@ -11,10 +11,10 @@ from headrace.checkpoint import Tensor
 from headrace.checkpoint.tensor import Slice
 from headrace.errors import ReadError
 from headrace.process import resident_bytes
+from headrace.stream.expert_cache import ExpertCache
 from headrace.stream.experts import ExpertStream
 from headrace.stream.files import WeightFile
 from headrace.stream.memory import PAGE_BYTES
-from headrace.stream.policy import ExpertCache
 
 LAYERS, EXPERTS, ROWS, COLUMNS = 3, 8, 24, 64
 Layers = Sequence[Sequence[Sequence[Slice]]]
@@ -115,7 +115,7 @@ def test_reading_ahead_gives_the_same_bytes_and_counts_what_was_wasted(
             for layer in range(LAYERS):
                 check(stream, numbers, layer, random.choice(EXPERTS, size=3, replace=False).tolist())
                 if layer + 1 < LAYERS:
-                    stream.expect(layer + 1, random.choice(EXPERTS, size=4, replace=False).tolist())
+                    stream.prefetch(layer + 1, random.choice(EXPERTS, size=4, replace=False).tolist())
         counters = stream.counters
         assert counters.ahead > 0
         bundle = 2 * ROWS * COLUMNS * 4
@@ -138,7 +138,7 @@ def test_what_was_read_ahead_in_vain_is_not_used_before_it_has_come(stored: tupl
 
     with stream_of(layers, 12, 2, file_of=Slow) as stream:
         stream._readers.start([stream._read] * stream._readers.count)
-        stream.expect(1, [0])
+        stream.prefetch(1, [0])
         assert going.wait(10)  # one of its reads is under way, and stays so
         check(stream, numbers, 1, [5])  # the layer asks for another
         threading.Timer(0.3, gate.set).start()
@@ -156,7 +156,7 @@ def test_slots_that_are_full_of_what_was_read_ahead_in_vain_come_free_again(stor
 
     with stream_of(layers, 2, 4, file_of=Slow) as stream:
         stream._readers.start([stream._read] * stream._readers.count)
-        stream.expect(1, [0, 1])  # both slots, all four reads under way
+        stream.prefetch(1, [0, 1])  # both slots, all four reads under way
         threading.Timer(0.3, gate.set).start()
         check(stream, numbers, 1, [4, 5, 6])
 
@@ -166,7 +166,7 @@ def test_reading_ahead_more_than_there_are_slots_leaves_room_for_what_is_asked(
 ) -> None:
     layers, numbers = stored
     with stream_of(layers, 2, 2) as stream:
-        stream.expect(1, [0, 1, 2, 3])
+        stream.prefetch(1, [0, 1, 2, 3])
         check(stream, numbers, 1, [4, 5, 6])
         check(stream, numbers, 2, [0])
 
@@ -239,7 +239,7 @@ def test_an_interrupt_gives_no_slot_away_that_a_read_ahead_still_writes_into(sto
     with stream_of(layers, 3, 2, file_of=Slow) as stream:
         check(stream, numbers, 0, [0])
         going.set()
-        groups = stream.fetch(0, np.eye(EXPERTS, dtype=np.int64)[0], 1, lambda: stream.expect(1, [3]))
+        groups = stream.fetch(0, np.eye(EXPERTS, dtype=np.int64)[0], 1, lambda: stream.prefetch(1, [3]))
         next(groups)  # what the layer needs is in memory, and a read ahead is under way
         threading.Timer(0.3, gate.set).start()
         groups.close()

@@ -11,10 +11,10 @@ from tiny import random_model, write_gguf
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.low_bit import low_bit_copy
 from headrace.kernels.convert import convert, q4_k_blocks
-from headrace.stream.decoded import FileSet
 from headrace.stream.files import WeightFile
 from headrace.stream.memory import Arena
 from headrace.stream.quantising import with_encodings
+from headrace.stream.virtual import FileSet
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +26,21 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_matrices_shrink_and_everything_else_stays(original: Checkpoint) -> None:
     copy = low_bit_copy(original)
     for name, tensor in original.tensors.items():
-        made = copy.tensors[name]
+        virtual = copy.tensors[name]
         if len(tensor.shape) == 2:
-            assert (made.type, made.shape) == ("Q4_0", tensor.shape)
-            assert made.nbytes < tensor.nbytes
-            assert made.path not in original.paths
+            assert (virtual.type, virtual.shape) == ("Q4_0", tensor.shape)
+            assert virtual.nbytes < tensor.nbytes
+            assert virtual.path not in original.paths
         else:
-            assert made == tensor
+            assert virtual == tensor
 
 
 def test_reads_of_any_range_give_the_same_bytes(original: Checkpoint) -> None:
     copy = with_encodings(low_bit_copy(original), original)
-    files = FileSet(copy.paths, copy.made, WeightFile)
-    ((path, made),) = copy.made.items()
+    files = FileSet(copy.paths, copy.virtual, WeightFile)
+    ((path, virtual),) = copy.virtual.items()
     file = files[path]
-    tensor = max((tensor for tensor, _ in made), key=lambda t: t.rows)
+    tensor = max((tensor for tensor, _ in virtual), key=lambda t: t.rows)
     source = original.tensors[tensor.name]
     raw = Path(source.path).read_bytes()[source.offset : source.offset + source.nbytes]
     plain = np.frombuffer(raw, np.float16).astype(np.float32).reshape(tensor.rows, tensor.columns)
@@ -80,9 +80,9 @@ def test_our_blocks_of_q4_k_are_nearly_as_good_as_those_that_are_searched_for() 
 def test_f16_and_f32_sources_give_the_same_blocks() -> None:
     halves = np.random.default_rng(1).standard_normal((8, 256)).astype(np.float16)
     floats = halves.astype(np.float32)
-    made = []
+    virtual = []
     for kind, source in (("F16", halves), ("F32", floats)):
         target = (ctypes.c_uint8 * (8 * 144))()
         convert(kind, source.ctypes.data, "Q4_K", ctypes.addressof(target), 8, 256)
-        made.append(bytes(target))
-    assert made[0] == made[1]
+        virtual.append(bytes(target))
+    assert virtual[0] == virtual[1]

@@ -46,9 +46,9 @@ def make_file(path: Path, shapes: list[tuple[int, int]]) -> tuple[list[Tensor], 
 def read_pass(stream: WeightStream) -> Bytes:
     """One pass: what every tensor's rows were when they were delivered."""
     got: Bytes = {}
-    for index, visit in enumerate(stream.layout.visits):
+    for index, visit in enumerate(stream.layout.groups):
         rows: dict[str, dict[int, bytes]] = {tensor.name: {} for tensor in visit.tensors}
-        for batch in stream.visit(index):
+        for batch in stream.weights_of(index):
             for i, piece in batch:
                 tensor = visit.tensors[i]
                 rows[tensor.name][piece.first] = ctypes.string_at(piece.address, piece.rows * tensor.row_bytes)
@@ -60,7 +60,7 @@ def layout_of(tensors: list[Tensor], share: float, unit_bytes: int, lent: float 
     groups = [tensors[:2], *[[tensor] for tensor in tensors[2:]]]
     pinned = {t.name: int(share * t.rows) for t in tensors}
     at_times = {t.name: int(lent * (t.rows - pinned[t.name])) for t in tensors}
-    return make_layout(groups, pinned, unit_bytes, read_bytes=20_000, lent_rows=at_times)
+    return make_layout(groups, pinned, unit_bytes, read_bytes=20_000, decode_pinned_rows=at_times)
 
 
 SHAPES = [(7, 33), (64, 256), (1, 5000), (300, 40), (5, 1024)]
@@ -97,22 +97,22 @@ def test_every_pass_delivers_every_byte_whether_memory_is_lent_or_not(
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     with WeightStream(layout_of(tensors, share, unit_bytes, lent), slots=slots, readers=readers) as stream:
         for one in lends:
-            stream.lend(one)
+            stream.reuse_prefill_memory(one)
             assert read_pass(stream) == contents
 
 
 def test_lent_rows_are_read_once_while_they_have_their_memory(tmp_path: Path) -> None:
     tensors, _ = make_file(tmp_path / "w", SHAPES)
     layout = layout_of(tensors, 0.3, 9000, lent=0.5)
-    rest = sum(unit.length for visit in layout.visits for _, unit in visit.streamed)
-    lent = sum(unit.length for visit in layout.visits for rows in visit.lent for unit in rows.units)
+    rest = sum(unit.length for visit in layout.groups for _, unit in visit.streamed)
+    lent = sum(unit.length for visit in layout.groups for rows in visit.decode_pinned for unit in rows.units)
     assert lent
     assert layout.streamed_bytes == rest + lent
     read = []
     with WeightStream(layout, slots=4, readers=0) as stream:
         for lends in (False, False, True, True, False, True):
             before = stream.counters.read_bytes
-            stream.lend(lends)
+            stream.reuse_prefill_memory(lends)
             read_pass(stream)
             read.append(stream.counters.read_bytes - before)
     assert read[1:] == [rest + lent, rest + lent, rest, rest + lent, rest + lent]
@@ -132,7 +132,7 @@ def test_serial_and_pipelined_streams_read_the_same_bytes(tmp_path: Path, share:
                 1, layout.streamed_units
             )
             if readers == 0:
-                pinned = sum(unit.length for visit in layout.visits for rows in visit.pinned for unit in rows.units)
+                pinned = sum(unit.length for visit in layout.groups for rows in visit.pinned for unit in rows.units)
                 assert stream.counters.read_bytes == pinned + 3 * layout.streamed_bytes
             else:
                 ahead = stream.counters.read_bytes - pinned - 3 * layout.streamed_bytes
@@ -154,7 +154,7 @@ def test_rewinding_starts_the_pass_again(tmp_path: Path) -> None:
     with WeightStream(layout_of(tensors, 0.3, 9000), slots=3, readers=2) as stream:
         for stop_at in (0, 1, 3):
             for index in range(stop_at):
-                for _ in stream.visit(index):
+                for _ in stream.weights_of(index):
                     pass
             stream.rewind()
             assert read_pass(stream) == contents
@@ -316,7 +316,7 @@ def test_units_come_several_at_a_time_where_a_quarter_of_the_ring_holds_them(
     tensors, _ = make_file(tmp_path / "w", SHAPES)
     with WeightStream(layout_of(tensors, 0.0, 4096), slots=slots, readers=readers) as stream:
         for _ in range(2):
-            sizes = [len(batch) for index in range(len(stream.layout.visits)) for batch in stream.visit(index)]
+            sizes = [len(batch) for index in range(len(stream.layout.groups)) for batch in stream.weights_of(index)]
             assert max(sizes) == together
 
 
@@ -326,7 +326,7 @@ def test_many_readers_and_rewinds_never_mix_up_slots(tmp_path: Path) -> None:
     for round_ in range(60):
         with WeightStream(layout_of(tensors, 0.2, 5000), slots=1 + round_ % 5, readers=1 + round_ % 6) as stream:
             for _ in range(round_ % 3):
-                for _ in stream.visit(0):
+                for _ in stream.weights_of(0):
                     pass
                 stream.rewind()
             for _ in range(4):
@@ -348,7 +348,7 @@ def test_settled_pieces_are_delivered_and_read_again_after_an_interrupt(tmp_path
         ctypes.memmove(piece.address, flipped, nbytes)
         return piece
 
-    with WeightStream(layout_of(tensors, 1.0, 8192), slots=2, readers=2, settle=settle) as stream:
+    with WeightStream(layout_of(tensors, 1.0, 8192), slots=2, readers=2, on_pinned=settle) as stream:
         with pytest.raises(KeyboardInterrupt):
             read_pass(stream)
         stream.rewind()

@@ -79,17 +79,17 @@ def open_folder(path: str, open_source: OpenSource = LocalSource) -> Checkpoint:
         tensors=tensors,
         config=config,
         generation=folder.generation,
-        made=_by_path(tensors, encodings),
+        virtual=_by_path(tensors, encodings),
     )
 
 
 def _by_path(
     tensors: Mapping[str, Tensor], encodings: Mapping[str, Encoding]
 ) -> dict[str, list[tuple[Tensor, Encoding]]]:
-    made: dict[str, list[tuple[Tensor, Encoding]]] = {}
+    virtual: dict[str, list[tuple[Tensor, Encoding]]] = {}
     for name, encoding in encodings.items():
-        made.setdefault(tensors[name].path, []).append((tensors[name], encoding))
-    return made
+        virtual.setdefault(tensors[name].path, []).append((tensors[name], encoding))
+    return virtual
 
 
 def _check_config(path: str, config: Mapping[str, Any]) -> None:

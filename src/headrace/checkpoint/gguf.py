@@ -59,7 +59,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     config: Mapping[str, Any] | None = None  # config.json, of a Hugging Face folder
     generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json
-    made: Mapping[str, Sequence[tuple[Tensor, Encoding]]] = field(
+    virtual: Mapping[str, Sequence[tuple[Tensor, Encoding]]] = field(
         default_factory=dict
     )  # tensors made on reading, by path
     open_source: OpenSource = field(default=LocalSource, compare=False, repr=False)

@@ -166,7 +166,7 @@ def compare(source: str, target: str, progress: Progress = lambda done, total: N
         CheckpointError: they differ, and in which tensor.
     """
     original, packed = open_folder(source), open_folder(target)
-    encodings = {tensor.name: encoding for made in packed.made.values() for tensor, encoding in made}
+    encodings = {tensor.name: encoding for made in packed.virtual.values() for tensor, encoding in made}
     if set(original.tensors) != set(packed.tensors):
         raise _difference(original, packed, "they do not hold the same tensors")
     walk = _Walk(total=sum(tensor.nbytes for tensor in original.tensors.values()), progress=progress)

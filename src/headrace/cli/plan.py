@@ -215,14 +215,16 @@ def _print(plan: Plan, rows: list[tuple[str, str, str]], timeline: Timeline) -> 
 
 def _held(plan: Plan) -> str:
     share = f"{plan.held_bytes / plan.weights_bytes:.0%}, of every large tensor its share"
-    return f"{share}; {gigabytes(plan.lent_bytes)} of it between prompts" if plan.lent_bytes else share
+    return (
+        f"{share}; {gigabytes(plan.decode_pinned_bytes)} of it between prompts" if plan.decode_pinned_bytes else share
+    )
 
 
 def _opening_rows(plan: Plan) -> list[tuple[str, str, str]]:
-    if not plan.opening_bytes:
+    if not plan.prefill_only_bytes:
         return []
     streamed = gigabytes(plan.streamed_bytes_per_prompt)
-    return [("encoder", gigabytes(plan.opening_bytes), f"used once per prompt, {streamed} of it streamed then")]
+    return [("encoder", gigabytes(plan.prefill_only_bytes), f"used once per prompt, {streamed} of it streamed then")]
 
 
 def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
@@ -275,7 +277,7 @@ def _expert_rows(plan: Plan) -> list[tuple[str, str, str]]:
 def _layout_rows(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     """How quantised tensors are stored, and what they are in memory, where the two differ."""
     found: dict[tuple[str, str], int] = {}
-    for made in checkpoint.made.values():
+    for made in checkpoint.virtual.values():
         for tensor, encoding in made:
             found[encoding.label, tensor.type] = found.get((encoding.label, tensor.type), 0) + tensor.nbytes
     return [

@@ -23,9 +23,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import CacheOverflow, ConcatenatedCache, Entry, KVCache, PackedAttention
 from headrace.engine.capture import CaptureCache, CapturedStep
-from headrace.engine.experts import ExpertRunner
+from headrace.engine.expert_prefetch import ExpertPredictor
+from headrace.engine.expert_runner import ExpertRunner
 from headrace.engine.fuse import Fuser
-from headrace.engine.look_ahead import LookAhead
 from headrace.engine.mla import is_mla, split_kv_b
 from headrace.engine.native_cache import (
     NativeCache,
@@ -49,12 +49,12 @@ from headrace.model.packed import PackedExperts
 from headrace.model.shell import AttentionMode, Hooks
 from headrace.process import release_unused, resident_bytes
 from headrace.stream import Arena, WeightFile, WeightStream
-from headrace.stream.decoded import FileSet
+from headrace.stream.expert_cache import ExpertCache
 from headrace.stream.experts import ExpertCounters, ExpertStream
 from headrace.stream.files import File
 from headrace.stream.layout import make_layout
 from headrace.stream.memory import aligned
-from headrace.stream.policy import ExpertCache
+from headrace.stream.virtual import FileSet
 from headrace.stream.weights import Batch
 
 
@@ -87,20 +87,20 @@ class StreamOptions:
     pinned_rows: Mapping[str, int]
     unit_bytes: int
     slots: int
-    lent_slots: int = 0  # of these, what the ring has only while memory is lent
+    decode_only_slots: int = 0  # of these, what the ring has only while memory is lent
     readers: int
     pad_decode_rows_to_tiles: bool = False  # how exact rows stay independent (`Kernels`)
     repacked_types: frozenset[str] = frozenset()  # brought into ggml's repacked layout where pinned
     repack_in_place: bool = False  # rather than copied: no memory, but prompts take longer
     pinned_read_bytes: int = 4 << 20
     # Rows behind the pinned ones, pinned while no prompt needs the memory.
-    lent_rows: Mapping[str, int] = field(default_factory=dict)
-    lent_up_to_rows: int = DECODE_MAX_ROWS  # of a pass, all of them exact
+    decode_pinned_rows: Mapping[str, int] = field(default_factory=dict)
+    decode_pinned_max_rows: int = DECODE_MAX_ROWS  # of a pass, all of them exact
     memory_limit_bytes: int | None = None  # of the process, when memory is lent
     expert_slots: int = 0  # experts that fit into memory, where the model has any
     expert_readers: int = 4
     expert_scores: npt.NDArray[np.float32] | None = None  # how often each was chosen in earlier runs
-    opening_slots: int = 0  # of the ring for what only the beginning of a text asks for; 0: as many as the other's
+    prefill_only_slots: int = 0  # of the ring for what only the beginning of a text asks for; 0: as many as the other's
 
 
 ROWS_KEPT_BYTES = 4 << 20  # of tables of embeddings
@@ -127,7 +127,7 @@ class Engine:
         self.kernels = kernels
         self.trace = trace
         self.passes = PassLog()
-        self.on_visit: Callable[[int, int], None] | None = None  # called with (visits done, visits of the pass)
+        self.on_progress: Callable[[int, int], None] | None = None  # called with (visits done, visits of the pass)
         self.experts: ExpertRunner | None = None
         self._capture: CapturedStep | None = None  # that takes down what happens
         own = kernels if isinstance(kernels, Kernels) else None
@@ -143,14 +143,16 @@ class Engine:
         self._scratch = Arena(1 << 20)
         self._plain = torch.empty(0)  # the matrix of latent attention in the layer at hand
         self._kernel_s = 0.0
-        self._lends: bool | None = None  # whether memory was lent after the last prompt; None: not yet looked
+        self._reuses_prefill_memory: bool | None = (
+            None  # whether memory was lent after the last prompt; None: not yet looked
+        )
         self._broken_off = False  # whether a pass was, and the streams are still in the middle of it
-        self._step = self._visited = 0
+        self._step = self._steps_done = 0
         self._rows = self._invariant_rows = 0
         self._chunks: list[int] = []  # rows of each chunk after the exact rows
         self._closed = False
         self._inspects = False  # whether each result is checked for NaN and infinity
-        self._files = FileSet(checkpoint.paths, checkpoint.made, open_file)
+        self._files = FileSet(checkpoint.paths, checkpoint.virtual, open_file)
         _THREADS.open()
         try:
             self._build(options)
@@ -177,14 +179,14 @@ class Engine:
                 has_cache=lambda model: memory_of(model) is not None,
             ),
         )
-        self._files.add(shell.made_path, shell.made)
+        self._files.add(shell.virtual_path, shell.virtual)
         self.model = shell.model
         # The output embeddings, where they are given only the rows that need logits.
         self._head = self.model.get_output_embeddings() if "logits_to_keep" in parameters_of(self.model) else None
         self.steps = shell.steps
         self.attention_mode = shell.attention_mode
-        self.opening = shell.opening
-        look_ahead = LookAhead(shell.experts, checkpoint.number("expert_used_count", 1), self.kernels)
+        self.decoder_start_ids = shell.decoder_start_ids
+        expert_predictor = ExpertPredictor(shell.experts, checkpoint.number("expert_used_count", 1), self.kernels)
         if callable(options):
             options = options(shell)
         self._options = options
@@ -196,13 +198,13 @@ class Engine:
                 hint="use a file that an older version of llama.cpp converted, or the model's folder",
             )
         unpacked = {tensor.name for matrix in latent for tensor in matrix.tensors}
-        settle = partial(self._repack, options, unpacked) if options.repacked_types else None
-        self._again = [step for step in shell.steps if not step.once]  # of a pass that takes up a text
-        self.stream = self._make_stream(self._again, options, options.slots, options.lent_slots, settle)
+        on_pinned = partial(self._repack, options, unpacked) if options.repacked_types else None
+        self._again = [step for step in shell.steps if not step.prefill_only]  # of a pass that takes up a text
+        self.stream = self._make_stream(self._again, options, options.slots, options.decode_only_slots, on_pinned)
         if len(self._again) < len(shell.steps):
-            once = [step for step in shell.steps if step.once]
-            self._make_stream(once, options, options.opening_slots or options.slots, 0, None)
-        self.experts = self._make_experts(shell, options, look_ahead)
+            once = [step for step in shell.steps if step.prefill_only]
+            self._make_stream(once, options, options.prefill_only_slots or options.slots, 0, None)
+        self.experts = self._make_experts(shell, options, expert_predictor)
         if not (self.stream.layout.reads_always or (self.experts is not None and self.experts.stream.reads_always)):
             self.kernels.spin()
         self._order: Sequence[Step] = self.steps  # of the pass in progress
@@ -212,8 +214,8 @@ class Engine:
         steps: Sequence[Step],
         options: StreamOptions,
         slots: int,
-        lent_slots: int,
-        settle: Callable[[WeightSlice, Tensor], WeightSlice] | None,
+        decode_only_slots: int,
+        on_pinned: Callable[[WeightSlice, Tensor], WeightSlice] | None,
     ) -> WeightStream:
         """The weights of these steps of every pass, in order."""
         linears = [step for step in steps if isinstance(step, LinearStep)]
@@ -222,22 +224,24 @@ class Engine:
             options.pinned_rows,
             options.unit_bytes,
             options.pinned_read_bytes,
-            options.lent_rows,
+            options.decode_pinned_rows,
         )
         stream = WeightStream(
             layout,
             slots=slots,
-            lent_slots=lent_slots,
+            decode_only_slots=decode_only_slots,
             readers=options.readers,
             file_of=self._files.__getitem__,
             spans=self.trace,
-            settle=settle,
+            on_pinned=on_pinned,
         )
         self._streams.append(stream)
         self._places |= {step: (stream, visit) for visit, step in enumerate(linears)}
         return stream
 
-    def _make_experts(self, shell: Shell, options: StreamOptions, look_ahead: LookAhead) -> ExpertRunner | None:
+    def _make_experts(
+        self, shell: Shell, options: StreamOptions, expert_predictor: ExpertPredictor
+    ) -> ExpertRunner | None:
         if not shell.experts:
             return None
         for packed in shell.experts:
@@ -256,7 +260,7 @@ class Engine:
             file_of=self._files.__getitem__,
             spans=self.trace,
         )
-        return ExpertRunner(stream, self.kernels, self.trace, look_ahead)
+        return ExpertRunner(stream, self.kernels, self.trace, expert_predictor)
 
     def __enter__(self) -> "Engine":
         return self
@@ -305,7 +309,7 @@ class Engine:
     def new_cache(self, capacity: int, bits: int = 16) -> "KVCache | NativeCache":
         """An empty cache for one sequence of at most `capacity` tokens, with keys and values in 16 or 8 bits."""
         if self.attention_mode == "native":
-            return NativeCache(self.model, capacity, len(self.opening))
+            return NativeCache(self.model, capacity, len(self.decoder_start_ids))
         return KVCache(self.layers, capacity, bits)
 
     @property
@@ -337,7 +341,7 @@ class Engine:
         self._chunks = [len(rows.tokens) for rows in batch if not rows.is_row_invariant]
         self._share_cores(self._rows - self._invariant_rows)
         self._broken_off = True  # should an interrupt come while memory is lent
-        self._lend()
+        self._reuse_prefill_memory()
         self._broken_off = False
         before, start = self._counted(), time.perf_counter()
         self._begin(self.steps)
@@ -370,7 +374,7 @@ class Engine:
                 kernel_s=after.kernel_s - before.kernel_s,
                 expert_read_bytes=after.experts.read_bytes - before.experts.read_bytes,
                 expert_hits=after.experts.hits - before.experts.hits,
-                expert_ahead=after.experts.ahead - before.experts.ahead,
+                expert_prefetched=after.experts.ahead - before.experts.ahead,
                 expert_misses=after.experts.misses - before.experts.misses,
                 expert_wasted_bytes=after.experts.wasted_bytes - before.experts.wasted_bytes,
             )
@@ -464,18 +468,20 @@ class Engine:
             experts,
         )
 
-    def _lend(self) -> None:
+    def _reuse_prefill_memory(self) -> None:
         """Between prompts, their memory holds weights. Only if the system has really got it back from the allocator."""
         options, stream = self._options, self.stream
-        lends = self._rows <= options.lent_up_to_rows and self._rows - self._invariant_rows <= DECODE_MAX_ROWS
-        if lends and self._lends is None and stream.lendable_bytes:  # once after a prompt: collecting takes a while
+        lends = self._rows <= options.decode_pinned_max_rows and self._rows - self._invariant_rows <= DECODE_MAX_ROWS
+        if (
+            lends and self._reuses_prefill_memory is None and stream.reusable_prefill_bytes
+        ):  # once after a prompt: collecting takes a while
             self.kernels.release()
             release_unused()
             limit = options.memory_limit_bytes
-            self._lends = limit is None or resident_bytes() + stream.lendable_bytes <= limit
+            self._reuses_prefill_memory = limit is None or resident_bytes() + stream.reusable_prefill_bytes <= limit
         if not lends:
-            self._lends = None
-        stream.lend(bool(self._lends))
+            self._reuses_prefill_memory = None
+        stream.reuse_prefill_memory(bool(self._reuses_prefill_memory))
 
     def _share_cores(self, shared_rows: int) -> None:
         """torch's small operations stay on one core while ggml works, whose threads may wait by spinning on all of them."""
@@ -509,7 +515,7 @@ class Engine:
         return torch.cat(parts)
 
     def _begin(self, order: Sequence[Step]) -> None:
-        self._order, self._step, self._visited = order, 0, 0
+        self._order, self._step, self._steps_done = order, 0, 0
 
     def _forward_in_order(self, batch: Sequence[Rows], starts: Sequence[int]) -> torch.Tensor:
         """Exact rows first, as the kernels want them; the logits in the order of the batch."""
@@ -600,7 +606,7 @@ class Engine:
         """The visit of a step: products with what is pinned and with what comes."""
         rows = rows.view(rows.shape)  # the kernels keep what they make of activations as long as these live
         chunks = self._chunks if invariant < rows.shape[0] else ()
-        self._visit(step, lambda pieces: self.kernels.multiply(rows, pieces, outputs, invariant, chunks))
+        self._use_weights(step, lambda pieces: self.kernels.multiply(rows, pieces, outputs, invariant, chunks))
         if self._inspects:
             for tensor, output in zip(step.tensors, outputs, strict=True):
                 self._inspect(tensor.name, rows, [output])
@@ -637,10 +643,10 @@ class Engine:
                 function(out, rows, *others)
         return out.view(x.shape)
 
-    def _visit(self, step: LinearStep, use: Callable[[Batch], None]) -> None:
+    def _use_weights(self, step: LinearStep, use: Callable[[Batch], None]) -> None:
         """`use` the weights of a step, batch after batch as they come."""
         stream, visit = self._places[step]
-        for pieces in stream.visit(visit):
+        for pieces in stream.weights_of(visit):
             start = time.perf_counter()
             use(pieces)
             end = time.perf_counter()
@@ -651,9 +657,9 @@ class Engine:
 
     def _tell(self) -> None:
         """Another step of the pass is done."""
-        self._visited += 1
-        if self.on_visit is not None:
-            self.on_visit(self._visited, len(self._order))
+        self._steps_done += 1
+        if self.on_progress is not None:
+            self.on_progress(self._steps_done, len(self._order))
 
     def _unexpanded(
         self, layer: Any, vectors: torch.Tensor, rotated: torch.Tensor
@@ -672,7 +678,7 @@ class Engine:
             self._plain = torch.empty(sum(sizes))
         flat = torch.split(self._plain[: sum(sizes)], sizes)
         outputs = [one.view(tensor.outputs, -1) for one, tensor in zip(flat, step.tensors, strict=True)]
-        self._visit(step, lambda pieces: self.kernels.unpack_all(pieces, outputs))
+        self._use_weights(step, lambda pieces: self.kernels.unpack_all(pieces, outputs))
         found = dict(zip((tensor.name for tensor in step.tensors), outputs, strict=True))
         return self._attention.take(layer, split_kv_b(layer, linear.matrix, found), vectors, rotated)
 

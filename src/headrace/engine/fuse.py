@@ -24,7 +24,7 @@ _aten = torch.ops.aten
 _COMBINING = {_aten.add.out: "add", _aten.sub.out: "sub", _aten.mul.out: "mul", _aten.div.out: "div"}
 
 
-class _Visit(NamedTuple):
+class _FusedMatmul(NamedTuple):
     """A product within a chain: whose weights were where when it was linked."""
 
     step: LinearStep
@@ -82,14 +82,14 @@ class Fuser:
 
     def _weights(self, step: LinearStep) -> Batch | None:
         stream, place = self._owner.place(step)
-        return stream.whole(place)
+        return stream.resident_batch(place)
 
     def _fused(self, run: list[Call]) -> list[Call]:
         done: list[Call] = []
         while len(run) > 1 and any(call.function == self._multiply for call in run):
             graph, parts = self._kernels.fused_graph(sum(map(self._operations, run))), FusedInputs()
             count = next((i for i, call in enumerate(run) if not self._add(graph, call, parts)), len(run))
-            if parts.visits and count > 1:
+            if parts.matmuls and count > 1:
                 graph.finalize(self._kernels.row_invariant)
                 done.append(Call(FusedCall(run[:count], graph, parts, self._owner), (), {}))
             else:
@@ -135,13 +135,13 @@ class Fuser:
         _: int,
     ) -> bool:
         stream, place = self._owner.place(step)
-        weights = stream.whole(place)
+        weights = stream.resident_batch(place)
         if weights is None or len(x) != 1:
             return False
         cached = self._kernels.cached_matmul(x, weights, outputs)
         if cached is None:
             return False
-        parts.visits.append(_Visit(step, stream, place, weights))
+        parts.matmuls.append(_FusedMatmul(step, stream, place, weights))
         return graph.multiply(cached.graph.parts, cached.operands)
 
     def _add_attention(
@@ -204,7 +204,7 @@ class FusedInputs:
     """What of a chain is looked at before it is computed."""
 
     def __init__(self) -> None:
-        self.visits: list[_Visit] = []
+        self.matmuls: list[_FusedMatmul] = []
         self.attentions: list[_Attended] = []
 
 
@@ -216,18 +216,18 @@ class FusedCall:
         self._graph = graph
         self._parts = parts
         self._owner = owner
-        self._steps = [visit.step for visit in parts.visits]
+        self._steps = [visit.step for visit in parts.matmuls]
 
     def __call__(self) -> None:
         """Do what the run does."""
         # Weights may have been read again, to be sure that they are whole; a cache may be of another kind.
-        same = all(stream.whole(place) is weights for _, stream, place, weights in self._parts.visits)
+        same = all(stream.resident_batch(place) is weights for _, stream, place, weights in self._parts.matmuls)
         if not same or not all(one.prepare() for one in self._parts.attentions):
             for function, arguments, named in self._run:
                 function(*arguments, **named)
             return
         start = time.perf_counter()
-        for visit in self._parts.visits:
-            visit.stream.skip(visit.place)
+        for visit in self._parts.matmuls:
+            visit.stream.advance(visit.place)
         self._graph.compute()
         self._owner.record_fused(self._steps, start, time.perf_counter())

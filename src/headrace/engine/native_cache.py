@@ -25,15 +25,15 @@ _MEMORIES = ("cache_params", "past_key_values", "state")
 class NativeCache:
     """Speaks as `KVCache` does to those who schedule: a length, a capacity, and how to forget."""
 
-    def __init__(self, model: PreTrainedModel, capacity: int, opening: int = 0):
-        """`opening`: of the first pass so many tokens, its last, are the decoder's, and the others the encoder's; 0: there is
+    def __init__(self, model: PreTrainedModel, capacity: int, decoder_start_tokens: int = 0):
+        """`decoder_start_tokens`: of the first pass so many tokens, its last, are the decoder's, and the others the encoder's; 0: there is
         none."""
         self.type = "F32"  # as the model itself keeps it
         self.whole = memory_of(model) is None
         self.accepts_multiple_rows = self.whole or not has_recurrent_state(
             model
         )  # several rows may follow what it has seen
-        self.opening = opening
+        self.decoder_start_tokens = decoder_start_tokens
         self.encoded: Any = None  # what the encoder made of its tokens
         self.capacity = capacity
         self.length = 0
@@ -44,9 +44,9 @@ class NativeCache:
         self._in_modules: list[Any] = [None] * len(self._places)
 
     def rows(self, count: int) -> int:
-        """How many rows a pass computes that adds so many tokens; those of a short opening after an encoder's not counted."""
+        """How many rows a pass computes that adds so many tokens; those of a short decoder_start_tokens after an encoder's not counted."""
         if not self.length:
-            return count - self.opening
+            return count - self.decoder_start_tokens
         return self._tokens.shape[1] + count if self.whole else count
 
     def given(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class NativeCache:
             return
         plain = type(self.states) is DynamicCache and all(type(layer) is DynamicLayer for layer in self.states.layers)
         plain = plain and not self._places
-        if length and self.whole and not self.opening:
+        if length and self.whole and not self.decoder_start_tokens:
             self._tokens, self.length = self._tokens[:, :length], length
         elif length and plain:
             self.states.crop(length - self.length)
@@ -183,11 +183,11 @@ def arguments_for(model: PreTrainedModel, cache: NativeCache, tokens: torch.Tens
     """Arguments of a forward over new tokens (1, rows) of one sequence. An encoder runs here, when the sequence begins."""
     known, memory = parameters_of(model), memory_of(model)
     arguments: dict[str, Any] = {"use_cache": False} if memory is None else {memory: cache.states, "use_cache": True}
-    if cache.opening and cache.encoded is None:
-        cache.encoded = model.get_encoder()(input_ids=tokens[:, : -cache.opening])
-        tokens = tokens[:, -cache.opening :]
+    if cache.decoder_start_tokens and cache.encoded is None:
+        cache.encoded = model.get_encoder()(input_ids=tokens[:, : -cache.decoder_start_tokens])
+        tokens = tokens[:, -cache.decoder_start_tokens :]
     given = cache.given(tokens)
-    if cache.opening:
+    if cache.decoder_start_tokens:
         return arguments | {"encoder_outputs": cache.encoded, "decoder_input_ids": given}
     if "position_ids" in known:
         last = cache.length + tokens.shape[1]
@@ -197,7 +197,7 @@ def arguments_for(model: PreTrainedModel, cache: NativeCache, tokens: torch.Tens
 
 def trial_of(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """Arguments of two forwards: the beginning of a text, and its next token."""
-    cache = NativeCache(model, 4, opening=int(model.config.is_encoder_decoder))
-    for count in (3 if cache.opening else 2, 1):
+    cache = NativeCache(model, 4, decoder_start_tokens=int(model.config.is_encoder_decoder))
+    for count in (3 if cache.decoder_start_tokens else 2, 1):
         yield arguments_for(model, cache, torch.zeros((1, count), dtype=torch.long))
         cache.length += count

@@ -25,7 +25,7 @@ class PassStats:
     accepted: int = 0  # of those
     expert_read_bytes: int = 0  # of `read_bytes`
     expert_hits: int = 0  # experts that a layer needed and found in memory
-    expert_ahead: int = 0  # that were read ahead
+    expert_prefetched: int = 0  # that were read ahead
     expert_misses: int = 0
     expert_wasted_bytes: int = 0  # read ahead and not needed
 

@@ -320,7 +320,7 @@ class Kernels:
 
     def _k_splits(self, x: torch.Tensor, piece: WeightSlice, output: torch.Tensor) -> None:
         """MatmulGraph with the slabs of a piece, added up one after another: the sum does not depend on the cuts."""
-        width = piece.slab_columns
+        width = piece.k_split_columns
         for index, slab in enumerate(piece.k_splits()):
             number = piece.first // piece.k_split_rows + index
             part = output if number == 0 else torch.empty_like(output)
@@ -343,7 +343,7 @@ class Kernels:
         parts = [slice(last - count, last) for count, last in zip(chunks, accumulate(chunks), strict=True)]
         parts = parts or [slice(None)]
         if piece.k_split_rows:
-            width = piece.slab_columns
+            width = piece.k_split_columns
             for index, slab in enumerate(piece.k_splits()):
                 number = piece.first // piece.k_split_rows + index
                 self._unpacked(x[:, number * width : (number + 1) * width], slab, output, parts, add=number > 0)

@@ -69,7 +69,7 @@ class ReferenceKernels:
                 )
                 continue
             for index, slab in enumerate(piece.k_splits()):
-                number, width = piece.first // piece.k_split_rows + index, piece.slab_columns
+                number, width = piece.first // piece.k_split_rows + index, piece.k_split_columns
                 part = multiply(x[:, number * width : (number + 1) * width], slab.type, slab.address, slab.rows)
                 outputs[i][:] = part if number == 0 else outputs[i] + part
 

@@ -63,7 +63,7 @@ def unpack_pieces(
     """For every (i, piece), fill its part of `outputs[i]` (rows, columns) by `unpack` (type, address, rows, columns)."""
     for i, piece in pieces:
         if piece.k_split_rows:
-            width = piece.slab_columns
+            width = piece.k_split_columns
             for number, slab in enumerate(piece.k_splits(), piece.first // piece.k_split_rows):
                 outputs[i][:, number * width : (number + 1) * width] = unpack(slab.type, slab.address, slab.rows, width)
         else:

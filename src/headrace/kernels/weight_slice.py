@@ -19,7 +19,7 @@ class WeightSlice:
     first: int
     repacked: int | None = None  # address in ggml's repacked layout: a copy's, or its own
     k_split_rows: int = 0
-    slab_columns: int = 0
+    k_split_columns: int = 0
 
     @property
     def repacked_in_place(self) -> bool:
@@ -28,6 +28,6 @@ class WeightSlice:
 
     def k_splits(self) -> "Iterator[WeightSlice]":
         """Each slab as a matrix of its own."""
-        nbytes = self.k_split_rows * row_bytes(self.type, self.slab_columns)
+        nbytes = self.k_split_rows * row_bytes(self.type, self.k_split_columns)
         for index in range(self.rows // self.k_split_rows):
             yield WeightSlice(self.type, self.k_split_rows, self.address + index * nbytes, 0)

@@ -173,7 +173,7 @@ def _model_type(checkpoint: Checkpoint) -> str:
     return MODEL_TYPES.get(checkpoint.architecture, checkpoint.architecture)
 
 
-def opening_of(checkpoint: Checkpoint) -> tuple[int, ...]:
+def decoder_start_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """The tokens that a decoder begins with when an encoder reads the prompt; none where there is no encoder.
 
     Raises:

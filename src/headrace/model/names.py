@@ -39,8 +39,8 @@ Read = Callable[[Tensor], torch.Tensor]  # a small tensor whole, in its shape: f
 class Names(Protocol):
     """Finds the stored form of a model's parameters, by the parameters' names."""
 
-    made_path: str
-    made: list[tuple[Tensor, Encoding]]  # tensors on that path, made from stored ones when they are read
+    virtual_path: str
+    virtual: list[tuple[Tensor, Encoding]]  # tensors on that path, made from stored ones when they are read
 
     def __contains__(self, parameter: str) -> bool:
         """Whether the checkpoint has it."""
@@ -76,16 +76,16 @@ class _Made:
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
-        self.made_path = f"{checkpoint.path}[transposed]"
-        self.made: list[tuple[Tensor, Encoding]] = []
+        self.virtual_path = f"{checkpoint.path}[transposed]"
+        self.virtual: list[tuple[Tensor, Encoding]] = []
         self._made: dict[tuple[str, int], Tensor] = {}
         self._offset = 0
 
     def _transposed(self, tensor: Tensor) -> Matrix:
         key = (tensor.path, tensor.offset)
         if key not in self._made:
-            made, encoding = transposed(tensor, self.made_path, self._offset)
-            self.made.append((made, encoding))
+            made, encoding = transposed(tensor, self.virtual_path, self._offset)
+            self.virtual.append((made, encoding))
             self._offset += -(-made.nbytes // 4096) * 4096
             self._made[key] = made
         made = self._made[key]

@@ -24,7 +24,7 @@ class LinearStep:
 
     linears: tuple[PackedLinear, ...]
     # Asked for when a text begins, and not when it goes on: an encoder, and what is made of its results.
-    once: bool = False
+    prefill_only: bool = False
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -38,7 +38,7 @@ class ExpertStep:
     """A layer's routed experts."""
 
     experts: PackedExperts
-    once: bool = False
+    prefill_only: bool = False
 
 
 Step: TypeAlias = LinearStep | ExpertStep
@@ -108,7 +108,7 @@ def _told_apart(first: Sequence[Step], later: Sequence[Step]) -> tuple[Step, ...
     left = [_members(step) for step in reversed(later)]
     for step in first:
         again = bool(left) and _members(step) == left[-1]
-        found.append(step if again else replace(step, once=True))
+        found.append(step if again else replace(step, prefill_only=True))
         if again:
             left.pop()
     if left:

@@ -23,7 +23,7 @@ from headrace.checkpoint.encodings import Encoding
 from headrace.checkpoint.tensor import Slice
 from headrace.errors import CheckpointError, HeadraceError, UnsupportedError
 from headrace.limits import explained
-from headrace.model.config import make_config, opening_of
+from headrace.model.config import decoder_start_ids, make_config
 from headrace.model.matrix import Matrix, below_one_another
 from headrace.model.mixtures import Mixture, Stack, adopt_mixtures, mixture_of
 from headrace.model.names import Names, names_of, tied_to
@@ -61,9 +61,11 @@ class Shell:
         tuple[int, int], ...
     ]  # heads and numbers kept of a position, by layer; empty: the model keeps them itself
     has_cache: bool  # whether a pass that adds tokens computes these alone; False: all anew
-    opening: tuple[int, ...]  # the tokens of a prompt that are the decoder's, where an encoder reads the others
-    made_path: str
-    made: Sequence[tuple[Tensor, Encoding]]  # tensors on that path, besides the checkpoint's own
+    decoder_start_ids: tuple[
+        int, ...
+    ]  # the tokens of a prompt that are the decoder's, where an encoder reads the others
+    virtual_path: str
+    virtual: Sequence[tuple[Tensor, Encoding]]  # tensors on that path, besides the checkpoint's own
 
     @property
     def experts(self) -> tuple[PackedExperts, ...]:
@@ -81,12 +83,12 @@ class Shell:
     @property
     def linears(self) -> tuple[Tensor, ...]:
         """What every pass multiplies, each tensor once."""
-        return _tensors(step for step in self.steps if not step.once)
+        return _tensors(step for step in self.steps if not step.prefill_only)
 
     @property
-    def opening_linears(self) -> tuple[Tensor, ...]:
+    def prefill_only_linears(self) -> tuple[Tensor, ...]:
         """What only a pass multiplies that begins a text."""
-        return _tensors(step for step in self.steps if step.once)
+        return _tensors(step for step in self.steps if step.prefill_only)
 
 
 def _tensors(steps: Iterable[Step]) -> tuple[Tensor, ...]:
@@ -141,9 +143,9 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
         attention_mode=attention_mode,
         cached=hooks.cached() if attention_mode == "packed" else (),
         has_cache=attention_mode != "native" or hooks.has_cache(model),
-        opening=opening_of(checkpoint),
-        made_path=names.made_path,
-        made=names.made,
+        decoder_start_ids=decoder_start_ids(checkpoint),
+        virtual_path=names.virtual_path,
+        virtual=names.virtual,
     )
 
 

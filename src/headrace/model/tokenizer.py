@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias
 from headrace.checkpoint import Checkpoint
 from headrace.errors import UsageError
 from headrace.model.chat_template import ChatTemplate, checked_text
-from headrace.model.config import opening_of
+from headrace.model.config import decoder_start_ids
 from headrace.model.folder_vocabulary import FolderVocabulary
 from headrace.model.gguf_vocabulary import GgufVocabulary
 from headrace.model.text_stream import TextStream
@@ -73,7 +73,7 @@ class Tokenizer:
         self.end_ids, self.bos_id = self._vocabulary.end_ids, self._vocabulary.bos_id
         self.adds_bos = self._vocabulary.adds_bos
         self._bos = self._vocabulary.special_token_texts.get("bos_token", "")
-        self.opening = opening_of(checkpoint)
+        self.decoder_start_ids = decoder_start_ids(checkpoint)
         if self.has_chat_template:
             self.chat_template.start()
         gc.collect()
@@ -91,7 +91,7 @@ class Tokenizer:
         text = checked_text(text)
         if not special:
             return self._vocabulary.plain(text)
-        return self._vocabulary.complete(text) if self.opening else self._vocabulary.raw(text)
+        return self._vocabulary.complete(text) if self.decoder_start_ids else self._vocabulary.raw(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without control tokens."""
@@ -143,17 +143,17 @@ class Tokenizer:
             return self.chat(prompt)
         if raw or not self.has_chat_template:
             ids = self.encode(prompt)
-            return [*ids, *self.opening] if ids else []
+            return [*ids, *self.decoder_start_ids] if ids else []
         return self.chat([{"role": "user", "content": prompt}])
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the file says how a conversation is written. For an encoder there are no conversations, only texts."""
-        return self._vocabulary.template is not None and not self.opening
+        return self._vocabulary.template is not None and not self.decoder_start_ids
 
     def check_chat(self) -> None:
         """Raise `UsageError` unless there can be a conversation."""
-        if self.opening:
+        if self.decoder_start_ids:
             raise UsageError(
                 f"{self._path} turns one text into another and holds no conversations: an encoder reads the prompt",
                 hint="give the whole task as a text, such as `translate English to German: ...`",

@@ -46,4 +46,4 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
 def _stored_bytes(shape: Shape) -> float:
     """Bytes of the weights as the file holds them: other programs multiply them so."""
     experts = 0.0 if shape.experts is None else shape.experts.nbytes * shape.experts.read_share
-    return shape.weights_bytes * shape.read_share + shape.opening_bytes + experts
+    return shape.weights_bytes * shape.read_share + shape.prefill_only_bytes + experts

@@ -17,7 +17,7 @@ READ_LATENCY_S = (
     150e-6  # of one request of 2 MiB to a solid-state disk, before its bytes come: guessed, and hidden by the readers
 )
 
-LAYERS_AHEAD = 2  # whose experts are read (`engine.look_ahead`)
+LAYERS_AHEAD = 2  # whose experts are read (`engine.expert_predictor`)
 
 
 def pass_units(plan: Plan, rows: int) -> list[Unit]:
@@ -29,7 +29,7 @@ def pass_units(plan: Plan, rows: int) -> list[Unit]:
         rate = row_invariant_rate(profile, weights, tensor.type, rows)
         repacked = tensor.type in plan.repacked_types
         pinned_rate = profile.kernel(tensor.type, rows, repacked=True) if repacked else rate
-        pinned, lent = plan.pinned_rows[tensor.name], plan.lent_rows.get(tensor.name, 0)
+        pinned, lent = plan.pinned_rows[tensor.name], plan.decode_pinned_rows.get(tensor.name, 0)
         held_s = tensor.columns * (pinned / pinned_rate + lent / rate)
         left = tensor.rows - pinned - lent
         streamed = left * tensor.row_bytes
@@ -48,7 +48,7 @@ def pass_units(plan: Plan, rows: int) -> list[Unit]:
 def _with_experts(units: Sequence[Unit], plan: Plan, experts: Experts, rows: int) -> Iterator[Unit]:
     """After each layer's share of the units what the layer misses of its experts, and their compute.
 
-    Most are foreseen (`engine.look_ahead`); for the others the layer waits.
+    Most are foreseen (`engine.expert_predictor`); for the others the layer waits.
     """
     read_s = experts.missed_bytes(rows) / experts.layers / plan.disk_bytes_per_s
     compute_s = expert_seconds(plan.profile, experts, rows, plan.weights.row_invariant) / experts.layers

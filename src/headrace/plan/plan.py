@@ -52,15 +52,15 @@ class Plan:
     weights_bytes: int
     pinned_rows: Mapping[str, int]
     pinned_bytes: int
-    lent_rows: Mapping[str, int]
-    lent_bytes: int  # pinned as well while no prompt needs the memory
+    decode_pinned_rows: Mapping[str, int]
+    decode_pinned_bytes: int  # pinned as well while no prompt needs the memory
     streamed_bytes_per_pass: int
-    opening_bytes: int  # of these weights, what only a pass needs that begins a text: an encoder
+    prefill_only_bytes: int  # of these weights, what only a pass needs that begins a text: an encoder
     streamed_bytes_per_prompt: int  # of these, in that pass
     unit_bytes: int
     ring_slots: int
-    lent_slots: int  # of these, what the ring has only while no prompt needs the memory
-    opening_slots: int  # of a second ring, for an encoder
+    decode_only_slots: int  # of these, what the ring has only while no prompt needs the memory
+    prefill_only_slots: int  # of a second ring, for an encoder
     ring_bytes: int
     readers: int
     threads: int
@@ -96,7 +96,7 @@ class Plan:
     @property
     def held_bytes(self) -> int:
         """Weights in memory while tokens are decoded."""
-        return self.pinned_bytes + self.lent_bytes
+        return self.pinned_bytes + self.decode_pinned_bytes
 
     @property
     def decode(self) -> PassCost:
@@ -111,7 +111,7 @@ class Plan:
     @property
     def pass_bytes(self) -> int:
         """Bytes of the weights that every pass multiplies."""
-        return self.weights_bytes - self.opening_bytes
+        return self.weights_bytes - self.prefill_only_bytes
 
     @property
     def binding(self) -> str:
@@ -180,7 +180,7 @@ class Plan:
                 "floor_bytes": self.floor_bytes,
                 "weights_bytes": self.weights_bytes,
                 "pinned_bytes": self.pinned_bytes,
-                "lent_bytes": self.lent_bytes,
+                "decode_pinned_bytes": self.decode_pinned_bytes,
                 "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
                 "streamed_bytes_per_prompt": self.streamed_bytes_per_prompt,
                 "ring_bytes": self.ring_bytes,
@@ -253,13 +253,13 @@ def plan_for(
             drafting.acceptance_rate, request.max_draft_tokens, request.sequences, draft_token_s, cost
         )
         cold = weights if experts is None else replace(weights, experts=experts.with_cached(0))
-        decoded = 1 if shape.opening else min(rows, request.prompt_rows)
+        decoded = 1 if shape.prefill_only else min(rows, request.prompt_rows)
         first = pass_cost(profile, disk, shape.weights_bytes, cold, shape.layers, decoded)
-        if shape.opening:
-            read = replace(weights, plain=shape.opening_weights, repacked={}, experts=None)
+        if shape.prefill_only:
+            read = replace(weights, plain=shape.prefill_only_weights, repacked={}, experts=None)
             layers = checkpoint.number("block_count")
-            first += pass_cost(profile, disk, shape.opening_bytes, read, layers, request.prompt_rows)
-        later = pass_cost(profile, disk, room.streamed + room.lent, weights, shape.layers, rows)
+            first += pass_cost(profile, disk, shape.prefill_only_bytes, read, layers, request.prompt_rows)
+        later = pass_cost(profile, disk, room.streamed + room.decode_pinned, weights, shape.layers, rows)
         ttft = first.seconds + (passes - 1) * later.seconds
         answers = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
         return _Outlook(weights, decode_prediction, first, ttft, ttft + answers * decode_prediction.s_per_token)
@@ -287,19 +287,19 @@ def plan_for(
         type_bits=8 * shape.all_bytes / shape.weights_count,
         budget=budget,
         floor_bytes=room.floor,
-        weights_bytes=shape.weights_bytes + shape.opening_bytes,
+        weights_bytes=shape.weights_bytes + shape.prefill_only_bytes,
         pinned_rows=room.pinned_rows,
         pinned_bytes=room.pinned,
-        lent_rows=room.lent_rows,
-        lent_bytes=room.lent,
+        decode_pinned_rows=room.decode_pinned_rows,
+        decode_pinned_bytes=room.decode_pinned,
         streamed_bytes_per_pass=room.streamed,
-        opening_bytes=shape.opening_bytes,
-        streamed_bytes_per_prompt=room.opening_streamed,
+        prefill_only_bytes=shape.prefill_only_bytes,
+        streamed_bytes_per_prompt=room.prefill_only_streamed,
         unit_bytes=UNIT_BYTES,
         ring_slots=room.slots,
-        opening_slots=room.opening_slots,
-        lent_slots=room.lent_slots,
-        ring_bytes=(room.slots - room.lent_slots + room.opening_slots) * room.slot,
+        prefill_only_slots=room.prefill_only_slots,
+        decode_only_slots=room.decode_only_slots,
+        ring_bytes=(room.slots - room.decode_only_slots + room.prefill_only_slots) * room.slot,
         readers=READERS,
         threads=profile.threads,
         bf16_many_rows=profile.bf16_pays,
@@ -333,10 +333,10 @@ def plan_for(
 
 
 def _rings(room: Division) -> str:
-    slots = room.slots + room.opening_slots
+    slots = room.slots + room.prefill_only_slots
     if not slots:
         return "everything is pinned, no ring"
-    apart = f", {room.opening_slots} of them for what is read once per prompt" if room.opening_slots else ""
+    apart = f", {room.prefill_only_slots} of them for what is read once per prompt" if room.prefill_only_slots else ""
     return f"{slots} ring slots of {gib(room.slot)}{apart}"
 
 

@@ -52,15 +52,15 @@ class Division:
     activations: int
     prefill_rows: int
     slots: int
-    lent_slots: int  # of these, in the memory of prompts
-    opening_slots: int  # of a ring for what is multiplied once for a prompt
+    decode_only_slots: int  # of these, in the memory of prompts
+    prefill_only_slots: int  # of a ring for what is multiplied once for a prompt
     slot: int
     pinned_rows: Mapping[str, int]
     pinned: int
-    lent_rows: Mapping[str, int]  # behind the pinned ones, in the memory of prompts while there is none
-    lent: int
+    decode_pinned_rows: Mapping[str, int]  # behind the pinned ones, in the memory of prompts while there is none
+    decode_pinned: int
     streamed: int  # per pass that decodes
-    opening_streamed: int  # once for a prompt
+    prefill_only_streamed: int  # once for a prompt
     expert_slots: int
     spare: int  # left over when everything is pinned
 
@@ -81,11 +81,11 @@ def divide(
     runtime = runtime_bytes or profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BYTES_PER_TOKEN
     kv = shape.kv_bytes(request.context_tokens, request.kv_bits) * request.sequences
     draft_bytes = _draft_bytes(draft, request, known_runtime=runtime_bytes is not None) if draft is not None else 0
-    slot = UNIT_BYTES + max(tensor.row_bytes * tensor.row_multiple for tensor in (*shape.linears, *shape.opening))
+    slot = UNIT_BYTES + max(tensor.row_bytes * tensor.row_multiple for tensor in (*shape.linears, *shape.prefill_only))
     margin = MARGIN_BYTES + int(MARGIN_SHARE * budget.nbytes)
     base = runtime + shape.small_bytes + kv + draft_bytes + margin
     few_experts = _least_experts(shape.experts)
-    least_rings = LEAST_SLOTS * slot * (2 if shape.opening else 1)
+    least_rings = LEAST_SLOTS * slot * (2 if shape.prefill_only else 1)
     least = base - margin + MARGIN_BYTES + least_rings + few_experts
     decode_activations = _activations(shape, request, request.verify_rows, row_invariant=True)
     if shape.single_sequence:  # it takes its prompt whole
@@ -104,22 +104,26 @@ def divide(
     if budget.pinned_limit_bytes is not None:
         room = min(room, activations + _slots(budget.pinned_limit_bytes, slot) * slot + budget.pinned_limit_bytes)
     room -= activations
-    fits = room >= shape.weights_bytes + shape.opening_bytes + shape.page_slack_bytes
-    opening_slots = 0 if fits or not shape.opening else _slots(room // 2, slot)
-    left = room - opening_slots * slot
+    fits = room >= shape.weights_bytes + shape.prefill_only_bytes + shape.page_slack_bytes
+    prefill_only_slots = 0 if fits or not shape.prefill_only else _slots(room // 2, slot)
+    left = room - prefill_only_slots * slot
     slots = 0 if left >= shape.weights_bytes + shape.page_slack_bytes else _slots(left, slot)
-    to_lend = 0 if shape.opening else max(0, activations - decode_activations - KEPT_BYTES)
-    lent_slots = min(max(0, slots - PROMPT_SLOTS), to_lend // slot)
-    own_ring = (slots - lent_slots) * slot
+    reusable = 0 if shape.prefill_only else max(0, activations - decode_activations - KEPT_BYTES)
+    decode_only_slots = min(max(0, slots - PROMPT_SLOTS), reusable // slot)
+    own_ring = (slots - decode_only_slots) * slot
     pinned_rows = _pin(shape.linears, left - own_ring)
     pinned = _pinned_bytes(shape.linears, pinned_rows)
     if pinned == shape.weights_bytes:
-        slots = lent_slots = own_ring = 0
-    lent_rows = _lend(shape, pinned_rows, to_lend - lent_slots * slot) if slots and not shape.opening else {}
-    lent = sum(lent_rows.get(tensor.name, 0) * tensor.row_bytes for tensor in shape.linears)
+        slots = decode_only_slots = own_ring = 0
+    decode_pinned_rows = (
+        _pin_for_decode(shape, pinned_rows, reusable - decode_only_slots * slot)
+        if slots and not shape.prefill_only
+        else {}
+    )
+    lent = sum(decode_pinned_rows.get(tensor.name, 0) * tensor.row_bytes for tensor in shape.linears)
     # Every pass needs every byte of these, so the encoder gets what they leave.
-    opening_rows = _pin(shape.opening, left - own_ring - pinned - page_slack(shape.linears))
-    opening_pinned = _pinned_bytes(shape.opening, opening_rows)
+    opening_rows = _pin(shape.prefill_only, left - own_ring - pinned - page_slack(shape.linears))
+    opening_pinned = _pinned_bytes(shape.prefill_only, opening_rows)
     spare = room - pinned - opening_pinned - shape.page_slack_bytes if fits else 0
     expert_slots = 0
     if shape.experts is not None:  # every pass needs every byte of the trunk, but of the experts only some
@@ -133,15 +137,15 @@ def divide(
         activations=activations,
         prefill_rows=rows,
         slots=slots,
-        lent_slots=lent_slots,
-        opening_slots=opening_slots if opening_pinned < shape.opening_bytes else 0,
+        decode_only_slots=decode_only_slots,
+        prefill_only_slots=prefill_only_slots if opening_pinned < shape.prefill_only_bytes else 0,
         slot=slot,
         pinned_rows={**opening_rows, **pinned_rows},
         pinned=pinned + opening_pinned,
-        lent_rows=lent_rows,
-        lent=lent,
+        decode_pinned_rows=decode_pinned_rows,
+        decode_pinned=lent,
         streamed=shape.weights_bytes - pinned - lent,
-        opening_streamed=shape.opening_bytes - opening_pinned,
+        prefill_only_streamed=shape.prefill_only_bytes - opening_pinned,
         expert_slots=expert_slots,
         spare=spare,
     )
@@ -258,7 +262,7 @@ def _pin(tensors: Sequence[Tensor], room: int) -> dict[str, int]:
     return rows | {tensor.name: tensor.rows for tensor in tensors if tensor.name in whole}
 
 
-def _lend(shape: Shape, pinned_rows: Mapping[str, int], room: int) -> dict[str, int]:
+def _pin_for_decode(shape: Shape, pinned_rows: Mapping[str, int], room: int) -> dict[str, int]:
     """Rows behind the pinned ones that fit into so many bytes: the same share of all that streams."""
     rest = {tensor.name: tensor.rows - pinned_rows[tensor.name] for tensor in shape.linears}
     streamed = sum(rest[tensor.name] * tensor.row_bytes for tensor in shape.linears)

@@ -21,7 +21,7 @@ class Built:
     """What is known once the model has been built: which tensors a pass multiplies, and how it keeps what it has seen."""
 
     linears: tuple[Tensor, ...]
-    opening: tuple[Tensor, ...] = ()  # what only the beginning of a text multiplies
+    prefill_only: tuple[Tensor, ...] = ()  # what only the beginning of a text multiplies
     experts: Sequence[Sequence[Sequence[Slice]]]  # of every expert of every layer, its slices
     single_sequence: bool  # sequences do not share passes, and keys and values are kept in fp32
     cached: Sequence[tuple[int, int]] = ()  # of each layer, heads that keep keys and values, and numbers of a position
@@ -45,7 +45,7 @@ class Shape:
 
     checkpoint: Checkpoint
     linears: tuple[Tensor, ...]
-    opening: tuple[Tensor, ...]
+    prefill_only: tuple[Tensor, ...]
     experts: Experts | None
     small_bytes: int
     layers: int
@@ -77,7 +77,7 @@ class Shape:
     @property
     def weights_count(self) -> int:
         """Weights that are multiplied, experts included."""
-        dense = sum(self.weights.values()) + sum(self.opening_weights.values())
+        dense = sum(self.weights.values()) + sum(self.prefill_only_weights.values())
         return dense + (sum(self.experts.weights.values()) if self.experts is not None else 0)
 
     @property
@@ -86,14 +86,14 @@ class Shape:
         return sum(tensor.nbytes for tensor in self.linears)
 
     @property
-    def opening_bytes(self) -> int:
+    def prefill_only_bytes(self) -> int:
         """Bytes of what is multiplied once for a prompt."""
-        return sum(tensor.nbytes for tensor in self.opening)
+        return sum(tensor.nbytes for tensor in self.prefill_only)
 
     @property
     def all_bytes(self) -> int:
         """Bytes of both and of all experts."""
-        return self.weights_bytes + self.opening_bytes + (self.experts.nbytes if self.experts is not None else 0)
+        return self.weights_bytes + self.prefill_only_bytes + (self.experts.nbytes if self.experts is not None else 0)
 
     def kv_bytes(self, context_tokens: int, bits: int) -> int:
         """Keys and values of one sequence in all layers; in 8 bits each head has a scale beside them. And its states."""
@@ -115,7 +115,7 @@ class Shape:
     @property
     def page_slack_bytes(self) -> int:
         """What pinned rows may take beside their own bytes, because reads begin and end at pages."""
-        return page_slack(self.linears) + page_slack(self.opening)
+        return page_slack(self.linears) + page_slack(self.prefill_only)
 
     @property
     def weights(self) -> dict[str, int]:
@@ -123,16 +123,16 @@ class Shape:
         return _by_type(self.linears)
 
     @property
-    def opening_weights(self) -> dict[str, int]:
+    def prefill_only_weights(self) -> dict[str, int]:
         """Weights that are multiplied once for a prompt, by type."""
-        return _by_type(self.opening)
+        return _by_type(self.prefill_only)
 
 
 def stored_share(checkpoint: Checkpoint, used: Sequence[tuple[Tensor, int]]) -> float:
     """Bytes that are stored, and read, for each byte of these tensors, of which so many are used."""
     stored = {
         tensor.name: sum(count for _, _, count in encoding.reads(0, tensor.rows)) / tensor.nbytes
-        for made in checkpoint.made.values()
+        for made in checkpoint.virtual.values()
         for tensor, encoding in made
     }
     read = sum(nbytes * stored.get(tensor.name, 1.0) for tensor, nbytes in used)
@@ -181,7 +181,7 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     stacks = expert_tensors(checkpoint)
     named = {tensor.name for layer in stacks.values() for tensor in layer} | _unused(checkpoint)
     linears = built.linears if built is not None else _linears(checkpoint, named)
-    opening = built.opening if built is not None else ()
+    opening = built.prefill_only if built is not None else ()
     if built is None and checkpoint.has_encoder:
         opening = tuple(tensor for tensor in linears if _OPENING.search(tensor.name))
         linears = tuple(tensor for tensor in linears if not _OPENING.search(tensor.name))
@@ -224,7 +224,7 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     return Shape(
         checkpoint=checkpoint,
         linears=linears,
-        opening=opening,
+        prefill_only=opening,
         experts=_experts(checkpoint, stacks, built, hidden),
         small_bytes=small,
         layers=layers,

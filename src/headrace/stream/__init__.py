@@ -7,9 +7,9 @@ weights  the stream itself: readers, ring, prefetch over the end of a pass
 """
 
 from headrace.stream.files import WeightFile
-from headrace.stream.layout import Layout, Visit
+from headrace.stream.layout import Layout, WeightGroup
 from headrace.stream.memory import Arena
 from headrace.stream.readers import ReadCounters
 from headrace.stream.weights import WeightStream
 
-__all__ = ["Arena", "Layout", "ReadCounters", "Visit", "WeightFile", "WeightStream"]
+__all__ = ["Arena", "Layout", "ReadCounters", "WeightFile", "WeightGroup", "WeightStream"]

@@ -21,14 +21,14 @@ import numpy.typing as npt
 
 from headrace.checkpoint.tensor import Slice
 from headrace.kernels import DECODE_MAX_ROWS, WeightSlice
+from headrace.stream.expert_cache import ExpertCache
 from headrace.stream.files import File
 from headrace.stream.memory import Arena, aligned
-from headrace.stream.policy import ExpertCache
 from headrace.stream.readers import STALL_LIMIT_S, ReadCounters, Readers, Spans
-from headrace.stream.weights import piece_of
+from headrace.stream.weights import weight_slice_of
 
 # Experts under way at a time: enough to keep the disk busy, few enough that a prompt does not empty the memory.
-MOST_AHEAD = 12
+MAX_PREFETCHED = 12
 
 # Memory of slots is taken from the system this much at a time, ahead of the reads into it.
 _TAKEN_AT_ONCE = 4 << 20
@@ -63,7 +63,7 @@ class Bundle:
         for read, offset in zip(self.reads, self.offsets, strict=True):
             part = read.part
             rows = part.tensor.rows if part.tensor.k_splits else part.rows
-            found.append(piece_of(part.tensor, 0, rows, address + offset))
+            found.append(weight_slice_of(part.tensor, 0, rows, address + offset))
         return tuple(found)
 
 
@@ -181,7 +181,7 @@ class ExpertStream:
                 yield self._placed(ready)
                 self._let_go([slot for _, slot in ready], held)
         finally:
-            self._abandon(held)
+            self._rollback(held)
 
     def _look_up(self, layer: int, wanted: Sequence[int], held: list[int]) -> tuple[list[tuple[int, int]], deque[int]]:
         ready: list[tuple[int, int]] = []
@@ -213,11 +213,11 @@ class ExpertStream:
             ready.append((expert, slot))
         self.counters.hits += len(wanted) - len(missing) - early
         self.counters.misses += len(missing)
-        self._hurry()
+        self._promote()
         self._drop(ahead.values())
         return ready, missing
 
-    def _hurry(self) -> None:
+    def _promote(self) -> None:
         """Reads ahead that are waited for now go before all others."""
         if self._loading:
             wanted = set(map(id, self._loading.values()))
@@ -241,12 +241,12 @@ class ExpertStream:
             elif not waiting:
                 self._strays[load.layer, load.expert] = load
 
-    def expect(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Read these experts of a layer ahead, whenever nothing else is to be read, if they are not in memory."""
         with self._readers.room:
             ahead = self._ahead.setdefault(layer, {})
             under_way = sum(map(len, self._ahead.values()))
-            for expert in experts[: max(0, MOST_AHEAD - under_way)]:
+            for expert in experts[: max(0, MAX_PREFETCHED - under_way)]:
                 if self.cache.find(layer, expert) is not None:
                     continue
                 slot = self.cache.place(layer, expert)
@@ -259,7 +259,7 @@ class ExpertStream:
 
     def _issue(self, layer: int, missing: deque[int], held: list[int]) -> None:
         """Order missing experts, a few at a time: each takes the slot of another, until its product is done."""
-        while missing and len(self._loading) < MOST_AHEAD:
+        while missing and len(self._loading) < MAX_PREFETCHED:
             slot = self.cache.place(layer, missing[0])
             if slot is None:
                 return
@@ -299,7 +299,7 @@ class ExpertStream:
                 self.cache.release(slot)
                 held.remove(slot)
 
-    def _abandon(self, held: list[int]) -> None:
+    def _rollback(self, held: list[int]) -> None:
         """The layer is done, or its pass has failed: what is still under way is awaited and forgotten."""
         if not held and not self._loading:
             return

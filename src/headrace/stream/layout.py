@@ -1,10 +1,10 @@
-"""Which rows of which tensors are pinned, which are streamed, and in which order a pass visits them.
+"""Which rows of which tensors are pinned, which are streamed, and in which order a pass groups them.
 
 Every tensor is cut at its own row: the rows before the cut are pinned, those after it stream in units small enough for
 a slot of the ring. The same share of every tensor is pinned, so that the product with the pinned rows hides the reads
 of the others, tensor by tensor, and a machine that owns a range of rows is no special case.
 
-Behind the pinned rows some may be *lent* memory that others need at times: they are pinned while it is lent, and stream
+Behind the pinned rows some may be *decode_pinned* memory that others need at times: they are pinned while it is decode_pinned, and stream
 with the rest while it is not.
 """
 
@@ -30,7 +30,7 @@ class Unit:
     start: int  # page-aligned offset in the file
     length: int  # page-aligned bytes to read
     delta: int  # bytes before the first row
-    at: int | None  # offset in the arena of pinned or of lent rows; None: only ever in a slot of the ring
+    at: int | None  # offset in the arena of pinned or of decode_pinned rows; None: only ever in a slot of the ring
 
     @property
     def needed(self) -> int:
@@ -49,14 +49,16 @@ class Resident:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Visit:
+class WeightGroup:
     """Tensors multiplied with the same activations, at one point of the pass."""
 
     tensors: tuple[Tensor, ...]
     pinned: tuple[Resident, ...]  # per tensor
-    lent: tuple[Resident, ...]  # per tensor
+    decode_pinned: tuple[Resident, ...]  # per tensor
     streamed: tuple[tuple[int, Unit], ...]  # (index of the tensor, unit), in order: what is neither
-    streamed_unlent: tuple[tuple[int, Unit], ...]  # and the units of lent rows, while no memory is lent
+    streamed_in_prefill: tuple[
+        tuple[int, Unit], ...
+    ]  # and the units of decode_pinned rows, while no memory is decode_pinned
 
     @property
     def in_order(self) -> bool:
@@ -66,27 +68,27 @@ class Visit:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The visits of a pass, and the memory they need."""
+    """The groups of a pass, and the memory they need."""
 
-    visits: tuple[Visit, ...]
+    groups: tuple[WeightGroup, ...]
     pinned_bytes: int
-    lent_bytes: int
+    decode_pinned_bytes: int
     slot_bytes: int
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes read from the disk in every pass while no memory is lent, page alignment included."""
-        return sum(unit.length for visit in self.visits for _, unit in visit.streamed_unlent)
+        """Bytes read from the disk in every pass while no memory is decode_pinned, page alignment included."""
+        return sum(unit.length for group in self.groups for _, unit in group.streamed_in_prefill)
 
     @property
     def reads_always(self) -> bool:
-        """Whether a pass reads even while memory is lent."""
-        return any(visit.streamed for visit in self.visits)
+        """Whether a pass reads even while memory is decode_pinned."""
+        return any(group.streamed for group in self.groups)
 
     @property
     def streamed_units(self) -> int:
         """Reads in such a pass."""
-        return sum(len(visit.streamed_unlent) for visit in self.visits)
+        return sum(len(group.streamed_in_prefill) for group in self.groups)
 
 
 class _Arena:
@@ -108,40 +110,42 @@ def make_layout(
     pinned_rows: Mapping[str, int],
     unit_bytes: int,
     read_bytes: int = 4 << 20,
-    lent_rows: Mapping[str, int] | None = None,
+    decode_pinned_rows: Mapping[str, int] | None = None,
 ) -> Layout:
-    """Lay out a pass that visits groups of tensors in this order.
+    """Lay out a pass that groups groups of tensors in this order.
 
     Args:
         order: groups of tensors that share their activations, in execution order.
         pinned_rows: rows to pin, by tensor name, from row 0 on.
         unit_bytes: the most a streamed unit may take, rows permitting.
         read_bytes: the most that one read of pinned rows takes.
-        lent_rows: rows behind the pinned ones that are pinned while memory for them is lent.
+        decode_pinned_rows: rows behind the pinned ones that are pinned while memory for them is decode_pinned.
     """
-    visits: list[Visit] = []
-    fixed, lent = _Arena(), _Arena()
-    lent_rows = lent_rows or {}
+    groups: list[WeightGroup] = []
+    fixed, decode_pinned = _Arena(), _Arena()
+    decode_pinned_rows = decode_pinned_rows or {}
     for group in order:
         at_times, rest = [], []
         pinned = tuple(fixed.place(tensor, 0, pinned_rows[tensor.name], read_bytes) for tensor in group)
         for index, tensor in enumerate(group):
             first = pinned[index].rows
-            at_times.append(lent.place(tensor, first, lent_rows.get(tensor.name, 0), unit_bytes))
+            at_times.append(decode_pinned.place(tensor, first, decode_pinned_rows.get(tensor.name, 0), unit_bytes))
             first += at_times[index].rows
             rest += [(index, unit) for unit in _units(tensor, first, tensor.rows, unit_bytes, None)]
         lent_units = [(index, unit) for index, rows in enumerate(at_times) for unit in rows.units]
-        visits.append(
-            Visit(
+        groups.append(
+            WeightGroup(
                 tensors=tuple(group),
                 pinned=pinned,
-                lent=tuple(at_times),
+                decode_pinned=tuple(at_times),
                 streamed=tuple(rest),
-                streamed_unlent=tuple(sorted(lent_units + rest, key=lambda one: one[0])),
+                streamed_in_prefill=tuple(sorted(lent_units + rest, key=lambda one: one[0])),
             )
         )
-    slot = max((unit.length for visit in visits for _, unit in visit.streamed_unlent), default=PAGE_BYTES)
-    return Layout(visits=tuple(visits), pinned_bytes=fixed.nbytes, lent_bytes=lent.nbytes, slot_bytes=slot)
+    slot = max((unit.length for group in groups for _, unit in group.streamed_in_prefill), default=PAGE_BYTES)
+    return Layout(
+        groups=tuple(groups), pinned_bytes=fixed.nbytes, decode_pinned_bytes=decode_pinned.nbytes, slot_bytes=slot
+    )
 
 
 def rows_that_fit(tensor: Tensor, nbytes: int) -> int:

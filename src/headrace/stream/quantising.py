@@ -27,7 +27,7 @@ class Requantised:
 
     @property
     def row_multiple(self) -> int:
-        """Any range of rows can be made."""
+        """Any range of rows can be virtual."""
         return 1
 
     def reads(self, first: int, last: int) -> Sequence[tuple[Tensor, int, int]]:
@@ -41,10 +41,10 @@ class Requantised:
 
 
 def with_encodings(copy: Checkpoint, original: Checkpoint) -> Checkpoint:
-    """The copy that `checkpoint.low_bit` describes, with the way in which its tensors are made."""
-    made: dict[str, list[tuple[Tensor, Requantised]]] = {}
+    """The copy that `checkpoint.low_bit` describes, with the way in which its tensors are virtual."""
+    virtual: dict[str, list[tuple[Tensor, Requantised]]] = {}
     for name, tensor in copy.tensors.items():
         source = original.tensors[name]
         if tensor.path != source.path:
-            made.setdefault(tensor.path, []).append((tensor, Requantised(source=source, type=tensor.type)))
-    return replace(copy, made={**original.made, **made})
+            virtual.setdefault(tensor.path, []).append((tensor, Requantised(source=source, type=tensor.type)))
+    return replace(copy, virtual={**original.virtual, **virtual})

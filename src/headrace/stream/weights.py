@@ -28,11 +28,11 @@ UNITS_TOGETHER = 4
 Batch: TypeAlias = Sequence[tuple[int, WeightSlice]]  # a tuple, if the same will come again in the next pass
 
 
-def piece_of(tensor: Tensor, first: int, rows: int, address: int) -> WeightSlice:
+def weight_slice_of(tensor: Tensor, first: int, rows: int, address: int) -> WeightSlice:
     """Rows of a tensor that lie at an address."""
     if not tensor.k_splits:
         return WeightSlice(tensor.type, rows, address, first)
-    return WeightSlice(tensor.type, rows, address, first, k_split_rows=tensor.outputs, slab_columns=tensor.columns)
+    return WeightSlice(tensor.type, rows, address, first, k_split_rows=tensor.outputs, k_split_columns=tensor.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,36 +52,36 @@ class WeightStream:
         slots: int,
         readers: int,
         file_of: Callable[[str], File] = WeightFile,
-        lent_slots: int = 0,
+        decode_only_slots: int = 0,
         spans: Spans | None = None,
         stall_limit_s: float = STALL_LIMIT_S,
-        settle: Callable[[WeightSlice, Tensor], WeightSlice] | None = None,
+        on_pinned: Callable[[WeightSlice, Tensor], WeightSlice] | None = None,
     ):
-        """`readers=0` is the serial twin. `slots` is the size of the ring in units, `lent_slots` of them only while memory is
+        """`readers=0` is the serial twin. `slots` is the size of the ring in units, `decode_only_slots` of them only while memory is
         lent. `file_of` gives the open file of a path.
 
-        `settle` is called once with each pinned piece (and its tensor) when it has come; what it returns is delivered
+        `on_pinned` is called once with each pinned piece (and its tensor) when it has come; what it returns is delivered
         from then on.
         """
         self.layout = layout
         self.counters = ReadCounters()
         self._most_slots = slots
-        self._slots = slots - lent_slots  # at the moment
-        self._lent_slots = lent_slots
+        self._slots = slots - decode_only_slots  # at the moment
+        self._lent_slots = decode_only_slots
         self._readers = Readers(
             readers, name="headrace-reader", counters=self.counters, spans=spans, stall_limit_s=stall_limit_s
         )
-        self._settle = settle
+        self._on_pinned = on_pinned
         self._pinned = Arena(layout.pinned_bytes)
-        self._lent = Arena(layout.lent_bytes)
-        self.lends = False  # whether lent rows have their memory
+        self._decode_pinned = Arena(layout.decode_pinned_bytes)
+        self.reuses_prefill_memory = False  # whether lent rows have their memory
         self._ring = Arena(slots * layout.slot_bytes if layout.streamed_units else 0)
-        paths = {tensor.path for visit in layout.visits for tensor in visit.tensors}
+        paths = {tensor.path for group in layout.groups for tensor in group.tensors}
         self._files = {path: file_of(path) for path in sorted(paths)}
         self._loaded: set[int] = set()  # ids of pinned units in memory
         self._complete: dict[int, list[Batch]] = {}  # pinned pieces of visits, once all are in memory
-        self._complete_lent: dict[int, list[Batch]] = {}
-        self._next_visit = self._released = 0
+        self._complete_decode_pinned: dict[int, list[Batch]] = {}
+        self._next_group = self._released = 0
         self._begin_pass()
 
     def __enter__(self) -> "WeightStream":
@@ -92,7 +92,7 @@ class WeightStream:
 
     # -- the consumer -------------------------------------------------------------------------------------------
 
-    def visit(self, index: int) -> Iterator[Batch]:
+    def weights_of(self, index: int) -> Iterator[Batch]:
         """The weights of visit `index` of the pass, in batches of (index of the tensor, piece).
 
         Pinned rows and streamed units take turns, so that the ring empties while pinned rows are multiplied. The slots
@@ -103,13 +103,15 @@ class WeightStream:
             ReadError: a read failed or nothing has come from the disk for `stall_limit_s`.
         """
         self._enter(index)
-        visit = self.layout.visits[index]
-        pinned = self._delivered(index, self._complete, visit.pinned, self._pinned, self._settle)
-        if self.lends:  # never settled: what a row's product is must not depend on what is lent
-            pinned = pinned + self._delivered(index, self._complete_lent, visit.lent, self._lent, None)
-        streamed = visit.streamed if self.lends else visit.streamed_unlent
+        group = self.layout.groups[index]
+        pinned = self._delivered(index, self._complete, group.pinned, self._pinned, self._on_pinned)
+        if self.reuses_prefill_memory:  # never settled: what a row's product is must not depend on what is lent
+            pinned = pinned + self._delivered(
+                index, self._complete_decode_pinned, group.decode_pinned, self._decode_pinned, None
+            )
+        streamed = group.streamed if self.reuses_prefill_memory else group.streamed_in_prefill
         done = 0
-        if visit.in_order:  # pinned rows are the first ones
+        if group.in_order:  # pinned rows are the first ones
             yield from pinned
             done = len(pinned)
         together = max(1, min(UNITS_TOGETHER, self._slots // 4))
@@ -129,42 +131,42 @@ class WeightStream:
 
     def _piece_in(self, number: int, unit: Unit) -> WeightSlice:
         slot = self._ring.address + number % self._slots * self.layout.slot_bytes
-        return piece_of(unit.tensor, unit.first, unit.rows, slot + unit.delta)
+        return weight_slice_of(unit.tensor, unit.first, unit.rows, slot + unit.delta)
 
-    def whole(self, index: int) -> Batch | None:
-        """The one batch of a visit all of whose weights stay, once it has been made. Asking is not visiting."""
+    def resident_batch(self, index: int) -> Batch | None:
+        """The one batch of a visit all of whose weights stay, once it has been virtual. Asking is not visiting."""
         batches = self._complete.get(index)
-        return batches[0] if batches and not self.layout.visits[index].streamed_unlent else None
+        return batches[0] if batches and not self.layout.groups[index].streamed_in_prefill else None
 
-    def skip(self, index: int) -> None:
-        """A visit whose weights are known from `whole`."""
+    def advance(self, index: int) -> None:
+        """A visit whose weights are known from `resident_batch`."""
         self._enter(index)
 
     def _enter(self, index: int) -> None:
-        assert index == self._next_visit, f"visit {index} asked for, {self._next_visit} is next"
+        assert index == self._next_group, f"visit {index} asked for, {self._next_group} is next"
         self._readers.start([self._read_ahead] * self._readers.count if self._next is not None else [])
-        self._next_visit = (index + 1) % len(self.layout.visits)
+        self._next_group = (index + 1) % len(self.layout.groups)
 
     @property
-    def lendable_bytes(self) -> int:
+    def reusable_prefill_bytes(self) -> int:
         """The memory that `lend` gives to weights."""
-        return self.layout.lent_bytes + self._lent_slots * self.layout.slot_bytes
+        return self.layout.decode_pinned_bytes + self._lent_slots * self.layout.slot_bytes
 
-    def lend(self, lends: bool) -> None:
+    def reuse_prefill_memory(self, reuse: bool) -> None:
         """Give lent rows and slots their memory, or take it back; between passes only. What had been read ahead is read again."""
-        if lends == self.lends or not self.lendable_bytes:
+        if reuse == self.reuses_prefill_memory or not self.reusable_prefill_bytes:
             return
-        assert self._next_visit == 0, "memory is lent between passes"
+        assert self._next_group == 0, "memory is lent between passes"
         self._readers.stop()
-        if not lends:
+        if not reuse:
             self._loaded.difference_update(
-                id(unit) for visit in self.layout.visits for rows in visit.lent for unit in rows.units
+                id(unit) for group in self.layout.groups for rows in group.decode_pinned for unit in rows.units
             )
-            self._complete_lent.clear()
-            self._lent.give_back()
+            self._complete_decode_pinned.clear()
+            self._decode_pinned.give_back()
             self._ring.give_back()
-        self.lends = lends
-        self._slots = self._most_slots if lends else self._most_slots - self._lent_slots
+        self.reuses_prefill_memory = reuse
+        self._slots = self._most_slots if reuse else self._most_slots - self._lent_slots
         self._begin_pass()
 
     def rewind(self) -> None:
@@ -175,7 +177,7 @@ class WeightStream:
     def close(self) -> None:
         """Stop the readers, give the memory back. The files belong to whoever opened them. Safe to call twice."""
         self._readers.close()
-        for arena in (self._pinned, self._lent, self._ring):
+        for arena in (self._pinned, self._decode_pinned, self._ring):
             arena.give_back()
 
     def _wait(self, ready: Callable[[], bool], label: str) -> None:
@@ -191,13 +193,13 @@ class WeightStream:
         complete: dict[int, list[Batch]],
         residents: Sequence[Resident],
         arena: Arena,
-        settle: Callable[[WeightSlice, Tensor], WeightSlice] | None,
+        on_pinned: Callable[[WeightSlice, Tensor], WeightSlice] | None,
     ) -> list[Batch]:
         """The rows of a visit that stay in an arena, once they have come."""
         batches = complete.get(index)
         if batches is None:
             try:
-                batches = complete[index] = self._resident_batches(index, residents, arena, settle)
+                batches = complete[index] = self._resident_batches(index, residents, arena, on_pinned)
             except BaseException:  # an interrupt may have left pieces half settled: they are read again
                 with self._readers.arrived:
                     self._loaded.difference_update(id(unit) for rows in residents for unit in rows.units)
@@ -209,29 +211,29 @@ class WeightStream:
         index: int,
         residents: Sequence[Resident],
         arena: Arena,
-        settle: Callable[[WeightSlice, Tensor], WeightSlice] | None,
+        on_pinned: Callable[[WeightSlice, Tensor], WeightSlice] | None,
     ) -> list[Batch]:
         """As one batch, or in slices where others stream beside them."""
-        visit = self.layout.visits[index]
+        group = self.layout.groups[index]
         units = [id(unit) for rows in residents for unit in rows.units]
         if units:
             self._wait(lambda: self._loaded.issuperset(units), f"visit {index}")
         pieces: list[tuple[int, WeightSlice]] = []
-        for i, (tensor, found) in enumerate(zip(visit.tensors, residents, strict=True)):
-            step = rows_that_fit(tensor, SLICE_BYTES) if visit.streamed_unlent else max(1, found.rows)
+        for i, (tensor, found) in enumerate(zip(group.tensors, residents, strict=True)):
+            step = rows_that_fit(tensor, SLICE_BYTES) if group.streamed_in_prefill else max(1, found.rows)
             for row in range(0, found.rows, step):
                 address = arena.address + found.address + row * tensor.row_bytes
-                pieces.append((i, piece_of(tensor, found.first + row, min(step, found.rows - row), address)))
-        if settle is not None:
-            pieces = [(i, settle(piece, visit.tensors[i])) for i, piece in pieces]
-        if not visit.streamed_unlent:
+                pieces.append((i, weight_slice_of(tensor, found.first + row, min(step, found.rows - row), address)))
+        if on_pinned is not None:
+            pieces = [(i, on_pinned(piece, group.tensors[i])) for i, piece in pieces]
+        if not group.streamed_in_prefill:
             return [tuple(pieces)] if pieces else []
         return [(piece,) for piece in pieces]
 
     # -- the readers --------------------------------------------------------------------------------------------
 
     def _begin_pass(self) -> None:
-        self._next_visit = 0
+        self._next_group = 0
         self._released = 0
         self._filled: set[int] = set()
         self._issued = set(self._loaded)
@@ -244,15 +246,15 @@ class WeightStream:
         number = 0
         while True:
             before = number, len(self._issued)
-            for visit in self.layout.visits:
-                staying = [(unit, self._pinned) for rows in visit.pinned for unit in rows.units]
-                if self.lends:
-                    staying += [(unit, self._lent) for rows in visit.lent for unit in rows.units]
+            for group in self.layout.groups:
+                staying = [(unit, self._pinned) for rows in group.pinned for unit in rows.units]
+                if self.reuses_prefill_memory:
+                    staying += [(unit, self._decode_pinned) for rows in group.decode_pinned for unit in rows.units]
                 for unit, arena in staying:
                     if id(unit) not in self._issued:
                         self._issued.add(id(unit))
                         yield _Load(unit, None, arena)
-                for _, unit in visit.streamed if self.lends else visit.streamed_unlent:
+                for _, unit in group.streamed if self.reuses_prefill_memory else group.streamed_in_prefill:
                     yield _Load(unit, number)
                     number += 1
             if before == (number, len(self._issued)):

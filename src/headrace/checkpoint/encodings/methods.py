@@ -43,15 +43,15 @@ def decoded(
     settings = _settings(config)
     if settings is None:
         return dict(tensors), {}
-    made: dict[str, Virtual] = {}
+    found: dict[str, Virtual] = {}
     for virtual in _virtuals(tensors, settings):
-        if virtual.name in made or (virtual.name in tensors and virtual.name not in virtual.parts):
+        if virtual.name in found or (virtual.name in tensors and virtual.name not in virtual.parts):
             raise CheckpointError(f"tensor `{virtual.name}` is stored both plain and quantised")
-        made[virtual.name] = virtual
-    replaced = set(chain.from_iterable(virtual.parts for virtual in made.values()))
+        found[virtual.name] = virtual
+    replaced = set(chain.from_iterable(virtual.parts for virtual in found.values()))
     kept = {name: t for name, t in tensors.items() if name not in replaced and not name.endswith(_DROPPED)}
-    tensors_made = _all_placed(made.values(), f"{path}[decoded]")
-    return kept | tensors_made, {name: virtual.encoding for name, virtual in made.items()}
+    tensors_made = _all_placed(found.values(), f"{path}[decoded]")
+    return kept | tensors_made, {name: virtual.encoding for name, virtual in found.items()}
 
 
 def _settings(config: Mapping[str, Any]) -> Settings | None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.engine.look_ahead import LookAhead
+from headrace.engine.expert_prefetch import ExpertPredictor
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, ReferenceKernels, WeightSlice
 from headrace.kernels.expert_mlp import ExpertShapes
@@ -30,10 +30,14 @@ class ExpertRunner:
     """Multiplies the experts of one engine."""
 
     def __init__(
-        self, stream: ExpertStream, kernels: Kernels | ReferenceKernels, spans: Spans | None, look_ahead: LookAhead
+        self,
+        stream: ExpertStream,
+        kernels: Kernels | ReferenceKernels,
+        spans: Spans | None,
+        expert_predictor: ExpertPredictor,
     ):
         self.stream = stream
-        self.look_ahead = look_ahead
+        self.expert_predictor = expert_predictor
         self.kernel_s = 0.0
         self._kernels = kernels
         self._spans = spans
@@ -72,11 +76,11 @@ class ExpertRunner:
         pairs = hidden.new_empty((rows * chosen, hidden.shape[1]))
         idle = slice(firsts[packed.count], None)
         pairs[idle] = hidden[owners[idle]]
-        self.look_ahead.judge(packed.index, sizes)
+        self.expert_predictor.judge(packed.index, sizes)
         bundles = self.stream.bundles[packed.index]
 
         for ready in self.stream.fetch(
-            packed.index, sizes[: packed.count], rows, partial(self._read_ahead, packed, hidden)
+            packed.index, sizes[: packed.count], rows, partial(self._prefetch, packed, hidden)
         ):
             start = time.perf_counter()
             for first in range(0, len(ready), EXPERTS_PER_CALL):
@@ -98,11 +102,11 @@ class ExpertRunner:
         placed[order] = pairs
         return placed.view(rows, chosen, -1).mul_(weights.unsqueeze(-1)).sum(1)
 
-    def _read_ahead(self, packed: PackedExperts, hidden: torch.Tensor) -> None:
+    def _prefetch(self, packed: PackedExperts, hidden: torch.Tensor) -> None:
         if not self.stream.reads_always:
             return
-        for layer, guessed in self.look_ahead.guess(packed.index, hidden):
-            self.stream.expect(layer, guessed)
+        for layer, predicted in self.expert_predictor.predict(packed.index, hidden):
+            self.stream.prefetch(layer, predicted)
 
     def _plain_shapes(self, packed: PackedExperts) -> ExpertShapes | None:
         if packed.index not in self._plain:
@@ -125,12 +129,10 @@ class ExpertRunner:
         results = {expert: first_result + place * row_bytes for place, expert in enumerate(chosen.tolist())}
         if packed.identities:
             pairs[torch.from_numpy(chosen) >= packed.count] = hidden
-        self.look_ahead.judge(packed.index, sizes)
+        self.expert_predictor.judge(packed.index, sizes)
         bundles = self.stream.bundles[packed.index]
 
-        for ready in self.stream.fetch(
-            packed.index, sizes[: packed.count], 1, partial(self._read_ahead, packed, hidden)
-        ):
+        for ready in self.stream.fetch(packed.index, sizes[: packed.count], 1, partial(self._prefetch, packed, hidden)):
             start = time.perf_counter()
             for first in range(0, len(ready), EXPERTS_PER_CALL):
                 some = ready[first : first + EXPERTS_PER_CALL]

@@ -18,21 +18,21 @@ from headrace.model.packed import PackedExperts, Router
 DISTANCE = 2  # layers
 # A wrong guess costs a read, a right one hides a read. By distance: two layers ahead only what is nearly sure, since the next
 # layer will be asked again.
-RIGHT_ENOUGH = (0.6, 0.8)
+MIN_ACCURACY = (0.6, 0.8)
 TRIALS = 32  # guesses after which the ranks are judged anew
 
 
-class LookAhead:
-    """Guesses for one engine, for the next layer and the one after it, and how often they were right."""
+class ExpertPredictor:
+    """Guesses for one engine, for the next layer and the one after it, and how often they were hits."""
 
     def __init__(self, layers: Sequence[PackedExperts], per_token: int, kernels: Kernels | ReferenceKernels):
         self._counts = [layer.count for layer in layers]
         self._kernels = kernels
         self._per_token = per_token
-        self._right = np.zeros((DISTANCE, per_token))
+        self._hits = np.zeros((DISTANCE, per_token))
         self._tried = [0] * DISTANCE
         self._ranks = [0] * DISTANCE
-        self._guesses: dict[tuple[int, int], npt.NDArray[np.int64]] = {}  # by (layer, distance): (rows, ranks)
+        self._predictions: dict[tuple[int, int], npt.NDArray[np.int64]] = {}  # by (layer, distance): (rows, ranks)
         copies = [None if layer.router is None else _Copy(layer.router, kernels) for layer in layers]
         self._asked = [_Asked(copies[layer + 1 : layer + 1 + DISTANCE]) for layer in range(len(layers))]
 
@@ -43,25 +43,25 @@ class LookAhead:
     def judge(self, layer: int, counts: npt.NDArray[np.integer]) -> None:
         """The router of `layer` has chosen: `counts[e]` rows chose expert e."""
         for which in range(DISTANCE):
-            guess = self._guesses.pop((layer, which + 1), None)
-            if guess is None:
+            predicted = self._predictions.pop((layer, which + 1), None)
+            if predicted is None:
                 continue
-            right = counts[guess] > 0
-            self._right[which] += right[0] if len(right) == 1 else right.mean(0)
+            hits = counts[predicted] > 0
+            self._hits[which] += hits[0] if len(hits) == 1 else hits.mean(0)
             self._tried[which] += 1
             if self._tried[which] % TRIALS == 0:
-                good = self._right[which] >= RIGHT_ENOUGH[which] * self._tried[which]
+                good = self._hits[which] >= MIN_ACCURACY[which] * self._tried[which]
                 self._ranks[which] = int(good.argmin()) if not good.all() else len(good)
 
-    def guess(self, layer: int, hidden: torch.Tensor) -> Iterator[tuple[int, list[int]]]:
+    def predict(self, layer: int, hidden: torch.Tensor) -> Iterator[tuple[int, list[int]]]:
         """(layer, experts that are worth reading ahead), the next layer first; (rows, hidden) is the input of `layer`'s."""
         asked = self._asked[layer]
         if len(hidden) > DECODE_MAX_ROWS or not asked.routers:
             return
         for distance, scores in asked.scores(hidden, self._kernels):
-            guess = (-scores).argsort(-1)[:, : self._per_token]
-            self._guesses[layer + distance, distance] = guess
-            worth = guess[:, : self._ranks[distance - 1]]
+            predicted = (-scores).argsort(-1)[:, : self._per_token]
+            self._predictions[layer + distance, distance] = predicted
+            worth = predicted[:, : self._ranks[distance - 1]]
             if not worth.size:
                 continue
             found = worth[0].tolist() if len(worth) == 1 else np.unique(worth).tolist()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import BudgetError, UsageError
-from headrace.stream.policy import HALF_LIFE, ExpertCache
+from headrace.stream.expert_cache import HALF_LIFE, ExpertCache
 
 LAYERS, EXPERTS = 3, 6
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from headrace.engine.look_ahead import DISTANCE, TRIALS, LookAhead
+from headrace.engine.expert_prefetch import DISTANCE, TRIALS, ExpertPredictor
 from headrace.kernels import Kernels
 from headrace.model.packed import Router
 
@@ -40,7 +40,7 @@ def counted(scores: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("rows", [1, 3])
 def test_experts_are_read_ahead_once_their_rank_has_been_right(kernels: Kernels, hidden: int, rows: int) -> None:
     layers = layers_of(4, hidden)
-    look = LookAhead(layers, CHOSEN, kernels)
+    look = ExpertPredictor(layers, CHOSEN, kernels)
     for _ in range(TRIALS // 2):
         x = torch.randn(rows, hidden)
         for layer in range(len(layers)):
@@ -57,7 +57,7 @@ def test_experts_are_read_ahead_once_their_rank_has_been_right(kernels: Kernels,
 
 def test_what_was_mostly_wrong_is_not_read_ahead(kernels: Kernels) -> None:
     layers = layers_of(3, 64)
-    look = LookAhead(layers, CHOSEN, kernels)
+    look = ExpertPredictor(layers, CHOSEN, kernels)
     never = np.zeros(EXPERTS, np.int64)
     for _ in range(2 * TRIALS):
         x = torch.randn(1, 64)
@@ -68,6 +68,6 @@ def test_what_was_mostly_wrong_is_not_read_ahead(kernels: Kernels) -> None:
 
 def test_experts_without_weights_are_not_read(kernels: Kernels) -> None:
     layers = layers_of(2, 64, identities=EXPERTS)
-    look = LookAhead(layers, CHOSEN, kernels)
+    look = ExpertPredictor(layers, CHOSEN, kernels)
     look._ranks[:] = [CHOSEN] * DISTANCE
     assert dict(look.guess(0, torch.randn(1, 64))) == {1: []}

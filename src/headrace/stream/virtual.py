@@ -1,7 +1,7 @@
 """A file that is not there: its tensors are made from stored ones while they are read, in the reader's thread.
 
 Quantised layouts without a kernel, matrices stored with their inputs as rows, low-bit draft copies: all are tensors on
-a path of which only the name exists. Nothing is written, and never more than what is asked for is made.
+a path of which only the name exists. Nothing is written, and never more than what is asked for is virtual.
 """
 
 import threading
@@ -16,12 +16,12 @@ from headrace.stream.files import File
 from headrace.stream.memory import PAGE_BYTES, Arena, aligned
 
 
-class DecodedFile:
+class VirtualFile:
     """Answers reads of tensors that are made on the way. For several readers at once; each has buffers of its own."""
 
-    def __init__(self, made: Sequence[tuple[Tensor, Encoding]], file_of: Callable[[str], File]):
+    def __init__(self, virtual: Sequence[tuple[Tensor, Encoding]], file_of: Callable[[str], File]):
         """`made`: the tensors of this path; `file_of` gives the open file of a path that their sources name."""
-        ordered = sorted(made, key=lambda one: one[0].offset)
+        ordered = sorted(virtual, key=lambda one: one[0].offset)
         self._made = ordered
         self._starts = [tensor.offset for tensor, _ in ordered]
         self._file_of = file_of
@@ -72,7 +72,7 @@ class FileSet:
     def __init__(
         self,
         paths: Sequence[str],
-        made: Mapping[str, Sequence[tuple[Tensor, Encoding]]],
+        virtual: Mapping[str, Sequence[tuple[Tensor, Encoding]]],
         open_file: Callable[[str], File],
     ):
         """`made`: by path the tensors that are made when they are read."""
@@ -83,12 +83,12 @@ class FileSet:
         except BaseException:
             self.close()
             raise
-        for path, tensors in made.items():
+        for path, tensors in virtual.items():
             self.add(path, tensors)
 
-    def add(self, path: str, made: Sequence[tuple[Tensor, Encoding]]) -> None:
+    def add(self, path: str, virtual: Sequence[tuple[Tensor, Encoding]]) -> None:
         """A further path of tensors that are made when they are read."""
-        self._files[path] = DecodedFile(made, self._files.__getitem__)
+        self._files[path] = VirtualFile(virtual, self._files.__getitem__)
 
     @property
     def remarks(self) -> tuple[str, ...]:
