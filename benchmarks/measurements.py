@@ -1,6 +1,6 @@
 """Published measurements as forecasts: what each row of `data/*.csv` says was run, in the planner's own words.
 
-A row becomes a `Case`: the model, the silicon, how it was split, which software ran it, and which passes its number is
+A row becomes a `Case`: the model, the device, how it was split, which software ran it, and which passes its number is
 made of. Columns as in `data/measured_inference.csv`; anything with the same columns can be scored.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from headrace.errors import UsageError
 from headrace.forecast.architecture import Architecture, of_params, published, table
-from headrace.forecast.passes import Rates, Silicon, Split, Work, resident_pass
+from headrace.forecast.passes import DeviceSpec, Parallelism, PassShape, Rates, resident_pass
 
 DATA = Path(__file__).parent / "data"
 NOMINAL_BITS = {4.0: 4.5, 8.0: 8.5}  # what llama.cpp calls 4 and 8 bits
@@ -28,8 +28,8 @@ class Case:
     category: str
     family: str
     model: Architecture
-    silicon: Silicon
-    split: Split
+    device: DeviceSpec
+    parallelism: Parallelism
     seconds: float
     batch: float
     prompt: float
@@ -45,7 +45,7 @@ class Case:
         prefills, decodes = self.parts
         total = 0.0
         if prefills:
-            work = Work(
+            work = PassShape(
                 rows=self.batch * max(1.0, self.prompt),
                 sequences=self.batch,
                 context=self.prompt / 2,
@@ -53,9 +53,9 @@ class Case:
                 kv_bits=self.kv_bits,
                 unpacking=self.unpacking,
             )
-            total += prefills * resident_pass(self.model, self.silicon, self.split, work, rates).seconds
+            total += prefills * resident_pass(self.model, self.device, self.parallelism, work, rates).seconds
         if decodes:
-            work = Work(
+            work = PassShape(
                 rows=self.batch,
                 sequences=self.batch,
                 context=self.prompt + self.generated / 2,
@@ -63,7 +63,7 @@ class Case:
                 kv_bits=self.kv_bits,
                 unpacking=self.unpacking,
             )
-            total += decodes * resident_pass(self.model, self.silicon, self.split, work, rates).seconds
+            total += decodes * resident_pass(self.model, self.device, self.parallelism, work, rates).seconds
         return total
 
 
@@ -276,14 +276,14 @@ def _case(row: dict[str, str]) -> Case | None:
         category=category,
         family=family,
         model=model,
-        silicon=Silicon(
+        device=DeviceSpec(
             bytes_per_s=float(bandwidth) * 1e9,
             flop_per_s=float(peak or 0.1 * float(bandwidth)) * 1e12,
             memory_bytes=80e9,
             peer_bytes_per_s=peer * 1e9,
             dies=2 if "Ultra" in row["hardware"] and "Core" not in row["hardware"] else 1,
         ),
-        split=Split(width=width, depth=depth, nodes=nodes, node_bytes_per_s=100e9),
+        parallelism=Parallelism(width=width, depth=depth, nodes=nodes, node_bytes_per_s=100e9),
         seconds=seconds,
         batch=batch,
         prompt=prompt,

@@ -17,7 +17,7 @@ from measurements import device_of, model_of, number
 from scipy.optimize import least_squares
 
 from headrace.forecast.architecture import Architecture
-from headrace.forecast.passes import Rates, Silicon, Split, Work
+from headrace.forecast.passes import DeviceSpec, Parallelism, PassShape, Rates
 from headrace.forecast.streaming import ExpertCache, FeedRates, Placement, expert_pass, place, streamed_pass
 from headrace.forecast.topology import Pipe, Topology
 
@@ -34,8 +34,8 @@ class Streamed:
     source: str
     category: str  # dense streaming, MoE streaming
     model: Architecture
-    silicon: Silicon
-    work: Work  # of a decoding pass
+    device: DeviceSpec
+    work: PassShape  # of a decoding pass
     prompt: float
     passes: float  # decoding passes in the number; with a prefill if `prompt`
     placement: Placement
@@ -52,19 +52,19 @@ class Streamed:
 
     def predict(self, rates: Rates, feed: FeedRates) -> float:
         """Seconds by the planner."""
-        split = Split()
+        split = Parallelism()
         if self.category == "MoE streaming":
             hits = self.hits
             if hits is None:
                 hits = ExpertCache(cache_bytes=self.cache_bytes).hits(self.model, self.work.bits)
             rate = self.disk_bytes_per_s or self.link_bytes_per_s
-            return expert_pass(self.model, self.silicon, split, self.work, hits, rate, rates, feed).seconds
+            return expert_pass(self.model, self.device, split, self.work, hits, rate, rates, feed).seconds
         pipes = [Pipe("link", self.link_bytes_per_s), Pipe("disk", self.disk_bytes_per_s or 1.0)]
         ways: Mapping[str, tuple[str, ...]] = {"host": ("link",), "disk": ("disk",)}
 
-        def one(work: Work) -> float:
+        def one(work: PassShape) -> float:
             return streamed_pass(
-                self.model, self.silicon, split, work, self.placement, Topology(pipes), ways, rates, feed
+                self.model, self.device, split, work, self.placement, Topology(pipes), ways, rates, feed
             ).seconds
 
         total = self.passes * one(self.work)
@@ -122,7 +122,7 @@ def _bus(hardware: str) -> float | None:
     return found[0] * 1e9 if found else None
 
 
-def _silicon(row: dict[str, str]) -> Silicon | None:
+def _silicon(row: dict[str, str]) -> DeviceSpec | None:
     device: dict[str, Any] = dict(device_of(row["hardware"]))
     if "Titan RTX" in row["hardware"]:
         device = {"memory_gb_per_s": 672, "fp16_tflops": 130, "memory_gb": 24}
@@ -133,7 +133,7 @@ def _silicon(row: dict[str, str]) -> Silicon | None:
         return None
     peak = number(row["peak_TFLOPs"]) or device.get("fp16_tflops") or device.get("fp32_tflops") or float(bandwidth) / 10
     memory = float(device.get("memory_gb", 16))
-    return Silicon(bytes_per_s=float(bandwidth) * 1e9, flop_per_s=float(peak) * 1e12, memory_bytes=memory * 1e9)
+    return DeviceSpec(bytes_per_s=float(bandwidth) * 1e9, flop_per_s=float(peak) * 1e12, memory_bytes=memory * 1e9)
 
 
 def _dense(row: dict[str, str], known: bool) -> Streamed | None:
@@ -153,7 +153,7 @@ def _dense(row: dict[str, str], known: bool) -> Streamed | None:
         return None
     if (known and not re.search(r"FlexGen|zero|DENSE", row["source"] + text)) or row["metric"] == "memory_used":
         return None
-    model, silicon = model_of(row), _silicon(row)
+    model, device = model_of(row), _silicon(row)
     bits = number(row["weights_bits"])
     if model is None or bits is None or model.is_mixture:
         return None
@@ -164,8 +164,8 @@ def _dense(row: dict[str, str], known: bool) -> Streamed | None:
     kv_bits = 4.5 if "(c)" in row["id"] else 16.0  # FlexGen compresses caches, too
     kv = batch * model.kv_bytes(prompt + generated, kv_bits)
     if "lcpp_i711" in row["id"]:
-        silicon, link, disk, where = (
-            Silicon(bytes_per_s=40e9, flop_per_s=4e11, memory_bytes=16e9),
+        device, link, disk, where = (
+            DeviceSpec(bytes_per_s=40e9, flop_per_s=4e11, memory_bytes=16e9),
             40e9,
             1e9,
             Placement(disk=1.0),
@@ -183,9 +183,9 @@ def _dense(row: dict[str, str], known: bool) -> Streamed | None:
         disk, where = rate * 1e9, Placement(disk=1.0, kv_host=1.0 if batch > 1 else 0.0)
         link = link or disk
     else:
-        assert silicon is not None
+        assert device is not None
         keeps = not re.search(r"ZeRO|DeepSpeed|zi_|sequoia", row["id"])
-        room = silicon.memory_bytes - RESERVED
+        room = device.memory_bytes - RESERVED
         host = next((size for name, size in HOSTS.items() if name in row["hardware"]), 128e9) - HOST_LEFT
         if "KV offload to CPU: yes" in row["notes"]:
             where = replace(place(model, bits, 0.0, room if keeps else 0.0, host), kv_host=1.0)
@@ -193,7 +193,7 @@ def _dense(row: dict[str, str], known: bool) -> Streamed | None:
             where = place(model, bits, kv, room if keeps else min(kv, room), host)
         if where.disk:
             disk = 2e9  # what FlexGen's authors state for theirs
-    if silicon is None or link is None:
+    if device is None or link is None:
         return None
     metric = row["metric"]
     seconds = {"generation_throughput": batch * generated / value, "decode_throughput": 1 / value}.get(metric)
@@ -202,7 +202,7 @@ def _dense(row: dict[str, str], known: bool) -> Streamed | None:
     if not seconds:
         return None
     whole = metric == "generation_throughput"
-    work = Work(rows=batch, sequences=batch, context=prompt + generated / 2, bits=bits, kv_bits=kv_bits)
+    work = PassShape(rows=batch, sequences=batch, context=prompt + generated / 2, bits=bits, kv_bits=kv_bits)
     if "FlexGen" in row["id"]:
         work = replace(work, unpacking="chain")
     return Streamed(
@@ -210,7 +210,7 @@ def _dense(row: dict[str, str], known: bool) -> Streamed | None:
         source=source_of(row),
         category="dense streaming",
         model=model,
-        silicon=silicon,
+        device=device,
         work=work,
         prompt=prompt if whole else 0.0,
         passes=max(1.0, generated - 1) if whole else 1.0,
@@ -237,7 +237,7 @@ def _experts(row: dict[str, str], known: bool) -> Streamed | None:
         return None
     if "naive" in notes or "thr" in row["id"] or not (value := number(row["value"])):
         return None
-    model, silicon = model_of(row), _silicon(row)
+    model, device = model_of(row), _silicon(row)
     if model is None:
         return None
     if not model.is_mixture or str(model.experts) == "128":  # not in the table: what the page says
@@ -261,8 +261,8 @@ def _experts(row: dict[str, str], known: bool) -> Streamed | None:
         fewer = int(used.group(1))
         per_expert = model.expert_params / model.experts
         model = replace(model, experts_per_token=fewer, active_params=model.trunk_params + fewer * per_expert)
-    if silicon is None:
-        silicon = Silicon(bytes_per_s=307e9, flop_per_s=15e12, memory_bytes=64e9)  # M5 Pro
+    if device is None:
+        device = DeviceSpec(bytes_per_s=307e9, flop_per_s=15e12, memory_bytes=64e9)  # M5 Pro
     hit = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?% hit|hit (\d+(?:\.\d+)?)", notes)
     hits = float(hit.group(1) or hit.group(3)) / 100 if hit else None
     budget = re.search(r"budget_?(?: )?([\d.]+) ?GB", row["id"] + " " + notes)
@@ -285,8 +285,8 @@ def _experts(row: dict[str, str], known: bool) -> Streamed | None:
         source=source_of(row),
         category="MoE streaming",
         model=model,
-        silicon=silicon,
-        work=Work(rows=1, sequences=1, context=100, bits=bits),
+        device=device,
+        work=PassShape(rows=1, sequences=1, context=100, bits=bits),
         prompt=0.0,
         passes=1.0,
         placement=Placement(),

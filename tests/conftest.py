@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from headrace import lean
+from headrace import slim_import
 
-lean.library()  # as the command does: so all tests run with it, and those of `test_lean.py` without, too
+slim_import.library()  # as the command does: so all tests run with it, and those of `test_lean.py` without, too
 
 from tiny import random_model, write_gguf
 

@@ -11,8 +11,8 @@ from headrace.engine import Engine, Rows
 from headrace.engine.attention import KVCache
 from headrace.engine.engine import StreamOptions
 from headrace.kernels import Kernels, ReferenceKernels
-from headrace.model import Shell
-from headrace.model.order import LinearStep
+from headrace.model import ModelSkeleton
+from headrace.model.trace import LinearStep
 
 TOKENS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
 # One pass of many rows, then single rows, several on top of others, single ones again.
@@ -49,8 +49,8 @@ def outcome_of(name: str, folder: Path) -> Outcome:
 def opened(path: Path, kernels: Kernels | ReferenceKernels, share: float = 0.5) -> Engine:
     """This share of every linear pinned, the rest through a ring of three units of 16 KiB, memory for four experts."""
 
-    def options(shell: Shell) -> StreamOptions:
-        pinned = {t.name: int(share * t.rows) // t.row_multiple * t.row_multiple for t in shell.linears}
+    def options(skeleton: ModelSkeleton) -> StreamOptions:
+        pinned = {t.name: int(share * t.rows) // t.row_multiple * t.row_multiple for t in skeleton.linears}
         return StreamOptions(
             pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, expert_slots=4, expert_readers=2
         )

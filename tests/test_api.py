@@ -16,7 +16,7 @@ from tiny import random_model, write_gguf
 import headrace
 from headrace.cli import main
 from headrace.engine.sampling import recommended
-from headrace.engine.trace import PassLog, PassStats
+from headrace.engine.timeline import PassLog, PassStats
 from headrace.errors import BudgetError, ContextError, UsageError
 from headrace.plan import Profile
 from headrace.stream import Arena

@@ -122,8 +122,8 @@ def test_a_low_limit_of_data_is_named(model: Path) -> None:
 AS_NOBODY = """
 import os, resource, sys
 from headrace.cli import main
-from headrace import lean
-library = lean.library()
+from headrace import slim_import
+library = slim_import.library()
 import headrace.cli.run, headrace.model.gguf_mappings, transformers.models.llama.modeling_llama
 model, further = sys.argv[1], int(sys.argv[2])
 try:

@@ -376,7 +376,7 @@ def change_file(name: str, content: bytes, chance: random.Random) -> bytes:
 
 
 def try_folder(chance: random.Random, folder: Path) -> str:
-    """Change one of its files, or what it is."""
+    """Suggestion one of its files, or what it is."""
     files = dict(folder_base())
     weights = {"config.json": 4, "tokenizer.json": 4, "tokenizer_config.json": 3, "generation_config.json": 2}
     name = chance.choices(list(files), [weights.get(one, 2) for one in files])[0]

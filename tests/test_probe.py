@@ -7,14 +7,14 @@ import pytest
 
 from headrace import probe
 from headrace.errors import HeadraceError
-from headrace.probe import LEAST_READING, MOST_READING, _something_to_read, measure_disk, measure_reading
+from headrace.probe import LEAST_IO_CPU_SHARE, MOST_IO_CPU_SHARE, _something_to_read, measure_disk, measure_io_cpu_share
 from headrace.units import MIB
 
 
 def test_disk_and_reading_are_measured_in_a_folder_and_nothing_stays(tmp_path: Path) -> None:
     assert measure_disk(tmp_path, total_bytes=64 * MIB, rounds=1) > 1e6
-    share = measure_reading(tmp_path, threads=1, weights_per_s=5e9, total_bytes=64 * MIB)
-    assert LEAST_READING <= share <= MOST_READING
+    share = measure_io_cpu_share(tmp_path, threads=1, weights_per_s=5e9, total_bytes=64 * MIB)
+    assert LEAST_IO_CPU_SHARE <= share <= MOST_IO_CPU_SHARE
     assert not list(tmp_path.iterdir())
 
 
@@ -29,7 +29,7 @@ def test_a_file_that_is_smaller_than_the_ring_does_not_stand_for_the_disk(tmp_pa
 
 
 def test_a_folder_that_is_not_there_is_an_error_with_a_hint(tmp_path: Path) -> None:
-    for measure in (measure_disk, lambda target: measure_reading(target, 1, 5e9)):
+    for measure in (measure_disk, lambda target: measure_io_cpu_share(target, 1, 5e9)):
         with pytest.raises(HeadraceError) as refusal:
             measure(tmp_path / "none" / "file.gguf")
         assert refusal.value.hint
@@ -62,5 +62,5 @@ def test_what_reading_costs_is_what_comes_on_top_of_the_products(
     monkeypatch.setattr(probe, "_streamed", streamed)
     monkeypatch.setattr(probe.time, "perf_counter", lambda: now)
     (tmp_path / "file").write_bytes(bytes(8192))
-    found = measure_reading(tmp_path / "file", threads=1, weights_per_s=1e9, total_bytes=64 * MIB)
+    found = measure_io_cpu_share(tmp_path / "file", threads=1, weights_per_s=1e9, total_bytes=64 * MIB)
     assert found == pytest.approx(costs)

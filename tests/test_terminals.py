@@ -177,8 +177,8 @@ def test_a_batch_with_all_streams_closed_writes_results_alone(model: Path, tmp_p
     """The first files that it opens would become stdin, stdout and stderr, and get what is meant for those."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps(REQUEST) + "\n")
-    shell = 'exec "$@" <&- >&- 2>&-'
-    command = ["sh", "-c", shell, "sh", *COMMAND, "batch", str(source), str(target), "-m", str(model)]
+    skeleton = 'exec "$@" <&- >&- 2>&-'
+    command = ["sh", "-c", skeleton, "sh", *COMMAND, "batch", str(source), str(target), "-m", str(model)]
     assert subprocess.run(command, timeout=120).returncode == 0
     (line,) = target.read_text().splitlines()
     assert json.loads(line)["custom_id"] == "a"
@@ -261,7 +261,7 @@ def test_python_without_docstrings_answers_or_says_what_is_wrong(model: Path) ->
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
-    shell = '"$@" | head -c 1 >/dev/null'
-    command = ["sh", "-c", shell, "sh", *COMMAND, "tables", "devices", "--json"]
+    skeleton = '"$@" | head -c 1 >/dev/null'
+    command = ["sh", "-c", skeleton, "sh", *COMMAND, "tables", "devices", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.stderr == ""

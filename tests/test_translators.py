@@ -159,23 +159,23 @@ def test_the_header_alone_counts_the_bytes_that_the_built_model_needs(name: str,
     from headrace.engine import Engine
     from headrace.engine.engine import StreamOptions
     from headrace.kernels import Kernels
-    from headrace.model import Shell
+    from headrace.model import ModelSkeleton
 
     paths = [write_translator(translator(name, CASES[name]), tmp_path / "model")]
     if name in FILES:
         paths.append(write_gguf(translator(name, FILES[name]), tmp_path / "tiny.gguf", "Q8_0"))
     for path in paths:
-        checkpoint, shells = open_checkpoint(path), list[Shell]()
+        checkpoint, shells = open_checkpoint(path), list[ModelSkeleton]()
 
-        def options(shell: Shell, found: list[Shell] = shells) -> StreamOptions:
-            found.append(shell)
-            rows = {t.name: t.rows for t in (*shell.linears, *shell.prefill_only_linears)}
+        def options(skeleton: ModelSkeleton, found: list[ModelSkeleton] = shells) -> StreamOptions:
+            found.append(skeleton)
+            rows = {t.name: t.rows for t in (*skeleton.linears, *skeleton.prefill_only_linears)}
             return StreamOptions(pinned_rows=rows, unit_bytes=1 << 20, slots=3, readers=0)
 
         with Engine(checkpoint, options, Kernels(1)):
             pass
         built, header = shape_of(checkpoint, _built(shells[0])), shape_of(checkpoint)
-        for told, found in ((header.linears, built.linears), (header.opening, built.opening)):
+        for told, found in ((header.linears, built.linears), (header.prefill_only, built.prefill_only)):
             routers = {tensor.name for tensor in told if ".router." in tensor.name}  # which are kept in memory
             assert {tensor.name for tensor in told} - routers == {tensor.name for tensor in found}
         assert header.layers == built.layers == (4 if name == "switch_transformers" else 3)

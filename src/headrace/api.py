@@ -33,9 +33,9 @@ from headrace.engine.speculation import Speculation, StepTimeModel
 from headrace.engine.stops import StopScanner
 from headrace.errors import CheckpointError, ContextError, UsageError
 from headrace.kernels import make_kernels
-from headrace.model import Shell, Tokenizer
+from headrace.model import ModelSkeleton, Tokenizer
 from headrace.model.config import check_model_type
-from headrace.model.thinking import AnswerStream, Part, Segment, joined
+from headrace.model.reasoning import AnswerStream, Part, Segment, joined
 from headrace.model.tokenizer import Message, Prompt
 from headrace.plan import (
     NO_DRAFT,
@@ -445,7 +445,7 @@ class Model:
             self._first_tokens += len(tokens)
         for token in tokens:
             segments, reason = one.take(token, self.tokenizer.end_ids)
-            text, thought = joined(segments, Part.ANSWER), joined(segments, Part.THOUGHT)
+            text, thought = joined(segments, Part.ANSWER), joined(segments, Part.REASONING)
             piece = Piece(
                 text=text,
                 thinking=thought,
@@ -755,18 +755,18 @@ def load(
     request = replace(request, drafting=drafting)
     plans: list[Plan] = []
 
-    def decide(shell: Shell) -> StreamOptions:
+    def decide(skeleton: ModelSkeleton) -> StreamOptions:
         """Plan with what the process has really taken by now: everything is built, and no weights are in memory yet."""
         nonlocal request, why
-        if shell.attention_mode == "native" or (shell.attention_mode == "concatenated" and deterministic):
-            reason, hint = _why_alone(shell)
+        if skeleton.attention_mode == "native" or (skeleton.attention_mode == "concatenated" and deterministic):
+            reason, hint = _why_alone(skeleton)
             if draft not in ("auto", "none"):
                 raise UsageError(f"{checkpoint.name} runs without drafts: {reason}", hint=hint)
             request = replace(request, sequences=1, drafting=NO_DRAFT)
             why = f"draft none: {reason}"
         release_unused()
         taken = resident_bytes() + RUNTIME_GROWTH_BYTES
-        plan = make_plan(checkpoint, profile, budget, request, runtime_bytes=taken, built=_built(shell))
+        plan = make_plan(checkpoint, profile, budget, request, runtime_bytes=taken, built=_built(skeleton))
         plans.append(replace(plan, reasons=(*plan.reasons, why)))
         return StreamOptions(
             pinned_rows=plan.pinned_rows,
@@ -782,7 +782,7 @@ def load(
             repacked_types=plan.repacked_types,
             repack_in_place=plan.repack_in_place,
             expert_slots=plan.expert_slots,
-            expert_scores=_scores(checkpoint, shell),
+            expert_scores=_scores(checkpoint, skeleton),
         )
 
     with ExitStack() as undo:
@@ -822,33 +822,33 @@ def load(
     return model
 
 
-def _why_alone(shell: Shell) -> tuple[str, str]:
+def _why_alone(skeleton: ModelSkeleton) -> tuple[str, str]:
     """Why a model runs one sequence at a time and without drafts, and what to do about it."""
-    if shell.attention_mode == "concatenated":
+    if skeleton.attention_mode == "concatenated":
         reason = "it computes attention itself, so that rows of a pass change each other's last bits"
         return reason, "use --draft none, or --no-deterministic"
     return (
-        "an encoder reads the prompt" if shell.decoder_start_ids else "the model keeps a cache of its own",
+        "an encoder reads the prompt" if skeleton.decoder_start_ids else "the model keeps a cache of its own",
         "use --draft none",
     )
 
 
-def _scores(checkpoint: Checkpoint, shell: Shell) -> npt.NDArray[np.float32] | None:
+def _scores(checkpoint: Checkpoint, skeleton: ModelSkeleton) -> npt.NDArray[np.float32] | None:
     """How often experts were chosen in earlier runs, if what was kept can be of this model."""
     routing = load_routing(checkpoint)
-    shape = len(shell.expert_slices), max(map(len, shell.expert_slices), default=0)
+    shape = len(skeleton.expert_slices), max(map(len, skeleton.expert_slices), default=0)
     return routing.scores if routing is not None and routing.scores.shape == shape else None
 
 
-def _built(shell: Shell) -> Built:
+def _built(skeleton: ModelSkeleton) -> Built:
     """What the plan wants to know of a built model."""
     return Built(
-        linears=shell.linears,
-        prefill_only=shell.prefill_only_linears,
-        experts=shell.expert_slices,
-        single_sequence=shell.attention_mode == "native",
-        cached=shell.cached,
-        has_cache=shell.has_cache,
+        linears=skeleton.linears,
+        prefill_only=skeleton.prefill_only_linears,
+        experts=skeleton.expert_slices,
+        single_sequence=skeleton.attention_mode == "native",
+        cached=skeleton.cached,
+        has_cache=skeleton.has_cache,
     )
 
 

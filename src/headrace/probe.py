@@ -30,8 +30,8 @@ from headrace.errors import HeadraceError
 from headrace.kernels import DECODE_MAX_ROWS, Kernels, WeightSlice
 from headrace.kernels.ggml import takes_super_blocks
 from headrace.kernels.thresholds import PRECISE_TYPES
+from headrace.plan.memory_plan import MOST_RING_SLOTS, READERS, UNIT_BYTES
 from headrace.plan.profile import Profile, load_profile, machine_name
-from headrace.plan.rooms import MOST_RING_SLOTS, READERS, UNIT_BYTES
 from headrace.plan.shape import is_linear
 from headrace.process import release_unused, resident_bytes
 from headrace.stream import Arena, WeightFile, WeightStream
@@ -45,7 +45,7 @@ KERNEL_ROWS = (1, 2, 4, 8, DECODE_MAX_ROWS)
 PRODUCT_ROWS = (32, 128, 512)
 DISK_BYTES = GIB
 ROUNDS = 3
-LEAST_READING, MOST_READING = 0.05, 1.5  # shares that a noisy machine may not pass
+LEAST_IO_CPU_SHARE, MOST_IO_CPU_SHARE = 0.05, 1.5  # shares that a noisy machine may not pass
 PROBE_BYTES = 256 * MIB  # of weights in memory at a time: the probe may run where there is little
 
 
@@ -74,7 +74,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     repacked = {kind: repacked for kind, (_, repacked) in rates.items() if repacked}
     unpacked = {kind: _measure_unpack(kernels, kind) for kind in types if kind != "F32"} | {"F32": 1e12}
     say("disk and kernels together")
-    reading = measure_reading(target, threads, rates["Q4_K"][0]["1"], DISK_BYTES // 2)
+    reading = measure_io_cpu_share(target, threads, rates["Q4_K"][0]["1"], DISK_BYTES // 2)
     say("matrix products")
     products = {kind: _measure_products(kernels, kind) for kind in ("Q4_K", "F16")}
     kernels.close()
@@ -95,7 +95,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
         layer_s=layer_s,
         layer_row_s=layer_row_s,
         runtime_bytes=_measure_runtime(),
-        reading_share=reading,
+        io_cpu_share=reading,
     )
 
 
@@ -117,7 +117,7 @@ def measure_disk(target: Path, total_bytes: int = DISK_BYTES, rounds: int = ROUN
         return nbytes / seconds
 
 
-def measure_reading(target: Path, threads: int, weights_per_s: float, total_bytes: int = DISK_BYTES) -> float:
+def measure_io_cpu_share(target: Path, threads: int, weights_per_s: float, total_bytes: int = DISK_BYTES) -> float:
     """Share of the disk's seconds for which the cores are busy with reading, or held up by it.
 
     Products that take somewhat longer than the disk run while it is read, as in the engine; what both take together, less
@@ -156,7 +156,7 @@ def measure_reading(target: Path, threads: int, weights_per_s: float, total_byte
             alone = products_s()
             _, together_s = _streamed(path, total_bytes, 1, multiply)
             shares.append((together_s - alone) / alone_s)
-    return min(MOST_READING, max(LEAST_READING, statistics.median(shares)))
+    return min(MOST_IO_CPU_SHARE, max(LEAST_IO_CPU_SHARE, statistics.median(shares)))
 
 
 @contextmanager
@@ -372,7 +372,7 @@ def _measure_runtime() -> int:
     command = [
         sys.executable,
         "-c",
-        "from headrace import lean; lean.library(); from headrace import probe; probe.report_runtime()",
+        "from headrace import lean; slim_import.library(); from headrace import probe; probe.report_runtime()",
     ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

@@ -20,7 +20,7 @@ from headrace.engine.scheduler import Answer, Chunks, Scheduler, Slot
 from headrace.kernels import Kernels
 from headrace.kernels.convert import q4_k_blocks
 from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS
-from headrace.model import Shell
+from headrace.model import ModelSkeleton
 
 CONTEXT, NEW_TOKENS = 320, 2
 
@@ -33,7 +33,7 @@ def prompts() -> list[list[int]]:
     return [*found, text[:100] + text[7:40], torch.randint(0, VOCAB, (90,), generator=drawn).tolist()]
 
 
-class Recorder(Sampler):
+class Tracer(Sampler):
     """Takes the likeliest token and keeps the logits that it was drawn from."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Recorder(Sampler):
 def ask(engine: Engine, prompts: Sequence[list[int]], at_a_time: int, prefill_rows: int = 160) -> list[torch.Tensor]:
     """The logits of each prompt's answer, (NEW_TOKENS, vocab)."""
     scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT)) for _ in range(at_a_time)], prefill_rows)
-    recorders = [Recorder() for _ in prompts]
+    recorders = [Tracer() for _ in prompts]
     waiting, live = list(enumerate(prompts)), list[Answer]()
     while waiting or live:
         while waiting and scheduler.has_room:
@@ -58,12 +58,12 @@ def ask(engine: Engine, prompts: Sequence[list[int]], at_a_time: int, prefill_ro
             if answer.generated == NEW_TOKENS:
                 scheduler.remove(answer)
                 live.remove(answer)
-    return [torch.stack(recorder.logits) for recorder in recorders]
+    return [torch.stack(tracer.logits) for tracer in recorders]
 
 
 def engine_of(path: Path) -> Engine:
-    def decide(shell: Shell) -> StreamOptions:
-        pinned = {t.name: int(0.5 * t.rows) // t.row_multiple * t.row_multiple for t in shell.linears}
+    def decide(skeleton: ModelSkeleton) -> StreamOptions:
+        pinned = {t.name: int(0.5 * t.rows) // t.row_multiple * t.row_multiple for t in skeleton.linears}
         return StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, expert_slots=24)
 
     return Engine(open_checkpoint(path), decide, Kernels(2, tiled=["Q4_K"]))
@@ -122,7 +122,7 @@ def test_whole_chunks_of_a_prompt_are_reused(path: Path) -> None:
         scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], 160)
         rows = []
         for _ in range(2):
-            answer, before = scheduler.add(prompt, 1, Recorder()), len(engine.passes)
+            answer, before = scheduler.add(prompt, 1, Tracer()), len(engine.passes)
             while not answer.generated:
                 scheduler.step()
             scheduler.remove(answer)
@@ -150,7 +150,7 @@ def test_matrices_of_super_blocks_use_small_chunks(tmp_path: Path) -> None:
     with engine_of(write_q4_k(tmp_path / "tiny.gguf")) as engine:
         scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT)) for _ in range(3)], 160)
         for _ in range(3):
-            scheduler.add(prompt, 1, Recorder())
+            scheduler.add(prompt, 1, Tracer())
         while any(not answer.generated for answer in scheduler.answers):
             scheduler.step()
         shared = (len(prompt) - 1) // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS

@@ -15,7 +15,7 @@ from headrace.engine import Engine, Rows
 from headrace.engine.engine import StreamOptions
 from headrace.errors import HeadraceError
 from headrace.kernels import Kernels
-from headrace.model import Shell
+from headrace.model import ModelSkeleton
 
 GENERATOR = torch.Generator().manual_seed(1)
 TEXT = torch.randint(3, VOCAB, (1, 40), generator=GENERATOR)
@@ -25,8 +25,8 @@ ANSWER = torch.randint(3, VOCAB, (1, 12), generator=GENERATOR)
 def opened(path: Path, share: float = 0.5, readers: int = 2) -> Engine:
     """This share of every linear pinned, of the encoder too, the rest through rings of three units of 16 KiB."""
 
-    def options(shell: Shell) -> StreamOptions:
-        linears = (*shell.linears, *shell.prefill_only_linears)
+    def options(skeleton: ModelSkeleton) -> StreamOptions:
+        linears = (*skeleton.linears, *skeleton.prefill_only_linears)
         pinned = {t.name: int(share * t.rows) // t.row_multiple * t.row_multiple for t in linears}
         return StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=readers)
 
@@ -114,7 +114,7 @@ def test_the_encoder_is_read_once_for_a_prompt_and_the_decoder_for_every_token(t
             + [every.streamed_bytes] * 12
         )
         assert read == pytest.approx(expected, abs=4096)  # in whole pages, of which the file's last may be short
-        names = {tensor.name for visit in opening.visits for tensor in visit.tensors}
+        names = {tensor.name for visit in opening.groups for tensor in visit.tensors}
         assert all(name.startswith("enc.") or ".cross_attn_" in name for name in names)
         assert len(names) == 2 * 6 + 3 * 2  # six matrices of an encoder's layer, keys and values of a decoder's
 

@@ -12,7 +12,7 @@ from headrace.engine.engine import StreamOptions
 from headrace.engine.expert_prefetch import DISTANCE
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels
-from headrace.model import Shell
+from headrace.model import ModelSkeleton
 
 TOKENS = torch.randint(0, VOCAB, (64,), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -23,8 +23,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def engine_of(folder: Path, *, slots: int, readers: int = 2, share: float = 0.5) -> Engine:
-    def decide(shell: Shell) -> StreamOptions:
-        pinned = {t.name: int(share * t.rows) // t.row_multiple * t.row_multiple for t in shell.linears}
+    def decide(skeleton: ModelSkeleton) -> StreamOptions:
+        pinned = {t.name: int(share * t.rows) // t.row_multiple * t.row_multiple for t in skeleton.linears}
         return StreamOptions(
             pinned_rows=pinned,
             unit_bytes=16 << 10,

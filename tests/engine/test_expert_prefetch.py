@@ -45,13 +45,13 @@ def test_experts_are_read_ahead_once_their_rank_has_been_right(kernels: Kernels,
         x = torch.randn(rows, hidden)
         for layer in range(len(layers)):
             look.judge(layer, counted(x @ layers[layer].router.weight.T))
-            told = dict(look.guess(layer, x))
+            told = dict(look.predict(layer, x))
             ahead = {layer + distance for distance in range(1, DISTANCE + 1) if look.ranks(distance)}
             assert set(told) == {one for one in ahead if one < len(layers)}
     assert look.ranks(1) == CHOSEN  # the same activations, the same routers
     x = torch.randn(rows, hidden)
     asked = np.flatnonzero(counted(x @ layers[1].router.weight.T))
-    told = dict(look.guess(0, x))
+    told = dict(look.predict(0, x))
     assert len(set(told[1]) & set(asked)) >= len(asked) - rows  # but for choices that were close
 
 
@@ -63,11 +63,11 @@ def test_what_was_mostly_wrong_is_not_read_ahead(kernels: Kernels) -> None:
         x = torch.randn(1, 64)
         for layer in range(len(layers)):
             look.judge(layer, never)
-            assert not dict(look.guess(layer, x))
+            assert not dict(look.predict(layer, x))
 
 
 def test_experts_without_weights_are_not_read(kernels: Kernels) -> None:
     layers = layers_of(2, 64, identities=EXPERTS)
     look = ExpertPredictor(layers, CHOSEN, kernels)
     look._ranks[:] = [CHOSEN] * DISTANCE
-    assert dict(look.guess(0, torch.randn(1, 64))) == {1: []}
+    assert dict(look.predict(0, torch.randn(1, 64))) == {1: []}

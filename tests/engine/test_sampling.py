@@ -5,7 +5,7 @@ from headrace.engine import Sampling
 from headrace.engine.sampling import Sampler, distribution
 from headrace.engine.stops import StopScanner
 from headrace.errors import UsageError
-from headrace.model.thinking import Part
+from headrace.model.reasoning import Part
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
 

@@ -14,7 +14,7 @@ from headrace.engine.engine import StreamOptions
 from headrace.engine.sampling import Sampler, distribution, uniform
 from headrace.engine.scheduler import Scheduler, Slot
 from headrace.engine.speculation import Acceptance, Speculation, StepTimeModel
-from headrace.engine.trace import PassStats
+from headrace.engine.timeline import PassStats
 from headrace.kernels import Kernels
 from headrace.plan.cost import PassCost
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from headrace.errors import UsageError
-from headrace.forecast.answer import safe_device_bytes
 from headrace.forecast.architecture import table
 from headrace.forecast.machine import Machine, find_machine
+from headrace.forecast.predict import safe_device_bytes
 from headrace.units import GB, GIB
 
 DEVICES = table("devices")

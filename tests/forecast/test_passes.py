@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from headrace.forecast.architecture import Architecture, of_params, published
 from headrace.forecast.machine import find_machine
 from headrace.forecast.passes import (
+    DeviceSpec,
+    Parallelism,
+    PassShape,
     Rates,
-    Silicon,
-    Split,
-    Work,
     collectives,
     resident_pass,
     unpack_bytes,
@@ -25,8 +25,8 @@ from headrace.forecast.streaming import ExpertCache, FeedRates, Placement, exper
 PROPERTY = settings(max_examples=80, deadline=None)
 
 LLAMA, MIXTRAL = published("llama-3-8b"), published("mixtral-8x7b")
-A100 = Silicon(bytes_per_s=2.039e12, flop_per_s=312e12, memory_bytes=80e9, peer_bytes_per_s=300e9)
-ONE, RATES, FEED = Split(), Rates(), FeedRates()
+A100 = DeviceSpec(bytes_per_s=2.039e12, flop_per_s=312e12, memory_bytes=80e9, peer_bytes_per_s=300e9)
+ONE, RATES, FEED = Parallelism(), Rates(), FeedRates()
 PC = find_machine("rtx-4090 + 64GB + nvme-gen4")
 WAYS = {"host": PC.way_from("host"), "disk": PC.way_from("disk")}
 
@@ -34,7 +34,7 @@ MODELS = st.sampled_from(
     [LLAMA, MIXTRAL, published("gpt-2"), published("gpt-3"), published("gemma-3-27b"), of_params(3e9)]
 )
 WORKS = st.builds(
-    lambda rows, context, bits, skew: Work(rows=rows, sequences=rows, context=context, bits=bits, skew=skew),
+    lambda rows, context, bits, skew: PassShape(rows=rows, sequences=rows, context=context, bits=bits, skew=skew),
     rows=st.integers(1, 64).map(float),
     context=st.floats(0, 4096),
     bits=st.sampled_from([3.9, 4.85, 8.5, 16.0]),
@@ -42,12 +42,12 @@ WORKS = st.builds(
 )
 
 
-def row(**other: Any) -> Work:
-    return replace(Work(rows=1, sequences=1, context=512), **other)
+def row(**other: Any) -> PassShape:
+    return replace(PassShape(rows=1, sequences=1, context=512), **other)
 
 
-def streamed(model: Architecture, placement: Placement, work: Work | None = None) -> float:
-    return streamed_pass(model, PC.silicon, ONE, work or row(), placement, PC.topology(), WAYS, RATES, FEED).seconds
+def streamed(model: Architecture, placement: Placement, work: PassShape | None = None) -> float:
+    return streamed_pass(model, PC.device_spec, ONE, work or row(), placement, PC.topology(), WAYS, RATES, FEED).seconds
 
 
 # Resident
@@ -55,7 +55,7 @@ def streamed(model: Architecture, placement: Placement, work: Work | None = None
 
 @PROPERTY
 @given(MODELS, WORKS)
-def test_a_pass_takes_no_less_than_its_bytes_and_its_arithmetic(model: Architecture, work: Work) -> None:
+def test_a_pass_takes_no_less_than_its_bytes_and_its_arithmetic(model: Architecture, work: PassShape) -> None:
     found = resident_pass(model, A100, ONE, work, RATES)
 
     assert found.seconds >= (found.weight_bytes + found.kv_bytes) / A100.bytes_per_s
@@ -78,7 +78,7 @@ def test_many_rows_are_bound_by_arithmetic() -> None:
 
 @PROPERTY
 @given(MODELS, WORKS)
-def test_more_rows_are_never_faster_and_never_slower_per_row(model: Architecture, work: Work) -> None:
+def test_more_rows_are_never_faster_and_never_slower_per_row(model: Architecture, work: PassShape) -> None:
     more = replace(work, rows=2 * work.rows, sequences=2 * work.sequences)
     few, many = (resident_pass(model, A100, ONE, one, RATES).seconds for one in (work, more))
 
@@ -88,14 +88,14 @@ def test_more_rows_are_never_faster_and_never_slower_per_row(model: Architecture
 
 @PROPERTY
 @given(MODELS, WORKS)
-def test_fewer_bits_are_never_slower_if_nothing_is_unpacked(model: Architecture, work: Work) -> None:
+def test_fewer_bits_are_never_slower_if_nothing_is_unpacked(model: Architecture, work: PassShape) -> None:
     packed, plain = (resident_pass(model, A100, ONE, replace(work, bits=bits), RATES).seconds for bits in (4.0, 16.0))
     assert packed <= plain
 
 
 @PROPERTY
 @given(MODELS, WORKS)
-def test_unpacking_is_slower_and_a_chain_of_operations_slower_still(model: Architecture, work: Work) -> None:
+def test_unpacking_is_slower_and_a_chain_of_operations_slower_still(model: Architecture, work: PassShape) -> None:
     work = replace(work, bits=4.0)
     fused, memory, chain = (
         resident_pass(model, A100, ONE, replace(work, unpacking=how), RATES).seconds
@@ -127,25 +127,25 @@ def test_a_mixture_reads_the_experts_of_all_its_rows() -> None:
     assert reads[-1] == pytest.approx(MIXTRAL.read_bytes(16, 8))
 
 
-# Split
+# Parallelism
 
 
 def test_two_devices_are_faster_than_one_for_a_large_model() -> None:
     model = published("llama-3-70b")
-    seconds = [resident_pass(model, A100, Split(width=width), row(), RATES).seconds for width in (1, 2, 4, 8)]
+    seconds = [resident_pass(model, A100, Parallelism(width=width), row(), RATES).seconds for width in (1, 2, 4, 8)]
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[0] / seconds[1] < 2
 
 
 def test_eight_devices_are_slower_than_one_for_a_small_model() -> None:
     model = published("gpt-2")
-    one, eight = (resident_pass(model, A100, Split(width=width), row(), RATES).seconds for width in (1, 8))
+    one, eight = (resident_pass(model, A100, Parallelism(width=width), row(), RATES).seconds for width in (1, 8))
     assert eight > one
 
 
 def test_collectives_take_longer_over_more_devices_rows_and_nodes() -> None:
     def of(width: int, rows: float = 1, nodes: int = 1) -> float:
-        return collectives(4096, 32, A100, Split(width=width, nodes=nodes, node_bytes_per_s=25e9), rows, RATES)
+        return collectives(4096, 32, A100, Parallelism(width=width, nodes=nodes, node_bytes_per_s=25e9), rows, RATES)
 
     assert of(1) == 0
     assert 0 < of(2) < of(4) < of(8)
@@ -156,14 +156,14 @@ def test_collectives_take_longer_over_more_devices_rows_and_nodes() -> None:
 
 def test_every_doubling_of_the_devices_adds_one_hop_to_each_reduction() -> None:
     no_bytes = replace(A100, peer_bytes_per_s=0.0)
-    seconds = [collectives(4096, 32, no_bytes, Split(width=width), 1, RATES) for width in (2, 4, 8, 16)]
+    seconds = [collectives(4096, 32, no_bytes, Parallelism(width=width), 1, RATES) for width in (2, 4, 8, 16)]
     assert [after - before for before, after in pairwise(seconds)] == pytest.approx([2 * 32 * RATES.hop_s] * 3)
 
 
 @pytest.mark.parametrize("depth", [2, 4, 8])
 def test_stages_do_not_make_one_sequence_faster(depth: int) -> None:
     alone = resident_pass(LLAMA, A100, ONE, row(), RATES)
-    staged = resident_pass(LLAMA, A100, Split(depth=depth), row(), RATES)
+    staged = resident_pass(LLAMA, A100, Parallelism(depth=depth), row(), RATES)
 
     assert staged.seconds == pytest.approx(alone.seconds)
     assert staged.weight_bytes == pytest.approx(alone.weight_bytes)
@@ -171,8 +171,8 @@ def test_stages_do_not_make_one_sequence_faster(depth: int) -> None:
 
 
 def test_stages_make_many_sequences_faster_but_not_as_many_times_as_there_are_stages() -> None:
-    work = Work(rows=2048, sequences=64, context=512)
-    alone, staged = (resident_pass(LLAMA, A100, split, work, RATES).seconds for split in (ONE, Split(depth=4)))
+    work = PassShape(rows=2048, sequences=64, context=512)
+    alone, staged = (resident_pass(LLAMA, A100, split, work, RATES).seconds for split in (ONE, Parallelism(depth=4)))
     assert alone / 4 < staged < alone
 
 
@@ -213,15 +213,15 @@ def test_shares_that_are_none_are_an_error(shares: dict[str, float]) -> None:
 @PROPERTY
 @given(MODELS, WORKS, st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_a_streamed_pass_is_no_faster_than_its_pipes_nor_than_its_compute(
-    model: Architecture, work: Work, off: float, disk_share: float, kv_host: float
+    model: Architecture, work: PassShape, off: float, disk_share: float, kv_host: float
 ) -> None:
     placement = Placement(host=off * (1 - disk_share), disk=off * disk_share, kv_host=kv_host)
-    found = streamed_pass(model, PC.silicon, ONE, work, placement, PC.topology(), WAYS, RATES, FEED)
+    found = streamed_pass(model, PC.device_spec, ONE, work, placement, PC.topology(), WAYS, RATES, FEED)
     moved = found.weight_bytes * off + found.kv_bytes * kv_host
 
     assert found.seconds >= moved / PC.bus_bytes_per_s
     assert found.seconds >= found.weight_bytes * placement.disk / PC.disk_bytes_per_s
-    assert found.seconds >= resident_pass(model, PC.silicon, ONE, work, RATES).seconds * (1 - 1e-9)
+    assert found.seconds >= resident_pass(model, PC.device_spec, ONE, work, RATES).seconds * (1 - 1e-9)
     assert found.seconds >= max(found.parts.values()) * (1 - 1e-9)
 
 
@@ -233,7 +233,7 @@ def test_the_further_away_the_weights_lie_the_slower_is_the_pass() -> None:
 
 
 def test_weights_from_disk_are_bound_by_it() -> None:
-    found = streamed_pass(LLAMA, PC.silicon, ONE, row(), Placement(disk=1), PC.topology(), WAYS, RATES, FEED)
+    found = streamed_pass(LLAMA, PC.device_spec, ONE, row(), Placement(disk=1), PC.topology(), WAYS, RATES, FEED)
     assert found.binding == "disk"
     assert found.seconds >= LLAMA.read_bytes(16) / (PC.disk_bytes_per_s * FEED.disk_share)
 
@@ -253,9 +253,9 @@ def test_more_rows_share_what_is_streamed() -> None:
 
 @PROPERTY
 @given(WORKS, st.floats(0, 1), st.floats(0, 1))
-def test_more_hits_are_faster(work: Work, one: float, other: float) -> None:
+def test_more_hits_are_faster(work: PassShape, one: float, other: float) -> None:
     few, many = (
-        expert_pass(MIXTRAL, PC.silicon, ONE, work, hits, 5e9, RATES, FEED).seconds for hits in sorted((one, other))
+        expert_pass(MIXTRAL, PC.device_spec, ONE, work, hits, 5e9, RATES, FEED).seconds for hits in sorted((one, other))
     )
     assert many <= few
     if abs(one - other) > 1e-3:
@@ -263,14 +263,14 @@ def test_more_hits_are_faster(work: Work, one: float, other: float) -> None:
 
 
 def test_where_every_expert_is_there_nothing_is_read() -> None:
-    all_there = expert_pass(MIXTRAL, PC.silicon, ONE, row(), 1.0, 5e9, RATES, FEED)
-    assert all_there.seconds == resident_pass(MIXTRAL, PC.silicon, ONE, row(), RATES).seconds
+    all_there = expert_pass(MIXTRAL, PC.device_spec, ONE, row(), 1.0, 5e9, RATES, FEED)
+    assert all_there.seconds == resident_pass(MIXTRAL, PC.device_spec, ONE, row(), RATES).seconds
     assert all_there.parts["experts"] == 0
 
 
 def test_what_is_missed_is_read_after_the_router_has_spoken() -> None:
-    inner = resident_pass(MIXTRAL, PC.silicon, ONE, row(), RATES).seconds
-    missed = expert_pass(MIXTRAL, PC.silicon, ONE, row(), 0.0, 5e9, RATES, FEED)
+    inner = resident_pass(MIXTRAL, PC.device_spec, ONE, row(), RATES).seconds
+    missed = expert_pass(MIXTRAL, PC.device_spec, ONE, row(), 0.0, 5e9, RATES, FEED)
     read_s = MIXTRAL.expert_params * 2 * 2 / 8 / (5e9 * FEED.expert_share)
 
     assert missed.parts["experts"] == pytest.approx(read_s)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from headrace.errors import UsageError
-from headrace.forecast.answer import Ask, Forecast, forecast
 from headrace.forecast.architecture import published
 from headrace.forecast.machine import find_machine
+from headrace.forecast.predict import Forecast, Workload, forecast
 from headrace.forecast.search import (
     BITS,
     changes,
@@ -30,7 +30,7 @@ LARGE = published("llama-3-70b")
 def found() -> Sequence[Forecast]:
     """Every machine of the table with a price."""
     begun = time.process_time()
-    all_of_them = configurations(LLAMA, None, Ask())
+    all_of_them = configurations(LLAMA, None, Workload())
     # About 1 s here: a search is made while somebody waits.
     assert time.process_time() - begun < 5
     return all_of_them
@@ -59,7 +59,7 @@ def cost(one: Forecast) -> float:
     ],
 )
 def test_changes_are_worth_it_and_the_best_comes_first(model: str, machine: str, bits: float) -> None:
-    now = forecast(published(model), find_machine(machine), Ask(bits=bits))
+    now = forecast(published(model), find_machine(machine), Workload(bits=bits))
     named = changes(now)
     gains = [change.gain for change in named]
 
@@ -71,13 +71,13 @@ def test_changes_are_worth_it_and_the_best_comes_first(model: str, machine: str,
 
 
 def test_what_streams_from_disk_is_told_of_memory_and_of_disks() -> None:
-    now = forecast(LARGE, PC, Ask())
+    now = forecast(LARGE, PC, Workload())
     named = {change.what for change in changes(now, most=20)}
     assert {"twice the host's memory", "a second disk", "2x rtx-4090"} <= named
 
 
 def test_no_more_changes_are_named_than_asked_for() -> None:
-    assert len(changes(forecast(LARGE, PC, Ask()), most=2)) == 2
+    assert len(changes(forecast(LARGE, PC, Workload()), most=2)) == 2
 
 
 # More devices
@@ -114,19 +114,19 @@ def test_where_no_smaller_one_shares_the_vocabulary_there_is_no_draft() -> None:
 
 def test_every_configuration_is_within_what_was_asked(found: Sequence[Forecast]) -> None:
     assert len(found) > 1000
-    assert {one.ask.bits for one in found} == set(BITS)
-    assert all(one.ask.draft is None or one.draft_tokens > 0 for one in found)
+    assert {one.workload.bits for one in found} == set(BITS)
+    assert all(one.workload.draft is None or one.draft_tokens > 0 for one in found)
     assert all(one.usd_per_h is not None for one in found)
 
 
 def test_of_one_machine_only_its_own_counts_are_tried() -> None:
-    own = configurations(LLAMA, PC, Ask(prompt_tokens=64, tokens=64))
+    own = configurations(LLAMA, PC, Workload(prompt_tokens=64, tokens=64))
     assert {one.machine.device for one in own} == {"rtx-4090"}
     assert {one.machine.devices for one in own} == {1, 2, 4, 8}
 
 
 def test_a_unified_machine_is_not_multiplied() -> None:
-    own = configurations(LLAMA, find_machine("m4-max-40"), Ask())
+    own = configurations(LLAMA, find_machine("m4-max-40"), Workload())
     assert {one.machine.devices for one in own} == {1}
 
 
@@ -139,7 +139,9 @@ def test_the_cheapest_meets_the_wish_and_nothing_that_does_is_cheaper(found: Seq
 
     assert speed(best) >= wanted
     assert all(cost(one) >= cost(best) for one in found if speed(one) >= wanted)
-    assert all(one.ask.bits <= best.ask.bits for one in found if speed(one) >= wanted and cost(one) == cost(best))
+    assert all(
+        one.workload.bits <= best.workload.bits for one in found if speed(one) >= wanted and cost(one) == cost(best)
+    )
 
 
 def test_the_speed_may_be_that_of_all_together(found: Sequence[Forecast]) -> None:
@@ -182,7 +184,7 @@ def test_less_money_than_anything_costs_is_an_error_that_names_the_least(found: 
 
 
 def test_without_a_price_there_is_no_cheapest() -> None:
-    free = forecast(LLAMA, replace(find_machine("rtx-4090"), rent_usd_per_h=None, price_usd=None), Ask(bits=4.85))
+    free = forecast(LLAMA, replace(find_machine("rtx-4090"), rent_usd_per_h=None, price_usd=None), Workload(bits=4.85))
     for nothing, said in (([], "fits no"), ([free], "price")):
         with pytest.raises(UsageError, match=said) as caught:
             cheapest(nothing, tok_per_s=1, usd=None)
@@ -208,7 +210,7 @@ def test_along_the_frontier_more_money_is_more_speed(found: Sequence[Forecast]) 
 
 def test_along_the_frontier_fewer_bits_are_more_speed(found: Sequence[Forecast]) -> None:
     line = frontier(found, "bits")
-    bits = [one.ask.bits for one in line]
+    bits = [one.workload.bits for one in line]
     speeds = [speed(one) for one in line]
 
     assert bits == sorted(set(bits), reverse=True)
@@ -224,7 +226,7 @@ def test_of_nothing_there_is_no_frontier() -> None:
 
 
 def test_sellers_are_compared_with_what_it_costs_here() -> None:
-    now = forecast(LARGE, find_machine("4x h100-sxm + 256GB"), Ask(batch=32))
+    now = forecast(LARGE, find_machine("4x h100-sxm + 256GB"), Workload(batch=32))
     offers = sellers(now)
 
     assert now.usd_per_million_output is not None
@@ -237,7 +239,7 @@ def test_sellers_are_compared_with_what_it_costs_here() -> None:
 
 
 def test_what_nobody_sells_has_no_sellers() -> None:
-    assert sellers(forecast(published("gpt-2"), PC, Ask())) == []
+    assert sellers(forecast(published("gpt-2"), PC, Workload())) == []
 
 
 # Bugs that were found
@@ -251,20 +253,20 @@ def test_the_name_of_more_devices_can_be_read_again(text: str) -> None:
 
 
 def test_another_machine_is_suggested_even_if_its_name_begins_alike() -> None:
-    now = forecast(LLAMA, find_machine("m4 + 16GB + nvme-gen4"), Ask())
+    now = forecast(LLAMA, find_machine("m4 + 16GB + nvme-gen4"), Workload())
     assert any("m4-max-40" in change.what for change in changes(now, most=20))
 
 
 def test_a_search_tries_only_what_was_not_said() -> None:
-    own = configurations(LLAMA, PC, Ask(), all_bits=(16.0,), batches=(4,), drafts=False)
+    own = configurations(LLAMA, PC, Workload(), all_bits=(16.0,), batches=(4,), drafts=False)
     assert own
-    assert {(one.ask.bits, one.ask.batch, one.ask.draft) for one in own} == {(16.0, 4, None)}
+    assert {(one.workload.bits, one.workload.batch, one.workload.draft) for one in own} == {(16.0, 4, None)}
 
 
 def test_each_node_streams_its_own_part() -> None:
-    ask = Ask(bits=16.0)
+    workload = Workload(bits=16.0)
     one, three = (
-        forecast(LARGE, find_machine(f"rtx-4090 + 64GB + nvme-gen4{more}"), ask).s_per_token.expected
+        forecast(LARGE, find_machine(f"rtx-4090 + 64GB + nvme-gen4{more}"), workload).s_per_token.expected
         for more in ("", " + 3 nodes")
     )
     assert three < one / 2.5

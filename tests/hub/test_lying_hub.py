@@ -18,7 +18,7 @@ REPO = Reference(repo="org/model")
 LARGE = os.urandom(5000)
 CONFIG = b'{"model_type": "llama"}'
 FOLDER = {"config.json": CONFIG, "tokenizer.json": b'{"a": 1}', "model.safetensors": LARGE}
-# Names that lead out of a folder, or that no file may have.
+# WeightMap that lead out of a folder, or that no file may have.
 OUT = [
     "../../../escaped",
     "..",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from headrace.model.thinking import AnswerStream, Marks, Part, joined
+from headrace.model.reasoning import AnswerStream, Marks, Part, joined
 
 QWEN = ["<think>", "</think>"]
 GPT_OSS = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]
@@ -30,7 +30,7 @@ def parts(marks: list[str], said: list[str], tail: list[str], raw: bool = False)
     found = Marks() if raw else Marks.among(lambda token: number.get(token))
     stream = AnswerStream(found, lambda: Spelled(vocabulary), [number[word] for word in tail])
     found = [segment for word in said for segment in stream.step(number[word])] + stream.flush()
-    return joined(found, Part.ANSWER), joined(found, Part.THOUGHT)
+    return joined(found, Part.ANSWER), joined(found, Part.REASONING)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer as Backend
 
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import UnsupportedError
-from headrace.model.cuts import cut
 from headrace.model.end_tokens import find_end_tokens
-from headrace.model.thinking import Part, joined
+from headrace.model.pre_tokenizers import pre_tokenizer
+from headrace.model.reasoning import Part, joined
 from headrace.model.tokenizer import Tokenizer
 
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>")
@@ -33,7 +33,9 @@ def backend() -> Backend:
     """A tokenizer as Gemma's are: BPE over characters with bytes to fall back on, spaces written as a sign of their own."""
     made = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     made.normalizer = normalizers.Replace(" ", "▁")
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")  # no piece goes on in another line
+    made.pre_tokenizer = pre_tokenizers.Parallelism(
+        Regex(r"[^\n]+|\n+"), "isolated"
+    )  # no piece goes on in another line
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     first = [*CONTROL, *VISIBLE, *(f"<0x{byte:02X}>" for byte in range(256))]
     made.train_from_iterator(
@@ -43,7 +45,7 @@ def backend() -> Backend:
     fresh = json.loads(made.to_str())
     fresh["added_tokens"] = []  # bytes are no special tokens, they were only to have their numbers
     made = Backend.from_str(json.dumps(fresh))
-    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    made.pre_tokenizer = pre_tokenizers.Parallelism(" ", "merged_with_previous")
     made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
     made.add_tokens([AddedToken(token, normalized=False) for token in VISIBLE])
     return made
@@ -106,7 +108,7 @@ def test_gemma4s_turns_begin_with_one_beginning_token_and_end_where_the_model_st
 
 
 def by(pattern: str) -> Any:
-    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Parallelism(Regex(pattern), behavior="isolated")
 
 
 THREE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -156,7 +158,7 @@ def test_text_is_cut_as_it_was_when_the_merges_were_learned(pre: str, cut: Any, 
 def test_text_is_cut_by_several_patterns_one_after_another(pre: str, words: list[str]) -> None:
     text = "".join(words)
     assert text == "it's 世界ab 1234!x\ny"
-    assert [text[slice(*place)] for _, place in cut(pre).pre_tokenize_str(text)] == words
+    assert [text[slice(*place)] for _, place in pre_tokenizer(pre).pre_tokenize_str(text)] == words
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_text_is_cut_by_several_patterns_one_after_another(pre: str, words: list
 def test_models_with_cuts_of_their_own(pre: str, words: list[str]) -> None:
     text = "".join(words)
     assert text == "don't (3D) x2, 12345!\n"
-    assert [text[slice(*place)] for _, place in cut(pre).pre_tokenize_str(text)] == words
+    assert [text[slice(*place)] for _, place in pre_tokenizer(pre).pre_tokenize_str(text)] == words
 
 
 def test_a_way_to_cut_that_nobody_knows_is_refused(tmp_path: Path) -> None:
@@ -248,4 +250,4 @@ def test_thoughts_are_told_from_the_answer(tmp_path: Path, monkeypatch: pytest.M
         tail = ours.tail([{"role": "user", "content": "hello"}], raw=raw)
         stream = ours.answer(prompt, raw=raw, tail=tail)
         found = [segment for token in said for segment in stream.step(token)] + stream.flush()
-        assert (joined(found, Part.ANSWER), joined(found, Part.THOUGHT)) == expected
+        assert (joined(found, Part.ANSWER), joined(found, Part.REASONING)) == expected

@@ -22,7 +22,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 import headrace
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Sampling
-from headrace.model.cuts import cut
+from headrace.model.pre_tokenizers import pre_tokenizer
 from headrace.model.tokenizer import Tokenizer
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
@@ -40,7 +40,7 @@ LLAMA_CPP_NAMES = (
     "bailingmoe2", "llada-moe", "seed-coder", "hunyuan", "hunyuan-dense", "hy_v4", "joyai-llm", "kimi-k2", "ufakzeka",
     "grok-2", "afmoe", "laguna", "minimax-m2", "solar-open", "mellum2",
 )  # fmt: skip
-ACCEPTED = [name for name in LLAMA_CPP_NAMES if (cut(name) is not None)]
+ACCEPTED = [name for name in LLAMA_CPP_NAMES if (pre_tokenizer(name) is not None)]
 
 # Where llama.cpp only comes near the published pattern: it takes every letter that is not ASCII for upper and lower case, leaves
 # marks out of words, sees no case in words at all, or takes all white space for U+000B before it looks for ranges. For texts that
@@ -125,7 +125,7 @@ def published(metadata: Mapping[str, Any], patterns: Sequence[str]) -> Backend:
     vocabulary = {token: i for i, token in enumerate(metadata["tokens"])}
     merges = [tuple(merge.split(" ")) for merge in metadata["merges"]]
     found = Backend(models.BPE(vocabulary, merges, ignore_merges=metadata["pre"] == "tekken"))
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    cuts = [pre_tokenizers.Parallelism(Regex(pattern), "isolated") for pattern in patterns]
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     found.pre_tokenizer = pre_tokenizers.Sequence([*cuts, last])
     kinds = list(zip(metadata["tokens"], metadata["token_type"], strict=True))

@@ -278,7 +278,7 @@ def _fields(data: bytes) -> list[tuple[int, bytes]]:
 def gemma4(**more: Any) -> dict[str, Any]:
     """Metadata of Gemma 4's kind: BPE by merges over characters, spaces as U+2581, bytes to fall back on."""
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    made.pre_tokenizer = pre_tokenizers.Parallelism("\n", "isolated")
     lines = [text.replace(" ", "▁") for text in (*corpus(), *hostile_texts()) if "\0" not in text]
     made.train_from_iterator(
         lines, trainers.BpeTrainer(vocab_size=2500, min_frequency=2, limit_alphabet=600, show_progress=False)

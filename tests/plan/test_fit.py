@@ -14,7 +14,7 @@ from headrace.plan.fit import FACTORS, apply_fit, fit_runs, pass_seconds, quanti
 from headrace.plan.record import PassGroup, RunRecord, keep_record, read_records, records_path
 
 HERE = "a processor, 2 cores, 8 GiB"
-TRUE = {"disk": 1.2, "kernel": 0.8, "layer": 1.5, "reading": 0.5}  # none of them where the search begins
+TRUE = {"disk": 1.2, "kernel": 0.8, "layer": 1.5, "io_cpu": 0.5}  # none of them where the search begins
 
 
 def record(passes: tuple[PassGroup, ...], model: str = "tiny", **other: object) -> RunRecord:
@@ -108,11 +108,11 @@ def test_a_factor_that_no_run_says_anything_of_stays() -> None:
     no_disk = [record(tuple(group(0.0, 1.0, 0.1 * number, seconds=0.8 + 0.15 * number) for number in range(1, 5)))]
     fit = fit_runs(no_disk, HERE)
     assert fit.factors["disk"] == pytest.approx(FACTORS["disk"], rel=0.02)
-    assert fit.factors["reading"] == pytest.approx(FACTORS["reading"], rel=0.02)
+    assert fit.factors["io_cpu"] == pytest.approx(FACTORS["io_cpu"], rel=0.02)
 
 
 def test_runs_predicted_by_an_earlier_fit_say_the_same() -> None:
-    earlier = {"disk": 1.1, "kernel": 0.9, "layer": 1.3, "reading": 0.25}
+    earlier = {"disk": 1.1, "kernel": 0.9, "layer": 1.3, "io_cpu": 0.25}
     later = [
         replace(
             own,
@@ -167,7 +167,7 @@ def test_a_fit_makes_the_rates_what_the_runs_showed() -> None:
     assert fitted.disk_bytes_per_s["1"] == pytest.approx(2e9 / 1.2)
     assert fitted.kernel("Q4_K", 1) == pytest.approx(PROFILE.kernel("Q4_K", 1) / 0.8)
     assert fitted.layer_s == pytest.approx(1.5 * PROFILE.layer_s)
-    assert fitted.reading == 0.5
+    assert fitted.io_cpu == 0.5
     assert fitted.source == "measured 2025-01-01, fitted to 2 runs"
     assert fitted.spread == fit.spread
 
@@ -273,6 +273,12 @@ def test_a_line_that_is_no_record_is_an_error_that_names_it(tmp_path: Path, line
     with pytest.raises(UsageError, match="line 2 is no run record") as caught:
         read_records(path)
     assert "remove the line" in str(caught.value.hint)
+
+
+def test_records_of_an_earlier_schema_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_text(changed(schema=1) + "\n" + changed() + "\n")
+    assert len(read_records(path)) == 1
 
 
 def test_another_schema_is_named(tmp_path: Path) -> None:

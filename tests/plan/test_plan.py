@@ -25,9 +25,9 @@ from headrace.plan import (
     make_plan,
 )
 from headrace.plan.cost import DECODE_MAX_ROWS
-from headrace.plan.plan import Change
+from headrace.plan.memory_plan import ROW_MULTIPLE, SCORES_BYTES, UNIT_BYTES, plan_memory
+from headrace.plan.plan import Suggestion
 from headrace.plan.profile import machine_name, profile_path, save_profile
-from headrace.plan.rooms import ROW_MULTIPLE, SCORES_BYTES, UNIT_BYTES, divide
 from headrace.plan.shape import shape_of
 from headrace.units import GB, GIB, MIB, gib, parse_bytes
 
@@ -400,7 +400,7 @@ def test_every_prediction_is_a_range_around_what_is_expected(
 
     for spread in (plan.decode_s_per_token, plan.ttft_s):
         assert 0 < spread.low < spread.expected < spread.high
-    cores = plan.decode.compute_s + profile.reading * plan.decode.disk_s
+    cores = plan.decode.compute_s + profile.io_cpu * plan.decode.disk_s
     assert plan.decode_s_per_token.expected == pytest.approx(max(plan.decode.disk_s, cores))
     assert plan.decode.disk_s == pytest.approx(plan.streamed_bytes_per_pass / plan.disk_bytes_per_s)
     assert plan.prefill.disk_s == pytest.approx(plan.weights_bytes / plan.disk_bytes_per_s)
@@ -540,7 +540,7 @@ def test_a_plan_that_waits_for_the_disk_has_changes_and_one_with_all_pinned_asks
     assert not any("--memory" in change.what or "disk" in change.what for change in pinned.changes)
 
 
-def everything_pinned(plan: Plan) -> Change | None:
+def everything_pinned(plan: Plan) -> Suggestion | None:
     return next((change for change in plan.changes if change.what.endswith("everything pinned")), None)
 
 
@@ -708,7 +708,7 @@ def test_a_truncated_profile_is_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", sorted(set(asdict(MEASURED)) - {"schema", "factors", "spread", "probed_at", "reading_share"})
+    "key", sorted(set(asdict(MEASURED)) - {"schema", "factors", "spread", "probed_at", "io_cpu_share"})
 )
 def test_a_profile_that_lacks_something_is_ignored(tmp_path: Path, key: str) -> None:
     values = asdict(MEASURED)
@@ -771,7 +771,7 @@ def test_a_model_that_takes_its_prompt_whole_needs_room_for_it() -> None:
     request = Request(context_tokens=4096, prompt_tokens=2048)
     for shape, fits in ((own, True), (whole, False)):
         try:
-            found = divide(shape, None, MEASURED, given_budget(700 * MIB), request, None)
+            found = plan_memory(shape, None, MEASURED, given_budget(700 * MIB), request, None)
             assert fits
             assert found.floor <= 700 * MIB
         except BudgetError:
@@ -792,5 +792,5 @@ def test_scores_that_come_into_memory_are_counted() -> None:
     capped = shape_of(model(**shape, tied=False, metadata={"llama.attn_logit_softcapping": 50.0}))
     request = Request(context_tokens=4096, prompt_tokens=512)
     budget = given_budget(4 * GIB)
-    taken = [divide(one, None, MEASURED, budget, request, None).activations for one in (plain, capped)]
+    taken = [plan_memory(one, None, MEASURED, budget, request, None).activations for one in (plain, capped)]
     assert taken[1] - taken[0] == SCORES_BYTES

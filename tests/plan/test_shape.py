@@ -9,7 +9,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine
 from headrace.engine.engine import StreamOptions
 from headrace.kernels import Kernels
-from headrace.model.order import LinearStep
+from headrace.model.trace import LinearStep
 from headrace.plan import (
     Budget,
     Request,

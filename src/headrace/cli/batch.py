@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from headrace import lean
+from headrace import slim_import
 from headrace.batch import BadLine, BatchRequest, Results, answer_record, error_record, pending, read_requests
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.identity import identity
@@ -67,7 +67,7 @@ def batch_command(source: Path, target: Path, model: str, **options: Any) -> int
 def _run(checkpoint: Checkpoint, requests: Sequence[BatchRequest], results: Results, settings: Settings) -> int:
     profile = profile_for(checkpoint.path, say=not settings.quiet)
     budget = budget_of(settings.memory)
-    load = lean.library().load  # torch and transformers: seconds
+    load = slim_import.library().load  # torch and transformers: seconds
 
     small = min(settings.ctx_size or 256, checkpoint.context_limit(256))
     with load(

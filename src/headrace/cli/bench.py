@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from headrace import lean
+from headrace import slim_import
 from headrace.cli import show
 from headrace.cli.plan import profile_for, timeline_strips
-from headrace.forecast.strip import strips
+from headrace.forecast.sparkline import strips
 from headrace.plan import Budget
 from headrace.plan.pipeline import pipeline
 from headrace.plan.record import keep_record
@@ -26,7 +26,7 @@ def bench_command(
     if html is not None:
         show.check_writable(html)
     profile = profile_for(model, say=True)
-    load = lean.library().load  # torch: seconds
+    load = slim_import.library().load  # torch: seconds
     from headrace.engine.sampling import Sampling
 
     with load(

@@ -17,7 +17,7 @@ def fit_command(path: Path, as_json: bool) -> None:
     profile = load_profile()
     if profile is None:
         raise UsageError("this machine has no profile to fit", hint="run `headrace probe` first")
-    fit = fit_runs(read_records(path), profile.machine, profile.probed_at, profile.reading_share)
+    fit = fit_runs(read_records(path), profile.machine, profile.probed_at, profile.io_cpu_share)
     save_profile(apply_fit(profile, fit))
     if as_json:
         click.echo(

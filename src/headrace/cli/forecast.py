@@ -11,10 +11,10 @@ from rich.text import Text
 from headrace.cli import show
 from headrace.cli.hub import open_anywhere
 from headrace.errors import UsageError
-from headrace.forecast.answer import Ask, Forecast, Interval, Phase, forecast
 from headrace.forecast.architecture import Architecture, of_config, of_params, published, table
 from headrace.forecast.machine import Machine, find_machine
-from headrace.forecast.search import BATCHES, BITS, Change, changes, cheapest, configurations, frontier, sellers
+from headrace.forecast.predict import Forecast, Interval, Phase, Workload, forecast
+from headrace.forecast.search import BATCHES, BITS, Suggestion, changes, cheapest, configurations, frontier, sellers
 from headrace.hub import parse_reference
 from headrace.paths import exists
 from headrace.plan import guessed_profile, load_profile
@@ -84,7 +84,7 @@ def forecast_command(
     architecture = find_model(model, wishes.params)
     bits = wishes.bits or architecture.bits or architecture.native_bits
     small = _draft(wishes.draft)
-    ask = Ask(
+    ask = Workload(
         bits=bits,
         kv_bits=wishes.kv_bits,
         batch=wishes.batch or 1,
@@ -159,8 +159,8 @@ def _machine(text: str | None, memory: int | Budget | None) -> Machine:
 def _point(one: Forecast) -> dict[str, object]:
     return {
         "machine": one.machine.name,
-        "bits": one.ask.bits,
-        "batch": one.ask.batch,
+        "bits": one.workload.bits,
+        "batch": one.workload.batch,
         "draft_tokens": one.draft_tokens,
         "tok_per_s_each": 1 / one.s_per_token.expected,
         "tok_per_s": one.tok_per_s,
@@ -180,7 +180,7 @@ def interval(value: Interval, unit: str = "s") -> str:
 
 def forecast_rows(one: Forecast) -> list[tuple[str, str, str]]:
     """The forecast as rows of (name, value, remark)."""
-    ask, model = one.ask, one.model
+    ask, model = one.workload, one.model
     active = f", {model.active_params / 1e9:.3g}B active" if model.active_params else ""
     conversations = f"{ask.batch} x {ask.prompt_tokens + ask.tokens} tokens"
     rows = [
@@ -240,7 +240,7 @@ def _used(phase: Phase) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.01)
 
 
-def _print(one: Forecast, better: list[Change], found: list[Forecast]) -> None:
+def _print(one: Forecast, better: list[Suggestion], found: list[Forecast]) -> None:
     console = show.console()
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
@@ -265,8 +265,8 @@ def _print(one: Forecast, better: list[Change], found: list[Forecast]) -> None:
             )
             draft = f", {point.draft_tokens} draft tokens" if point.draft_tokens else ""
             console.print(
-                f"  {rate(1 / point.s_per_token.expected):>12} each  {money:>20}  {point.ask.bits:g} bits, batch "
-                f"{point.ask.batch}{draft}  {point.machine.name}",
+                f"  {rate(1 / point.s_per_token.expected):>12} each  {money:>20}  {point.workload.bits:g} bits, batch "
+                f"{point.workload.batch}{draft}  {point.machine.name}",
                 markup=False,
             )
 

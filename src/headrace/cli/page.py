@@ -11,9 +11,9 @@ from headrace.cli import charts
 from headrace.cli.claims import number
 from headrace.cli.forecast import forecast_rows
 from headrace.errors import HeadraceError
-from headrace.forecast.answer import Forecast
+from headrace.forecast.predict import Forecast
 from headrace.forecast.schedule import Timeline, Unit, simulate, slots_needed
-from headrace.forecast.search import Change, frontier
+from headrace.forecast.search import Suggestion, frontier
 from headrace.plan.plan import Plan
 from headrace.text import printable
 from headrace.units import rate, seconds
@@ -173,7 +173,7 @@ def timeline_passes(timeline: Timeline) -> int:
     return len(timeline.spans) // timeline.units_per_pass
 
 
-def forecast_page(one: Forecast, better: Sequence[Change], found: Sequence[Forecast]) -> str:
+def forecast_page(one: Forecast, better: Sequence[Suggestion], found: Sequence[Forecast]) -> str:
     """The page of a forecast for another machine."""
     busy = {name: value for name, value in one.decode.busy_s.items() if value > 0}
     parts = ["<h2>A decoding pass, by layer</h2>", charts.timeline(_layers(one))]
@@ -185,8 +185,8 @@ def forecast_page(one: Forecast, better: Sequence[Change], found: Sequence[Forec
         rows = [
             (
                 p.machine.name,
-                f"{p.ask.bits:g}",
-                str(p.ask.batch),
+                f"{p.workload.bits:g}",
+                str(p.workload.batch),
                 str(p.draft_tokens),
                 rate(1 / p.s_per_token.expected),
                 f"${p.usd_per_million_output.expected:.3g}" if p.usd_per_million_output else "",
@@ -233,7 +233,7 @@ def _layers(one: Forecast) -> dict[str, dict[str, list[tuple[float, float]]]]:
     return {f"{layers} layers{keeps}: {one.reasons[0]}": rows}
 
 
-def _forecast_roofline(one: Forecast, better: Sequence[Change]) -> str:
+def _forecast_roofline(one: Forecast, better: Sequence[Suggestion]) -> str:
     machine = one.machine
     roofs = {"device memory": machine.device_bytes_per_s * machine.all_devices}
     if not machine.unified:
@@ -252,7 +252,7 @@ def _forecast_roofline(one: Forecast, better: Sequence[Change]) -> str:
 
 def _point(one: Forecast, rows: float, pass_s: float) -> tuple[float, float]:
     flop = rows * one.model.flop()
-    return flop / max(1.0, one.model.read_bytes(one.ask.bits)), flop / pass_s
+    return flop / max(1.0, one.model.read_bytes(one.workload.bits)), flop / pass_s
 
 
 def _frontiers(found: Sequence[Forecast]) -> str:
@@ -262,8 +262,8 @@ def _frontiers(found: Sequence[Forecast]) -> str:
     panels = {
         "speed against bits": (
             "bits per weight",
-            [(p.ask.bits, each(p)) for p in found],
-            [(p.ask.bits, each(p)) for p in frontier(found, "bits")],
+            [(p.workload.bits, each(p)) for p in found],
+            [(p.workload.bits, each(p)) for p in frontier(found, "bits")],
         )
     }
     priced = [p for p in found if p.usd_per_million_output is not None]

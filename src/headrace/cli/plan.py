@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from headrace import lean
+from headrace import slim_import
 from headrace.checkpoint import Checkpoint
 from headrace.checkpoint.tensor import bits_per_weight
 from headrace.cli import show
@@ -21,7 +21,7 @@ from headrace.cli.forecast import Wishes, forecast_command
 from headrace.cli.hub import open_anywhere
 from headrace.errors import ContextError, UsageError
 from headrace.forecast.schedule import Timeline
-from headrace.forecast.strip import strips
+from headrace.forecast.sparkline import strips
 from headrace.hub import parse_reference
 from headrace.paths import exists
 from headrace.plan import (
@@ -292,7 +292,7 @@ def _interval(prediction: Range) -> str:
 
 def probe_command(target: Path, as_json: bool) -> None:
     """Measure, keep and print the profile."""
-    lean.library()
+    slim_import.library()
     from headrace.probe import probe
 
     profile = probe(target, lambda what: show.note(f"measuring {what}"))
@@ -306,7 +306,7 @@ def probe_command(target: Path, as_json: bool) -> None:
     lines = [
         ("machine", profile.machine),
         ("disk", f"{gigabytes(profile.disk_bytes_per_s[device])}/s, read as the engine reads"),
-        ("reading", f"costs the cores {profile.reading_share:.0%} of its time"),
+        ("reading", f"costs the cores {profile.io_cpu_share:.0%} of its time"),
         ("Q4_K", f"{one / 1e9:.1f} billion weights/s for 1 row, {few / 1e9:.1f} for 16"),
         (
             "products",

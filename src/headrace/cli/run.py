@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from headrace import lean
+from headrace import slim_import
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.cli import show
 from headrace.cli.plan import profile_for
@@ -84,7 +84,7 @@ def run_command(
     plan = make_plan(checkpoint, profile, budget, replace(request, drafting=drafting))
     if not quiet:
         show.note(plan.line())
-    load = lean.library().load  # torch and transformers: seconds, so only after the plan line
+    load = slim_import.library().load  # torch and transformers: seconds, so only after the plan line
 
     def exactly(tokenizer: "Tokenizer") -> Request:
         if text is None:
@@ -104,7 +104,7 @@ def run_command(
         profile=profile,
         trace=trace is not None,
     ) as loaded:
-        if not (raw or quiet or loaded.tokenizer.has_chat_template or loaded.tokenizer.opening):
+        if not (raw or quiet or loaded.tokenizer.has_chat_template or loaded.tokenizer.decoder_start_ids):
             show.note("the model has no chat template: the prompt is completed as it is, as with --raw")
         for remark in loaded.remarks if not quiet else ():
             show.note(remark)

@@ -3,6 +3,6 @@
 from headrace.engine.attention import KVCache
 from headrace.engine.engine import Engine, Rows
 from headrace.engine.sampling import Sampling
-from headrace.engine.trace import PassStats, Trace
+from headrace.engine.timeline import PassStats, Trace
 
 __all__ = ["Engine", "KVCache", "PassStats", "Rows", "Sampling", "Trace"]

@@ -322,7 +322,7 @@ class Entry(NamedTuple):
 
     cache: KVCache
     part: slice
-    exact: bool
+    row_invariant: bool
     start: int
 
     @property
@@ -355,7 +355,7 @@ class PackedAttention:
 
     def cache_of_one_row(self, layer: int) -> KVCache | None:
         """The cache, where the next forward is a single exact row and the layer's keys and values lie in fp16."""
-        if len(self.batch) != 1 or self.batch[0].rows != 1 or not self.batch[0].exact:
+        if len(self.batch) != 1 or self.batch[0].rows != 1 or not self.batch[0].row_invariant:
             return None
         cache = self.batch[0].cache
         return None if cache.halves(layer) is None else cache

@@ -16,7 +16,7 @@ from headrace.engine.engine import Engine, Rows
 from headrace.engine.native_cache import NativeCache
 from headrace.engine.sampling import Sampler
 from headrace.errors import CheckpointError
-from headrace.plan.rooms import DRAFT_PROMPT_ROWS
+from headrace.plan.memory_plan import DRAFT_PROMPT_ROWS
 
 
 class ConfidenceBucket(NamedTuple):

@@ -39,14 +39,14 @@ from headrace.engine.native_cache import (
 )
 from headrace.engine.plain_dtypes import plain_values
 from headrace.engine.pooled_allocation import PooledAllocation
-from headrace.engine.trace import PassLog, PassStats, Trace
+from headrace.engine.timeline import PassLog, PassStats, Trace
 from headrace.errors import CheckpointError, ContextError, UnsupportedError
 from headrace.kernels import DECODE_MAX_ROWS, Kernels, ReferenceKernels, WeightSlice
-from headrace.model import PackedLinear, Shell, build_shell
+from headrace.model import ModelSkeleton, PackedLinear, build_skeleton
+from headrace.model.build import AttentionMode, Hooks
 from headrace.model.matrix import Matrix
-from headrace.model.order import ExpertStep, LinearStep, Recorder, Step
 from headrace.model.packed import PackedExperts
-from headrace.model.shell import AttentionMode, Hooks
+from headrace.model.trace import ExpertStep, LinearStep, Step, Tracer
 from headrace.process import release_unused, resident_bytes
 from headrace.stream import Arena, WeightFile, WeightStream
 from headrace.stream.expert_cache import ExpertCache
@@ -113,7 +113,7 @@ class Engine:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        options: "StreamOptions | Callable[[Shell], StreamOptions]",
+        options: "StreamOptions | Callable[[ModelSkeleton], StreamOptions]",
         kernels: Kernels | ReferenceKernels,
         *,
         trace: Trace | None = None,
@@ -133,7 +133,7 @@ class Engine:
         own = kernels if isinstance(kernels, Kernels) else None
         self._attention = PackedAttention(own)
         self._captures = CaptureCache(list if own is None else Fuser(own, self._attention, self, self._multiply))
-        self._recorder: Recorder | None = None
+        self._tracer: Tracer | None = None
         self._name = f"headrace_{id(self):x}"
         self._streams: list[WeightStream] = []
         self._places: dict[Step, tuple[WeightStream, int]] = {}
@@ -160,11 +160,11 @@ class Engine:
             self.close()
             raise
 
-    def _build(self, options: "StreamOptions | Callable[[Shell], StreamOptions]") -> None:
+    def _build(self, options: "StreamOptions | Callable[[ModelSkeleton], StreamOptions]") -> None:
         checkpoint = self.checkpoint
         AttentionInterface.register(self._name, self._attention)
         ALL_EXPERTS_FUNCTIONS.register(self._name, self._experts)
-        shell = build_shell(
+        skeleton = build_skeleton(
             checkpoint,
             Hooks(
                 implementation=self._name,
@@ -179,16 +179,16 @@ class Engine:
                 has_cache=lambda model: memory_of(model) is not None,
             ),
         )
-        self._files.add(shell.virtual_path, shell.virtual)
-        self.model = shell.model
+        self._files.add(skeleton.virtual_path, skeleton.virtual)
+        self.model = skeleton.model
         # The output embeddings, where they are given only the rows that need logits.
         self._head = self.model.get_output_embeddings() if "logits_to_keep" in parameters_of(self.model) else None
-        self.steps = shell.steps
-        self.attention_mode = shell.attention_mode
-        self.decoder_start_ids = shell.decoder_start_ids
-        expert_predictor = ExpertPredictor(shell.experts, checkpoint.number("expert_used_count", 1), self.kernels)
+        self.steps = skeleton.steps
+        self.attention_mode = skeleton.attention_mode
+        self.decoder_start_ids = skeleton.decoder_start_ids
+        expert_predictor = ExpertPredictor(skeleton.experts, checkpoint.number("expert_used_count", 1), self.kernels)
         if callable(options):
-            options = options(shell)
+            options = options(skeleton)
         self._options = options
         self.kernels.pad_decode_rows_to_tiles = options.pad_decode_rows_to_tiles
         latent = [module.kv_b_proj.matrix for module in self.model.modules() if is_mla(module)]
@@ -199,12 +199,12 @@ class Engine:
             )
         unpacked = {tensor.name for matrix in latent for tensor in matrix.tensors}
         on_pinned = partial(self._repack, options, unpacked) if options.repacked_types else None
-        self._again = [step for step in shell.steps if not step.prefill_only]  # of a pass that takes up a text
+        self._again = [step for step in skeleton.steps if not step.prefill_only]  # of a pass that takes up a text
         self.stream = self._make_stream(self._again, options, options.slots, options.decode_only_slots, on_pinned)
-        if len(self._again) < len(shell.steps):
-            once = [step for step in shell.steps if step.prefill_only]
+        if len(self._again) < len(skeleton.steps):
+            once = [step for step in skeleton.steps if step.prefill_only]
             self._make_stream(once, options, options.prefill_only_slots or options.slots, 0, None)
-        self.experts = self._make_experts(shell, options, expert_predictor)
+        self.experts = self._make_experts(skeleton, options, expert_predictor)
         if not (self.stream.layout.reads_always or (self.experts is not None and self.experts.stream.reads_always)):
             self.kernels.spin()
         self._order: Sequence[Step] = self.steps  # of the pass in progress
@@ -240,14 +240,14 @@ class Engine:
         return stream
 
     def _make_experts(
-        self, shell: Shell, options: StreamOptions, expert_predictor: ExpertPredictor
+        self, skeleton: ModelSkeleton, options: StreamOptions, expert_predictor: ExpertPredictor
     ) -> ExpertRunner | None:
-        if not shell.experts:
+        if not skeleton.experts:
             return None
-        for packed in shell.experts:
+        for packed in skeleton.experts:
             if packed.router is not None:
                 packed.router.module.forward = partial(self._choose, packed.router.module.forward)
-        layers = shell.expert_slices
+        layers = skeleton.expert_slices
         slots = options.expert_slots or sum(map(len, layers))
         cache = ExpertCache(
             layers=len(layers), experts=max(map(len, layers)), slots=slots, scores=options.expert_scores
@@ -666,7 +666,7 @@ class Engine:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes the place of a layer's `expand_kv`: its attention is given the vectors as they are kept, and the matrix."""
         linear: PackedLinear = layer.kv_b_proj
-        if self._recorder is not None:
+        if self._tracer is not None:
             linear(vectors)
             return self._attention.take(layer, None, vectors, rotated)
         if self._capture is not None:
@@ -687,8 +687,8 @@ class Engine:
     ) -> torch.Tensor:
         """Called by transformers where a layer's experts are."""
         packed: PackedExperts = module.packed
-        if self._recorder is not None:
-            return self._recorder.experts(packed, hidden)
+        if self._tracer is not None:
+            return self._tracer.experts(packed, hidden)
         self._next_step(packed)
         shape = hidden.shape
         rows = hidden.reshape(-1, shape[-1]), ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
@@ -743,9 +743,9 @@ class Engine:
             )
         return step
 
-    def _record(self, recorder: Recorder | None) -> None:
-        self._recorder, self._attention.records = recorder, recorder is not None
-        if recorder is not None:
+    def _record(self, tracer: Tracer | None) -> None:
+        self._tracer, self._attention.records = tracer, tracer is not None
+        if tracer is not None:
             self._attention.layers, self._attention.unknown_arguments = {}, set()
 
     def _attention_modes(self, model: PreTrainedModel) -> Iterator[AttentionMode]:

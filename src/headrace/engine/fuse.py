@@ -16,7 +16,7 @@ from headrace.engine.capture import Call, put_all
 from headrace.kernels.attention_graph import AttentionNodes, Heads, Positions
 from headrace.kernels.fused_graph import FusedGraph
 from headrace.kernels.multiply import Kernels
-from headrace.model.order import LinearStep
+from headrace.model.trace import LinearStep
 from headrace.stream import WeightStream
 from headrace.stream.weights import Batch
 

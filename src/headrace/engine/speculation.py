@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headrace.engine.drafters import MAX_BUCKET, ConfidenceBucket, Draft, ModelDrafter, PromptLookup
-from headrace.engine.trace import PassStats
+from headrace.engine.timeline import PassStats
 from headrace.plan.cost import PassCost
 
 # Weight of the past against one new observation: the last twenty count.
@@ -105,8 +105,8 @@ class _Open:
     """A draft that may still grow, and the probability that all its tokens so far are accepted."""
 
     draft: Draft
-    most: int
-    kept: int = 0
+    max_tokens: int
+    num_tokens: int = 0
     probability: float = 1.0
 
 
@@ -128,14 +128,14 @@ class Speculation:
             drafts: each with its max draft tokens.
             rows: rows of the pass before any draft token is added.
         """
-        growing = [_Open(draft, most) for draft, most in drafts if most > 0]
+        growing = [_Open(draft, max_tokens) for draft, max_tokens in drafts if max_tokens > 0]
         while growing:
             self._ask_model([one for one in growing if not self._look_up(one)], rows)
             still = []
             for one in growing:
                 if self._keep(one, rows):
                     rows += 1
-                    if one.kept < one.most:
+                    if one.num_tokens < one.max_tokens:
                         still.append(one)
             growing = still
 
@@ -177,7 +177,7 @@ class Speculation:
     def _keep(self, one: _Open, rows: int) -> bool:
         """True if a new draft token was proposed and is worth its row; if not, it is dropped."""
         draft_tokens = one.draft.draft_tokens
-        if len(draft_tokens) == one.kept:
+        if len(draft_tokens) == one.num_tokens:
             return False
         probability = one.probability * self.acceptance.rate(draft_tokens[-1].confidence)
         price = self.step_times.pass_s(rows + 1) - self.step_times.pass_s(rows)
@@ -185,5 +185,5 @@ class Speculation:
             draft_tokens.pop()
             return False
         one.probability = probability
-        one.kept += 1
+        one.num_tokens += 1
         return True

@@ -6,7 +6,7 @@ one. In what a model thinks, only stop strings with control tokens are looked fo
 
 from collections.abc import Collection, Sequence
 
-from headrace.model.thinking import Part, Segment
+from headrace.model.reasoning import Part, Segment
 
 _MASK = "\ud800"  # stands for reasoning, so that plain stop strings do not match there; no text in UTF-8 holds it
 
@@ -28,7 +28,7 @@ class StopScanner:
         if not self._longest:
             return self.rest(), False
         texts = {
-            False: "".join(_MASK * len(text) if part is Part.THOUGHT else text for part, text in self._held),
+            False: "".join(_MASK * len(text) if part is Part.REASONING else text for part, text in self._held),
             True: "".join(text for _, text in self._held),
         }
         found = [text.find(stop) for control, text in texts.items() for stop in self._stops[control] if stop in text]

@@ -16,7 +16,7 @@ from typing import Any
 
 from headrace.errors import UsageError, did_you_mean
 from headrace.forecast.architecture import table
-from headrace.forecast.passes import Silicon, Split
+from headrace.forecast.passes import DeviceSpec, Parallelism
 from headrace.forecast.topology import Pipe, Topology
 from headrace.units import GB, parse_bytes
 
@@ -57,9 +57,9 @@ class Machine:
     parts: "Parts | None" = None
 
     @property
-    def silicon(self) -> Silicon:
+    def device_spec(self) -> DeviceSpec:
         """A device as the formulas see it."""
-        return Silicon(
+        return DeviceSpec(
             bytes_per_s=self.device_bytes_per_s,
             flop_per_s=self.flop_per_s,
             memory_bytes=self.device_memory_bytes,
@@ -73,9 +73,9 @@ class Machine:
         return self.devices * self.nodes
 
     @property
-    def split(self) -> Split:
+    def parallelism(self) -> Parallelism:
         """Every layer over all devices."""
-        return Split(width=self.all_devices, nodes=self.nodes, node_bytes_per_s=self.network_bytes_per_s)
+        return Parallelism(width=self.all_devices, nodes=self.nodes, node_bytes_per_s=self.network_bytes_per_s)
 
     def topology(self) -> Topology:
         """The pipes of all nodes together: each node streams its own part of every layer."""

@@ -10,7 +10,7 @@
 The launches are a fixed time: one efficiency alone does not describe a decoder. Sources: the roofline is Williams,
 Waterman, Patterson 2009; weights and caches over bandwidth as in Pope et al. 2022 ("Efficiently scaling transformer
 inference", sections 3 and 4.1: 2 reductions per layer, 2 (n - 1) / n of the activations each over a ring, or 8 /
-sqrt(n) of them on a two-dimensional split); latency of a reduction growing with the logarithm of the devices: Thakur,
+sqrt(n) of them on a two-dimensional parallelism); latency of a reduction growing with the logarithm of the devices: Thakur,
 Rabenseifner, Gropp 2005. Unfused kernels for packed weights unpack them to 16 bits in memory first: they write and read
 two bytes per weight more.
 """
@@ -41,7 +41,7 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Silicon:
+class DeviceSpec:
     """One device as the formulas see it."""
 
     bytes_per_s: float
@@ -52,7 +52,7 @@ class Silicon:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Parallelism:
     """How the model is spread: every layer over `width` devices, its layers over `depth` groups of those."""
 
     width: int = 1
@@ -63,7 +63,7 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class PassShape:
     """What a pass computes: new rows, of so many sequences, each after so many tokens."""
 
     rows: float
@@ -91,7 +91,7 @@ class PassForecast:
         return max(self.parts, key=lambda name: self.parts[name])
 
 
-def weight_traffic(model: Architecture, work: Work, rates: Rates) -> float:
+def weight_traffic(model: Architecture, work: PassShape, rates: Rates) -> float:
     """Bytes of weights that a pass moves through memory."""
     touched = None
     if model.is_mixture:
@@ -107,23 +107,25 @@ def unpack_bytes(bits: float, unpacking: str, rates: Rates) -> float:
     return 4.0 if unpacking == "memory" else rates.chain_bytes
 
 
-def resident_pass(model: Architecture, silicon: Silicon, split: Split, work: Work, rates: Rates) -> PassForecast:
+def resident_pass(
+    model: Architecture, device: DeviceSpec, parallelism: Parallelism, work: PassShape, rates: Rates
+) -> PassForecast:
     """A pass with everything in device memory. With `depth` above 1, the best number of micro-batches fills the stages."""
-    if split.depth == 1:
-        return _stage_pass(model, silicon, split, work, rates, 1.0)
+    if parallelism.depth == 1:
+        return _stage_pass(model, device, parallelism, work, rates, 1.0)
     best = None
-    for batches in range(1, split.depth * 2 + 1):
+    for batches in range(1, parallelism.depth * 2 + 1):
         if batches > max(1.0, work.sequences):
             break
-        part = Work(**{**vars(work), "rows": work.rows / batches, "sequences": work.sequences / batches})
-        stage = _stage_pass(model, silicon, split, part, rates, 1 / split.depth)
-        filled = batches + split.depth - 1
+        part = PassShape(**{**vars(work), "rows": work.rows / batches, "sequences": work.sequences / batches})
+        stage = _stage_pass(model, device, parallelism, part, rates, 1 / parallelism.depth)
+        filled = batches + parallelism.depth - 1
         found = PassForecast(
             seconds=stage.seconds * filled,
             parts={name: value * filled for name, value in stage.parts.items()},
-            weight_bytes=stage.weight_bytes * split.depth * batches,
-            kv_bytes=stage.kv_bytes * split.depth * batches,
-            flop=stage.flop * split.depth * batches,
+            weight_bytes=stage.weight_bytes * parallelism.depth * batches,
+            kv_bytes=stage.kv_bytes * parallelism.depth * batches,
+            flop=stage.flop * parallelism.depth * batches,
         )
         if best is None or found.seconds < best.seconds:
             best = found
@@ -132,20 +134,20 @@ def resident_pass(model: Architecture, silicon: Silicon, split: Split, work: Wor
 
 
 def _stage_pass(
-    model: Architecture, silicon: Silicon, split: Split, work: Work, rates: Rates, share: float
+    model: Architecture, device: DeviceSpec, parallelism: Parallelism, work: PassShape, rates: Rates, share: float
 ) -> PassForecast:
-    n, layers = split.width, model.layers * share
+    n, layers = parallelism.width, model.layers * share
     weights = weight_traffic(model, work, rates) * share
     kv = work.sequences * model.kv_bytes(work.context, work.kv_bits) * share
     kv += (
         kv * 8 / work.kv_bits * unpack_bytes(work.kv_bits, work.unpacking, rates) if work.unpacking == "chain" else 0.0
     )
     flop = work.rows * model.flop(work.context) * share
-    memory_share = rates.memory_share * rates.die_share ** (silicon.dies - 1)
-    memory_s = (weights + kv) / (n * memory_share * silicon.bytes_per_s)
-    compute_s = flop / (n * rates.flop_share * silicon.flop_per_s)
+    memory_share = rates.memory_share * rates.die_share ** (device.dies - 1)
+    memory_s = (weights + kv) / (n * memory_share * device.bytes_per_s)
+    compute_s = flop / (n * rates.flop_share * device.flop_per_s)
     launch_s = layers * rates.layer_s + model.expert_layers * share * rates.routing_s
-    collective_s = collectives(model.hidden, layers, silicon, split, work.rows, rates)
+    collective_s = collectives(model.hidden, layers, device, parallelism, work.rows, rates)
     busy = max(memory_s, compute_s) + rates.unhidden * min(memory_s, compute_s)
     parts = {"memory": memory_s, "compute": compute_s, "launches": launch_s, "collectives": collective_s}
     return PassForecast(
@@ -153,19 +155,21 @@ def _stage_pass(
     )
 
 
-def collectives(hidden: int, layers: float, silicon: Silicon, split: Split, rows: float, rates: Rates) -> float:
+def collectives(
+    hidden: int, layers: float, device: DeviceSpec, parallelism: Parallelism, rows: float, rates: Rates
+) -> float:
     """Seconds of the two reductions of every layer."""
-    n = split.width
+    n = parallelism.width
     if n == 1:
         return 0.0
     activations = rows * hidden * 2.0
-    inside = max(1, n // split.nodes)
+    inside = max(1, n // parallelism.nodes)
     one_s = rates.start_s + rates.hop_s * log2(n)
-    if silicon.peer_bytes_per_s:
+    if device.peer_bytes_per_s:
         ring, grid = 2 * (inside - 1) / inside, 8 / sqrt(inside)
-        one_s += activations * min(ring, grid) / silicon.peer_bytes_per_s
-    if split.nodes > 1:
-        one_s += split.node_hop_s * log2(split.nodes)
-        if split.node_bytes_per_s:
-            one_s += activations * 2 * (split.nodes - 1) / split.nodes / split.node_bytes_per_s
+        one_s += activations * min(ring, grid) / device.peer_bytes_per_s
+    if parallelism.nodes > 1:
+        one_s += parallelism.node_hop_s * log2(parallelism.nodes)
+        if parallelism.node_bytes_per_s:
+            one_s += activations * 2 * (parallelism.nodes - 1) / parallelism.nodes / parallelism.node_bytes_per_s
     return 2 * layers * one_s

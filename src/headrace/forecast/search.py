@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.errors import UsageError
-from headrace.forecast.answer import Ask, Forecast, forecast
 from headrace.forecast.architecture import Architecture, published, table
 from headrace.forecast.machine import Machine, find_machine
 from headrace.forecast.money import break_even_batch, markup
+from headrace.forecast.predict import Forecast, Workload, forecast
 
 BITS = (16.0, 8.5, 6.56, 4.85, 3.9)  # F16, Q8_0, Q6_K, Q4_K_M, Q3_K_M
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -15,7 +15,7 @@ COUNTS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class Suggestion:
     """Something that could be otherwise, and what it would give."""
 
     what: str
@@ -24,39 +24,51 @@ class Change:
     forecast: Forecast
 
 
-def changes(now: Forecast, most: int = 6) -> list[Change]:
+def changes(now: Forecast, most: int = 6) -> list[Suggestion]:
     """What would make it faster, best first. Each by a forecast of its own."""
-    ask, machine = now.ask, now.machine
-    tried: list[tuple[str, Machine, Ask]] = []
+    workload, machine = now.workload, now.machine
+    tried: list[tuple[str, Machine, Workload]] = []
     if not machine.unified and (now.placement.host or now.placement.disk):
         for count in (2, 4):
             tried.append(
-                (f"{count * machine.devices}x {machine.device}", with_devices(machine, count * machine.devices), ask)
+                (
+                    f"{count * machine.devices}x {machine.device}",
+                    with_devices(machine, count * machine.devices),
+                    workload,
+                )
             )
     if now.placement.disk:
         tried.append(
-            ("twice the host's memory", replace(machine, host_memory_bytes=2 * machine.host_memory_bytes), ask)
+            ("twice the host's memory", replace(machine, host_memory_bytes=2 * machine.host_memory_bytes), workload)
         )
-        tried.append(("a second disk", replace(machine, disk_bytes_per_s=2 * machine.disk_bytes_per_s), ask))
+        tried.append(("a second disk", replace(machine, disk_bytes_per_s=2 * machine.disk_bytes_per_s), workload))
         if machine.unified:
             tried.append(
-                ("twice the memory", replace(machine, device_memory_bytes=2 * machine.device_memory_bytes), ask)
+                ("twice the memory", replace(machine, device_memory_bytes=2 * machine.device_memory_bytes), workload)
             )
     elif machine.devices * machine.nodes == 1 and not machine.unified and not now.placement.host:
-        tried.append((f"2x {machine.device}, each layer over both", with_devices(machine, 2), ask))
+        tried.append((f"2x {machine.device}, each layer over both", with_devices(machine, 2), workload))
     tried += [
-        (f"{bits:g} bits per weight", machine, replace(ask, bits=bits)) for bits in BITS if bits < 0.9 * ask.bits
+        (f"{bits:g} bits per weight", machine, replace(workload, bits=bits))
+        for bits in BITS
+        if bits < 0.9 * workload.bits
     ][:2]
-    if ask.draft is None and (small := draft_for(now.model)) is not None:
-        tried.append((f"{small.name} as a draft", machine, replace(ask, draft=small)))
-    tried += [(f"a batch of {batch}", machine, replace(ask, batch=batch)) for batch in (8, 32) if batch > 2 * ask.batch]
+    if workload.draft is None and (small := draft_for(now.model)) is not None:
+        tried.append((f"{small.name} as a draft", machine, replace(workload, draft=small)))
+    tried += [
+        (f"a batch of {batch}", machine, replace(workload, batch=batch))
+        for batch in (8, 32)
+        if batch > 2 * workload.batch
+    ]
     for name in _other_machines(machine):
-        tried.append((f"{name} instead", find_machine(name), ask))
+        tried.append((f"{name} instead", find_machine(name), workload))
     found = []
     for what, other, asked in tried:
         if (answer := _try(now.model, other, asked)) is not None:
             found.append(
-                Change(what=what, tok_per_s=answer.tok_per_s, gain=answer.tok_per_s / now.tok_per_s, forecast=answer)
+                Suggestion(
+                    what=what, tok_per_s=answer.tok_per_s, gain=answer.tok_per_s / now.tok_per_s, forecast=answer
+                )
             )
     return sorted((change for change in found if change.gain > 1.03), key=lambda change: -change.gain)[:most]
 
@@ -81,9 +93,9 @@ def sellers(now: Forecast) -> list[Seller]:
     offers = [(key, entry) for key, entry in table("prices").items() if entry.get("model") in keys]
     passes: dict[int, float] = {}
     for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256) if offers else ():
-        if (answer := _try(now.model, now.machine, replace(now.ask, batch=batch))) is not None:
+        if (answer := _try(now.model, now.machine, replace(now.workload, batch=batch))) is not None:
             passes[batch] = answer.s_per_token.expected
-    prompt, tokens = now.ask.prompt_tokens, now.ask.tokens
+    prompt, tokens = now.workload.prompt_tokens, now.workload.tokens
     cost = (prompt * now.usd_per_million_input.expected + tokens * now.usd_per_million_output.expected) / 1e6
     found = []
     for key, entry in offers:
@@ -141,7 +153,7 @@ def draft_for(model: Architecture) -> Architecture | None:
 def configurations(
     model: Architecture,
     machine: Machine | None,
-    ask: Ask,
+    workload: Workload,
     *,
     all_bits: Sequence[float] = BITS,
     batches: Sequence[int] = BATCHES,
@@ -150,7 +162,7 @@ def configurations(
     """Forecasts over bits, batches, drafts and numbers of devices; over all devices of the table where no machine is given."""
     machines = [machine] if machine is not None else [find_machine(f"{name} + 256GB + nvme-gen4") for name in _priced()]
     found = []
-    small = (ask.draft or draft_for(model)) if drafts else None
+    small = (workload.draft or draft_for(model)) if drafts else None
     for one in machines:
         for count in COUNTS:
             if one.unified and count > 1:
@@ -159,7 +171,7 @@ def configurations(
             for bits in all_bits:
                 for batch in batches:
                     for draft in (None, small) if small is not None else (None,):
-                        answer = _try(model, many, replace(ask, bits=bits, batch=batch, draft=draft))
+                        answer = _try(model, many, replace(workload, bits=bits, batch=batch, draft=draft))
                         if answer is not None and (draft is None or answer.draft_tokens):
                             found.append(answer)
     return found
@@ -207,13 +219,13 @@ def cheapest(found: Sequence[Forecast], *, tok_per_s: float | None, usd: float |
         raise UsageError(
             f"nothing reaches {tok_per_s:g} tok/s{'' if usd is None else f' for ${usd:.2f} an hour'}",
             hint=(
-                f"the fastest is {speed(near):.3g} tok/s: {near.machine.name}, {near.ask.bits:g} bits, batch "
-                f"{near.ask.batch}, ${cost(near):.2f} an hour"
+                f"the fastest is {speed(near):.3g} tok/s: {near.machine.name}, {near.workload.bits:g} bits, batch "
+                f"{near.workload.batch}, ${cost(near):.2f} an hour"
             ),
         )
     if tok_per_s is None:  # the most speed for the money
         return max(good, key=lambda one: (speed(one), -cost(one)))
-    return min(good, key=lambda one: (cost(one), -one.ask.bits, -speed(one)))
+    return min(good, key=lambda one: (cost(one), -one.workload.bits, -speed(one)))
 
 
 def frontier(found: Iterable[Forecast], against: str) -> list[Forecast]:
@@ -227,7 +239,7 @@ def frontier(found: Iterable[Forecast], against: str) -> list[Forecast]:
 
     def price(one: Forecast) -> float:
         if against == "bits":
-            return -one.ask.bits
+            return -one.workload.bits
         assert one.usd_per_million_output is not None
         return one.usd_per_million_output.expected
 
@@ -241,9 +253,9 @@ def frontier(found: Iterable[Forecast], against: str) -> list[Forecast]:
     return kept
 
 
-def _try(model: Architecture, machine: Machine, ask: Ask) -> Forecast | None:
+def _try(model: Architecture, machine: Machine, workload: Workload) -> Forecast | None:
     try:
-        return forecast(model, machine, ask)
+        return forecast(model, machine, workload)
     except UsageError:
         return None
 

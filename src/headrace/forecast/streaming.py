@@ -16,7 +16,7 @@ from math import inf
 
 from headrace.forecast.architecture import Architecture
 from headrace.forecast.experts import distinct, hit_rate
-from headrace.forecast.passes import PassForecast, Rates, Silicon, Split, Work, resident_pass
+from headrace.forecast.passes import DeviceSpec, Parallelism, PassForecast, PassShape, Rates, resident_pass
 from headrace.forecast.topology import Flow, Topology
 
 
@@ -70,9 +70,9 @@ def place(model: Architecture, bits: float, kv_bytes: float, device_bytes: float
 
 def streamed_pass(
     model: Architecture,
-    silicon: Silicon,
-    split: Split,
-    work: Work,
+    device: DeviceSpec,
+    split: Parallelism,
+    work: PassShape,
     placement: Placement,
     topology: Topology,
     ways: Mapping[str, tuple[str, ...]],
@@ -83,7 +83,7 @@ def streamed_pass(
 
     Args:
         model: what is computed.
-        silicon: one device.
+        device: one device.
         split: over how many.
         work: rows, sequences, context, bits.
         placement: where weights and caches lie.
@@ -92,7 +92,7 @@ def streamed_pass(
         rates: of the resident part.
         feed: of the rest.
     """
-    inner = resident_pass(model, silicon, split, work, rates)
+    inner = resident_pass(model, device, split, work, rates)
     touched = None
     if model.is_mixture:
         touched = distinct(model.experts, model.experts_per_token, max(1, round(work.rows)), skew=work.skew)
@@ -128,9 +128,9 @@ class ExpertCache:
 
 def expert_pass(
     model: Architecture,
-    silicon: Silicon,
-    split: Split,
-    work: Work,
+    device: DeviceSpec,
+    split: Parallelism,
+    work: PassShape,
     hits: float,
     bytes_per_s: float,
     rates: Rates,
@@ -143,7 +143,7 @@ def expert_pass(
 
     Args:
         model: a mixture of experts.
-        silicon: what computes.
+        device: what computes.
         split: over how many.
         work: rows and bits.
         hits: share of the experts that a pass needs which are in memory.
@@ -153,7 +153,7 @@ def expert_pass(
         host_share: of the experts that a pass needs, those in host memory; they are counted among the hits.
         host_bytes_per_s: at which these come to the device, or are multiplied where they lie.
     """
-    inner = resident_pass(model, silicon, split, work, rates)
+    inner = resident_pass(model, device, split, work, rates)
     touched = distinct(model.experts, model.experts_per_token, max(1, round(work.rows)), skew=work.skew)
     needed = model.expert_params * work.bits / 8 * touched / model.experts
     read_s = needed * (1 - hits) / (bytes_per_s * feed.expert_share)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headrace.errors import HeadraceError, HubError
+from headrace.hub.errors import explained
 from headrace.hub.reference import Reference
-from headrace.hub.refusal import explained
 from headrace.hub.selection import RemoteFile, Selection, choose_gguf, files_needed, gguf_models
 
 if TYPE_CHECKING:

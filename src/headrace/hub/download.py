@@ -17,9 +17,9 @@ from pathlib import Path
 
 from headrace.errors import HubError
 from headrace.hub.cache import local_path, opened
+from headrace.hub.errors import RESUME, endpoint, explained, offline
 from headrace.hub.listing import Listing, list_repository
 from headrace.hub.reference import Reference
-from headrace.hub.refusal import RESUME, endpoint, explained, offline
 from headrace.hub.selection import RemoteFile, files_needed
 from headrace.text import printable
 from headrace.units import gigabytes

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.errors import HubError
+from headrace.hub.errors import endpoint, explained
 from headrace.hub.reference import Reference
-from headrace.hub.refusal import endpoint, explained
 from headrace.hub.selection import RemoteFile
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from headrace.checkpoint.source import Source
 from headrace.errors import CheckpointError, HubError
+from headrace.hub.errors import endpoint, explained
 from headrace.hub.listing import Listing, list_repository
 from headrace.hub.reference import Reference
-from headrace.hub.refusal import endpoint, explained
 from headrace.hub.selection import Selection, files_needed
 from headrace.units import MIB
 

@@ -4,8 +4,8 @@ Nothing here rewrites a model's layers. The transformers model is built on meta,
 its small tensors are filled in, and its own `forward` runs.
 """
 
+from headrace.model.build import ModelSkeleton, build_skeleton
 from headrace.model.packed import PackedLinear
-from headrace.model.shell import Shell, build_shell
 from headrace.model.tokenizer import Tokenizer
 
-__all__ = ["PackedLinear", "Shell", "Tokenizer", "build_shell"]
+__all__ = ["ModelSkeleton", "PackedLinear", "Tokenizer", "build_skeleton"]

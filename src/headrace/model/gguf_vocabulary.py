@@ -19,9 +19,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from headrace.checkpoint import Checkpoint
 from headrace.errors import CheckpointError, UnsupportedError
-from headrace.model.cuts import BEGIN, TAKE_WORDS_WHOLE, cut
 from headrace.model.end_tokens import find_end_tokens
 from headrace.model.panics import panics_as_errors
+from headrace.model.pre_tokenizers import ADD_BOS, IGNORE_MERGES, pre_tokenizer
 from headrace.model.sentencepiece import SPACE, SentencePieceBpe
 from headrace.model.special_tokens import SpecialToken, SpecialTokens
 from headrace.model.text_stream import ByteStream, TextStream
@@ -195,7 +195,7 @@ class GgufVocabulary:
     # -- how the text between special tokens is encoded: (text, whether it begins the text or follows a special token) -----
 
     def _byte_level(self, checkpoint: Checkpoint, pre: str, ids: dict[str, int]) -> Callable[[str, bool], list[int]]:
-        words = cut(pre)
+        words = pre_tokenizer(pre)
         if words is None:
             raise UnsupportedError(
                 f"{checkpoint.path}: its text is cut into words in a way that is not known here, `{pre}`",
@@ -205,7 +205,7 @@ class GgufVocabulary:
         if not merges:  # as in tiktoken: the rank of a merge is the id of its result
             pieces = SentencePieceBpe(ids, [-i for i in range(len(self._tokens))], {}, None)
             return lambda text, _: [i for word, _ in words.pre_tokenize_str(text) for i in pieces.encode(word)]
-        backend = Tokenizer(BPE(ids, merges, ignore_merges=pre in TAKE_WORDS_WHOLE))
+        backend = Tokenizer(BPE(ids, merges, ignore_merges=pre in IGNORE_MERGES))
         backend.pre_tokenizer = words
         return lambda text, _: list(backend.encode(text, add_special_tokens=False).ids)
 
@@ -264,7 +264,7 @@ _ENCODERS: Mapping[str, Any] = {
 
 
 def _begins(kind: str, pre: str) -> bool:
-    return kind == "llama" or (kind == "gpt2" and pre in BEGIN)
+    return kind == "llama" or (kind == "gpt2" and pre in ADD_BOS)
 
 
 def _flag(checkpoint: Checkpoint, name: str, usual: bool) -> bool:

@@ -11,8 +11,8 @@ from headrace.model.chat_template import ChatTemplate, checked_text
 from headrace.model.config import decoder_start_ids
 from headrace.model.folder_vocabulary import FolderVocabulary
 from headrace.model.gguf_vocabulary import GgufVocabulary
+from headrace.model.reasoning import AnswerStream, Marks
 from headrace.model.text_stream import TextStream
-from headrace.model.thinking import AnswerStream, Marks
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[Message]

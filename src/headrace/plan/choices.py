@@ -8,10 +8,10 @@ from headrace.checkpoint import Checkpoint
 from headrace.errors import BudgetError
 from headrace.plan.draft import Drafting
 from headrace.plan.memory import Budget
-from headrace.plan.plan import Change, Plan, plan_for
+from headrace.plan.memory_plan import MARGIN_BYTES, MARGIN_SHARE
+from headrace.plan.plan import Plan, Suggestion, plan_for
 from headrace.plan.profile import Profile
 from headrace.plan.request import Request
-from headrace.plan.rooms import MARGIN_BYTES, MARGIN_SHARE
 from headrace.plan.shape import Built, shape_of
 from headrace.units import MIB, gigabytes, option, seconds
 
@@ -110,7 +110,7 @@ def _changes(
     request: Request,
     runtime_bytes: int | None,
     built: Built | None,
-) -> tuple[Change, ...]:
+) -> tuple[Suggestion, ...]:
     """The three changes that save most time per token, each by planning again with it."""
     now = plan.decode_prediction.s_per_token
     # With memory for everything no buffer is cut short, so its sum is what is enough.
@@ -123,26 +123,28 @@ def _changes(
         budget = Budget(nbytes=nbytes, reason="what if")
         return plan_for(checkpoint, profile, budget, request, runtime_bytes, built).decode_prediction.s_per_token
 
-    candidates: list[Change] = []
+    candidates: list[Suggestion] = []
     streams = plan.streamed_bytes_per_pass or (plan.experts is not None and plan.expert_slots < plan.experts.total)
     if streams:
-        candidates.append(Change(what=f"--memory {option(enough)}: everything pinned", s_per_token=with_memory(enough)))
+        candidates.append(
+            Suggestion(what=f"--memory {option(enough)}: everything pinned", s_per_token=with_memory(enough))
+        )
         half = (plan.budget.nbytes + enough) // 2
-        candidates.append(Change(what=f"--memory {option(half)}", s_per_token=with_memory(half)))
+        candidates.append(Suggestion(what=f"--memory {option(half)}", s_per_token=with_memory(half)))
         expected = plan.decode_prediction
         faster = replace(plan.decode, disk_s=plan.decode.disk_s / 2).seconds + expected.draft_s
         what = "a disk twice as fast (or the file on two)"
-        candidates.append(Change(what=what, s_per_token=faster / expected.tokens_per_pass))
+        candidates.append(Suggestion(what=what, s_per_token=faster / expected.tokens_per_pass))
     candidates += _smaller_files(plan)
     if plan.kv_bytes > plan.budget.nbytes // 10 and streams:
         shorter = replace(request, context_tokens=min(request.context_tokens, max(256, request.context_tokens // 2)))
         s = plan_for(checkpoint, profile, plan.budget, shorter, runtime_bytes, built).decode_prediction.s_per_token
-        candidates.append(Change(what=f"--ctx-size {shorter.context_tokens}", s_per_token=s))
+        candidates.append(Suggestion(what=f"--ctx-size {shorter.context_tokens}", s_per_token=s))
     better = sorted((c for c in candidates if c.s_per_token < 0.97 * now), key=lambda c: c.s_per_token)
     return tuple(better[:3])
 
 
-def _smaller_files(plan: Plan) -> list[Change]:
+def _smaller_files(plan: Plan) -> list[Suggestion]:
     """The next smaller quantisations: the same budget holds a larger share of fewer bytes. They need no low-bit copy."""
     smaller = [(name, bits) for name, bits in USUAL_FILES if bits < 0.92 * plan.type_bits][:2]
     expected = plan.decode_prediction
@@ -161,5 +163,5 @@ def _smaller_files(plan: Plan) -> list[Change]:
         compute_s = cost.compute_s * (share if plan.type_bits > 9 else 1.0)
         found = replace(cost, disk_s=read / plan.disk_bytes_per_s, compute_s=compute_s).seconds + draft_s
         size = gigabytes(plan.shape.all_bytes * share)
-        changes.append(Change(what=f"the same model as {name} ({size})", s_per_token=found / tokens))
+        changes.append(Suggestion(what=f"the same model as {name} ({size})", s_per_token=found / tokens))
     return changes

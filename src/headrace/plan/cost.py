@@ -1,6 +1,6 @@
 """What a pass over the weights takes.
 
-    seconds = max(disk, compute(rows) + reading * disk)        disk = streamed bytes * read share / rate
+    seconds = max(disk, compute(rows) + io_cpu_share * disk)        disk = streamed bytes * read share / rate
     compute(rows) = sum over types of weights / kernel rate + layers * (layer_s + rows * layer_row_s)
 
 To the compute belongs, too, the time in which it waits for experts that nobody has foreseen. The first pass reads
@@ -22,23 +22,23 @@ class PassCost:
 
     disk_s: float
     compute_s: float
-    reading: float = 0.0  # share of the disk's seconds for which the cores are busy with reading
+    io_cpu_share: float = 0.0  # share of the disk's seconds for which the cores are busy with reading
 
     def __add__(self, other: "PassCost") -> "PassCost":
         """Both, one after the other."""
         return PassCost(
-            disk_s=self.disk_s + other.disk_s, compute_s=self.compute_s + other.compute_s, reading=self.reading
+            disk_s=self.disk_s + other.disk_s, compute_s=self.compute_s + other.compute_s, io_cpu_share=self.io_cpu_share
         )
 
     @property
     def seconds(self) -> float:
         """Length of the pass: the disk's, or that of the cores, which compute and read."""
-        return max(self.disk_s, self.compute_s + self.reading * self.disk_s)
+        return max(self.disk_s, self.compute_s + self.io_cpu_share * self.disk_s)
 
     @property
     def binding(self) -> str:
         """Which of the two it is."""
-        return "disk" if self.disk_s > self.compute_s + self.reading * self.disk_s else "compute"
+        return "disk" if self.disk_s > self.compute_s + self.io_cpu_share * self.disk_s else "compute"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,5 +142,5 @@ def pass_cost(
         compute_s=compute_seconds(profile, weights, layers, rows, row_invariant)
         + read_bytes * weights.decoding_core_s_per_byte / profile.threads
         + late / disk_bytes_per_s,
-        reading=profile.reading,
+        io_cpu_share=profile.io_cpu,
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.low_bit import low_bit_copy
 from headrace.errors import UsageError
-from headrace.forecast.answer import SMALLER_MODEL_ACCEPTANCE_RATE
+from headrace.forecast.predict import SMALLER_MODEL_ACCEPTANCE_RATE
 from headrace.paths import exists
 from headrace.plan.cost import PassCost
 

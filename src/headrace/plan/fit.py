@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.errors import UsageError
-from headrace.plan.profile import READING, Profile
+from headrace.plan.profile import IO_CPU_SHARE, Profile
 from headrace.plan.record import PassGroup, RunRecord
 
-FACTORS = {"disk": 1.0, "kernel": 1.0, "layer": 1.0, "reading": READING}
+FACTORS = {"disk": 1.0, "kernel": 1.0, "layer": 1.0, "io_cpu": IO_CPU_SHARE}
 PULL = 0.01  # of a factor's squared logarithm, beside a mean error of about a tenth
 LEAST_GROUPS = 3
 
@@ -32,7 +32,9 @@ class Fit:
     groups: int
 
 
-def fit_runs(records: Sequence[RunRecord], machine: str, probed_at: str | None = None, reading: float = READING) -> Fit:
+def fit_runs(
+    records: Sequence[RunRecord], machine: str, probed_at: str | None = None, io_cpu: float = IO_CPU_SHARE
+) -> Fit:
     """Find the factors of one machine.
 
     Args:
@@ -68,7 +70,7 @@ def fit_runs(records: Sequence[RunRecord], machine: str, probed_at: str | None =
         pull = sum(math.log(factors[name] / usual) ** 2 for name, usual in start.items())
         return error / len(counts) + PULL * pull
 
-    start = FACTORS | {"reading": reading}
+    start = FACTORS | {"io_cpu": io_cpu}
     factors = minimise(loss, start)
     ratios = sorted(group.seconds / pass_seconds(record, group, factors) for record, group in pairs)
     errors = sorted(abs(1 / ratio - 1) for ratio in ratios)
@@ -87,7 +89,7 @@ def pass_seconds(record: RunRecord, group: PassGroup, factors: Mapping[str, floa
     disk_s = group.disk_s * factors["disk"] / was["disk"]
     kernel_s = group.kernel_s * factors["kernel"] / was["kernel"]
     compute_s = kernel_s + group.layer_s * factors["layer"] / was["layer"]
-    return max(disk_s, compute_s + factors["reading"] * disk_s)
+    return max(disk_s, compute_s + factors["io_cpu"] * disk_s)
 
 
 def apply_fit(profile: Profile, fit: Fit) -> Profile:

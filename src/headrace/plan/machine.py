@@ -1,7 +1,7 @@
 """This machine as a forecast sees it."""
 
-from headrace.forecast.answer import HOST_LEAST_LEFT
 from headrace.forecast.machine import Machine
+from headrace.forecast.predict import HOST_LEAST_LEFT
 from headrace.plan.profile import Profile
 
 

@@ -40,7 +40,7 @@ def pass_units(plan: Plan, rows: int) -> list[Unit]:
             read_s = size * weights.read_share / plan.disk_bytes_per_s
             decode_s = size * weights.decoding_core_s_per_byte / profile.threads
             each_s = left * tensor.columns / rate * size / streamed
-            units.append(Unit(READ_LATENCY_S, read_s, each_s + decode_s + profile.reading * read_s))
+            units.append(Unit(READ_LATENCY_S, read_s, each_s + decode_s + profile.io_cpu * read_s))
             units.append(Unit(0.0, 0.0, (held_s + glue_s) / (count + 1), pinned=True))
     return units if plan.experts is None else list(_with_experts(units, plan, plan.experts, rows))
 
@@ -52,7 +52,7 @@ def _with_experts(units: Sequence[Unit], plan: Plan, experts: Experts, rows: int
     """
     read_s = experts.missed_bytes(rows) / experts.layers / plan.disk_bytes_per_s
     compute_s = expert_seconds(plan.profile, experts, rows, plan.weights.row_invariant) / experts.layers
-    compute_s += (plan.profile.reading + (FOUND_LATE if rows <= DECODE_MAX_ROWS else 0.0)) * read_s
+    compute_s += (plan.profile.io_cpu + (FOUND_LATE if rows <= DECODE_MAX_ROWS else 0.0)) * read_s
     share = max(1, len(units) // experts.layers)
     for layer in range(experts.layers):
         last = len(units) if layer == experts.layers - 1 else (layer + 1) * share

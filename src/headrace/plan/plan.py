@@ -16,9 +16,9 @@ from headrace.plan.cost import PassCost, Weights, compute_seconds, pass_cost
 from headrace.plan.draft import DecodePrediction, Drafting, predict_decode
 from headrace.plan.experts import Experts
 from headrace.plan.memory import Budget
+from headrace.plan.memory_plan import READERS, UNIT_BYTES, MemoryPlan, plan_memory
 from headrace.plan.profile import Profile
 from headrace.plan.request import Request
-from headrace.plan.rooms import READERS, UNIT_BYTES, Division, divide
 from headrace.plan.routing import load_routing
 from headrace.plan.shape import Built, Shape, shape_of
 from headrace.units import gib, gigabytes, seconds
@@ -34,7 +34,7 @@ class Range:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class Suggestion:
     """Something the user could change, and the seconds per token it would give."""
 
     what: str
@@ -91,7 +91,7 @@ class Plan:
     expert_bytes: int  # of memory for experts
     shape: Shape = field(repr=False)
     reasons: tuple[str, ...]
-    changes: tuple[Change, ...] = ()
+    changes: tuple[Suggestion, ...] = ()
 
     @property
     def held_bytes(self) -> int:
@@ -232,7 +232,7 @@ def plan_for(
             hint=f"use --ctx-size {shape.context_limit} or less",
         )
     draft = shape_of(request.drafting.checkpoint) if request.drafting.checkpoint is not None else None
-    room = divide(shape, draft, profile, budget, request, runtime_bytes)
+    room = plan_memory(shape, draft, profile, budget, request, runtime_bytes)
     disk = profile.disk(checkpoint.paths[0])
     rows = room.prefill_rows
     passes = -(-request.prompt_rows // rows)
@@ -245,7 +245,7 @@ def plan_for(
     if experts is not None:
         experts = experts.with_cached(room.expert_slots).with_routing(load_routing(checkpoint))
 
-    def outlook(weights: Weights) -> _Outlook:
+    def predict(weights: Weights) -> _Prediction:
         def cost(rows: int) -> PassCost:
             return pass_cost(profile, disk, room.streamed, weights, shape.layers, rows, row_invariant=True)
 
@@ -262,9 +262,9 @@ def plan_for(
         later = pass_cost(profile, disk, room.streamed + room.decode_pinned, weights, shape.layers, rows)
         ttft = first.seconds + (passes - 1) * later.seconds
         answers = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
-        return _Outlook(weights, decode_prediction, first, ttft, ttft + answers * decode_prediction.s_per_token)
+        return _Prediction(weights, decode_prediction, first, ttft, ttft + answers * decode_prediction.s_per_token)
 
-    best, copied = _best_layout(shape, room, profile, request, experts, outlook)
+    best, copied = _best_layout(shape, room, profile, request, experts, predict)
     types = frozenset(best.weights.repacked)
     decode_prediction, first, ttft = best.decode_prediction, best.first, best.ttft_s
     reasons = [
@@ -332,7 +332,7 @@ def plan_for(
     )
 
 
-def _rings(room: Division) -> str:
+def _rings(room: MemoryPlan) -> str:
     slots = room.slots + room.prefill_only_slots
     if not slots:
         return "everything is pinned, no ring"
@@ -346,7 +346,7 @@ def _spread(expected: float, profile: Profile) -> Range:
     return Range(low=expected * low, expected=expected, high=expected * high)
 
 
-class _Outlook(NamedTuple):
+class _Prediction(NamedTuple):
     """What a layout of the weights leads to."""
 
     weights: Weights
@@ -358,13 +358,13 @@ class _Outlook(NamedTuple):
 
 def _best_layout(
     shape: Shape,
-    room: Division,
+    room: MemoryPlan,
     profile: Profile,
     request: Request,
     experts: Experts | None,
-    outlook: Callable[[Weights], _Outlook],
-) -> tuple[_Outlook, int]:
-    """(the outlook of the layout that is done first, bytes of repacked copies)."""
+    predict: Callable[[Weights], _Prediction],
+) -> tuple[_Prediction, int]:
+    """(the predict of the layout that is done first, bytes of repacked copies)."""
     decoding = shape.decoding_core_s / max(1, shape.weights_bytes)
     share = shape.read_share
     plain = Weights(
@@ -374,9 +374,9 @@ def _best_layout(
         read_share=share,
         row_invariant=request.row_invariant,
     )
-    best, copied = outlook(plain), 0
+    best, copied = predict(plain), 0
     if request.row_invariant and profile.tiled & shape.weights.keys():
-        found = outlook(replace(plain, pad_decode_rows_to_tiles=True))
+        found = predict(replace(plain, pad_decode_rows_to_tiles=True))
         if found.total_s < 0.97 * best.total_s:
             best = found
     # In place only for batches: what one sequence computes should not depend on the budget in the last bits.
@@ -386,7 +386,7 @@ def _best_layout(
         size = 0 if in_place else sum(ceil(n * bits_per_weight(kind) / 8) for kind, n in repacked.repacked.items())
         if not repacked.repacked or (size + len(shape.linears) * 4096 > room.spare and not in_place):
             continue
-        found = outlook(repacked)
+        found = predict(repacked)
         if found.total_s < (0.97 if in_place else 0.99) * best.total_s:  # the room for a copy is there anyway
             best, copied = found, size
     return best, copied

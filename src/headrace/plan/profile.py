@@ -22,7 +22,7 @@ from headrace.units import GIB, MIB
 SCHEMA = 6
 PREFILL_ROWS = 512  # of a prompt: at which ways to multiply are compared
 # Of the time that the disk takes, how much the cores lose to it: 0.4 on two cores of a virtual machine (docs/accuracy.md).
-READING = 0.3
+IO_CPU_SHARE = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,9 @@ class Profile:
         default_factory=dict
     )  # of `plan.fit`, already in the rates above but for `reading`
     spread: tuple[float, float] | None = None  # measured / predicted of 80 % of the runs that it was fitted to
-    reading_share: float = READING  # of the disk's seconds: for which the cores are busy with reading, or held up by it
+    io_cpu_share: float = (
+        IO_CPU_SHARE  # of the disk's seconds: for which the cores are busy with reading, or held up by it
+    )
     probed_at: str = ""  # the rates' own time, to the second: runs that others predicted say nothing about them
     schema: int = field(default=SCHEMA)
 
@@ -61,7 +63,7 @@ class Profile:
         tables = (*by_rows, self.disk_bytes_per_s, self.unpack_weights_per_s)
         _check("rate", [rate for table in tables for rate in table.values()], 1, 1e18)
         _check("time", [self.layer_s, self.layer_row_s], 1e-9, 1e3)
-        _check("factor", [self.reading_share, *self.factors.values(), *(self.spread or ())], 1e-6, 1e6)
+        _check("factor", [self.io_cpu_share, *self.factors.values(), *(self.spread or ())], 1e-6, 1e6)
         _check("size", [self.runtime_bytes], 1, 1 << 40)
         _check("number of threads", [self.threads], 1, 4096)
         if not isinstance(self.threads, int) or not isinstance(self.runtime_bytes, int):
@@ -111,9 +113,9 @@ class Profile:
         )
 
     @property
-    def reading(self) -> float:
+    def io_cpu(self) -> float:
         """Share of the disk's seconds for which the cores are busy with reading: they copy, and memory is shared."""
-        return self.factors.get("reading", self.reading_share)
+        return self.factors.get("reading", self.io_cpu_share)
 
     def unpack(self, type_name: str) -> float:
         """Weights per second unpacked to fp32."""

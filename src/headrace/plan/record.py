@@ -15,7 +15,7 @@ from headrace.plan.cost import layer_seconds
 from headrace.plan.plan import Plan
 from headrace.plan.profile import profile_path
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Pass(Protocol):
@@ -208,6 +208,8 @@ def _parse(path: Path, lines: Iterable[str]) -> Iterable[RunRecord]:
             continue
         try:
             values: dict[str, Any] = json_of(line, _MOST_VALUES)
+            if values.get("schema") in range(1, SCHEMA):
+                continue  # an earlier version kept it
             if values.get("schema") != SCHEMA:
                 raise ValueError(f"schema {values.get('schema')}, this version reads {SCHEMA}")
             groups = tuple(PassGroup(**group) for group in values.pop("passes"))

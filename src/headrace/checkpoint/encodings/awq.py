@@ -1,4 +1,4 @@
-"""AWQ, in the layout of its `gemm` version: words of eight outputs, repacked, an input below the other.
+"""AWQ, in the layout of its `gemm` version: words of eight outputs, interleaved, an input below the other.
 
 `qweight` (inputs, outputs / 8), `qzeros` (groups, outputs / 8), `scales` (groups, outputs). The nibbles of a word are the
 outputs 0, 2, 4, 6, 1, 3, 5, 7, from the lowest. Zero points are stored as they are.

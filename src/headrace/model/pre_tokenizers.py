@@ -63,11 +63,11 @@ _BY |= {"cohere2moe": _BY["tiny_aya"]}
 
 # Of files that do not say so: their texts begin with a beginning token, and a word that is a token is not merged from parts.
 _AS_LLAMA3 = {name for name, split in GGUF_PRE_TOKENIZER_SPLITS.items() if split == GGUF_PRE_TOKENIZER_SPLITS["llama3"]}
-BEGIN = frozenset(_AS_LLAMA3 - {"dbrx", "smaug-bpe"} | {"tekken", "chameleon"})
-TAKE_WORDS_WHOLE = frozenset(_AS_LLAMA3 - {"dbrx", "smaug-bpe"} | {"tekken", "glm4", "glm5", "youtu"})
+ADD_BOS = frozenset(_AS_LLAMA3 - {"dbrx", "smaug-bpe"} | {"tekken", "chameleon"})
+IGNORE_MERGES = frozenset(_AS_LLAMA3 - {"dbrx", "smaug-bpe"} | {"tekken", "glm4", "glm5", "youtu"})
 
 
-def cut(name: str) -> Any:
+def pre_tokenizer(name: str) -> Any:
     """What cuts text into words by the way of this name, and spells their bytes; None: nobody knows the way."""
     if name in _AS_GPT2:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)

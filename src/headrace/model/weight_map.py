@@ -36,7 +36,7 @@ from headrace.model.matrix import Matrix, matrix_of, part_of
 Read = Callable[[Tensor], torch.Tensor]  # a small tensor whole, in its shape: fp32, or whole numbers
 
 
-class Names(Protocol):
+class WeightMap(Protocol):
     """Finds the stored form of a model's parameters, by the parameters' names."""
 
     virtual_path: str
@@ -59,11 +59,11 @@ class Names(Protocol):
     def value(self, parameter: str, shape: Sequence[int], read: Read) -> torch.Tensor:
         """A small parameter itself: fp32, or the whole numbers that are stored."""
 
-    def homeless(self) -> list[str]:
+    def unexpected(self) -> list[str]:
         """Tensors that have no place in the model."""
 
 
-def names_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Names:
+def names_of(checkpoint: Checkpoint, model: PreTrainedModel) -> WeightMap:
     """The names of a checkpoint in a model that is still as transformers built it."""
     if checkpoint.config is not None:
         return ConvertedNames(checkpoint, model, get_model_conversion_mapping(model))
@@ -115,7 +115,7 @@ class _Group:
 
 
 class ConvertedNames(_Made):
-    """Names by a conversion mapping of transformers: of Hugging Face folders, and of the GGUF files that it has one for."""
+    """WeightMap by a conversion mapping of transformers: of Hugging Face folders, and of the GGUF files that it has one for."""
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, mapping: Sequence[Any]):
         super().__init__(checkpoint)
@@ -198,13 +198,13 @@ class ConvertedNames(_Made):
         return [0, *np.cumsum(sizes)[:-1].tolist()]
 
     def matrix(self, parameter: str, shape: Sequence[int], outputs_last: bool) -> Matrix:
-        """See `Names.matrix`."""
+        """See `WeightMap.matrix`."""
         return self._matrices(parameter, 1, shape, outputs_last)[0]
 
     def stack(
         self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool, spare: int = 0
     ) -> tuple[Matrix, ...]:
-        """See `Names.stack`. Folders store gates and ups as the model has them, or transformers' conversion makes them so."""
+        """See `WeightMap.stack`. Folders store gates and ups as the model has them, or transformers' conversion makes them so."""
         return self._matrices(parameter, shape[0], shape[1:], outputs_last, spare)
 
     def _matrices(
@@ -249,7 +249,7 @@ class ConvertedNames(_Made):
         return turned == outputs_last
 
     def value(self, parameter: str, shape: Sequence[int], read: Read) -> torch.Tensor:
-        """See `Names.value`."""
+        """See `WeightMap.value`."""
         group = self._of.get(parameter)
         if group is None:
             raise self._missing(parameter)
@@ -260,8 +260,8 @@ class ConvertedNames(_Made):
             raise self._contradiction(parameter, found.shape, shape)
         return found.contiguous()
 
-    def homeless(self) -> list[str]:
-        """See `Names.homeless`; what transformers itself drops is not counted."""
+    def unexpected(self) -> list[str]:
+        """See `WeightMap.unexpected`; what transformers itself drops is not counted."""
         patterns = [*(self._model._keys_to_ignore_on_load_unexpected or ()), *_DROPPED]
         layers = getattr(self._model.config.get_text_config(), "num_hidden_layers", 0) or 0
 
@@ -304,7 +304,7 @@ def _height(tensor: Tensor) -> int:
 
 
 class GgufNames(_Made):
-    """Names of a GGUF file, by transformers' GGUF mapping and its processors of tensors."""
+    """WeightMap of a GGUF file, by transformers' GGUF mapping and its processors of tensors."""
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel):
         super().__init__(checkpoint)
@@ -345,7 +345,7 @@ class GgufNames(_Made):
         return tensor
 
     def matrix(self, parameter: str, shape: Sequence[int], outputs_last: bool) -> Matrix:
-        """See `Names.matrix`. Converters to GGUF store every matrix with its outputs as rows, but for the keys' half of one."""
+        """See `WeightMap.matrix`. Converters to GGUF store every matrix with its outputs as rows, but for the keys' half of one."""
         if parameter in self._halves:
             return self._of_halves(parameter, shape)
         tensor = self._find(parameter)
@@ -418,7 +418,7 @@ class GgufNames(_Made):
     def stack(
         self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool, spare: int = 0
     ) -> tuple[Matrix, ...]:
-        """See `Names.stack`."""
+        """See `WeightMap.stack`."""
         tensors = self._expert_tensors(parameter)
         single = [] if tensors else self._single_experts(parameter)
         if single:
@@ -438,7 +438,7 @@ class GgufNames(_Made):
         )
 
     def value(self, parameter: str, shape: Sequence[int], read: Read) -> torch.Tensor:
-        """See `Names.value`."""
+        """See `WeightMap.value`."""
         experts = self._expert_tensors(parameter) if parameter not in self._of else []
         if experts:
             self._used.update(tensor.name for tensor in experts)
@@ -452,8 +452,8 @@ class GgufNames(_Made):
             raise self._contradiction(parameter, value.shape, shape)
         return torch.from_numpy(np.array(value, np.float32))
 
-    def homeless(self) -> list[str]:
-        """See `Names.homeless`."""
+    def unexpected(self) -> list[str]:
+        """See `WeightMap.unexpected`."""
         mapped = self._mapped.keys() | {f"{name}.weight" for name in self._mapped}
         left = self._checkpoint.tensors.keys() - mapped - self._used - _NOT_WEIGHTS
         left = {name for name in left if layer_of(name) < self._checkpoint.layers and not _UNUSED_BIAS.search(name)}

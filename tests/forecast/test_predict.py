@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import UsageError
-from headrace.forecast.answer import Ask, Forecast, forecast, outside, safe_device_bytes, safe_host_bytes
 from headrace.forecast.architecture import of_params, published
 from headrace.forecast.machine import find_machine
+from headrace.forecast.predict import Forecast, Workload, forecast, outside, safe_device_bytes, safe_host_bytes
 from headrace.forecast.search import with_devices
 
 PROPERTY = settings(max_examples=60, deadline=None)
@@ -28,7 +28,7 @@ MACHINES = (
 )
 CASES = st.tuples(st.sampled_from(NAMES), st.sampled_from(MACHINES))
 ASKS = st.builds(
-    Ask,
+    Workload,
     bits=st.sampled_from([3.9, 4.85, 8.5, 16.0]),
     batch=st.sampled_from([1, 3, 8, 32]),
     prompt_tokens=st.integers(1, 512),
@@ -37,15 +37,15 @@ ASKS = st.builds(
 )
 
 
-def answer(model: str, machine: str, ask: Ask) -> Forecast | None:
+def answer(model: str, machine: str, workload: Workload) -> Forecast | None:
     try:
-        return forecast(published(model), find_machine(machine), ask)
+        return forecast(published(model), find_machine(machine), workload)
     except UsageError:
         return None
 
 
 def of(model: str = "llama-3-8b", machine: str = PC, **asked: Any) -> Forecast:
-    return forecast(published(model), find_machine(machine), Ask(**asked))
+    return forecast(published(model), find_machine(machine), Workload(**asked))
 
 
 # What must hold for every forecast
@@ -53,8 +53,8 @@ def of(model: str = "llama-3-8b", machine: str = PC, **asked: Any) -> Forecast:
 
 @PROPERTY
 @given(CASES, ASKS)
-def test_the_expected_lies_between_low_and_high(case: tuple[str, str], ask: Ask) -> None:
-    found = answer(*case, ask)
+def test_the_expected_lies_between_low_and_high(case: tuple[str, str], workload: Workload) -> None:
+    found = answer(*case, workload)
     assume(found is not None)
     assert found is not None
 
@@ -62,15 +62,15 @@ def test_the_expected_lies_between_low_and_high(case: tuple[str, str], ask: Ask)
     phases = [one for phase in (found.prefill, found.decode) for one in (phase.pass_s, phase.tok_per_s)]
     for interval in (found.ttft_s, found.s_per_token, *phases, *(price for price in prices if price)):
         assert 0 < interval.low <= interval.expected <= interval.high
-    assert found.decode.tok_per_s.expected == pytest.approx(ask.batch / found.s_per_token.expected)
-    assert found.decode.tok_per_s.low == pytest.approx(ask.batch / found.s_per_token.high)
-    assert found.decode.tok_per_s.high == pytest.approx(ask.batch / found.s_per_token.low)
+    assert found.decode.tok_per_s.expected == pytest.approx(workload.batch / found.s_per_token.expected)
+    assert found.decode.tok_per_s.low == pytest.approx(workload.batch / found.s_per_token.high)
+    assert found.decode.tok_per_s.high == pytest.approx(workload.batch / found.s_per_token.low)
 
 
 @PROPERTY
 @given(CASES, ASKS)
-def test_shares_are_shares_and_everything_lies_somewhere(case: tuple[str, str], ask: Ask) -> None:
-    found = answer(*case, ask)
+def test_shares_are_shares_and_everything_lies_somewhere(case: tuple[str, str], workload: Workload) -> None:
+    found = answer(*case, workload)
     assume(found is not None)
     assert found is not None
 
@@ -90,8 +90,8 @@ def test_shares_are_shares_and_everything_lies_somewhere(case: tuple[str, str], 
 
 @PROPERTY
 @given(CASES, ASKS, st.sampled_from([(16.0, 8.5), (8.5, 4.85), (16.0, 3.9)]))
-def test_fewer_bits_are_never_slower(case: tuple[str, str], ask: Ask, bits: tuple[float, float]) -> None:
-    more, fewer = (answer(*case, replace(ask, bits=number)) for number in bits)
+def test_fewer_bits_are_never_slower(case: tuple[str, str], workload: Workload, bits: tuple[float, float]) -> None:
+    more, fewer = (answer(*case, replace(workload, bits=number)) for number in bits)
     assume(more is not None)
     assert more is not None
 
@@ -102,8 +102,8 @@ def test_fewer_bits_are_never_slower(case: tuple[str, str], ask: Ask, bits: tupl
 
 @PROPERTY
 @given(CASES, ASKS)
-def test_a_larger_batch_is_never_faster_for_each(case: tuple[str, str], ask: Ask) -> None:
-    small, large = answer(*case, ask), answer(*case, replace(ask, batch=2 * ask.batch))
+def test_a_larger_batch_is_never_faster_for_each(case: tuple[str, str], workload: Workload) -> None:
+    small, large = answer(*case, workload), answer(*case, replace(workload, batch=2 * workload.batch))
     assume(small is not None)
     assume(large is not None)
     assert small is not None
@@ -117,8 +117,8 @@ def test_a_larger_batch_is_never_faster_for_each(case: tuple[str, str], ask: Ask
 
 @PROPERTY
 @given(CASES, ASKS)
-def test_a_longer_context_is_never_faster(case: tuple[str, str], ask: Ask) -> None:
-    short, long = answer(*case, ask), answer(*case, replace(ask, prompt_tokens=2 * ask.prompt_tokens))
+def test_a_longer_context_is_never_faster(case: tuple[str, str], workload: Workload) -> None:
+    short, long = answer(*case, workload), answer(*case, replace(workload, prompt_tokens=2 * workload.prompt_tokens))
     assume(short is not None)
     assume(long is not None)
     assert short is not None
@@ -144,7 +144,7 @@ def test_a_model_that_fits_is_bound_by_memory() -> None:
 
 def test_more_devices_are_faster_for_a_large_model() -> None:
     model, machine = published("llama-3-70b"), find_machine("h100-sxm + 256GB")
-    found = [forecast(model, with_devices(machine, count), Ask(bits=8.5)) for count in (1, 2, 4, 8)]
+    found = [forecast(model, with_devices(machine, count), Workload(bits=8.5)) for count in (1, 2, 4, 8)]
     seconds = [one.s_per_token.expected for one in found]
 
     assert seconds == sorted(seconds, reverse=True)
@@ -263,7 +263,7 @@ def test_electricity_makes_an_owned_machine_dearer() -> None:
 
 def test_a_machine_without_a_price_has_no_cost() -> None:
     machine = replace(find_machine(PC), rent_usd_per_h=None, price_usd=None)
-    found = forecast(published("llama-3-8b"), machine, Ask())
+    found = forecast(published("llama-3-8b"), machine, Workload())
     assert (found.usd_per_h, found.usd_per_million_output, found.usd_per_million_input) == (None, None, None)
 
 
@@ -284,15 +284,15 @@ def test_no_machine_gives_all_its_memory() -> None:
 def test_outside_of_what_was_measured_the_intervals_are_wider() -> None:
     inside, beyond = of(bits=2.0), of(bits=1.6)
 
-    assert not outside(inside.model, inside.machine, inside.ask)
-    assert outside(beyond.model, beyond.machine, beyond.ask) == ["1.6 bits"]
+    assert not outside(inside.model, inside.machine, inside.workload)
+    assert outside(beyond.model, beyond.machine, beyond.workload) == ["1.6 bits"]
     assert any("outside of what was measured" in reason for reason in beyond.reasons)
     ratio = [one.s_per_token.high / one.s_per_token.expected for one in (inside, beyond)]
     assert ratio[1] == pytest.approx(ratio[0] ** 2)
 
 
 def test_everything_that_is_outside_is_named() -> None:
-    named = outside(of_params(2e12), find_machine("100x h100-sxm"), Ask(batch=2000, prompt_tokens=40000))
+    named = outside(of_params(2e12), find_machine("100x h100-sxm"), Workload(batch=2000, prompt_tokens=40000))
     assert len(named) == 4
 
 
@@ -342,7 +342,7 @@ def test_a_context_longer_than_the_model_s_is_an_error() -> None:
 )
 def test_a_question_that_makes_no_sense_is_an_error(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError):
-        Ask(**wrong)  # type: ignore[arg-type]
+        Workload(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_machine_with_hardly_any_memory_has_none_to_give() -> None:
@@ -356,7 +356,7 @@ def test_a_host_that_computes_reads_the_caches_that_it_holds() -> None:
     """They are several times what a device holds, and were free."""
     model = replace(published("llama-3-8b"), context=131072)
     machine = find_machine("rtx-4090 + 256GB")
-    long = forecast(model, machine, Ask(batch=8, prompt_tokens=100_000, tokens=100))
+    long = forecast(model, machine, Workload(batch=8, prompt_tokens=100_000, tokens=100))
     on_host = long.kv_bytes * long.placement.kv_host
     assert on_host > 50e9
     assert long.decode.pass_s.expected > on_host / machine.host_bytes_per_s

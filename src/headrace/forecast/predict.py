@@ -14,7 +14,7 @@ from headrace.forecast.architecture import Architecture
 from headrace.forecast.constants import SOFTWARE, load_constants
 from headrace.forecast.machine import DISK_SHARE, LINK_SHARE, Machine
 from headrace.forecast.money import Tariff, usd_per_million
-from headrace.forecast.passes import PassForecast, Rates, Work, resident_pass
+from headrace.forecast.passes import PassForecast, PassShape, Rates, resident_pass
 from headrace.forecast.streaming import ExpertCache, FeedRates, Placement, expert_pass, place, streamed_pass
 from headrace.units import gigabytes
 
@@ -40,7 +40,7 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class Workload:
     """What is wanted of the model. `draft` is a smaller model that drafts."""
 
     bits: float = 16.0
@@ -91,7 +91,7 @@ class Forecast:
 
     model: Architecture
     machine: Machine
-    ask: Ask
+    workload: Workload
     placement: Placement
     safe_bytes: float
     weights_bytes: float
@@ -119,10 +119,10 @@ class Forecast:
         return {
             "model": self.model.name,
             "machine": self.machine.name,
-            "bits": self.ask.bits,
-            "batch": self.ask.batch,
-            "prompt_tokens": self.ask.prompt_tokens,
-            "tokens": self.ask.tokens,
+            "bits": self.workload.bits,
+            "batch": self.workload.batch,
+            "prompt_tokens": self.workload.prompt_tokens,
+            "tokens": self.workload.tokens,
             "memory": {
                 "weights_bytes": self.weights_bytes,
                 "kv_bytes": self.kv_bytes,
@@ -178,72 +178,76 @@ def safe_host_bytes(machine: Machine) -> float:
     )
 
 
-def forecast(model: Architecture, machine: Machine, ask: Ask) -> Forecast:
+def forecast(model: Architecture, machine: Machine, workload: Workload) -> Forecast:
     """What the model costs on the machine.
 
     Raises:
         UsageError: the caches alone do not fit, the context is longer than the model's, or there is nowhere to keep the weights.
     """
-    context = ask.prompt_tokens + ask.tokens
+    context = workload.prompt_tokens + workload.tokens
     if model.context and context > model.context:
         raise UsageError(
             f"{context} tokens are asked of {model.name}, which was made for {model.context}",
             hint=f"use --prompt-tokens and --tokens of together {model.context} at most",
         )
-    kv = ask.batch * model.kv_bytes(context, ask.kv_bits)
+    kv = workload.batch * model.kv_bytes(context, workload.kv_bits)
     device, host = safe_device_bytes(machine), safe_host_bytes(machine)
     if kv > device + host:
-        most = int((device + host) / max(1.0, kv / ask.batch))
+        most = int((device + host) / max(1.0, kv / workload.batch))
         raise UsageError(
-            f"the KV caches of {ask.batch} conversations of {context} tokens take {gigabytes(kv)}, the machine has "
+            f"the KV caches of {workload.batch} conversations of {context} tokens take {gigabytes(kv)}, the machine has "
             f"{gigabytes(device + host)}",
             hint=f"at most {most} fit: use --batch {most}"
             if most
             else "use shorter conversations, --kv-bits 8, or more memory",
         )
-    draft_bytes = ask.draft.all_bytes(ask.draft_bits) + ask.batch * ask.draft.kv_bytes(context) if ask.draft else 0.0
-    where = place(model, ask.bits, kv, max(0.0, device - draft_bytes), host)
+    draft_bytes = (
+        workload.draft.all_bytes(workload.draft_bits) + workload.batch * workload.draft.kv_bytes(context)
+        if workload.draft
+        else 0.0
+    )
+    where = place(model, workload.bits, kv, max(0.0, device - draft_bytes), host)
     if where.disk and not machine.disk_bytes_per_s:
         raise UsageError(
-            f"{gigabytes(where.disk * model.all_bytes(ask.bits))} of the weights fit neither devices nor host, and "
+            f"{gigabytes(where.disk * model.all_bytes(workload.bits))} of the weights fit neither devices nor host, and "
             "the machine has no disk to stream from",
             hint='add one, like --machine "... + nvme-gen4", or use fewer --bits',
         )
     reasons: list[str] = []
-    method = _method(model, machine, ask, where, device - kv - draft_bytes, host, reasons)
-    decode_work = _work(ask, ask.batch, ask.prompt_tokens + ask.tokens / 2)
+    method = _method(model, machine, workload, where, device - kv - draft_bytes, host, reasons)
+    decode_work = _work(workload, workload.batch, workload.prompt_tokens + workload.tokens / 2)
     single = method.run(decode_work)
     draft_tokens, tokens_per_pass, pass_s = 0, 1.0, single.seconds
     chosen = single
-    if ask.draft is not None:
-        draft_tokens, tokens_per_pass, pass_s, chosen = _speculate(model, machine, ask, method, single)
+    if workload.draft is not None:
+        draft_tokens, tokens_per_pass, pass_s, chosen = _speculate(model, machine, workload, method, single)
         reasons.append(
-            f"{ask.draft.name} drafts {draft_tokens} tokens a pass: {tokens_per_pass:.1f} tokens with an acceptance rate of "
+            f"{workload.draft.name} drafts {draft_tokens} tokens a pass: {tokens_per_pass:.1f} tokens with an acceptance rate of "
             f"{SMALLER_MODEL_ACCEPTANCE_RATE:.0%} (table)"
             if draft_tokens
-            else f"{ask.draft.name} does not pay as a draft: rows cost more than they bring"
+            else f"{workload.draft.name} does not pay as a draft: rows cost more than they bring"
         )
     spread = load_constants().spread
     low, high = spread.get(method.category, (0.5, 2.0))
     prefill_low, prefill_high = spread.get(
         "prefill" if method.category in ("decode", "request") else method.category, (0.5, 2.0)
     )
-    beyond = outside(model, machine, ask)
+    beyond = outside(model, machine, workload)
     if beyond:
         reasons.append(
             f"outside of what was measured ({', '.join(beyond)}): the intervals are twice as wide, in logarithms"
         )
         low, high, prefill_low, prefill_high = low**2, high**2, prefill_low**2, prefill_high**2
-    rows = ask.batch * ask.prompt_tokens
+    rows = workload.batch * workload.prompt_tokens
     chunks = max(1, -(-rows // PREFILL_ROWS))
-    first = method.run(_work(ask, rows / chunks, ask.prompt_tokens / 2, sequences=ask.batch))
+    first = method.run(_work(workload, rows / chunks, workload.prompt_tokens / 2, sequences=workload.batch))
     ttft = chunks * first.seconds
     s_per_token = pass_s / tokens_per_pass
-    tok_per_s = ask.batch / s_per_token
+    tok_per_s = workload.batch / s_per_token
     decode = Phase(
         pass_s=_interval(pass_s, low, high),
         tok_per_s=_rate(tok_per_s, low, high),
-        rows=ask.batch * (1 + draft_tokens),
+        rows=workload.batch * (1 + draft_tokens),
         binding=chosen.binding,
         busy_s=chosen.parts,
         bytes_by_tier=_tiers(chosen, where, method.missed_bytes(decode_work)),
@@ -256,15 +260,15 @@ def forecast(model: Architecture, machine: Machine, ask: Ask) -> Forecast:
         busy_s=first.parts,
         bytes_by_tier=_tiers(first, where, 0.0),
     )
-    usd_per_h = _usd_per_h(machine, ask)
+    usd_per_h = _usd_per_h(machine, workload)
     joules = machine.watts * machine.nodes / tok_per_s if machine.watts else None
     return Forecast(
         model=model,
         machine=machine,
-        ask=ask,
+        workload=workload,
         placement=where,
         safe_bytes=device + host,
-        weights_bytes=model.all_bytes(ask.bits),
+        weights_bytes=model.all_bytes(workload.bits),
         kv_bytes=kv,
         prefill=prefill,
         decode=decode,
@@ -281,13 +285,13 @@ def forecast(model: Architecture, machine: Machine, ask: Ask) -> Forecast:
     )
 
 
-def outside(model: Architecture, machine: Machine, ask: Ask) -> list[str]:
+def outside(model: Architecture, machine: Machine, workload: Workload) -> list[str]:
     """What of a question lies beyond the measurements that the constants were fitted to."""
     facts = {
         f"{machine.all_devices} devices": machine.all_devices > 64,
-        f"a batch of {ask.batch}": ask.batch > 1280,
-        f"{ask.bits:g} bits": not 2 <= ask.bits <= 16,
-        f"{ask.prompt_tokens + ask.tokens} tokens": ask.prompt_tokens + ask.tokens > 32768,
+        f"a batch of {workload.batch}": workload.batch > 1280,
+        f"{workload.bits:g} bits": not 2 <= workload.bits <= 16,
+        f"{workload.prompt_tokens + workload.tokens} tokens": workload.prompt_tokens + workload.tokens > 32768,
         f"{model.params / 1e12:.2g}T parameters": model.params > 1.1e12,
         f"{model.params / 1e6:.0f}M parameters": model.params < 2.5e8,
         f"{machine.family} devices": machine.family not in SOFTWARE,
@@ -310,14 +314,14 @@ class _Method:
     on_host: bool = False  # the host may compute what lies there
     plain: Rates | None = None  # of software that streams nothing
 
-    def run(self, work: Work) -> PassForecast:
+    def run(self, work: PassShape) -> PassForecast:
         """One pass."""
-        silicon, split = self.machine.silicon, self.machine.split
+        device, split = self.machine.device_spec, self.machine.parallelism
         if self.hits is not None:
             rate = self._expert_rate()
             found = expert_pass(
                 self.model,
-                silicon,
+                device,
                 split,
                 work,
                 self.hits,
@@ -329,10 +333,10 @@ class _Method:
             )
             return min(found, self._experts_on_host(work), key=lambda one: one.seconds) if self.on_host else found
         if not (self.placement.host or self.placement.disk or self.placement.kv_host):
-            return resident_pass(self.model, silicon, split, work, self.rates)
+            return resident_pass(self.model, device, split, work, self.rates)
         streamed = streamed_pass(
             self.model,
-            silicon,
+            device,
             split,
             work,
             self.placement,
@@ -352,9 +356,11 @@ class _Method:
             return streamed
         return min(streamed, self._computed_on_host(work), key=lambda one: one.seconds)
 
-    def _computed_on_host(self, work: Work) -> PassForecast:
+    def _computed_on_host(self, work: PassShape) -> PassForecast:
         """The device multiplies what it holds, then the host what it holds: nothing is moved but activations."""
-        inner = resident_pass(self.model, self.machine.silicon, self.machine.split, work, self.plain or self.rates)
+        inner = resident_pass(
+            self.model, self.machine.device_spec, self.machine.parallelism, work, self.plain or self.rates
+        )
         share, moved = self.placement.host, self.placement.kv_host
         host = load_constants().rates_of("cpu")
         read_bytes = inner.weight_bytes * share + inner.kv_bytes * moved
@@ -369,15 +375,15 @@ class _Method:
         }
         return replace(inner, seconds=device_s + max(read_s, flop_s), parts=parts)
 
-    def _experts_on_host(self, work: Work) -> PassForecast:
+    def _experts_on_host(self, work: PassShape) -> PassForecast:
         """The device has the trunk and what experts it can hold, the host multiplies the others where they lie."""
         assert self.hits is not None
         rates = self.plain or self.rates
         host = self.machine.host_bytes_per_s * self.machine.nodes * load_constants().rates_of("cpu").memory_share
         return expert_pass(
             self.model,
-            self.machine.silicon,
-            self.machine.split,
+            self.machine.device_spec,
+            self.machine.parallelism,
             work,
             1.0,
             host,
@@ -401,7 +407,7 @@ class _Method:
         machine = self.machine
         return min(machine.bus_bytes_per_s * LINK_SHARE * machine.devices, machine.root_bytes_per_s) * machine.nodes
 
-    def missed_bytes(self, work: Work) -> float:
+    def missed_bytes(self, work: PassShape) -> float:
         """Bytes of experts that a pass reads anew."""
         if self.hits is None:
             return 0.0
@@ -412,7 +418,7 @@ class _Method:
 def _method(
     model: Architecture,
     machine: Machine,
-    ask: Ask,
+    workload: Workload,
     where: Placement,
     device_room: float,
     host_room: float,
@@ -436,15 +442,15 @@ def _method(
     # The slower of the two kinds of software: what streams is written for it, and launches as it does.
     rates = replace(rates, layer_s=max(rates.layer_s, own.layer_s))
     if model.is_mixture and not where.kv_host:
-        trunk = model.trunk_params * ask.bits / 8
+        trunk = model.trunk_params * workload.bits / 8
         room = device_room - trunk + (0.0 if not where.disk else host_room)
         if room > 0:
-            hits = ExpertCache(cache_bytes=room, skew=ask.skew).hits(model, ask.bits)
-            near = ExpertCache(cache_bytes=max(0.0, device_room - trunk), skew=ask.skew).hits(model, ask.bits)
+            hits = ExpertCache(cache_bytes=room, skew=workload.skew).hits(model, workload.bits)
+            near = ExpertCache(cache_bytes=max(0.0, device_room - trunk), skew=workload.skew).hits(model, workload.bits)
             source = "disk" if where.disk else "host memory"
             reasons.append(
                 f"trunk in memory, experts from {source}: {hits:.0%} of them found in {gigabytes(room)} (routing "
-                f"guessed: Zipf {ask.skew:g})"
+                f"guessed: Zipf {workload.skew:g})"
             )
             return _Method(
                 category="MoE streaming",
@@ -475,14 +481,19 @@ def _method(
 
 
 def _speculate(
-    model: Architecture, machine: Machine, ask: Ask, method: _Method, single: PassForecast
+    model: Architecture, machine: Machine, workload: Workload, method: _Method, single: PassForecast
 ) -> tuple[int, float, float, PassForecast]:
     """(draft tokens, tokens per pass and sequence, seconds of a pass with its drafting, the pass) of the best number of draft tokens."""
-    assert ask.draft is not None
+    assert workload.draft is not None
     rates = load_constants().rates_of(SOFTWARE.get(machine.family, "server"))
-    small = Work(rows=ask.batch, sequences=ask.batch, context=ask.prompt_tokens + ask.tokens / 2, bits=ask.draft_bits)
+    small = PassShape(
+        rows=workload.batch,
+        sequences=workload.batch,
+        context=workload.prompt_tokens + workload.tokens / 2,
+        bits=workload.draft_bits,
+    )
     draft_token_s = resident_pass(
-        ask.draft, machine.silicon, replace(machine.split, width=1, nodes=1), small, rates
+        workload.draft, machine.device_spec, replace(machine.parallelism, width=1, nodes=1), small, rates
     ).seconds
     best = (0, 1.0, single.seconds, single)
     tokens, share = 1.0, 1.0
@@ -490,7 +501,12 @@ def _speculate(
         share *= SMALLER_MODEL_ACCEPTANCE_RATE
         tokens += share
         found = method.run(
-            _work(ask, ask.batch * (1 + draft_tokens), ask.prompt_tokens + ask.tokens / 2, sequences=ask.batch)
+            _work(
+                workload,
+                workload.batch * (1 + draft_tokens),
+                workload.prompt_tokens + workload.tokens / 2,
+                sequences=workload.batch,
+            )
         )
         seconds = found.seconds + draft_tokens * draft_token_s
         if seconds / tokens < best[2] / best[1]:
@@ -503,14 +519,14 @@ def _speculate(
     return best
 
 
-def _work(ask: Ask, rows: float, context: float, sequences: float | None = None) -> Work:
-    return Work(
+def _work(workload: Workload, rows: float, context: float, sequences: float | None = None) -> PassShape:
+    return PassShape(
         rows=rows,
         sequences=rows if sequences is None else sequences,
         context=context,
-        bits=ask.bits,
-        kv_bits=ask.kv_bits,
-        skew=ask.skew,
+        bits=workload.bits,
+        kv_bits=workload.kv_bits,
+        skew=workload.skew,
     )
 
 
@@ -522,14 +538,14 @@ def _tiers(found: PassForecast, where: Placement, missed: float) -> dict[str, fl
     return {name: size for name, size in tiers.items() if size > 0}
 
 
-def _usd_per_h(machine: Machine, ask: Ask) -> float | None:
+def _usd_per_h(machine: Machine, workload: Workload) -> float | None:
     if machine.rent_usd_per_h is not None:
-        return Tariff(rent_usd_per_h=machine.rent_usd_per_h, utilisation=ask.utilisation).usd_per_h
+        return Tariff(rent_usd_per_h=machine.rent_usd_per_h, utilisation=workload.utilisation).usd_per_h
     if machine.price_usd is None:
         return None
     watts = (machine.watts or 0.0) * machine.nodes
     return Tariff(
-        price_usd=machine.price_usd, watts=watts, usd_per_kwh=ask.usd_per_kwh, utilisation=ask.utilisation
+        price_usd=machine.price_usd, watts=watts, usd_per_kwh=workload.usd_per_kwh, utilisation=workload.utilisation
     ).usd_per_h
 
 

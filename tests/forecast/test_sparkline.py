@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.forecast.strip import LEVELS, busy, strip, strips
+from headrace.forecast.sparkline import LEVELS, busy, strip, strips
 
 PROPERTY = settings(max_examples=80, deadline=None)
 

@@ -16,11 +16,11 @@ from headrace.process import peak_bytes
 loaded = [name for name in ("torch._inductor", "torch.distributed.tensor") if name in sys.modules]
 print(json.dumps({"text": text, "loaded": loaded, "peak": peak_bytes()}))
 """
-LEAN = "from headrace import lean; lean.library()"
+LEAN = "from headrace import lean; slim_import.library()"
 BREAK = """
-from headrace import lean
+from headrace import slim_import
 lean._MODULES = (*lean._MODULES, "no_such_module")
-lean.library()
+slim_import.library()
 """
 
 

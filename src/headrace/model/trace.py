@@ -44,7 +44,7 @@ class ExpertStep:
 Step: TypeAlias = LinearStep | ExpertStep
 
 
-class Recorder:
+class Tracer:
     """Takes the place of products and experts while the order is recorded."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Recorder:
 
 
 def record_steps(
-    model: PreTrainedModel, recorder: Recorder, forwards: Callable[[], Iterator[dict[str, Any]]]
+    model: PreTrainedModel, tracer: Tracer, forwards: Callable[[], Iterator[dict[str, Any]]]
 ) -> tuple[Step, ...]:
     """The steps of a pass that begins a text.
 
@@ -90,7 +90,7 @@ def record_steps(
     """
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     with (
-        _products(linears, recorder.product),
+        _products(linears, tracer.product),
         _stood_in_for(model),
         _kept_attributes(model),
         torch.inference_mode(),
@@ -98,7 +98,7 @@ def record_steps(
         passes = []
         for given in forwards():
             model(**{"use_cache": False, **given})
-            passes.append(recorder.take())
+            passes.append(tracer.take())
     return passes[0] if len(passes) == 1 else _told_apart(*passes)
 
 

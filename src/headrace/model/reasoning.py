@@ -30,7 +30,7 @@ class Part(Enum):
     """What a text is a part of."""
 
     ANSWER = "answer"
-    THOUGHT = "thought"
+    REASONING = "thought"
     HIDDEN = "hidden"  # the spelling of a token that is not shown, where a stop string holds it
 
 
@@ -98,7 +98,7 @@ class _Header:
         # A recipient may stand without `to=`, but not in the channel that is for the user.
         named = channel[1:] if channel[:1] != ["final"] else [word for word in channel[1:] if word.startswith("to=")]
         called = _RECIPIENT.search(self.role) or any(not word.startswith(_CONSTRAINT) for word in named)
-        return Part.THOUGHT if called or channel[:1] == [_THOUGHT_IN] else Part.ANSWER
+        return Part.REASONING if called or channel[:1] == [_THOUGHT_IN] else Part.ANSWER
 
     @property
     def text(self) -> str:
@@ -110,7 +110,7 @@ class _Header:
     def as_message(self) -> Segment:
         """Text of a header that no message followed."""
         name, space, rest = self.channel.lstrip().partition(" ")
-        part = Part.THOUGHT if name == _THOUGHT_IN else Part.ANSWER
+        part = Part.REASONING if name == _THOUGHT_IN else Part.ANSWER
         return part, self.text + (rest if name in _CHANNELS else name + space + rest)
 
 
@@ -208,7 +208,7 @@ class AnswerStream:
             if token == marks.message:
                 self._part = Part.ANSWER if header is None else header.part
             else:
-                self._part = Part.THOUGHT if token in marks.opening else Part.ANSWER
+                self._part = Part.REASONING if token in marks.opening else Part.ANSWER
             self._header = None
         self._begins = True
         self._stream = self._new_stream()

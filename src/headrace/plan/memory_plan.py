@@ -42,7 +42,7 @@ ROW_MULTIPLE = 16  # of pinned rows: what kernels take together
 
 
 @dataclass(frozen=True, kw_only=True)
-class Division:
+class MemoryPlan:
     """Bytes by purpose, and what they decide: rows of a prompt in a pass, slots of the ring, pinned rows of every tensor."""
 
     floor: int
@@ -65,14 +65,14 @@ class Division:
     spare: int  # left over when everything is pinned
 
 
-def divide(
+def plan_memory(
     shape: Shape,
     draft: Shape | None,
     profile: Profile,
     budget: Budget,
     request: Request,
     runtime_bytes: int | None,
-) -> Division:
+) -> MemoryPlan:
     """Divide a budget; weights get what nothing else needs.
 
     Raises:
@@ -129,7 +129,7 @@ def divide(
     if shape.experts is not None:  # every pass needs every byte of the trunk, but of the experts only some
         expert_slots = most_slots(shape.experts, few_experts + spare)
         spare = 0
-    return Division(
+    return MemoryPlan(
         floor=floor,
         runtime=runtime + shape.small_bytes,
         kv=kv,

@@ -16,13 +16,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
+class ExpertWeights:
     """The matrices of all experts of a layer, in one parameter or one for each."""
 
     parameter: str  # its name below the module of experts; with {} for an expert's number, where each has its own
     shape: tuple[int, ...]  # (experts, outputs, inputs)
     outputs_last: bool = False  # the shape is (experts, inputs, outputs)
-    repacked: bool = False  # gates and ups take turns
+    interleaved: bool = False  # gates and ups take turns
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -35,12 +35,12 @@ class Stack:
 class Mixture:
     """The routed experts of a layer."""
 
-    up: tuple[Stack, ...]  # what leads up to the gate, one under another
-    down: Stack
+    up: tuple[ExpertWeights, ...]  # what leads up to the gate, one under another
+    down: ExpertWeights
     identities: int = 0  # further experts, after the others, that give back what they are given
 
     @property
-    def stacks(self) -> tuple[Stack, ...]:
+    def stacks(self) -> tuple[ExpertWeights, ...]:
         """All of them."""
         return (*self.up, self.down)
 
@@ -58,7 +58,7 @@ def mixture_of(module: nn.Module) -> Mixture | None:
     if not (hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")):
         return None  # transformers' interface was not put around its class
     stacks = {
-        key: Stack(key, tuple(parameter.shape), bool(module.is_transposed), not module.is_concatenated)
+        key: ExpertWeights(key, tuple(parameter.shape), bool(module.is_transposed), not module.is_concatenated)
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() == 3
     }
@@ -103,7 +103,9 @@ def _describe(
 def _llama4(block: Any, multiply: Multiply) -> None:
     """Llama 4 multiplies every row with every expert, most of them by zero; its weights are of what goes in."""
     experts = block.experts
-    up, down = (Stack(name, tuple(getattr(experts, name).shape), True) for name in ("gate_up_proj", "down_proj"))
+    up, down = (
+        ExpertWeights(name, tuple(getattr(experts, name).shape), True) for name in ("gate_up_proj", "down_proj")
+    )
     _describe(experts, Mixture((up,), down), experts.act_fn)
 
     def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +122,10 @@ def _llama4(block: Any, multiply: Multiply) -> None:
 def _dbrx(experts: Any, multiply: Multiply) -> None:
     """DBRX keeps all experts under one another, and what leads down from the gate with its inputs as rows."""
     shape = experts.num_experts, experts.ffn_hidden_size, experts.hidden_size
-    mixture = Mixture((Stack("mlp.w1", shape), Stack("mlp.v1", shape)), Stack("mlp.w2", shape, outputs_last=True))
+    mixture = Mixture(
+        (ExpertWeights("mlp.w1", shape), ExpertWeights("mlp.v1", shape)),
+        ExpertWeights("mlp.w2", shape, outputs_last=True),
+    )
     _describe(experts, mixture, experts.mlp.activation_fn)
 
     def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -134,14 +139,17 @@ def _longcat_flash(experts: Any, multiply: Multiply) -> None:
     if experts.gate_up_proj is None:
         return
     count, (_, *shape) = experts.num_routed_experts, experts.gate_up_proj.shape
-    up, down = Stack("gate_up_proj", (count, *shape)), Stack("down_proj", tuple(experts.down_proj.shape))
+    up, down = (
+        ExpertWeights("gate_up_proj", (count, *shape)),
+        ExpertWeights("down_proj", tuple(experts.down_proj.shape)),
+    )
     _describe(experts, Mixture((up,), down, identities=experts.zero_expert_num), experts.act_fn)
     experts.forward = partial(multiply, experts)
 
 
 def _jetmoe(block: Any, multiply: Multiply) -> None:
     """JetMoe sorts rows by expert, of which it asks for the counts."""
-    up, down = (Stack(f"{one}.weight", tuple(getattr(block, one).weight.shape)) for one in _JETMOES)
+    up, down = (ExpertWeights(f"{one}.weight", tuple(getattr(block, one).weight.shape)) for one in _JETMOES)
     _describe(block, Mixture((up,), down), block.activation)
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
@@ -190,7 +198,7 @@ def _switch(block: Any, multiply: Multiply) -> None:
     experts, router = block.experts, block.router
     first = experts["expert_0"]
     up, down = (
-        Stack(f"expert_{{}}.{one}.weight", (experts.num_experts, *getattr(first, one).weight.shape))
+        ExpertWeights(f"expert_{{}}.{one}.weight", (experts.num_experts, *getattr(first, one).weight.shape))
         for one in ("wi", "wo")
     )
     _describe(experts, Mixture((up,), down), first.act, gated=False)

@@ -25,9 +25,7 @@ from headrace.errors import CheckpointError, HeadraceError, UnsupportedError
 from headrace.limits import explained
 from headrace.model.config import decoder_start_ids, make_config
 from headrace.model.matrix import Matrix, below_one_another
-from headrace.model.mixtures import Mixture, Stack, adopt_mixtures, mixture_of
-from headrace.model.names import Names, names_of, tied_to
-from headrace.model.order import ExpertStep, LinearStep, Recorder, Step, record_steps
+from headrace.model.moe import ExpertWeights, Mixture, adopt_mixtures, mixture_of
 from headrace.model.packed import (
     Gate,
     GatheredEmbedding,
@@ -40,6 +38,8 @@ from headrace.model.packed import (
     Silu,
     WeightAskedError,
 )
+from headrace.model.trace import ExpertStep, LinearStep, Step, Tracer, record_steps
+from headrace.model.weight_map import WeightMap, names_of, tied_to
 
 _OTHER_WAY = "use a GGUF file of the model with llama.cpp"
 # Tables of embeddings smaller than this are kept; of larger ones the rows at hand are read.
@@ -51,7 +51,7 @@ AttentionMode: TypeAlias = tuple[str, Callable[[], Iterator[dict[str, Any]]], Ca
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shell:
+class ModelSkeleton:
     """A model without its large weights, and the order in which a pass asks for them."""
 
     model: PreTrainedModel
@@ -105,14 +105,14 @@ class Hooks:
     gather: Callable[[Tensor, torch.Tensor], torch.Tensor]  # rows of a table
     norm: Norm
     silu: Gate
-    record: Callable[[Recorder | None], None]  # while the order is recorded, experts go to this recorder
+    record: Callable[[Tracer | None], None]  # while the order is recorded, experts go to this tracer
     attention_modes: Callable[[PreTrainedModel], Iterator[AttentionMode]]  # to run attention, the best first
     # Of each layer whose attention came to the engine while the order was recorded: heads and numbers kept of a position.
     cached: Callable[[], tuple[tuple[int, int], ...]]
     has_cache: Callable[[PreTrainedModel], bool]  # whether a model that runs in its own way takes a memory
 
 
-def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
+def build_skeleton(checkpoint: Checkpoint, hooks: Hooks) -> ModelSkeleton:
     """Build the model of a checkpoint.
 
     Raises:
@@ -126,26 +126,26 @@ def build_shell(checkpoint: Checkpoint, hooks: Hooks) -> Shell:
         _check_size(checkpoint, model)
         adopt_mixtures(model, hooks.implementation)
         _refuse_what_would_go_wrong(checkpoint, model)
-        names = names_of(checkpoint, model)
+        weight_map = names_of(checkpoint, model)
         tied = tied_to(model)
-        derived = _fill_derived(model, names, tied)
-        before = _pack_linears(model, names, tied, hooks.product)
-        elsewhere = derived | _pack_experts(model, names)
+        derived = _fill_derived(model, weight_map, tied)
+        before = _pack_linears(model, weight_map, tied, hooks.product)
+        elsewhere = derived | _pack_experts(model, weight_map)
     steps, attention_mode = _record(model, before, hooks)
     _scale_frequencies(checkpoint, model, hooks.read)
-    _gather_tables(model, names, tied, derived, hooks)
-    _fill(model, names, tied, elsewhere, hooks)
-    _refuse_homeless(checkpoint, names)
+    _gather_tables(model, weight_map, tied, derived, hooks)
+    _fill(model, weight_map, tied, elsewhere, hooks)
+    _refuse_unexpected(checkpoint, weight_map)
     _replace_small(model, hooks)
-    return Shell(
+    return ModelSkeleton(
         model=model,
         steps=steps,
         attention_mode=attention_mode,
         cached=hooks.cached() if attention_mode == "packed" else (),
         has_cache=attention_mode != "native" or hooks.has_cache(model),
         decoder_start_ids=decoder_start_ids(checkpoint),
-        virtual_path=names.virtual_path,
-        virtual=names.virtual,
+        virtual_path=weight_map.virtual_path,
+        virtual=weight_map.virtual,
     )
 
 
@@ -255,7 +255,7 @@ def _find(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def _pack_linears(
-    model: PreTrainedModel, names: Names, tied: Mapping[str, str], product: Product
+    model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[str, str], product: Product
 ) -> dict[PackedLinear, tuple[str, nn.Module]]:
     """Replace every linear; what was there before is returned by what took its place."""
     before: dict[PackedLinear, tuple[str, nn.Module]] = {}
@@ -269,10 +269,10 @@ def _pack_linears(
             continue
         if not (kind.forward is Conv1D.forward or _multiplies(kind)):
             continue
-        matrix = names.matrix(
-            _owner(f"{name}.weight", names, tied), tuple(module.weight.shape), isinstance(module, Conv1D)
+        matrix = weight_map.matrix(
+            _owner(f"{name}.weight", weight_map, tied), tuple(module.weight.shape), isinstance(module, Conv1D)
         )
-        bias = module.bias if _owner(f"{name}.bias", names, tied) in names else None
+        bias = module.bias if _owner(f"{name}.bias", weight_map, tied) in weight_map else None
         packed = PackedLinear(matrix, product, bias)
         model.set_submodule(name, packed)
         before[packed] = name, module
@@ -306,19 +306,19 @@ def _router(model: PreTrainedModel, name: str, mixture: Mixture) -> tuple[nn.Mod
     return None
 
 
-def _owner(parameter: str, names: Names, tied: Mapping[str, str]) -> str:
+def _owner(parameter: str, weight_map: WeightMap, tied: Mapping[str, str]) -> str:
     """The parameter whose tensor this one uses: its own, or the one it is tied to."""
-    return parameter if parameter in names or parameter not in tied else tied[parameter]
+    return parameter if parameter in weight_map or parameter not in tied else tied[parameter]
 
 
-def _pack_experts(model: PreTrainedModel, names: Names) -> set[str]:
+def _pack_experts(model: PreTrainedModel, weight_map: WeightMap) -> set[str]:
     """Tell every module of routed experts where its matrices lie. Its parameters stay on meta, untouched; returns their names."""
     count, taken = 0, set()
     for name, module in model.named_modules():
         mixture = mixture_of(module)
         if mixture is None:
             continue
-        *ups, down = (_matrices(names, name, one, mixture.identities) for one in mixture.stacks)
+        *ups, down = (_matrices(weight_map, name, one, mixture.identities) for one in mixture.stacks)
         up = ups[0] if len(ups) == 1 else tuple(below_one_another(parts) for parts in zip(*ups, strict=True))
         found = _router(model, name, mixture)
         module.packed = PackedExperts(
@@ -329,11 +329,11 @@ def _pack_experts(model: PreTrainedModel, names: Names) -> set[str]:
     return taken
 
 
-def _matrices(names: Names, module: str, stack: Stack, spare: int) -> tuple[Matrix, ...]:
+def _matrices(weight_map: WeightMap, module: str, stack: ExpertWeights, spare: int) -> tuple[Matrix, ...]:
     parameters = [f"{module}.{parameter}" for parameter in stack.parameters]
     if len(parameters) == 1:
-        return names.stack(parameters[0], stack.shape, stack.outputs_last, stack.repacked, spare)
-    return tuple(names.matrix(one, stack.shape[1:], stack.outputs_last) for one in parameters)
+        return weight_map.stack(parameters[0], stack.shape, stack.outputs_last, stack.interleaved, spare)
+    return tuple(weight_map.matrix(one, stack.shape[1:], stack.outputs_last) for one in parameters)
 
 
 def _record(
@@ -344,10 +344,10 @@ def _record(
     refused: Exception | None = None
     for name, arguments, right in hooks.attention_modes(model):
         while True:
-            recorder = Recorder()
-            hooks.record(recorder)
+            tracer = Tracer()
+            hooks.record(tracer)
             try:
-                steps = record_steps(model, recorder, arguments)
+                steps = record_steps(model, tracer, arguments)
             except WeightAskedError as asked:
                 path, module = before[asked.linear]
                 model.set_submodule(path, module)
@@ -381,7 +381,7 @@ def _replace_small(model: PreTrainedModel, hooks: Hooks) -> None:
             model.set_submodule(name, norm)
 
 
-def _fill_derived(model: PreTrainedModel, names: Names, tied: Mapping[str, str]) -> set[str]:
+def _fill_derived(model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[str, str]) -> set[str]:
     """Compute what is in no checkpoint by the model's own initialisation: rotary frequencies, scales, and what the model
     says may be missing (sines of positions, biases that are zero). Returns the names of the latter.
 
@@ -393,7 +393,7 @@ def _fill_derived(model: PreTrainedModel, names: Names, tied: Mapping[str, str])
     missing = {
         name
         for name in persistent
-        if name not in names and name not in tied and any(pattern.search(name) for pattern in may_be_missing)
+        if name not in weight_map and name not in tied and any(pattern.search(name) for pattern in may_be_missing)
     }
     owners: list[str] = []
     for name, module in model.named_modules():
@@ -434,7 +434,7 @@ def _scale_frequencies(checkpoint: Checkpoint, model: PreTrainedModel, read: Cal
 
 
 def _gather_tables(
-    model: PreTrainedModel, names: Names, tied: Mapping[str, str], derived: set[str], hooks: Hooks
+    model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[str, str], derived: set[str], hooks: Hooks
 ) -> None:
     """Of the token embedding and other large tables, rows are read as they are needed."""
     main = model.get_input_embeddings().weight
@@ -443,7 +443,7 @@ def _gather_tables(
             continue
         if module.weight is not main and module.weight.numel() * 4 < _SMALL_TABLE_BYTES:
             continue
-        matrix = names.matrix(_owner(f"{name}.weight", names, tied), tuple(module.weight.shape), False)
+        matrix = weight_map.matrix(_owner(f"{name}.weight", weight_map, tied), tuple(module.weight.shape), False)
         module.padding_idx = None  # only training uses it, and it indexes the whole table
         empty = torch.empty((0, module.embedding_dim))  # some models ask the table where it lies
         module._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
@@ -460,7 +460,9 @@ def _rows_of(matrix: Matrix, hooks: Hooks) -> Callable[[torch.Tensor], torch.Ten
     return lambda rows: hooks.gather(tensor, rows + first)
 
 
-def _fill(model: PreTrainedModel, names: Names, tied: Mapping[str, str], elsewhere: set[str], hooks: Hooks) -> None:
+def _fill(
+    model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[str, str], elsewhere: set[str], hooks: Hooks
+) -> None:
     """Read every small tensor: all parameters but those elsewhere, packed or derived, and buffers that checkpoints hold.
 
     Those that are not on meta too: some models draw numbers in a way that the meta device does not catch.
@@ -471,20 +473,20 @@ def _fill(model: PreTrainedModel, names: Names, tied: Mapping[str, str], elsewhe
         for key, parameter in list(module._parameters.items()):
             if parameter is None or _within(name, key) in elsewhere:
                 continue
-            full = _owner(_within(name, key), names, tied)
-            value = names.value(full, parameter.shape, hooks.read).to(parameter.dtype)
+            full = _owner(_within(name, key), weight_map, tied)
+            value = weight_map.value(full, parameter.shape, hooks.read).to(parameter.dtype)
             module._parameters[key] = nn.Parameter(value, requires_grad=False)
         for key, buffer in list(module._buffers.items()):
             full = _within(name, key)
-            if buffer is not None and (buffer.is_meta or full in names):
-                module._buffers[key] = names.value(full, buffer.shape, hooks.read).to(buffer.dtype)
+            if buffer is not None and (buffer.is_meta or full in weight_map):
+                module._buffers[key] = weight_map.value(full, buffer.shape, hooks.read).to(buffer.dtype)
 
 
-def _refuse_homeless(checkpoint: Checkpoint, names: Names) -> None:
-    homeless = names.homeless()
-    if homeless:
-        some = ", ".join(f"`{name}`" for name in sorted(homeless)[:3])
+def _refuse_unexpected(checkpoint: Checkpoint, weight_map: WeightMap) -> None:
+    unexpected = weight_map.unexpected()
+    if unexpected:
+        some = ", ".join(f"`{name}`" for name in sorted(unexpected)[:3])
         raise UnsupportedError(
-            f"{checkpoint.path}: {len(homeless)} tensors have no place in a {checkpoint.architecture} model: {some}",
+            f"{checkpoint.path}: {len(unexpected)} tensors have no place in a {checkpoint.architecture} model: {some}",
             hint="the file needs a newer version, or is not the model that it says it is",
         )
