@@ -18,7 +18,7 @@ from scipy.optimize import least_squares
 
 from headrace.forecast.architecture import Architecture
 from headrace.forecast.passes import DeviceSpec, Parallelism, PassShape, Rates
-from headrace.forecast.streaming import ExpertCache, FeedRates, Placement, expert_pass, place, streamed_pass
+from headrace.forecast.streaming import ExpertHitModel, FeedRates, Placement, expert_pass, place, streamed_pass
 from headrace.forecast.topology import Pipe, Topology
 
 # Memory of a device that an engine needs for itself: its runtime and workspaces.
@@ -56,7 +56,7 @@ class Streamed:
         if self.category == "MoE streaming":
             hits = self.hits
             if hits is None:
-                hits = ExpertCache(cache_bytes=self.cache_bytes).hits(self.model, self.work.bits)
+                hits = ExpertHitModel(cache_bytes=self.cache_bytes).hits(self.model, self.work.bits)
             rate = self.disk_bytes_per_s or self.link_bytes_per_s
             return expert_pass(self.model, self.device, split, self.work, hits, rate, rates, feed).seconds
         pipes = [Pipe("link", self.link_bytes_per_s), Pipe("disk", self.disk_bytes_per_s or 1.0)]
@@ -268,7 +268,7 @@ def _experts(row: dict[str, str], known: bool) -> Streamed | None:
     budget = re.search(r"budget_?(?: )?([\d.]+) ?GB", row["id"] + " " + notes)
     cached = re.search(r"k=(\d+) experts cached", notes)
     if hits is None and cached:
-        hits = ExpertCache(cache_bytes=float(cached.group(1)) / model.experts * model.expert_params * bits / 8).hits(
+        hits = ExpertHitModel(cache_bytes=float(cached.group(1)) / model.experts * model.expert_params * bits / 8).hits(
             model, bits
         )
         if "without LRU" in notes:

@@ -32,7 +32,7 @@ PROMPT = "The water wheel is one of the oldest"
 
 def read_for_ever(path: Path, count: "Synchronized[int]") -> None:
     """Read the file from its beginning to its end, again and again."""
-    from headrace.stream.memory import Arena
+    from headrace.stream.arena import Arena
 
     arena = Arena(READERS * MIB)
     size = path.stat().st_size // MIB * MIB

@@ -35,8 +35,8 @@ from headrace.plan.profile import Profile, load_profile, machine_name
 from headrace.plan.shape import is_linear
 from headrace.process import release_unused, resident_bytes
 from headrace.stream import Arena, WeightFile, WeightStream
+from headrace.stream.arena import PAGE_BYTES
 from headrace.stream.layout import make_layout
-from headrace.stream.memory import PAGE_BYTES
 from headrace.units import GIB, MIB, gib
 
 COLUMNS, WEIGHT_ROWS = 4096, 14336  # one projection of an 8B model

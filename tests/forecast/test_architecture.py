@@ -17,7 +17,7 @@ from headrace.forecast.architecture import (
     published,
     table,
 )
-from headrace.plan.architecture import architecture_of
+from headrace.plan.checkpoint_architecture import architecture_of
 
 MODELS = sorted(table("models"))
 CONFIG = {

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.forecast.experts import chosen, distinct, hit_rate, popularity, skew_of
+from headrace.forecast.expert_hits import chosen, distinct, hit_rate, popularity, skew_of
 
 PROPERTY = settings(max_examples=80, deadline=None)
 SKEWS = st.floats(0, 2)

@@ -20,7 +20,7 @@ from headrace.forecast.passes import (
     unpack_bytes,
     weight_traffic,
 )
-from headrace.forecast.streaming import ExpertCache, FeedRates, Placement, expert_pass, place, streamed_pass
+from headrace.forecast.streaming import ExpertHitModel, FeedRates, Placement, expert_pass, place, streamed_pass
 
 PROPERTY = settings(max_examples=80, deadline=None)
 
@@ -280,7 +280,7 @@ def test_what_is_missed_is_read_after_the_router_has_spoken() -> None:
 
 def test_a_cache_as_large_as_all_experts_holds_them() -> None:
     whole = MIXTRAL.expert_params / 2
-    rates = [ExpertCache(cache_bytes=share * whole).hits(MIXTRAL, 4) for share in (0, 0.25, 0.5, 1)]
+    rates = [ExpertHitModel(cache_bytes=share * whole).hits(MIXTRAL, 4) for share in (0, 0.25, 0.5, 1)]
     assert rates == sorted(rates)
     assert rates[0] == 0
     assert rates[-1] == 1

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from headrace.forecast.schedule import Unit, closed_form, grouped, period, simulate, slots_needed
+from headrace.forecast.schedule import ScheduledUnit, closed_form, grouped, period, simulate, slots_needed
 
 PROPERTY = settings(max_examples=80, deadline=None)
 
 SECONDS = st.one_of(st.just(0.0), st.floats(1e-4, 5.0))
-UNITS = st.builds(Unit, latency_s=SECONDS, transfer_s=SECONDS, compute_s=SECONDS)
+UNITS = st.builds(ScheduledUnit, latency_s=SECONDS, transfer_s=SECONDS, compute_s=SECONDS)
 MIXED = st.lists(
-    st.builds(Unit, latency_s=SECONDS, transfer_s=SECONDS, compute_s=SECONDS, pinned=st.booleans()),
+    st.builds(ScheduledUnit, latency_s=SECONDS, transfer_s=SECONDS, compute_s=SECONDS, pinned=st.booleans()),
     min_size=1,
     max_size=20,
 )
@@ -21,13 +21,13 @@ COUNTS = st.integers(1, 60)
 SLOTS = st.integers(1, 12)
 PASSES = st.integers(1, 3)
 
-DISCUSSION = Unit(latency_s=0.040, transfer_s=0.0, compute_s=0.010)
-BUSY_LINK = Unit(latency_s=0.040, transfer_s=0.010, compute_s=0.010)
+DISCUSSION = ScheduledUnit(latency_s=0.040, transfer_s=0.0, compute_s=0.010)
+BUSY_LINK = ScheduledUnit(latency_s=0.040, transfer_s=0.010, compute_s=0.010)
 
 
 @PROPERTY
 @given(UNITS, COUNTS, SLOTS)
-def test_the_closed_form_is_what_the_simulation_gives(unit: Unit, count: int, slots: int) -> None:
+def test_the_closed_form_is_what_the_simulation_gives(unit: ScheduledUnit, count: int, slots: int) -> None:
     assert closed_form(unit, count, slots) == pytest.approx(simulate([unit] * count, slots).seconds, rel=1e-9)
 
 
@@ -36,7 +36,7 @@ def test_the_closed_form_is_what_the_simulation_gives(unit: Unit, count: int, sl
     [(DISCUSSION, 5, 1.04), (BUSY_LINK, 5, 1.24), (BUSY_LINK, 6, 1.05)],
     ids=["an idle link", "a busy link", "a busy link and one slot more"],
 )
-def test_a_hundred_layers_take_what_the_discussion_says(unit: Unit, slots: int, expected: float) -> None:
+def test_a_hundred_layers_take_what_the_discussion_says(unit: ScheduledUnit, slots: int, expected: float) -> None:
     assert closed_form(unit, 100, slots) == pytest.approx(expected)
     assert simulate([unit] * 100, slots).seconds == pytest.approx(expected)
 
@@ -51,28 +51,28 @@ def test_a_last_group_may_be_smaller() -> None:
 
 @PROPERTY
 @given(MIXED, SLOTS, PASSES)
-def test_more_slots_are_never_slower(units: list[Unit], slots: int, passes: int) -> None:
+def test_more_slots_are_never_slower(units: list[ScheduledUnit], slots: int, passes: int) -> None:
     few, many = (simulate(units, number, passes=passes).seconds for number in (slots, slots + 1))
     assert many <= few + 1e-9
 
 
 @PROPERTY
 @given(MIXED, SLOTS, SLOTS, PASSES)
-def test_more_readers_are_never_slower(units: list[Unit], slots: int, readers: int, passes: int) -> None:
+def test_more_readers_are_never_slower(units: list[ScheduledUnit], slots: int, readers: int, passes: int) -> None:
     few, many = (simulate(units, slots, readers=number, passes=passes).seconds for number in (readers, readers + 1))
     assert many <= few + 1e-9
 
 
 @PROPERTY
 @given(MIXED, SLOTS)
-def test_readers_beyond_the_slots_change_nothing(units: list[Unit], slots: int) -> None:
+def test_readers_beyond_the_slots_change_nothing(units: list[ScheduledUnit], slots: int) -> None:
     assert simulate(units, slots, readers=slots + 5) == simulate(units, slots)
 
 
 @PROPERTY
 @given(MIXED, SLOTS, PASSES)
-def test_pinning_everything_leaves_the_compute(units: list[Unit], slots: int, passes: int) -> None:
-    pinned = [Unit(unit.latency_s, unit.transfer_s, unit.compute_s, pinned=True) for unit in units]
+def test_pinning_everything_leaves_the_compute(units: list[ScheduledUnit], slots: int, passes: int) -> None:
+    pinned = [ScheduledUnit(unit.latency_s, unit.transfer_s, unit.compute_s, pinned=True) for unit in units]
     timeline = simulate(pinned, slots, passes=passes)
 
     assert timeline.seconds == pytest.approx(passes * sum(unit.compute_s for unit in units))
@@ -81,7 +81,7 @@ def test_pinning_everything_leaves_the_compute(units: list[Unit], slots: int, pa
 
 
 def test_a_pinned_unit_needs_neither_slot_nor_link() -> None:
-    pinned = Unit(latency_s=9.0, transfer_s=9.0, compute_s=0.0, pinned=True)
+    pinned = ScheduledUnit(latency_s=9.0, transfer_s=9.0, compute_s=0.0, pinned=True)
     without = simulate([BUSY_LINK] * 6, 2).seconds
 
     assert simulate([pinned, *[BUSY_LINK, pinned] * 6], 2).seconds == pytest.approx(without)
@@ -89,7 +89,9 @@ def test_a_pinned_unit_needs_neither_slot_nor_link() -> None:
 
 @PROPERTY
 @given(UNITS, st.integers(1, 20), SLOTS)
-def test_passes_that_follow_each_other_take_the_period_of_each_unit(unit: Unit, count: int, slots: int) -> None:
+def test_passes_that_follow_each_other_take_the_period_of_each_unit(
+    unit: ScheduledUnit, count: int, slots: int
+) -> None:
     # The rhythm repeats after as many units as there are slots: one pass may be longer than the next, so many are averaged.
     timeline = simulate([unit] * count, slots, passes=2 * slots + 2)
     steady = [timeline.pass_s(number) for number in range(slots + 2, 2 * slots + 2)]
@@ -99,7 +101,7 @@ def test_passes_that_follow_each_other_take_the_period_of_each_unit(unit: Unit, 
 
 @PROPERTY
 @given(UNITS, st.integers(1, 20))
-def test_with_slots_enough_every_steady_pass_is_as_long_as_the_next(unit: Unit, count: int) -> None:
+def test_with_slots_enough_every_steady_pass_is_as_long_as_the_next(unit: ScheduledUnit, count: int) -> None:
     assume(max(unit.transfer_s, unit.compute_s) > 0)
     slots = min(slots_needed(unit), 40)
     assume(slots == slots_needed(unit))
@@ -111,14 +113,14 @@ def test_with_slots_enough_every_steady_pass_is_as_long_as_the_next(unit: Unit, 
 
 @PROPERTY
 @given(MIXED, SLOTS, PASSES)
-def test_the_passes_add_up_to_the_whole(units: list[Unit], slots: int, passes: int) -> None:
+def test_the_passes_add_up_to_the_whole(units: list[ScheduledUnit], slots: int, passes: int) -> None:
     timeline = simulate(units, slots, passes=passes)
     assert sum(timeline.pass_s(number) for number in range(passes)) == pytest.approx(timeline.seconds)
 
 
 @PROPERTY
 @given(UNITS)
-def test_the_slots_that_are_needed_are_enough_and_not_one_too_many(unit: Unit) -> None:
+def test_the_slots_that_are_needed_are_enough_and_not_one_too_many(unit: ScheduledUnit) -> None:
     each = max(unit.transfer_s, unit.compute_s)
     assume(each > 0)
     slots = slots_needed(unit)
@@ -133,12 +135,12 @@ def test_the_discussion_needs_five_slots_and_six_with_a_busy_link() -> None:
 
 
 def test_of_units_that_take_no_time_one_slot_is_enough() -> None:
-    assert slots_needed(Unit(0, 0, 0)) == 1
+    assert slots_needed(ScheduledUnit(0, 0, 0)) == 1
 
 
 @PROPERTY
 @given(MIXED, SLOTS, SLOTS, PASSES)
-def test_what_is_not_computed_is_stalled(units: list[Unit], slots: int, readers: int, passes: int) -> None:
+def test_what_is_not_computed_is_stalled(units: list[ScheduledUnit], slots: int, readers: int, passes: int) -> None:
     timeline = simulate(units, slots, readers=readers, passes=passes)
     computed = passes * sum(unit.compute_s for unit in units)
 
@@ -148,7 +150,7 @@ def test_what_is_not_computed_is_stalled(units: list[Unit], slots: int, readers:
 
 @PROPERTY
 @given(MIXED, SLOTS, SLOTS, PASSES)
-def test_no_resource_is_used_twice_at_a_time(units: list[Unit], slots: int, readers: int, passes: int) -> None:
+def test_no_resource_is_used_twice_at_a_time(units: list[ScheduledUnit], slots: int, readers: int, passes: int) -> None:
     spans = simulate(units, slots, readers=readers, passes=passes).spans
     loaded = [span for span in spans if not units[span.unit % len(units)].pinned]
 

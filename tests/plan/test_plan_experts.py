@@ -9,8 +9,8 @@ import pytest
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.errors import BudgetError
 from headrace.plan import Plan, Request, budget_of, guessed_profile, make_plan
-from headrace.plan.architecture import architecture_of
-from headrace.plan.experts import Experts
+from headrace.plan.checkpoint_architecture import architecture_of
+from headrace.plan.expert_cost import Experts
 from headrace.plan.routing import Routing, load_routing, routing_path, save_routing
 from headrace.plan.shape import shape_of
 

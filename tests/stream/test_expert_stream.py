@@ -11,10 +11,10 @@ from headrace.checkpoint import Tensor
 from headrace.checkpoint.tensor import Slice
 from headrace.errors import ReadError
 from headrace.process import resident_bytes
+from headrace.stream.arena import PAGE_BYTES
 from headrace.stream.expert_cache import ExpertCache
-from headrace.stream.experts import ExpertStream
+from headrace.stream.expert_stream import ExpertStream
 from headrace.stream.files import WeightFile
-from headrace.stream.memory import PAGE_BYTES
 
 LAYERS, EXPERTS, ROWS, COLUMNS = 3, 8, 24, 64
 Layers = Sequence[Sequence[Sequence[Slice]]]

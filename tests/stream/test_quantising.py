@@ -11,8 +11,8 @@ from tiny import random_model, write_gguf
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.low_bit import low_bit_copy
 from headrace.kernels.convert import convert, q4_k_blocks
+from headrace.stream.arena import Arena
 from headrace.stream.files import WeightFile
-from headrace.stream.memory import Arena
 from headrace.stream.quantising import with_encodings
 from headrace.stream.virtual import FileSet
 

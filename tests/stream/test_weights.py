@@ -16,8 +16,8 @@ from headrace.checkpoint import Tensor
 from headrace.errors import ReadError
 from headrace.kernels import WeightSlice
 from headrace.stream import Layout, WeightFile, WeightStream
+from headrace.stream.arena import PAGE_BYTES
 from headrace.stream.layout import make_layout
-from headrace.stream.memory import PAGE_BYTES
 from headrace.stream.weights import File
 
 Bytes = dict[str, bytes]

@@ -102,7 +102,7 @@ class Swing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Evaluation:
     """The number found, whether it agrees with the number said, and what it hangs on, largest first."""
 
     claim: Claim
@@ -151,16 +151,16 @@ class Answer:
         }
 
 
-def evaluate(claim: Claim) -> Answer:
+def evaluate(claim: Claim) -> Evaluation:
     """Compute a statement's number, compare it, and vary what it rests on."""
     if claim.formula is None:
-        return Answer(claim=claim, value=None, agrees=None, swings=())
+        return Evaluation(claim=claim, value=None, agrees=None, swings=())
     formula = formulas.ALL[claim.formula]
     values = {name: entry.value for name, entry in claim.inputs.items()}
     found = formula(**values)
     swings = [swing for name in claim.inputs if (swing := _swing(claim, formula, values, name)) is not None]
     swings.sort(key=lambda swing: (not swing.flips, -swing.size))
-    return Answer(claim=claim, value=found, agrees=agrees(claim, found), swings=tuple(swings))
+    return Evaluation(claim=claim, value=found, agrees=agrees(claim, found), swings=tuple(swings))
 
 
 def agrees(claim: Claim, found: float) -> bool | None:

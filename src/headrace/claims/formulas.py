@@ -5,10 +5,10 @@ from math import ceil, log, pow, sqrt
 from typing import TypeVar
 
 from headrace.forecast.architecture import Architecture
-from headrace.forecast.experts import distinct
+from headrace.forecast.expert_hits import distinct
 from headrace.forecast.life import Life, break_even_tokens, inference_flop, training_flop
 from headrace.forecast.money import Tariff, flop_price, markup
-from headrace.forecast.schedule import Unit, closed_form, grouped, period, simulate, slots_needed
+from headrace.forecast.schedule import ScheduledUnit, closed_form, grouped, period, simulate, slots_needed
 from headrace.forecast.topology import Flow, Load, Pipe, Topology
 from headrace.forecast.world import Copies, Mind, Stock, copies, grown, halving_months, least_token_s, reading_tok_per_s
 
@@ -473,8 +473,8 @@ def experts_touched(experts: float, per_token: float, rows: float) -> float:
     return distinct(int(experts), int(per_token), int(rows)) / experts
 
 
-def _unit(latency_ms: float, transfer_ms: float, compute_ms: float) -> Unit:
-    return Unit(latency_ms / 1e3, transfer_ms / 1e3, compute_ms / 1e3)
+def _unit(latency_ms: float, transfer_ms: float, compute_ms: float) -> ScheduledUnit:
+    return ScheduledUnit(latency_ms / 1e3, transfer_ms / 1e3, compute_ms / 1e3)
 
 
 def _cards(streamed_gb: float, cards: int, link: float, dram: float, disk_share: float, disk: float) -> Load:

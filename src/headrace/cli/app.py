@@ -306,7 +306,7 @@ def bench(model: str, **options: Any) -> None:
 @quiet_option
 @find_model
 def batch(model: str, **options: Any) -> None:
-    """Answer the requests of IN.jsonl, in the format of the OpenAI Batch API, into OUT.jsonl.
+    """Evaluation the requests of IN.jsonl, in the format of the OpenAI Batch API, into OUT.jsonl.
 
     All requests in flight share each pass over the weights. A run that was stopped, or killed, goes on where it was.
     """

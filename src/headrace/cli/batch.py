@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class BatchSettings:
     """The options of a run. None: what the plan finds best, or needs."""
 
     memory: int | None
@@ -41,8 +41,8 @@ class Settings:
 
 
 def batch_command(source: Path, target: Path, model: str, **options: Any) -> int:
-    """Answer what has no result yet; returns the exit code."""
-    settings = Settings(**options)
+    """Evaluation what has no result yet; returns the exit code."""
+    settings = BatchSettings(**options)
     with suppress(OSError):
         if source.samefile(target):
             raise UsageError("input and output are the same file", hint="give another output file")
@@ -64,7 +64,7 @@ def batch_command(source: Path, target: Path, model: str, **options: Any) -> int
         return code or int(failed > 0)
 
 
-def _run(checkpoint: Checkpoint, requests: Sequence[BatchRequest], results: Results, settings: Settings) -> int:
+def _run(checkpoint: Checkpoint, requests: Sequence[BatchRequest], results: Results, settings: BatchSettings) -> int:
     profile = profile_for(checkpoint.path, say=not settings.quiet)
     budget = budget_of(settings.memory)
     load = slim_import.library().load  # torch and transformers: seconds
@@ -94,7 +94,7 @@ def _size(
     tokenizer: "Tokenizer",
     profile: Profile,
     budget: Budget,
-    settings: Settings,
+    settings: BatchSettings,
 ) -> Request:
     """Room for the longest request, for as many as run best together."""
     limit = checkpoint.context_limit(1 << 20)
@@ -148,7 +148,7 @@ class Batch:
         self._texts: dict[int, list[tuple[str, str]]] = {}
 
     def run(self, board: "Board") -> int:
-        """Answer all; returns the exit code."""
+        """Evaluation all; returns the exit code."""
         with board:
             try:
                 for piece in self._model.stream_jobs(self._jobs(board)):

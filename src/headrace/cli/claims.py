@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from headrace.claims import Answer, Claim, all_claims, evaluate, find_claim
+from headrace.claims import Claim, Evaluation, all_claims, evaluate, find_claim
 from headrace.cli import show
 
 
@@ -36,7 +36,7 @@ def number(value: float | None, unit: str) -> str:
     return f"{digits} {unit}".strip()
 
 
-def _list(answers: list[Answer]) -> None:
+def _list(answers: list[Evaluation]) -> None:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(justify="right")
     grid.add_column(overflow="fold", min_width=34)
@@ -51,7 +51,7 @@ def _list(answers: list[Answer]) -> None:
     click.echo("\n`headrace claims 33` runs one: its units, inputs, sources, and what the verdict hangs on")
 
 
-def _show(answer: Answer) -> None:
+def _show(answer: Evaluation) -> None:
     claim = answer.claim
     console = show.console()
     console.print(f"[bold]{claim.id}. {claim.title}[/bold]  ({claim.section})\n{claim.statement}\n")

@@ -18,9 +18,9 @@ from headrace.forecast.search import BATCHES, BITS, Suggestion, changes, cheapes
 from headrace.hub import parse_reference
 from headrace.paths import exists
 from headrace.plan import guessed_profile, load_profile
-from headrace.plan.architecture import architecture_of
-from headrace.plan.machine import this_machine
-from headrace.plan.memory import Budget, budget_of
+from headrace.plan.budget import Budget, budget_of
+from headrace.plan.checkpoint_architecture import architecture_of
+from headrace.plan.this_machine import this_machine
 from headrace.text import printable
 from headrace.units import gigabytes, rate, seconds
 

@@ -6,13 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from headrace._version import __version__
-from headrace.claims import Answer
+from headrace.claims import Evaluation
 from headrace.cli import charts
 from headrace.cli.claims import number
 from headrace.cli.forecast import forecast_rows
 from headrace.errors import HeadraceError
 from headrace.forecast.predict import Forecast
-from headrace.forecast.schedule import Timeline, Unit, simulate, slots_needed
+from headrace.forecast.schedule import ScheduledUnit, Timeline, simulate, slots_needed
 from headrace.forecast.search import Suggestion, frontier
 from headrace.plan.plan import Plan
 from headrace.text import printable
@@ -226,7 +226,7 @@ def _layers(one: Forecast) -> dict[str, dict[str, list[tuple[float, float]]]]:
         one.decode.busy_s.get("memory", 0.0) + one.decode.busy_s.get("launches", 0.0),
     )
     layers = one.model.layers
-    unit = Unit(1e-4 if feed_s else 0.0, feed_s / layers, inner / layers, pinned=not feed_s)
+    unit = ScheduledUnit(1e-4 if feed_s else 0.0, feed_s / layers, inner / layers, pinned=not feed_s)
     timeline = simulate([unit] * layers, slots_needed(unit), passes=2)
     rows = {name: spans for name, spans in timeline_rows(timeline).items() if spans}
     keeps = f", {slots_needed(unit)} slots keep the pipe full" if feed_s else ""
@@ -283,9 +283,9 @@ def _frontiers(found: Sequence[Forecast]) -> str:
     return charts.frontiers(panels)
 
 
-def claims_page(answers: Sequence[Answer]) -> str:
+def claims_page(answers: Sequence[Evaluation]) -> str:
     """A gallery of the discussion's statements."""
-    sections: dict[str, list[Answer]] = {}
+    sections: dict[str, list[Evaluation]] = {}
     for answer in answers:
         sections.setdefault(answer.claim.section, []).append(answer)
     parts = ["<nav>" + "".join(f'<a href="#{escape(name)}">{escape(name)}</a>' for name in sections) + "</nav>"]
@@ -299,7 +299,7 @@ def claims_page(answers: Sequence[Answer]) -> str:
     return _page("What the discussion said, computed anew", lead, parts)
 
 
-def _card(answer: Answer) -> str:
+def _card(answer: Evaluation) -> str:
     claim = answer.claim
     kind = (
         "good"
@@ -324,7 +324,7 @@ def _card(answer: Answer) -> str:
     )
 
 
-def _swing(answer: Answer, at: int) -> str:
+def _swing(answer: Evaluation, at: int) -> str:
     """One bar of the tornado: how far the answer moves with an input, and where the answer stands."""
     swing, unit = answer.swings[at], answer.claim.unit
     assert answer.value is not None

@@ -33,7 +33,7 @@ BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class RunSettings:
     """The options that chat and single runs share."""
 
     max_tokens: int
@@ -71,7 +71,7 @@ def run_command(
         raise UsageError("--raw completes a text, and there is none", hint="give one, or chat without --raw")
     if raw and system:
         raise UsageError("--raw and --system contradict each other", hint="write the system text into the prompt")
-    settings = Settings(
+    settings = RunSettings(
         max_tokens=max_tokens, stop=stop, system=system, raw=raw, quiet=quiet, as_json=as_json, sampling=sampling
     )
     if trace is not None:
@@ -138,7 +138,7 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
     return prompt
 
 
-def _prompt_of(text: str, settings: Settings) -> "Prompt":
+def _prompt_of(text: str, settings: RunSettings) -> "Prompt":
     if not settings.system:
         return text
     return [{"role": "system", "content": settings.system}, {"role": "user", "content": text}]
@@ -157,11 +157,11 @@ def _request(
     return Request(context_tokens=context, prompt_tokens=max(1, min(prompt_tokens, context)))
 
 
-def _sampling(model: "Model", settings: Settings) -> "Sampling":
+def _sampling(model: "Model", settings: RunSettings) -> "Sampling":
     return replace(model.default_sampling(), **{k: v for k, v in settings.sampling.items() if v is not None})
 
 
-def _answer(model: "Model", prompt: "Prompt", settings: Settings) -> tuple["Completion", bool]:
+def _answer(model: "Model", prompt: "Prompt", settings: RunSettings) -> tuple["Completion", bool]:
     """Generate and print as it comes; (completion, whether Ctrl-C ended it)."""
     import time
 
@@ -198,7 +198,7 @@ def _answer(model: "Model", prompt: "Prompt", settings: Settings) -> tuple["Comp
     return model.completion(pieces, first, time.perf_counter() - start), interrupted
 
 
-def _once(model: "Model", text: str, settings: Settings) -> int:
+def _once(model: "Model", text: str, settings: RunSettings) -> int:
     completion, interrupted = _answer(model, _prompt_of(text, settings), settings)
     if settings.as_json:
         show.json_line(completion.as_json())
@@ -212,7 +212,7 @@ CHAT_HELP = (
 )
 
 
-def _chat(model: "Model", settings: Settings) -> int:
+def _chat(model: "Model", settings: RunSettings) -> int:
     model.tokenizer.check_chat()
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
@@ -237,7 +237,7 @@ def _chat(model: "Model", settings: Settings) -> int:
 class Conversation:
     """The messages so far. What they share with the last prompt stays in the model's KV cache."""
 
-    def __init__(self, model: "Model", settings: Settings):
+    def __init__(self, model: "Model", settings: RunSettings):
         self._model = model
         self._settings = settings
         self._stats = "no answer yet"
@@ -248,7 +248,7 @@ class Conversation:
         self._messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def turn(self, line: str) -> bool:
-        """Answer a line or obey it; False ends the chat."""
+        """Evaluation a line or obey it; False ends the chat."""
         if line == "/exit":
             return False
         if line == "/reset":

@@ -49,11 +49,11 @@ from headrace.model.packed import PackedExperts
 from headrace.model.trace import ExpertStep, LinearStep, Step, Tracer
 from headrace.process import release_unused, resident_bytes
 from headrace.stream import Arena, WeightFile, WeightStream
+from headrace.stream.arena import aligned
 from headrace.stream.expert_cache import ExpertCache
-from headrace.stream.experts import ExpertCounters, ExpertStream
+from headrace.stream.expert_stream import ExpertCounters, ExpertStream
 from headrace.stream.files import File
 from headrace.stream.layout import make_layout
-from headrace.stream.memory import aligned
 from headrace.stream.virtual import FileSet
 from headrace.stream.weights import Batch
 

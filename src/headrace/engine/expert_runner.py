@@ -22,7 +22,7 @@ from headrace.kernels.expert_mlp import ExpertShapes
 from headrace.kernels.multiply import ExpertMatmul
 from headrace.kernels.thresholds import EXPERTS_PER_CALL
 from headrace.model.packed import PackedExperts
-from headrace.stream.experts import ExpertStream
+from headrace.stream.expert_stream import ExpertStream
 from headrace.stream.readers import Spans
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from math import log2, sqrt
 
 from headrace.forecast.architecture import Architecture
-from headrace.forecast.experts import distinct
+from headrace.forecast.expert_hits import distinct
 
 NODE_DEVICES = 8  # that share the fast link, unless a machine says otherwise
 

@@ -15,7 +15,7 @@ from headrace.forecast.constants import SOFTWARE, load_constants
 from headrace.forecast.machine import DISK_SHARE, LINK_SHARE, Machine
 from headrace.forecast.money import Tariff, usd_per_million
 from headrace.forecast.passes import PassForecast, PassShape, Rates, resident_pass
-from headrace.forecast.streaming import ExpertCache, FeedRates, Placement, expert_pass, place, streamed_pass
+from headrace.forecast.streaming import ExpertHitModel, FeedRates, Placement, expert_pass, place, streamed_pass
 from headrace.units import gigabytes
 
 # What cannot be given to weights without the system taking it back: WASTE fell to an eighth of its speed on 64 GB when
@@ -445,8 +445,10 @@ def _method(
         trunk = model.trunk_params * workload.bits / 8
         room = device_room - trunk + (0.0 if not where.disk else host_room)
         if room > 0:
-            hits = ExpertCache(cache_bytes=room, skew=workload.skew).hits(model, workload.bits)
-            near = ExpertCache(cache_bytes=max(0.0, device_room - trunk), skew=workload.skew).hits(model, workload.bits)
+            hits = ExpertHitModel(cache_bytes=room, skew=workload.skew).hits(model, workload.bits)
+            near = ExpertHitModel(cache_bytes=max(0.0, device_room - trunk), skew=workload.skew).hits(
+                model, workload.bits
+            )
             source = "disk" if where.disk else "host memory"
             reasons.append(
                 f"trunk in memory, experts from {source}: {hits:.0%} of them found in {gigabytes(room)} (routing "

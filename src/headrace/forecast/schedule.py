@@ -19,7 +19,7 @@ from math import ceil
 
 
 @dataclass(frozen=True)
-class Unit:
+class ScheduledUnit:
     """What is loaded and computed as one: seconds until the first byte comes, of transfer, and of compute."""
 
     latency_s: float
@@ -67,7 +67,7 @@ class Timeline:
         return end - (self.spans[number * self.units_per_pass - 1].done_s if number else 0.0)
 
 
-def simulate(units: Sequence[Unit], slots: int, *, readers: int | None = None, passes: int = 1) -> Timeline:
+def simulate(units: Sequence[ScheduledUnit], slots: int, *, readers: int | None = None, passes: int = 1) -> Timeline:
     """Run the schedule.
 
     Args:
@@ -117,7 +117,7 @@ def simulate(units: Sequence[Unit], slots: int, *, readers: int | None = None, p
     return Timeline(spans=tuple(spans), units_per_pass=len(units))
 
 
-def grouped(units: Sequence[Unit], size: int) -> float:
+def grouped(units: Sequence[ScheduledUnit], size: int) -> float:
     """Seconds of a pass without overlap: load a group of units (one latency), compute it, load the next."""
     if size < 1:
         raise ValueError("a group has at least one unit")
@@ -125,7 +125,7 @@ def grouped(units: Sequence[Unit], size: int) -> float:
     return sum(max(u.latency_s for u in g) + sum(u.transfer_s + u.compute_s for u in g) for g in groups)
 
 
-def closed_form(unit: Unit, count: int, slots: int) -> float:
+def closed_form(unit: ScheduledUnit, count: int, slots: int) -> float:
     """Seconds until `count` equal units are computed: what `simulate` gives, without simulating.
 
     With t = latency + transfer + compute and m = max(transfer, compute): t + (count - 1) m where there are slots enough,
@@ -139,13 +139,13 @@ def closed_form(unit: Unit, count: int, slots: int) -> float:
     return whole + rounds * max(whole, slots * each) + rest * each
 
 
-def period(unit: Unit, slots: int) -> float:
+def period(unit: ScheduledUnit, slots: int) -> float:
     """Seconds per unit once the pipe is full."""
     whole = unit.latency_s + unit.transfer_s + unit.compute_s
     return max(unit.transfer_s, unit.compute_s, whole / slots)
 
 
-def slots_needed(unit: Unit) -> int:
+def slots_needed(unit: ScheduledUnit) -> int:
     """Fewest slots with which only bandwidth or compute binds, never latency (Little's law).
 
     Units that are nothing but latency have no such number, as more slots always help: for those, as for units that take

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from headrace.forecast.architecture import Architecture
-from headrace.forecast.experts import distinct, hit_rate
+from headrace.forecast.expert_hits import distinct, hit_rate
 from headrace.forecast.passes import DeviceSpec, Parallelism, PassForecast, PassShape, Rates, resident_pass
 from headrace.forecast.topology import Flow, Topology
 
@@ -113,7 +113,7 @@ def streamed_pass(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertCache:
+class ExpertHitModel:
     """A mixture's experts in memory: bytes that they may take, and how the routing repeats itself."""
 
     cache_bytes: float

@@ -29,11 +29,11 @@ class InitParams(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
-class Tensor(ctypes.Structure):
+class GgmlTensor(ctypes.Structure):
     """A tensor: `ne` are its sizes, innermost first, and `nb` its strides in bytes."""
 
 
-Tensor._fields_ = [
+GgmlTensor._fields_ = [
     ("type", c_int),
     ("buffer", c_void_p),
     ("ne", c_int64 * 4),
@@ -41,8 +41,8 @@ Tensor._fields_ = [
     ("op", c_int),
     ("op_params", c_int32 * 16),
     ("flags", c_int32),
-    ("src", POINTER(Tensor) * 10),
-    ("view_src", POINTER(Tensor)),
+    ("src", POINTER(GgmlTensor) * 10),
+    ("view_src", POINTER(GgmlTensor)),
     ("view_offs", c_size_t),
     ("data", c_void_p),
     ("name", c_char * 64),
@@ -51,7 +51,7 @@ Tensor._fields_ = [
 ]
 
 
-class Plan(ctypes.Structure):
+class GgmlPlan(ctypes.Structure):
     """How a graph is computed: with what scratch, on which threads."""
 
     _fields_ = [
@@ -102,7 +102,7 @@ class KernelTraits(ctypes.Structure):
     _fields_ = [("from_float", c_void_p), ("vec_dot", c_void_p), ("vec_dot_type", c_int), ("nrows", c_int64)]
 
 
-_TensorPointer = POINTER(Tensor)
+_TensorPointer = POINTER(GgmlTensor)
 _Functions: TypeAlias = dict[str, tuple[Any, list[Any]]]  # result and arguments, by name
 _BASE: _Functions = {
     "ggml_version": (c_char_p, []),
@@ -143,8 +143,8 @@ _KERNELS: _Functions = {
     "ggml_cpu_init": (None, []),
     "ggml_get_type_traits_cpu": (POINTER(KernelTraits), [c_int]),
     "ggml_backend_cpu_reg": (c_void_p, []),
-    "ggml_graph_plan": (Plan, [c_void_p, c_int, c_void_p]),
-    "ggml_graph_compute": (c_int, [c_void_p, POINTER(Plan)]),
+    "ggml_graph_plan": (GgmlPlan, [c_void_p, c_int, c_void_p]),
+    "ggml_graph_compute": (c_int, [c_void_p, POINTER(GgmlPlan)]),
     "ggml_threadpool_new": (c_void_p, [POINTER(ThreadpoolParams)]),
     "ggml_threadpool_free": (None, [c_void_p]),
     "ggml_cpu_fp32_to_bf16": (None, [c_void_p, c_void_p, c_int64]),
@@ -158,7 +158,7 @@ class Library:
         self.folder = folder
         base = ctypes.CDLL(str(_libraries(folder, "ggml-base")[0]))
         self._bind(base, _BASE)
-        if self.ggml_tensor_overhead() != _OBJECT_BYTES + ctypes.sizeof(Tensor):
+        if self.ggml_tensor_overhead() != _OBJECT_BYTES + ctypes.sizeof(GgmlTensor):
             raise OSError(f"the tensors of ggml {self.version} are not laid out as we know them")
         kernels = [ctypes.CDLL(str(path)) for path in _libraries(folder, "ggml-cpu")]
         best = max(kernels, key=_score)

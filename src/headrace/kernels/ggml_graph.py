@@ -8,7 +8,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from headrace.kernels.ggml import InitParams, Tensor, library, type_number
+from headrace.kernels.ggml import InitParams, GgmlTensor, library, type_number
 from headrace.kernels.repack import Repacking
 
 # Of ggml's bookkeeping: for a graph, and for each product in it (three tensors, one node, two leaves).
@@ -168,7 +168,7 @@ class RowFunction(Graph):
             norm = self._ggml.ggml_rms_norm(self._context, self._x, eps)
             self._results = [norm, self._ggml.ggml_mul(self._context, norm, self._weight)]
         self.plan(self._results[-1:])
-        self._tensors: list[Tensor] = [tensor.contents for tensor in (self._x, *self._results)]
+        self._tensors: list[GgmlTensor] = [tensor.contents for tensor in (self._x, *self._results)]
 
     def __call__(self, x: int, x_stride: int, rows: int, result: int, weight: int = 0) -> None:
         """Of the rows at `x`, so many bytes from one to the next, to `result`, where they lie side by side."""
@@ -190,7 +190,7 @@ class Cast(Graph):
         super().__init__(workers)
         source = self.leaf(source_type, columns, rows)
         target = self._ggml.ggml_cast(self._context, source, type_number(target_type))
-        self._tensors: tuple[Tensor, Tensor] = source.contents, target.contents
+        self._tensors: tuple[GgmlTensor, GgmlTensor] = source.contents, target.contents
         self._rows = rows
         self.plan([target])
 

@@ -1,8 +1,8 @@
 """What it will cost: how much memory there is, what is pinned, what a pass takes. Pure arithmetic, no torch."""
 
+from headrace.plan.budget import Budget, budget_of, detect_budget, given_budget
 from headrace.plan.choices import choose_drafting, choose_sequences, make_plan
 from headrace.plan.draft import NO_DRAFT, Drafting, drafting_options
-from headrace.plan.memory import Budget, budget_of, detect_budget, given_budget
 from headrace.plan.plan import Plan, Range
 from headrace.plan.profile import Profile, guessed_profile, load_profile
 from headrace.plan.request import Request

@@ -6,8 +6,8 @@ from math import ceil
 
 from headrace.checkpoint import Checkpoint
 from headrace.errors import BudgetError
+from headrace.plan.budget import Budget
 from headrace.plan.draft import Drafting
-from headrace.plan.memory import Budget
 from headrace.plan.memory_plan import MARGIN_BYTES, MARGIN_SHARE
 from headrace.plan.plan import Plan, Suggestion, plan_for
 from headrace.plan.profile import Profile

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from headrace.kernels.thresholds import ACTIVATION_ROWS, DECODE_MAX_ROWS, TILE_ROWS
-from headrace.plan.experts import FOUND_LATE, LAYER_S, Experts, average_weights
+from headrace.plan.expert_cost import FOUND_LATE, LAYER_S, Experts, average_weights
 from headrace.plan.profile import Profile
 
 
@@ -27,7 +27,9 @@ class PassCost:
     def __add__(self, other: "PassCost") -> "PassCost":
         """Both, one after the other."""
         return PassCost(
-            disk_s=self.disk_s + other.disk_s, compute_s=self.compute_s + other.compute_s, io_cpu_share=self.io_cpu_share
+            disk_s=self.disk_s + other.disk_s,
+            compute_s=self.compute_s + other.compute_s,
+            io_cpu_share=self.io_cpu_share,
         )
 
     @property

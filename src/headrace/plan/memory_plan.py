@@ -10,8 +10,8 @@ from math import ceil
 from headrace.checkpoint import Tensor
 from headrace.errors import BudgetError
 from headrace.kernels import DECODE_MAX_ROWS
-from headrace.plan.experts import Experts, most_slots
-from headrace.plan.memory import Budget
+from headrace.plan.budget import Budget
+from headrace.plan.expert_cost import Experts, most_slots
 from headrace.plan.profile import Profile
 from headrace.plan.request import Request
 from headrace.plan.shape import Shape, page_slack

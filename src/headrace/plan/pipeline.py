@@ -7,10 +7,10 @@ it waits.
 from collections.abc import Iterator, Sequence
 from math import ceil
 
-from headrace.forecast.schedule import Timeline, Unit, simulate
+from headrace.forecast.schedule import ScheduledUnit, Timeline, simulate
 from headrace.kernels.thresholds import DECODE_MAX_ROWS
 from headrace.plan.cost import expert_seconds, layer_seconds, row_invariant_rate
-from headrace.plan.experts import FOUND_LATE, Experts
+from headrace.plan.expert_cost import FOUND_LATE, Experts
 from headrace.plan.plan import Plan
 
 READ_LATENCY_S = (
@@ -20,11 +20,11 @@ READ_LATENCY_S = (
 LAYERS_AHEAD = 2  # whose experts are read (`engine.expert_predictor`)
 
 
-def pass_units(plan: Plan, rows: int) -> list[Unit]:
+def pass_units(plan: Plan, rows: int) -> list[ScheduledUnit]:
     """The units of a pass in order of compute: of every tensor its pinned rows, in turns with what is streamed of it."""
     linears, profile, weights = plan.shape.linears, plan.profile, plan.weights
     glue_s = layer_seconds(profile, plan.shape.layers, rows) / len(linears)
-    units: list[Unit] = []
+    units: list[ScheduledUnit] = []
     for tensor in linears:
         rate = row_invariant_rate(profile, weights, tensor.type, rows)
         repacked = tensor.type in plan.repacked_types
@@ -34,18 +34,18 @@ def pass_units(plan: Plan, rows: int) -> list[Unit]:
         left = tensor.rows - pinned - lent
         streamed = left * tensor.row_bytes
         count = ceil(streamed / plan.unit_bytes)
-        units.append(Unit(0.0, 0.0, (held_s + glue_s) / (count + 1), pinned=True))
+        units.append(ScheduledUnit(0.0, 0.0, (held_s + glue_s) / (count + 1), pinned=True))
         for at in range(count):
             size = min(plan.unit_bytes, streamed - at * plan.unit_bytes)
             read_s = size * weights.read_share / plan.disk_bytes_per_s
             decode_s = size * weights.decoding_core_s_per_byte / profile.threads
             each_s = left * tensor.columns / rate * size / streamed
-            units.append(Unit(READ_LATENCY_S, read_s, each_s + decode_s + profile.io_cpu * read_s))
-            units.append(Unit(0.0, 0.0, (held_s + glue_s) / (count + 1), pinned=True))
+            units.append(ScheduledUnit(READ_LATENCY_S, read_s, each_s + decode_s + profile.io_cpu * read_s))
+            units.append(ScheduledUnit(0.0, 0.0, (held_s + glue_s) / (count + 1), pinned=True))
     return units if plan.experts is None else list(_with_experts(units, plan, plan.experts, rows))
 
 
-def _with_experts(units: Sequence[Unit], plan: Plan, experts: Experts, rows: int) -> Iterator[Unit]:
+def _with_experts(units: Sequence[ScheduledUnit], plan: Plan, experts: Experts, rows: int) -> Iterator[ScheduledUnit]:
     """After each layer's share of the units what the layer misses of its experts, and their compute.
 
     Most are foreseen (`engine.expert_predictor`); for the others the layer waits.
@@ -57,7 +57,11 @@ def _with_experts(units: Sequence[Unit], plan: Plan, experts: Experts, rows: int
     for layer in range(experts.layers):
         last = len(units) if layer == experts.layers - 1 else (layer + 1) * share
         yield from units[layer * share : last]
-        yield Unit(READ_LATENCY_S, read_s, compute_s) if read_s else Unit(0.0, 0.0, compute_s, pinned=True)
+        yield (
+            ScheduledUnit(READ_LATENCY_S, read_s, compute_s)
+            if read_s
+            else ScheduledUnit(0.0, 0.0, compute_s, pinned=True)
+        )
 
 
 def pipeline(plan: Plan, rows: int | None = None, passes: int = 2) -> Timeline:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from headrace.checkpoint import Checkpoint
 from headrace.checkpoint.tensor import bits_per_weight
 from headrace.errors import ContextError
+from headrace.plan.budget import Budget
 from headrace.plan.cost import PassCost, Weights, compute_seconds, pass_cost
 from headrace.plan.draft import DecodePrediction, Drafting, predict_decode
-from headrace.plan.experts import Experts
-from headrace.plan.memory import Budget
+from headrace.plan.expert_cost import Experts
 from headrace.plan.memory_plan import READERS, UNIT_BYTES, MemoryPlan, plan_memory
 from headrace.plan.profile import Profile
 from headrace.plan.request import Request

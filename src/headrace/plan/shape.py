@@ -11,7 +11,7 @@ from headrace.checkpoint import Checkpoint, Tensor
 from headrace.checkpoint.architectures import check_architecture
 from headrace.checkpoint.tensor import Slice, layer_of
 from headrace.errors import CheckpointError
-from headrace.plan.experts import Experts
+from headrace.plan.expert_cost import Experts
 
 _PAGE_BYTES = 4096
 

@@ -6,9 +6,9 @@ files    weights read from their own file, without the page cache where the file
 weights  the stream itself: readers, ring, prefetch over the end of a pass
 """
 
+from headrace.stream.arena import Arena
 from headrace.stream.files import WeightFile
 from headrace.stream.layout import Layout, WeightGroup
-from headrace.stream.memory import Arena
 from headrace.stream.readers import ReadCounters
 from headrace.stream.weights import WeightStream
 

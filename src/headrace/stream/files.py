@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from headrace.errors import ReadError
-from headrace.stream.memory import PAGE_BYTES
+from headrace.stream.arena import PAGE_BYTES
 
 # One request to the disk. Larger ones are split by the kernel, smaller ones cost a turn of the interpreter each.
 REQUEST_BYTES = 2 << 20

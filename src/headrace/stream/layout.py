@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from headrace.checkpoint import Tensor
-from headrace.stream.memory import PAGE_BYTES, aligned
+from headrace.stream.arena import PAGE_BYTES, aligned
 
 # Rows of a weight that kernels take together, best first: 512 rows times 256 of 14336 columns of Q4_K ran at 518 GFLOP/s,
 # times 260 at 422.

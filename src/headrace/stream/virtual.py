@@ -12,8 +12,8 @@ import numpy as np
 
 from headrace.checkpoint import Tensor
 from headrace.checkpoint.encodings import Encoding
+from headrace.stream.arena import PAGE_BYTES, Arena, aligned
 from headrace.stream.files import File
-from headrace.stream.memory import PAGE_BYTES, Arena, aligned
 
 
 class VirtualFile:

@@ -15,9 +15,9 @@ from typing import TypeAlias
 
 from headrace.checkpoint import Tensor
 from headrace.kernels import WeightSlice
+from headrace.stream.arena import Arena
 from headrace.stream.files import File, WeightFile
 from headrace.stream.layout import Layout, Resident, Unit, rows_that_fit
-from headrace.stream.memory import Arena
 from headrace.stream.readers import STALL_LIMIT_S, ReadCounters, Readers, Spans
 
 # Pinned rows multiplied between two streamed units: 3 ms of compute, in which the disk fills a fifth of the ring.

@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from headrace.checkpoint.tensor import Slice
 from headrace.kernels import DECODE_MAX_ROWS, WeightSlice
+from headrace.stream.arena import Arena, aligned
 from headrace.stream.expert_cache import ExpertCache
 from headrace.stream.files import File
-from headrace.stream.memory import Arena, aligned
 from headrace.stream.readers import STALL_LIMIT_S, ReadCounters, Readers, Spans
 from headrace.stream.weights import weight_slice_of
 
@@ -91,7 +91,7 @@ class ExpertCounters(ReadCounters):
 
 
 @dataclass(eq=False, slots=True)
-class _Load:
+class _ExpertLoad:
     layer: int
     expert: int
     slot: int
@@ -135,11 +135,11 @@ class ExpertStream:
         self._readers = Readers(
             readers, name="headrace-expert-reader", counters=self.counters, spans=spans, stall_limit_s=stall_limit_s
         )
-        self._queue: deque[tuple[_Load, Read]] = deque()
-        self._later: deque[tuple[_Load, Read]] = deque()  # reads ahead: only when nothing is waited for
-        self._loading: dict[int, _Load] = {}  # by expert, of the layer at hand
-        self._ahead: dict[int, dict[int, _Load]] = {}  # by layer and expert
-        self._strays: dict[tuple[int, int], _Load] = {}  # read ahead in vain, and still under way
+        self._queue: deque[tuple[_ExpertLoad, Read]] = deque()
+        self._later: deque[tuple[_ExpertLoad, Read]] = deque()  # reads ahead: only when nothing is waited for
+        self._loading: dict[int, _ExpertLoad] = {}  # by expert, of the layer at hand
+        self._ahead: dict[int, dict[int, _ExpertLoad]] = {}  # by layer and expert
+        self._strays: dict[tuple[int, int], _ExpertLoad] = {}  # read ahead in vain, and still under way
         self._populated = 0  # bytes of the arena
 
     def __enter__(self) -> "ExpertStream":
@@ -225,7 +225,7 @@ class ExpertStream:
             self._later = deque(one for one in self._later if id(one[0]) not in wanted)
             self._queue.extendleft(reversed(mine))
 
-    def _drop(self, ahead: Iterable[_Load]) -> None:
+    def _drop(self, ahead: Iterable[_ExpertLoad]) -> None:
         """What was read ahead and is not needed: what has not begun is not read, the rest may go when it has come."""
         for load in ahead:
             load.unwanted = True
@@ -253,7 +253,7 @@ class ExpertStream:
                 if slot is None:
                     return
                 reads = self.bundles[layer][expert].reads
-                load = ahead[expert] = _Load(layer, expert, slot, len(reads))
+                load = ahead[expert] = _ExpertLoad(layer, expert, slot, len(reads))
                 self._later.extend((load, read) for read in reads)
                 self._readers.room.notify(len(reads))
 
@@ -266,7 +266,7 @@ class ExpertStream:
             held.append(slot)
             expert = missing.popleft()
             reads = self.bundles[layer][expert].reads
-            load = _Load(layer, expert, slot, len(reads))
+            load = _ExpertLoad(layer, expert, slot, len(reads))
             self._loading[expert] = load
             self._queue.extend((load, read) for read in reads)
             self._readers.room.notify(len(reads))
@@ -278,7 +278,7 @@ class ExpertStream:
                 self._issue(layer, missing, held)
             while self._queue:
                 self._run(*self._queue.popleft())
-        done: list[_Load] = []
+        done: list[_ExpertLoad] = []
 
         def ready() -> bool:
             self._issue(layer, missing, held)  # a slot may have come free since, of what was read ahead in vain
@@ -358,7 +358,7 @@ class ExpertStream:
         self._run(load, read)
         return True
 
-    def _run(self, load: _Load, read: Read) -> None:
+    def _run(self, load: _ExpertLoad, read: Read) -> None:
         place = load.slot * self._slot_bytes + read.place
         target = self._arena.view[place : place + read.length]
         file = self._files[read.part.tensor.path]

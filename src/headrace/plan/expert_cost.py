@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from headrace.forecast.experts import chosen, skew_of
+from headrace.forecast.expert_hits import chosen, skew_of
 from headrace.plan.routing import Routing
 
 # Exponent of the Zipf law where nothing has been counted: a guess, until a run of the model has left its hit rate.
