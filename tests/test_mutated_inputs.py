@@ -542,7 +542,7 @@ def kept() -> dict[str, bytes]:
         disk_bytes_per_s={"1": 1e9},
         spread=(0.8, 1.2),
         repacked_weights_per_s={"Q4_K": {"1": 2e10}},
-        factors={"disk": 1.1, "kernel": 1.0, "layer": 1.0, "reading": 0.3},
+        factors={"disk": 1.1, "kernel": 1.0, "layer": 1.0, "io_cpu": 0.3},
     )
     group = PassGroup(
         rows=1, count=5, seconds=0.2, read_bytes=1e9, stall_s=0.01, draft_s=0.0, disk_s=0.1, kernel_s=0.05, layer_s=0.01

@@ -42,7 +42,7 @@ from headrace.units import GIB, MIB, gib
 COLUMNS, WEIGHT_ROWS = 4096, 14336  # one projection of an 8B model
 USUAL_TYPES = ("Q4_K", "Q6_K", "Q5_K", "Q8_0", "F16", "BF16", "Q5_0", "Q4_0", "Q3_K", "Q2_K", "IQ4_XS", "F32")
 KERNEL_ROWS = (1, 2, 4, 8, DECODE_MAX_ROWS)
-PRODUCT_ROWS = (32, 128, 512)
+GEMM_ROWS = (32, 128, 512)
 DISK_BYTES = GIB
 ROUNDS = 3
 LEAST_IO_CPU_SHARE, MOST_IO_CPU_SHARE = 0.05, 1.5  # shares that a noisy machine may not pass
@@ -76,7 +76,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     say("disk and kernels together")
     reading = measure_io_cpu_share(target, threads, rates["Q4_K"][0]["1"], DISK_BYTES // 2)
     say("matrix products")
-    products = {kind: _measure_products(kernels, kind) for kind in ("Q4_K", "F16")}
+    products = {kind: _measure_gemm(kernels, kind) for kind in ("Q4_K", "F16")}
     kernels.close()
     say("interpreter")
     layer_s, layer_row_s = _measure_layers(threads)
@@ -135,14 +135,14 @@ def measure_io_cpu_share(target: Path, threads: int, weights_per_s: float, total
         units = -(-nbytes // UNIT_BYTES)
         rows = max(64, min(WEIGHT_ROWS, int(weights_per_s * alone_s / units / COLUMNS)))
         copies = max(1, PROBE_BYTES // (row_bytes("Q4_K", COLUMNS) * rows))
-        arena, piece_bytes = _packed("Q4_K", rows, copies)
+        arena, slice_bytes = _packed("Q4_K", rows, copies)
         x, out, done, each = torch.randn(1, COLUMNS), torch.empty(1, rows), 0, 1
 
         def multiply(count: int) -> None:
             nonlocal done
             for _ in range(count * each):
-                piece = WeightSlice("Q4_K", rows, arena.address + done % copies * piece_bytes, 0)
-                kernels.multiply(x, [(0, piece)], [out])
+                weight_slice = WeightSlice("Q4_K", rows, arena.address + done % copies * slice_bytes, 0)
+                kernels.matmul(x, [(0, weight_slice)], [out])
                 done += 1
 
         def products_s() -> float:
@@ -207,8 +207,8 @@ def _streamed(
     ):
         for round_ in range(rounds + 1):
             start = time.perf_counter()
-            for pieces in stream.weights_of(0):
-                use(len(pieces))
+            for slices in stream.weights_of(0):
+                use(len(slices))
             if round_:  # the first fills the ring and starts the threads
                 times.append(time.perf_counter() - start)
     return layout.streamed_bytes, statistics.median(times)
@@ -235,8 +235,8 @@ def _packed(kind: str, rows: int, copies: int) -> tuple[Arena, int]:
     pattern = np.random.default_rng(0).integers(0, 0x40, 1 << 20, np.uint8)
     whole = np.frombuffer(arena.view, np.uint8)
     for start in range(0, copies * nbytes, len(pattern)):
-        piece = whole[start : min(start + len(pattern), copies * nbytes)]
-        piece[:] = pattern[: len(piece)]
+        weight_slice = whole[start : min(start + len(pattern), copies * nbytes)]
+        weight_slice[:] = pattern[: len(weight_slice)]
     return arena, nbytes
 
 
@@ -252,16 +252,16 @@ def _measure_kernel(kernels: Kernels, kind: str) -> tuple[dict[str, float], dict
     plain = [WeightSlice(kind, WEIGHT_ROWS, at, 0) for at in addresses]
     ways = [plain]
     if kind in kernels.repacking.types:
-        ways.append([replace(piece, repacked=piece.address) for piece in plain])
+        ways.append([replace(weight_slice, repacked=weight_slice.address) for weight_slice in plain])
     rates: tuple[dict[str, float], dict[str, float]] = {}, {}
     for rows in KERNEL_ROWS:
         x, out = torch.randn(rows, COLUMNS), torch.empty(rows, WEIGHT_ROWS)
         times: list[list[float]] = [[] for _ in ways]
         for turn in range(1 + (3 if rows == 1 else 1) * ROUNDS):
-            for way, (pieces, spent) in enumerate(zip(ways, times, strict=True)):
+            for way, (slices, spent) in enumerate(zip(ways, times, strict=True)):
                 at = (turn + way * copies // 2) % copies  # not what the other has just brought into the caches
                 start = time.perf_counter()
-                kernels.multiply(x, [(0, pieces[at])], [out])
+                kernels.matmul(x, [(0, slices[at])], [out])
                 spent.append(time.perf_counter() - start)
         for table, spent in zip(rates, times, strict=False):
             table[str(rows)] = WEIGHT_ROWS * COLUMNS / statistics.median(spent[1:])
@@ -276,11 +276,11 @@ def _measure_tiles(threads: int, kind: str) -> Mapping[str, float]:
     arena, _ = _packed(kind, weight_rows, 1)
     kernels = Kernels(threads, tiled=[kind])
     rates = {}
-    for rows in PRODUCT_ROWS:
+    for rows in GEMM_ROWS:
         x, out = torch.randn(rows, COLUMNS), torch.empty(rows, weight_rows)
 
         def work(_: int, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
-            kernels.multiply(x, [(0, WeightSlice(kind, weight_rows, arena.address, 0))], [out])
+            kernels.matmul(x, [(0, WeightSlice(kind, weight_rows, arena.address, 0))], [out])
 
         rates[str(rows)] = weight_rows * COLUMNS / _median_s(work)
     kernels.close()
@@ -296,18 +296,18 @@ def _measure_unpack(kernels: Kernels, kind: str) -> float:
     )
 
 
-def _measure_products(kernels: Kernels, kind: str) -> Mapping[str, float]:
+def _measure_gemm(kernels: Kernels, kind: str) -> Mapping[str, float]:
     """Flop per second of the many-row path, unpacking taken off."""
     weight_rows = 4096
     arena, _ = _packed(kind, weight_rows, 1)
     weights = weight_rows * COLUMNS
     unpack_s = weights / _measure_unpack(kernels, kind)
     rates = {}
-    for rows in PRODUCT_ROWS:
+    for rows in GEMM_ROWS:
         x, out = torch.randn(rows, COLUMNS), torch.empty(rows, weight_rows)
 
         def work(_: int, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
-            kernels.multiply(x, [(0, WeightSlice(kind, weight_rows, arena.address, 0))], [out])
+            kernels.matmul(x, [(0, WeightSlice(kind, weight_rows, arena.address, 0))], [out])
 
         spent = _median_s(work)
         rates[str(rows)] = 2 * weights * rows / max(spent - unpack_s, spent / 10)

@@ -40,7 +40,7 @@ class Store:
         assert size == values.nbytes
         self.tensors[name] = Tensor(name=name, shape=values.shape, type=type_name, path="m", offset=0, nbytes=size)
 
-    def made(self, config: Mapping[str, Any], name: str, first: int = 0, last: int | None = None) -> Array:
+    def virtual(self, config: Mapping[str, Any], name: str, first: int = 0, last: int | None = None) -> Array:
         """Bytes of rows of a virtual tensor, driven as a reader does it."""
         tensors, encodings = decoded(self.tensors, config, "m")
         tensor, encoding = tensors[name], encodings[name]
@@ -847,8 +847,8 @@ def test_threads_that_decode_at_once_do_not_disturb_each_other(layout: str) -> N
     whole = store.virtual(config, name)
 
     with ThreadPoolExecutor(8) as pool:
-        for made in pool.map(lambda _: store.virtual(config, name), range(32)):
-            np.testing.assert_array_equal(made, whole)
+        for found in pool.map(lambda _: store.virtual(config, name), range(32)):
+            np.testing.assert_array_equal(found, whole)
 
 
 LAYOUTS: dict[str, Callable[[], tuple[Store, dict[str, Any], str]]] = {

@@ -8,7 +8,7 @@ import torch
 from headrace.kernels import Kernels, WeightSlice
 from headrace.kernels.attention_graph import AttentionNodes, Heads, Positions
 from headrace.kernels.expert_mlp import ExpertShapes
-from headrace.kernels.multiply import ExpertMatmul
+from headrace.kernels.matmul import ExpertMatmul
 
 GENERATOR = torch.Generator().manual_seed(7)
 
@@ -160,17 +160,17 @@ def test_experts_of_a_row_are_those_of_their_products_one_by_one(kernels: Kernel
     ups = [random(2 * inner, hidden) for _ in range(count)]
     downs = [random(hidden, inner) for _ in range(count)]
 
-    def piece(rows: torch.Tensor) -> WeightSlice:
+    def weight_slice(rows: torch.Tensor) -> WeightSlice:
         return WeightSlice("F32", len(rows), rows.data_ptr(), 0)
 
     form = ExpertShapes((("F32", 2 * inner // parts),) * parts, (("F32", hidden),))
-    pieces = [[*up.split(2 * inner // parts), down] for up, down in zip(ups, downs, strict=True)]
+    slices = [[*up.split(2 * inner // parts), down] for up, down in zip(ups, downs, strict=True)]
     outputs = [torch.empty(1, hidden) for _ in range(count)]
-    addresses = [[one.data_ptr() for one in expert] for expert in pieces]
+    addresses = [[one.data_ptr() for one in expert] for expert in slices]
     kernels.expert_mlp(x, form, addresses, [output.data_ptr() for output in outputs])
     for up, down, output in zip(ups, downs, outputs, strict=True):
         raised, gate, expected = torch.empty(1, 2 * inner), torch.empty(1, inner), torch.empty(1, hidden)
-        kernels.multiply_each([ExpertMatmul(x, piece(up), raised, 1)])
+        kernels.matmul_each([ExpertMatmul(x, weight_slice(up), raised, 1)])
         kernels.silu(gate, raised[:, :inner])
-        kernels.multiply_each([ExpertMatmul(gate * raised[:, inner:], piece(down), expected, 1)])
+        kernels.matmul_each([ExpertMatmul(gate * raised[:, inner:], weight_slice(down), expected, 1)])
         assert torch.equal(output, expected)

@@ -11,7 +11,7 @@ from headrace.checkpoint.tensor import COMPUTABLE, block_of
 from headrace.errors import HeadraceError
 from headrace.kernels import DECODE_MAX_ROWS, Kernels, ReferenceKernels, WeightSlice, make_kernels, torch_reference
 from headrace.kernels.ggml import library, type_number
-from headrace.kernels.multiply import ExpertMatmul
+from headrace.kernels.matmul import ExpertMatmul
 from headrace.kernels.thresholds import PRECISE_TYPES
 
 COLUMNS, ROWS = 512, 24
@@ -32,7 +32,7 @@ def quantised(kind: str) -> torch.Tensor:
 
 def product(kernels: Kernels | ReferenceKernels, x: torch.Tensor, kind: str, packed: torch.Tensor) -> torch.Tensor:
     out = torch.full((x.shape[0], ROWS + 5), 99.0)
-    kernels.multiply(x, [(0, WeightSlice(kind, ROWS, packed.data_ptr(), 3))], [out])
+    kernels.matmul(x, [(0, WeightSlice(kind, ROWS, packed.data_ptr(), 3))], [out])
     assert (out[:, :3] == 99).all()
     assert (out[:, 3 + ROWS :] == 99).all()
     return out[:, 3 : 3 + ROWS]
@@ -48,7 +48,7 @@ def kernels() -> Kernels:
 def test_products_equal_the_slow_twin(kernels: Kernels, kind: str, rows: int) -> None:
     packed = quantised(kind)
     x = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(rows))
-    expected = torch_reference.multiply(x, kind, packed.data_ptr(), ROWS)
+    expected = torch_reference.matmul(x, kind, packed.data_ptr(), ROWS)
     error = (product(kernels, x, kind, packed) - expected).norm() / expected.norm()
 
     # ggml quantises the activations to 8 bits per block of 32 or 256: about 0.7 %. bf16 has 8 bits too, fp32 none to lose.
@@ -73,10 +73,10 @@ def test_the_result_does_not_depend_on_how_the_weight_is_cut(kernels: Kernels, k
     for rows in (1, 5):
         x = torch.randn(rows, COLUMNS)
         whole, cut = torch.empty(rows, ROWS), torch.empty(rows, ROWS)
-        kernels.multiply(x, [(0, WeightSlice(kind, ROWS, packed.data_ptr(), 0))], [whole])
+        kernels.matmul(x, [(0, WeightSlice(kind, ROWS, packed.data_ptr(), 0))], [whole])
         for first in range(0, ROWS, 7):
             count = min(7, ROWS - first)
-            kernels.multiply(x, [(0, WeightSlice(kind, count, packed.data_ptr() + first * row_bytes, first))], [cut])
+            kernels.matmul(x, [(0, WeightSlice(kind, count, packed.data_ptr() + first * row_bytes, first))], [cut])
         assert torch.equal(whole, cut)
 
 
@@ -84,7 +84,7 @@ def test_several_weights_share_one_call(kernels: Kernels) -> None:
     packed = {kind: quantised(kind) for kind in ("Q4_K", "Q6_K")}
     x = torch.randn(2, COLUMNS)
     outs = [torch.empty(2, ROWS), torch.empty(2, ROWS)]
-    kernels.multiply(x, [(i, WeightSlice(k, ROWS, p.data_ptr(), 0)) for i, (k, p) in enumerate(packed.items())], outs)
+    kernels.matmul(x, [(i, WeightSlice(k, ROWS, p.data_ptr(), 0)) for i, (k, p) in enumerate(packed.items())], outs)
     for out, (kind, data) in zip(outs, packed.items(), strict=True):
         assert torch.equal(out, product(kernels, x, kind, data))
 
@@ -96,33 +96,33 @@ def test_every_computable_type_is_known_to_ggml() -> None:
 
 
 def test_without_ggml_the_slow_twin_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "headrace.kernels.multiply", None)
+    monkeypatch.setitem(sys.modules, "headrace.kernels.matmul", None)
     kernels, why = make_kernels(2)
     assert isinstance(kernels, ReferenceKernels)
     assert "slow" in why
     packed, x = quantised("Q4_0"), torch.randn(2, COLUMNS)
     assert torch.equal(
-        product(kernels, x, "Q4_0", packed), torch_reference.multiply(x, "Q4_0", packed.data_ptr(), ROWS)
+        product(kernels, x, "Q4_0", packed), torch_reference.matmul(x, "Q4_0", packed.data_ptr(), ROWS)
     )
 
 
 def repacked(kernels: Kernels, kind: str) -> tuple[WeightSlice, torch.Tensor]:
     packed = quantised(kind)
-    piece = kernels.repack(WeightSlice(kind, ROWS, packed.data_ptr(), 0), COLUMNS)
-    if piece.repacked is None:
+    weight_slice = kernels.repack(WeightSlice(kind, ROWS, packed.data_ptr(), 0), COLUMNS)
+    if weight_slice.repacked is None:
         pytest.skip(f"ggml has no repacked {kind} on this processor")
-    return piece, packed
+    return weight_slice, packed
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, DECODE_MAX_ROWS, 70])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q2_K"])
 def test_an_interleaved_copy_gives_the_same_products(kind: str, rows: int) -> None:
     kernels = Kernels(2, row_invariant=False)
-    piece, packed = repacked(kernels, kind)
+    weight_slice, packed = repacked(kernels, kind)
     x = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(rows))
     out, plain = torch.empty(rows, ROWS), torch.empty(rows, ROWS)
-    kernels.multiply(x, [(0, piece)], [out], invariant_rows=rows)
-    kernels.multiply(x, [(0, WeightSlice(kind, ROWS, packed.data_ptr(), 0))], [plain], invariant_rows=rows)
+    kernels.matmul(x, [(0, weight_slice)], [out], invariant_rows=rows)
+    kernels.matmul(x, [(0, WeightSlice(kind, ROWS, packed.data_ptr(), 0))], [plain], invariant_rows=rows)
 
     # The activations are rounded to 8 bits in another way: the difference is a rounding of a rounding.
     assert (out - plain).norm() / plain.norm() < 1e-2
@@ -131,25 +131,25 @@ def test_an_interleaved_copy_gives_the_same_products(kind: str, rows: int) -> No
 @pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q2_K"])
 def test_rows_of_an_interleaved_product_do_not_depend_on_each_other(kind: str) -> None:
     kernels = Kernels(2, row_invariant=True)
-    piece, packed = repacked(kernels, kind)
+    weight_slice, packed = repacked(kernels, kind)
     x = torch.randn(23, COLUMNS)
     together = torch.empty(23, ROWS)
-    kernels.multiply(x, [(0, piece)], [together], invariant_rows=23)
+    kernels.matmul(x, [(0, weight_slice)], [together], invariant_rows=23)
     for count in (1, 3, 4, 9):
         out = torch.empty(count, ROWS)
-        kernels.multiply(x[:count].contiguous(), [(0, piece)], [out])
+        kernels.matmul(x[:count].contiguous(), [(0, weight_slice)], [out])
         assert torch.equal(out, together[:count])
-    assert packed.numel()  # the piece points into it
+    assert packed.numel()  # the weight_slice points into it
 
 
 def test_exact_rows_are_computed_as_if_they_were_alone(kernels: Kernels) -> None:
     packed = quantised("Q4_K")
-    piece = [(0, WeightSlice("Q4_K", ROWS, packed.data_ptr(), 0))]
+    weight_slice = [(0, WeightSlice("Q4_K", ROWS, packed.data_ptr(), 0))]
     x = torch.randn(90, COLUMNS)
     mixed, alone, many = torch.empty(90, ROWS), torch.empty(40, ROWS), torch.empty(50, ROWS)
-    kernels.multiply(x, piece, [mixed], invariant_rows=40)
-    kernels.multiply(x[:40].contiguous(), piece, [alone], invariant_rows=40)
-    kernels.multiply(x[40:].contiguous(), piece, [many])
+    kernels.matmul(x, weight_slice, [mixed], invariant_rows=40)
+    kernels.matmul(x[:40].contiguous(), weight_slice, [alone], invariant_rows=40)
+    kernels.matmul(x[40:].contiguous(), weight_slice, [many])
 
     assert torch.equal(mixed[:40], alone)
     assert torch.equal(mixed[40:], many)
@@ -158,11 +158,11 @@ def test_exact_rows_are_computed_as_if_they_were_alone(kernels: Kernels) -> None
 @pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q2_K"])
 def test_interleaving_in_place_gives_the_products_of_a_copy(kind: str) -> None:
     kernels = Kernels(2)
-    piece, packed = repacked(kernels, kind)
+    weight_slice, packed = repacked(kernels, kind)
     x = torch.randn(9, COLUMNS)
     copied, overwritten = torch.empty(9, ROWS), torch.empty(9, ROWS)
-    kernels.multiply(x, [(0, piece)], [copied])
-    kernels.multiply(
+    kernels.matmul(x, [(0, weight_slice)], [copied])
+    kernels.matmul(
         x, [(0, kernels.repack(WeightSlice(kind, ROWS, packed.data_ptr(), 0), COLUMNS, in_place=True))], [overwritten]
     )
     assert torch.equal(copied, overwritten)
@@ -175,9 +175,9 @@ def test_tiles_change_no_more_than_the_last_bits(kind: str, pad_decode_rows_to_t
     tiled = Kernels(2, tiled=[kind], pad_decode_rows_to_tiles=pad_decode_rows_to_tiles)
     for rows, exact in ((1, None), (5, None), (16, None), (70, None), (70, 5), (70, 70)):
         out, expected = torch.zeros(rows, ROWS), torch.empty(rows, ROWS)
-        pieces = [(0, WeightSlice(kind, ROWS - 7, packed.data_ptr(), 0)), (0, cut_off(kind, packed, ROWS - 7))]
-        tiled.multiply(x[:rows].contiguous(), pieces, [out], exact)
-        Kernels(2).multiply(x[:rows].contiguous(), pieces, [expected], rows)
+        slices = [(0, WeightSlice(kind, ROWS - 7, packed.data_ptr(), 0)), (0, cut_off(kind, packed, ROWS - 7))]
+        tiled.matmul(x[:rows].contiguous(), slices, [out], exact)
+        Kernels(2).matmul(x[:rows].contiguous(), slices, [expected], rows)
         many = kind in ("F16", "Q8_0") and rows == 70 and exact != 70  # by torch, in fp32
         torch.testing.assert_close(out, expected, rtol=0, atol=(2e-2 if many else 1e-5) * float(expected.abs().max()))
 
@@ -194,11 +194,13 @@ def test_exact_rows_do_not_depend_on_their_number_where_many_go_through_tiles(pa
 
 def test_experts_of_many_rows_go_through_tiles() -> None:
     packed, x = quantised("Q4_K"), torch.randn(24, COLUMNS)
-    piece = WeightSlice("Q4_K", ROWS, packed.data_ptr(), 0)
+    weight_slice = WeightSlice("Q4_K", ROWS, packed.data_ptr(), 0)
     results = []
     for kernels in (Kernels(2), Kernels(2, tiled=["Q4_K"])):
         outs = [torch.empty(rows, ROWS) for rows in (1, 9, 24)]
-        kernels.multiply_each([ExpertMatmul(x[: len(out)].contiguous(), piece, out, 0, [len(out)]) for out in outs])
+        kernels.matmul_each(
+            [ExpertMatmul(x[: len(out)].contiguous(), weight_slice, out, 0, [len(out)]) for out in outs]
+        )
         results.append(outs)
     for dots, tiles in zip(*results, strict=True):
         torch.testing.assert_close(tiles, dots, rtol=0, atol=2e-2 * float(dots.abs().max()))
@@ -232,7 +234,7 @@ def test_threads_that_spin_give_the_same() -> None:
         if spins:
             kernels.spin()
         output = torch.empty(1, 4096)
-        kernels.multiply(x, [(0, WeightSlice("F32", 4096, weights.data_ptr(), 0))], [output])
+        kernels.matmul(x, [(0, WeightSlice("F32", 4096, weights.data_ptr(), 0))], [output])
         kernels.close()
         found.append(output)
     assert torch.equal(*found)
@@ -242,8 +244,8 @@ def test_a_shortened_matrix_is_near() -> None:
     kernels = Kernels(2)
     for columns, error in ((256, 0.01), (40, 1e-6)):  # in blocks of 8 bits; as it is
         weights, x = torch.randn(24, columns), torch.randn(1, columns)
-        piece, _owner = kernels.quantise_q8(weights)
+        weight_slice, _owner = kernels.quantise_q8(weights)
         output = torch.empty(1, 24)
-        kernels.multiply(x, [(0, piece)], [output])
+        kernels.matmul(x, [(0, weight_slice)], [output])
         assert (output - x @ weights.T).norm() < error * (x @ weights.T).norm()
     kernels.close()

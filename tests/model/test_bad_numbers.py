@@ -315,7 +315,7 @@ def full(profile: Profile) -> dict[str, Any]:
         source="measured 2026-01-01",
         disk_bytes_per_s={"1": 1e9},
         repacked_weights_per_s={"Q4_K": {"1": 2e10, "4": 1e10}},
-        factors={"disk": 1.1, "kernel": 1.0, "layer": 1.0, "reading": 0.3},
+        factors={"disk": 1.1, "kernel": 1.0, "layer": 1.0, "io_cpu": 0.3},
         spread=(0.8, 1.2),
         probed_at="2026-01-01T00:00:00",
     )
@@ -378,7 +378,7 @@ def record(profile: Profile) -> RunRecord:
     layers=1, sequences=1,
         draft="none", tokens=1, ttft_s=1.0, predicted_ttft_s=1.0, s_per_token=0.1, predicted_s_per_token=0.1,
     drafted=0, accepted=0,
-        passes=groups, factors={"disk": 1.0, "kernel": 1.0, "layer": 1.0, "reading": 0.3},
+        passes=groups, factors={"disk": 1.0, "kernel": 1.0, "layer": 1.0, "io_cpu": 0.3},
     probed_at="2026-01-01T00:00:00",
     )  # fmt: skip
 

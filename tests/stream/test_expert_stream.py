@@ -59,8 +59,8 @@ def check(stream: ExpertStream, numbers: np.ndarray, layer: int, wanted: Sequenc
     for ready in stream.fetch(layer, counts, rows):
         for expert, address in ready:
             seen.append(expert)
-            for which, piece in enumerate(stream.bundles[layer][expert].pieces(address)):
-                assert np.array_equal(contents(piece.address), numbers[layer, expert, which])
+            for which, weight_slice in enumerate(stream.bundles[layer][expert].slices(address)):
+                assert np.array_equal(contents(weight_slice.address), numbers[layer, expert, which])
     assert sorted(seen) == sorted(wanted)
 
 

@@ -49,9 +49,11 @@ def read_pass(stream: WeightStream) -> Bytes:
     for index, visit in enumerate(stream.layout.groups):
         rows: dict[str, dict[int, bytes]] = {tensor.name: {} for tensor in visit.tensors}
         for batch in stream.weights_of(index):
-            for i, piece in batch:
+            for i, weight_slice in batch:
                 tensor = visit.tensors[i]
-                rows[tensor.name][piece.first] = ctypes.string_at(piece.address, piece.rows * tensor.row_bytes)
+                rows[tensor.name][weight_slice.first] = ctypes.string_at(
+                    weight_slice.address, weight_slice.rows * tensor.row_bytes
+                )
         got |= {name: b"".join(parts[first] for first in sorted(parts)) for name, parts in rows.items()}
     return got
 
@@ -337,16 +339,16 @@ def test_settled_pieces_are_delivered_and_read_again_after_an_interrupt(tmp_path
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     calls = 0
 
-    def settle(piece: WeightSlice, tensor: Tensor) -> WeightSlice:
+    def settle(weight_slice: WeightSlice, tensor: Tensor) -> WeightSlice:
         nonlocal calls
         calls += 1
-        nbytes = piece.rows * tensor.columns * 4
-        flipped = bytes(255 - byte for byte in ctypes.string_at(piece.address, nbytes))
-        ctypes.memmove(piece.address, flipped[: nbytes // 2], nbytes // 2)
+        nbytes = weight_slice.rows * tensor.columns * 4
+        flipped = bytes(255 - byte for byte in ctypes.string_at(weight_slice.address, nbytes))
+        ctypes.memmove(weight_slice.address, flipped[: nbytes // 2], nbytes // 2)
         if calls == 3:
-            raise KeyboardInterrupt  # in the middle of a piece
-        ctypes.memmove(piece.address, flipped, nbytes)
-        return piece
+            raise KeyboardInterrupt  # in the middle of a weight_slice
+        ctypes.memmove(weight_slice.address, flipped, nbytes)
+        return weight_slice
 
     with WeightStream(layout_of(tensors, 1.0, 8192), slots=2, readers=2, on_pinned=settle) as stream:
         with pytest.raises(KeyboardInterrupt):

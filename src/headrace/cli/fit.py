@@ -33,6 +33,6 @@ def fit_command(path: Path, as_json: bool) -> None:
         return
     click.echo(f"fitted to {fit.runs} runs ({fit.groups} groups of passes): median error {fit.median_error:.1%}")
     for name, value in fit.factors.items():
-        meaning = "of the disk's time is taken from the cores" if name == "reading" else "of the probe's time"
+        meaning = "of the disk's time is taken from the cores" if name == "io_cpu" else "of the probe's time"
         click.echo(f"  {name:9} {value:.3f} {meaning}")
     click.echo(f"  80 % of passes took {fit.spread[0]:.2f} to {fit.spread[1]:.2f} of their prediction")

@@ -135,7 +135,7 @@ def plan_page(
     weights = sum(plan.weights.plain.values()) + sum(plan.weights.repacked.values())
     flop = 2.0 * weights
     per_row = plan.profile.kernel("Q4_K", 1) * 4.5 / 8
-    peak = plan.profile.product(512, precise=not plan.profile.bf16_pays)
+    peak = plan.profile.gemm(512, precise=not plan.profile.bf16_pays)
     points = {}
     for count in (1, 4, 16):
         cost = plan.cost(count * plan.sequences)

@@ -306,11 +306,11 @@ def probe_command(target: Path, as_json: bool) -> None:
     lines = [
         ("machine", profile.machine),
         ("disk", f"{gigabytes(profile.disk_bytes_per_s[device])}/s, read as the engine reads"),
-        ("reading", f"costs the cores {profile.io_cpu_share:.0%} of its time"),
+        ("I/O", f"costs the cores {profile.io_cpu_share:.0%} of its time"),
         ("Q4_K", f"{one / 1e9:.1f} billion weights/s for 1 row, {few / 1e9:.1f} for 16"),
         (
-            "products",
-            f"{profile.product(512, False) / 1e9:.0f} GFLOP/s bf16, {profile.product(512, True) / 1e9:.0f} fp32, 512 rows",
+            "GEMM",
+            f"{profile.gemm(512, False) / 1e9:.0f} GFLOP/s bf16, {profile.gemm(512, True) / 1e9:.0f} fp32, 512 rows",
         ),
         ("layer", f"{seconds(profile.layer_s)} outside of the kernels"),
         ("runtime", f"{gib(profile.runtime_bytes)} before any weights"),

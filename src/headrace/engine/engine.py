@@ -168,7 +168,7 @@ class Engine:
             checkpoint,
             Hooks(
                 implementation=self._name,
-                product=self._product,
+                linear=self._linear,
                 read=self._unpack,
                 gather=self._gather,
                 norm=self._norm,
@@ -575,7 +575,7 @@ class Engine:
 
     # -- what the model's modules call ----------------------------------------------------------------------------
 
-    def _product(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    def _linear(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         """The product of a linear; with the first of a step come those of the others, on the same activations."""
         ready = self._pending.pop(linear, None)
         if ready is None:
@@ -606,7 +606,7 @@ class Engine:
         """The visit of a step: products with what is pinned and with what comes."""
         rows = rows.view(rows.shape)  # the kernels keep what they make of activations as long as these live
         chunks = self._chunks if invariant < rows.shape[0] else ()
-        self._use_weights(step, lambda pieces: self.kernels.multiply(rows, pieces, outputs, invariant, chunks))
+        self._use_weights(step, lambda slices: self.kernels.matmul(rows, slices, outputs, invariant, chunks))
         if self._inspects:
             for tensor, output in zip(step.tensors, outputs, strict=True):
                 self._inspect(tensor.name, rows, [output])
@@ -646,9 +646,9 @@ class Engine:
     def _use_weights(self, step: LinearStep, use: Callable[[Batch], None]) -> None:
         """`use` the weights of a step, batch after batch as they come."""
         stream, visit = self._places[step]
-        for pieces in stream.weights_of(visit):
+        for slices in stream.weights_of(visit):
             start = time.perf_counter()
-            use(pieces)
+            use(slices)
             end = time.perf_counter()
             self._kernel_s += end - start
             if self.trace is not None:
@@ -678,7 +678,7 @@ class Engine:
             self._plain = torch.empty(sum(sizes))
         flat = torch.split(self._plain[: sum(sizes)], sizes)
         outputs = [one.view(tensor.outputs, -1) for one, tensor in zip(flat, step.tensors, strict=True)]
-        self._use_weights(step, lambda pieces: self.kernels.unpack_all(pieces, outputs))
+        self._use_weights(step, lambda slices: self.kernels.unpack_all(slices, outputs))
         found = dict(zip((tensor.name for tensor in step.tensors), outputs, strict=True))
         return self._attention.take(layer, split_kv_b(layer, linear.matrix, found), vectors, rotated)
 
@@ -764,10 +764,12 @@ class Engine:
                 module.config._attn_implementation = "eager"
         yield "native", partial(trial_of, model), lambda: True
 
-    def _repack(self, options: StreamOptions, unpacked: set[str], piece: WeightSlice, tensor: Tensor) -> WeightSlice:
-        if piece.type not in options.repacked_types or tensor.name in unpacked:
-            return piece
-        return self.kernels.repack(piece, tensor.columns, options.repack_in_place)
+    def _repack(
+        self, options: StreamOptions, unpacked: set[str], weight_slice: WeightSlice, tensor: Tensor
+    ) -> WeightSlice:
+        if weight_slice.type not in options.repacked_types or tensor.name in unpacked:
+            return weight_slice
+        return self.kernels.repack(weight_slice, tensor.columns, options.repack_in_place)
 
     def _unpack(self, tensor: Tensor) -> torch.Tensor:
         """A small tensor read whole, in its shape: fp32, or the whole numbers that are stored."""

@@ -75,7 +75,7 @@ class _Copy:
     def __init__(self, router: Router, kernels: Kernels | ReferenceKernels):
         self.router = router
         self.count = len(router.weight)
-        self.piece, self._owner = kernels.quantise_q8(router.weight)
+        self.weight_slice, self._owner = kernels.quantise_q8(router.weight)
 
     def scores(self, products: torch.Tensor) -> npt.NDArray[np.float32]:
         """What the router ranks experts by, given its weight's products."""
@@ -93,7 +93,7 @@ class _Asked:
 
     def __init__(self, ahead: Sequence[_Copy | None]):
         self.routers = [(distance, copy) for distance, copy in enumerate(ahead, 1) if copy is not None]
-        self._pieces = tuple([(i, copy.piece) for i, (_, copy) in enumerate(self.routers)])
+        self._pieces = tuple([(i, copy.weight_slice) for i, (_, copy) in enumerate(self.routers)])
         self._of_one_row = self._outputs(1)
 
     def _outputs(self, rows: int) -> list[torch.Tensor]:
@@ -104,6 +104,6 @@ class _Asked:
     ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """(layers ahead, (rows, experts)) for each of them."""
         outputs = self._of_one_row if len(hidden) == 1 else self._outputs(len(hidden))
-        kernels.multiply(hidden, self._pieces, outputs, len(hidden))
+        kernels.matmul(hidden, self._pieces, outputs, len(hidden))
         for (distance, copy), products in zip(self.routers, outputs, strict=True):
             yield distance, copy.scores(products)

@@ -19,7 +19,7 @@ from headrace.engine.expert_prefetch import ExpertPredictor
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, ReferenceKernels, WeightSlice
 from headrace.kernels.expert_mlp import ExpertShapes
-from headrace.kernels.multiply import ExpertMatmul
+from headrace.kernels.matmul import ExpertMatmul
 from headrace.kernels.thresholds import EXPERTS_PER_CALL
 from headrace.model.packed import PackedExperts
 from headrace.stream.expert_stream import ExpertStream
@@ -87,10 +87,10 @@ class ExpertRunner:
                 members = []
                 for expert, address in ready[first : first + EXPERTS_PER_CALL]:
                     mine = slice(firsts[expert], firsts[expert + 1])
-                    pieces = bundles[expert].pieces(address)
+                    slices = bundles[expert].slices(address)
                     own = hidden if rows == 1 else hidden[owners[mine]]
                     groups = _groups(owners[mine], invariant_rows, chunks)
-                    members.append(_Member(expert, pieces, own, pairs[mine], *groups))
+                    members.append(_Member(expert, slices, own, pairs[mine], *groups))
                 self._group(packed, members)
             end = time.perf_counter()
             self.kernel_s += end - start
@@ -153,14 +153,14 @@ class ExpertRunner:
         split = len(up.slices)
         raised = members[0].x.new_empty((sum(len(member.x) for member in members), up.outputs))
         parts = torch.split(raised, [len(member.x) for member in members])
-        self._multiply([(m, m.x, m.pieces[:split], part) for m, part in zip(members, parts, strict=True)])
+        self._multiply([(m, m.x, m.slices[:split], part) for m, part in zip(members, parts, strict=True)])
         if up.order is not None:
             raised = raised.index_select(1, up.order)
         if module.has_bias:
             raised = raised + _repeated(module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, members)
         gated = module._apply_gate(raised) if module.has_gate else module.act_fn(raised)
         inner = torch.split(gated.contiguous(), [len(member.x) for member in members])
-        self._multiply([(m, x, m.pieces[split:], m.result) for m, x in zip(members, inner, strict=True)])
+        self._multiply([(m, x, m.slices[split:], m.result) for m, x in zip(members, inner, strict=True)])
         if down.order is None and not module.has_bias:
             return
         for member in members:
@@ -170,16 +170,16 @@ class ExpertRunner:
     def _multiply(
         self, products: Sequence[tuple["_Member", torch.Tensor, Sequence[WeightSlice], torch.Tensor]]
     ) -> None:
-        """Each x times the pieces of a matrix, which lie one under another: their results side by side."""
+        """Each x times the slices of a matrix, which lie one under another: their results side by side."""
         jobs = []
-        for member, x, pieces, result in products:
+        for member, x, slices, result in products:
             column = 0
-            for piece in pieces:
-                height = piece.k_split_rows or piece.rows
+            for weight_slice in slices:
+                height = weight_slice.k_split_rows or weight_slice.rows
                 output = result[:, column : column + height]
-                jobs.append(ExpertMatmul(x, piece, output, member.invariant_rows, member.chunks))
+                jobs.append(ExpertMatmul(x, weight_slice, output, member.invariant_rows, member.chunks))
                 column += height
-        self._kernels.multiply_each(jobs)
+        self._kernels.matmul_each(jobs)
 
 
 def _counted(packed: PackedExperts, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -198,7 +198,7 @@ class _Member(NamedTuple):
     """An expert of a group: its weights in memory, the rows that chose it, and where their results go."""
 
     expert: int
-    pieces: tuple[WeightSlice, ...]
+    slices: tuple[WeightSlice, ...]
     x: torch.Tensor
     result: torch.Tensor
     invariant_rows: int

@@ -15,7 +15,7 @@ from headrace.engine.attention import PackedAttention
 from headrace.engine.capture import Call, put_all
 from headrace.kernels.attention_graph import AttentionNodes, Heads, Positions
 from headrace.kernels.fused_graph import FusedGraph
-from headrace.kernels.multiply import Kernels
+from headrace.kernels.matmul import Kernels
 from headrace.model.trace import LinearStep
 from headrace.stream import WeightStream
 from headrace.stream.weights import Batch
@@ -102,7 +102,7 @@ class Fuser:
         """Whether ggml can do it; then it is added."""
         function, arguments, named = call
         if function == self._multiply:
-            return self._add_product(graph, parts, *arguments)
+            return self._add_matmul(graph, parts, *arguments)
         if function == self._attention.attend:
             return self._add_attention(graph, parts, *arguments)
         if function == self._kernels.rms_norm:
@@ -125,7 +125,7 @@ class Fuser:
             return all(graph.copy(place, tensor) for place, tensor in zip(places, tensors, strict=True))
         return False
 
-    def _add_product(
+    def _add_matmul(
         self,
         graph: FusedGraph,
         parts: "FusedInputs",
@@ -142,7 +142,7 @@ class Fuser:
         if cached is None:
             return False
         parts.matmuls.append(_FusedMatmul(step, stream, place, weights))
-        return graph.multiply(cached.graph.parts, cached.operands)
+        return graph.matmul(cached.graph.parts, cached.operands)
 
     def _add_attention(
         self,

@@ -15,7 +15,7 @@ from headrace.kernels.weight_slice import WeightSlice
 from headrace.limits import check_threads
 
 if TYPE_CHECKING:
-    from headrace.kernels.multiply import Kernels
+    from headrace.kernels.matmul import Kernels
     from headrace.kernels.torch_reference import ReferenceKernels
 
 __all__ = ["DECODE_MAX_ROWS", "Kernels", "ReferenceKernels", "WeightSlice", "make_kernels"]
@@ -27,7 +27,7 @@ def make_kernels(
     """(kernels, why these): ggml's, or the slow twin where no build of ggml runs. Arguments as for `Kernels`."""
     check_threads(threads)
     try:
-        from headrace.kernels.multiply import Kernels
+        from headrace.kernels.matmul import Kernels
 
         return Kernels(threads, bf16_many_rows, row_invariant, tiled), "ggml"
     except (ImportError, HeadraceError) as error:
@@ -39,7 +39,7 @@ def make_kernels(
 def __getattr__(name: str) -> Any:
     """`Kernels` and its slow twin are imported when used: the planner only needs the limits."""
     if name == "Kernels":
-        from headrace.kernels.multiply import Kernels
+        from headrace.kernels.matmul import Kernels
 
         return Kernels
     if name == "ReferenceKernels":

@@ -10,7 +10,7 @@ from headrace.kernels.repack import Repacking
 
 
 class ExpertShapes(NamedTuple):
-    """Of one expert's matrices: the pieces that lead up to gate and up, and those that lead down, by type and rows."""
+    """Of one expert's matrices: the slices that lead up to gate and up, and those that lead down, by type and rows."""
 
     up: tuple[tuple[str, int], ...]
     down: tuple[tuple[str, int], ...]
@@ -39,7 +39,7 @@ class ExpertMlp(Graph):
             column = 0
             for kind, rows in form.up:
                 part = MatmulShape(kind, rows, columns, "F32", 4 * columns, 4 * raised, repacked=False)
-                weight, x, result = self.product(part, 1, repacking)
+                weight, x, result = self.add_matmul(part, 1, repacking)
                 result.contents.data = start + 4 * (i * raised + column)
                 self._x.append(x.contents)
                 self._weights.append(weight.contents)
@@ -59,7 +59,7 @@ class ExpertMlp(Graph):
             column = 0
             for kind, rows in form.down:
                 part = MatmulShape(kind, rows, inner, "F32", 4 * inner, 4 * columns, repacked=False)
-                weight, x, result = self.product(part, 1, repacking)
+                weight, x, result = self.add_matmul(part, 1, repacking)
                 x.contents.data = product + 4 * i * inner
                 self._weights.append(weight.contents)
                 self._results.append((i, result.contents, 4 * column))

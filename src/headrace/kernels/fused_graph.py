@@ -30,7 +30,7 @@ class FusedGraph(Graph):
     def __init__(self, workers: Workers, most: int, repacking: Repacking):
         super().__init__(workers, most)
         self._threads = workers.threads
-        self._interleaving = repacking
+        self._repacking = repacking
         self._results: list[Any] = []
         self._scratch = np.empty(0, np.float32)  # of all attentions
         self._kept: list[torch.Tensor] = []  # what lies nowhere else
@@ -39,10 +39,10 @@ class FusedGraph(Graph):
         """Nothing more is added. `dots` as for `MatmulGraph`."""
         self.plan(self._results, dots)
 
-    def multiply(self, parts: Sequence[MatmulShape], operands: Sequence[MatmulPointers]) -> bool:
+    def matmul(self, parts: Sequence[MatmulShape], operands: Sequence[MatmulPointers]) -> bool:
         """MatmulGraph of single rows."""
         for part, at in zip(parts, operands, strict=True):
-            weight, x, result = self.product(part, 1, self._interleaving)
+            weight, x, result = self.add_matmul(part, 1, self._repacking)
             weight.contents.data, x.contents.data, result.contents.data = at.weight, at.x, at.result
             self._results.append(result)
         return True

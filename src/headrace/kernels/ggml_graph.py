@@ -8,12 +8,12 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from headrace.kernels.ggml import InitParams, GgmlTensor, library, type_number
+from headrace.kernels.ggml import GgmlTensor, InitParams, library, type_number
 from headrace.kernels.repack import Repacking
 
 # Of ggml's bookkeeping: for a graph, and for each product in it (three tensors, one node, two leaves).
 _GRAPH_BYTES = 16 << 10
-_PRODUCT_BYTES = 2 << 10
+_MATMUL_BYTES = 2 << 10
 # How long threads without work spin before they sleep, in ggml's measure of some 2 ms.
 _SPIN = 1
 
@@ -53,7 +53,7 @@ class Graph:
     """One small ggml graph over memory that the caller owns. Freed with `close`."""
 
     def __init__(self, workers: Workers, nodes: int = 1) -> None:
-        size = _GRAPH_BYTES + nodes * _PRODUCT_BYTES
+        size = _GRAPH_BYTES + nodes * _MATMUL_BYTES
         self._ggml = library()
         self._context = self._ggml.ggml_init(InitParams(size, None, True))
         self._graph = self._ggml.ggml_new_graph_custom(self._context, 16 + 3 * nodes, False)
@@ -72,7 +72,7 @@ class Graph:
         """The result of one of ggml's operations."""
         return getattr(self._ggml, f"ggml_{name}")(self._context, *operands)
 
-    def product(self, part: "MatmulShape", rows: int, repacking: Repacking) -> tuple[Any, Any, Any]:
+    def add_matmul(self, part: "MatmulShape", rows: int, repacking: Repacking) -> tuple[Any, Any, Any]:
         """A new product: the tensors of its weight, of so many rows of x and of its result."""
         x = self.leaf(part.x_type, part.columns, rows)
         weight = self.leaf(part.type, part.columns, part.rows)
@@ -137,7 +137,7 @@ class MatmulGraph(Graph):
     ):
         super().__init__(workers, len(parts))
         self.parts = tuple(parts)
-        products = [self.product(part, most_rows, repacking) for part in parts]
+        products = [self.add_matmul(part, most_rows, repacking) for part in parts]
         self._parts = [tuple(tensor.contents for tensor in product) for product in products]
         self._rows = [most_rows] * len(parts)
         self.plan([result for _, _, result in products], dots)

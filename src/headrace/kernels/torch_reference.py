@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from headrace.checkpoint.tensor import row_bytes
-from headrace.kernels.unpacking import unpack_pieces
+from headrace.kernels.unpacking import unpack_slices
 from headrace.kernels.weight_slice import WeightSlice
 
 if TYPE_CHECKING:
-    from headrace.kernels.multiply import ExpertMatmul
+    from headrace.kernels.matmul import ExpertMatmul
 
 
 def unpack(type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
@@ -28,7 +28,7 @@ def unpack(type_name: str, address: int, rows: int, columns: int) -> torch.Tenso
     return torch.from_numpy(np.array(plain, np.float32).reshape(rows, columns))
 
 
-def multiply(x: torch.Tensor, type_name: str, address: int, weight_rows: int) -> torch.Tensor:
+def matmul(x: torch.Tensor, type_name: str, address: int, weight_rows: int) -> torch.Tensor:
     """x (rows, columns) times packed weights (weight_rows, columns) at an address: (rows, weight_rows) in fp32."""
     return x.float() @ unpack(type_name, address, weight_rows, x.shape[1]).T
 
@@ -43,14 +43,14 @@ class ReferenceKernels:
     def spin(self) -> None:
         """As `Kernels.spin`: torch's threads wait as they are told to elsewhere."""
 
-    def repack(self, piece: WeightSlice, columns: int, in_place: bool = False) -> WeightSlice:
+    def repack(self, weight_slice: WeightSlice, columns: int, in_place: bool = False) -> WeightSlice:
         """As `Kernels.repack`: there is no other layout here."""
-        return piece
+        return weight_slice
 
-    def multiply(
+    def matmul(
         self,
         x: torch.Tensor,
-        pieces: Sequence[tuple[int, WeightSlice]],
+        slices: Sequence[tuple[int, WeightSlice]],
         outputs: Sequence[torch.Tensor],
         invariant_rows: int | None = None,
         chunks: Sequence[int] = (),
@@ -60,23 +60,23 @@ class ReferenceKernels:
             parts = torch.split(x, [1] * invariant_rows + list(chunks))
             targets = zip(*(torch.split(output, [len(part) for part in parts]) for output in outputs), strict=True)
             for part, target in zip(parts, targets, strict=True):
-                self.multiply(part, pieces, target)
+                self.matmul(part, slices, target)
             return
-        for i, piece in pieces:
-            if not piece.k_split_rows:
-                outputs[i][:, piece.first : piece.first + piece.rows] = multiply(
-                    x, piece.type, piece.address, piece.rows
+        for i, weight_slice in slices:
+            if not weight_slice.k_split_rows:
+                outputs[i][:, weight_slice.first : weight_slice.first + weight_slice.rows] = matmul(
+                    x, weight_slice.type, weight_slice.address, weight_slice.rows
                 )
                 continue
-            for index, slab in enumerate(piece.k_splits()):
-                number, width = piece.first // piece.k_split_rows + index, piece.k_split_columns
-                part = multiply(x[:, number * width : (number + 1) * width], slab.type, slab.address, slab.rows)
+            for index, split in enumerate(weight_slice.k_splits()):
+                number, width = weight_slice.first // weight_slice.k_split_rows + index, weight_slice.k_split_columns
+                part = matmul(x[:, number * width : (number + 1) * width], split.type, split.address, split.rows)
                 outputs[i][:] = part if number == 0 else outputs[i] + part
 
-    def multiply_each(self, jobs: Sequence["ExpertMatmul"]) -> None:
-        """As `Kernels.multiply_each`, in fp32."""
-        for x, piece, output, invariant_rows, chunks in jobs:
-            self.multiply(x, [(0, piece)], [output], invariant_rows, chunks)
+    def matmul_each(self, jobs: Sequence["ExpertMatmul"]) -> None:
+        """As `Kernels.matmul_each`, in fp32."""
+        for x, weight_slice, output, invariant_rows, chunks in jobs:
+            self.matmul(x, [(0, weight_slice)], [output], invariant_rows, chunks)
 
     def quantise_q8(self, weight: torch.Tensor) -> tuple[WeightSlice, object]:
         """As `Kernels.shortened`, but as it is."""
@@ -94,9 +94,9 @@ class ReferenceKernels:
         """As `Kernels.unpack`."""
         return unpack(type_name, address, rows, columns)
 
-    def unpack_all(self, pieces: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]) -> None:
+    def unpack_all(self, slices: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]) -> None:
         """As `Kernels.unpack_all`."""
-        unpack_pieces(unpack, pieces, outputs)
+        unpack_slices(unpack, slices, outputs)
 
     def release(self) -> None:
         """Nothing to give back."""

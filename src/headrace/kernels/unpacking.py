@@ -1,4 +1,4 @@
-"""Packed weights as plain ones: in bf16, for products of many rows, and where each piece belongs in its matrix."""
+"""Packed weights as plain ones: in bf16, for products of many rows, and where each weight_slice belongs in its matrix."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,17 +55,17 @@ class ToHalf:
         self._pool.shutdown()
 
 
-def unpack_pieces(
+def unpack_slices(
     unpack: Callable[[str, int, int, int], torch.Tensor],
-    pieces: Sequence[tuple[int, WeightSlice]],
+    slices: Sequence[tuple[int, WeightSlice]],
     outputs: Sequence[torch.Tensor],
 ) -> None:
-    """For every (i, piece), fill its part of `outputs[i]` (rows, columns) by `unpack` (type, address, rows, columns)."""
-    for i, piece in pieces:
-        if piece.k_split_rows:
-            width = piece.k_split_columns
-            for number, slab in enumerate(piece.k_splits(), piece.first // piece.k_split_rows):
+    """For every (i, weight_slice), fill its part of `outputs[i]` (rows, columns) by `unpack` (type, address, rows, columns)."""
+    for i, weight_slice in slices:
+        if weight_slice.k_split_rows:
+            width = weight_slice.k_split_columns
+            for number, slab in enumerate(weight_slice.k_splits(), weight_slice.first // weight_slice.k_split_rows):
                 outputs[i][:, number * width : (number + 1) * width] = unpack(slab.type, slab.address, slab.rows, width)
         else:
-            plain = unpack(piece.type, piece.address, piece.rows, outputs[i].shape[1])
-            outputs[i][piece.first : piece.first + piece.rows] = plain
+            plain = unpack(weight_slice.type, weight_slice.address, weight_slice.rows, outputs[i].shape[1])
+            outputs[i][weight_slice.first : weight_slice.first + weight_slice.rows] = plain

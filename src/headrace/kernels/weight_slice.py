@@ -1,4 +1,4 @@
-"""A piece of a packed weight, as the stream delivers it and the kernels take it."""
+"""A weight_slice of a packed weight, as the stream delivers it and the kernels take it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

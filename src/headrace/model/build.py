@@ -29,10 +29,10 @@ from headrace.model.moe import ExpertWeights, Mixture, adopt_mixtures, mixture_o
 from headrace.model.packed import (
     Gate,
     GatheredEmbedding,
+    LinearFunction,
     Norm,
     PackedExperts,
     PackedLinear,
-    Product,
     RmsNorm,
     Router,
     Silu,
@@ -100,7 +100,7 @@ class Hooks:
     """How the shell reaches the engine around it."""
 
     implementation: str  # of attention and experts, as registered with transformers
-    product: Product  # multiplies a packed linear
+    linear: LinearFunction  # multiplies a packed linear
     read: Callable[[Tensor], torch.Tensor]  # a small tensor whole, in its shape: fp32, or whole numbers
     gather: Callable[[Tensor, torch.Tensor], torch.Tensor]  # rows of a table
     norm: Norm
@@ -129,7 +129,7 @@ def build_skeleton(checkpoint: Checkpoint, hooks: Hooks) -> ModelSkeleton:
         weight_map = names_of(checkpoint, model)
         tied = tied_to(model)
         derived = _fill_derived(model, weight_map, tied)
-        before = _pack_linears(model, weight_map, tied, hooks.product)
+        before = _pack_linears(model, weight_map, tied, hooks.linear)
         elsewhere = derived | _pack_experts(model, weight_map)
     steps, attention_mode = _record(model, before, hooks)
     _scale_frequencies(checkpoint, model, hooks.read)
@@ -255,7 +255,7 @@ def _find(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def _pack_linears(
-    model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[str, str], product: Product
+    model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[str, str], linear_function: LinearFunction
 ) -> dict[PackedLinear, tuple[str, nn.Module]]:
     """Replace every linear; what was there before is returned by what took its place."""
     before: dict[PackedLinear, tuple[str, nn.Module]] = {}
@@ -273,7 +273,7 @@ def _pack_linears(
             _owner(f"{name}.weight", weight_map, tied), tuple(module.weight.shape), isinstance(module, Conv1D)
         )
         bias = module.bias if _owner(f"{name}.bias", weight_map, tied) in weight_map else None
-        packed = PackedLinear(matrix, product, bias)
+        packed = PackedLinear(matrix, linear_function, bias)
         model.set_submodule(name, packed)
         before[packed] = name, module
     return before

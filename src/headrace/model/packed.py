@@ -14,7 +14,7 @@ from headrace.kernels.thresholds import DECODE_MAX_ROWS
 from headrace.model.matrix import Matrix
 
 # Multiplies activations (..., inputs) with the packed matrix of a linear: (..., outputs), fp32.
-Product: TypeAlias = Callable[["PackedLinear", torch.Tensor], torch.Tensor]
+LinearFunction: TypeAlias = Callable[["PackedLinear", torch.Tensor], torch.Tensor]
 
 
 class WeightAskedError(Exception):
@@ -43,12 +43,12 @@ class AbsentWeight:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight stays in the checkpoint. `product` is set by whoever delivers the weights."""
+    """A linear layer whose weight stays in the checkpoint. `linear_function` is set by whoever delivers the weights."""
 
-    def __init__(self, matrix: Matrix, product: Product, bias: nn.Parameter | None):
+    def __init__(self, matrix: Matrix, linear_function: LinearFunction, bias: nn.Parameter | None):
         super().__init__()
         self.matrix = matrix
-        self.product = product
+        self.linear_function = linear_function
         self.bias = bias
         self.in_features, self.out_features = matrix.inputs, matrix.outputs
 
@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
         """(..., inputs) to (..., outputs). Called two hundred times a token, so past nn.Module's own call with its hooks."""
         if self.matrix.input_order is not None:
             x = x.index_select(-1, self.matrix.input_order)
-        out = self.product(self, x)
+        out = self.linear_function(self, x)
         return out if self.bias is None else out + self.bias
 
     forward = __call__

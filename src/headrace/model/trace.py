@@ -50,7 +50,7 @@ class Tracer:
     def __init__(self) -> None:
         self.calls: list[tuple[PackedLinear | PackedExperts, torch.Tensor | None]] = []
 
-    def product(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         """Record a call; the result has the right shape and no content."""
         self.calls.append((linear, x))
         return x.new_zeros((*x.shape[:-1], linear.matrix.outputs))
@@ -90,7 +90,7 @@ def record_steps(
     """
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     with (
-        _products(linears, tracer.product),
+        _replaced_linears(linears, tracer.linear),
         _stood_in_for(model),
         _kept_attributes(model),
         torch.inference_mode(),
@@ -121,15 +121,15 @@ def _members(step: Step) -> tuple[PackedLinear | PackedExperts, ...]:
 
 
 @contextmanager
-def _products(linears: list[PackedLinear], product: Callable[[PackedLinear, torch.Tensor], torch.Tensor]) -> Any:
-    before = [linear.product for linear in linears]
+def _replaced_linears(linears: list[PackedLinear], function: Callable[[PackedLinear, torch.Tensor], torch.Tensor]) -> Any:
+    before = [linear.linear_function for linear in linears]
     for linear in linears:
-        linear.product = product
+        linear.linear_function = function
     try:
         yield
     finally:
         for linear, own in zip(linears, before, strict=True):
-            linear.product = own
+            linear.linear_function = own
 
 
 @contextmanager

@@ -103,7 +103,7 @@ class Profile:
     def unpacked_s(self, type_name: str, rows: int) -> float:
         """Seconds for each weight to be unpacked and multiplied with so many rows by torch."""
         precise = type_name in PRECISE_TYPES or not self.bf16_pays
-        return 1 / self.unpack(type_name) + 2 * rows / self.product(rows, precise)
+        return 1 / self.unpack(type_name) + 2 * rows / self.gemm(rows, precise)
 
     @property
     def types_to_repack(self) -> frozenset[str]:
@@ -115,20 +115,20 @@ class Profile:
     @property
     def io_cpu(self) -> float:
         """Share of the disk's seconds for which the cores are busy with reading: they copy, and memory is shared."""
-        return self.factors.get("reading", self.io_cpu_share)
+        return self.factors.get("io_cpu", self.io_cpu_share)
 
     def unpack(self, type_name: str) -> float:
         """Weights per second unpacked to fp32."""
         return self.unpack_weights_per_s.get(type_name) or min(self.unpack_weights_per_s.values())
 
-    def product(self, rows: int, precise: bool) -> float:
+    def gemm(self, rows: int, precise: bool) -> float:
         """Floating point operations per second of torch's products with this many rows."""
         return _interpolated(self.fp32_flop_per_s if precise else self.bf16_flop_per_s, rows)
 
     @property
     def bf16_pays(self) -> bool:
         """Whether torch multiplies faster in bf16 than in fp32 on this machine."""
-        return self.product(256, False) > 1.2 * self.product(256, True)
+        return self.gemm(256, False) > 1.2 * self.gemm(256, True)
 
 
 _ROWS = re.compile(r"[1-9][0-9]{0,5}", re.ASCII)

@@ -57,7 +57,7 @@ class Bundle:
     offsets: tuple[int, ...]  # of each slice's first row, in the slot
     nbytes: int  # in its slot
 
-    def pieces(self, address: int) -> tuple[WeightSlice, ...]:
+    def slices(self, address: int) -> tuple[WeightSlice, ...]:
         """Of each slice, where the slot has that address."""
         found = []
         for read, offset in zip(self.reads, self.offsets, strict=True):

@@ -72,10 +72,10 @@ class WeightFile:
         """
         done = 0
         while done < len(target):
-            piece = target[done : done + REQUEST_BYTES]
-            count = self._pread(piece, offset + done)
+            weight_slice = target[done : done + REQUEST_BYTES]
+            count = self._pread(weight_slice, offset + done)
             done += count
-            if count < len(piece) and (count == 0 or done % PAGE_BYTES):
+            if count < len(weight_slice) and (count == 0 or done % PAGE_BYTES):
                 break  # the end of the file
         if done < needed:
             raise ReadError(

@@ -62,7 +62,7 @@ class WeightGroup:
 
     @property
     def in_order(self) -> bool:
-        """Whether pieces must be multiplied in the order of the file: sums over slabs depend on it."""
+        """Whether slices must be multiplied in the order of the file: sums over slabs depend on it."""
         return any(tensor.k_splits for tensor in self.tensors)
 
 

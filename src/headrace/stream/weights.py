@@ -60,7 +60,7 @@ class WeightStream:
         """`readers=0` is the serial twin. `slots` is the size of the ring in units, `decode_only_slots` of them only while memory is
         lent. `file_of` gives the open file of a path.
 
-        `on_pinned` is called once with each pinned piece (and its tensor) when it has come; what it returns is delivered
+        `on_pinned` is called once with each pinned weight_slice (and its tensor) when it has come; what it returns is delivered
         from then on.
         """
         self.layout = layout
@@ -79,7 +79,7 @@ class WeightStream:
         paths = {tensor.path for group in layout.groups for tensor in group.tensors}
         self._files = {path: file_of(path) for path in sorted(paths)}
         self._loaded: set[int] = set()  # ids of pinned units in memory
-        self._complete: dict[int, list[Batch]] = {}  # pinned pieces of visits, once all are in memory
+        self._complete: dict[int, list[Batch]] = {}  # pinned slices of visits, once all are in memory
         self._complete_decode_pinned: dict[int, list[Batch]] = {}
         self._next_group = self._released = 0
         self._begin_pass()
@@ -93,7 +93,7 @@ class WeightStream:
     # -- the consumer -------------------------------------------------------------------------------------------
 
     def weights_of(self, index: int) -> Iterator[Batch]:
-        """The weights of visit `index` of the pass, in batches of (index of the tensor, piece).
+        """The weights of visit `index` of the pass, in batches of (index of the tensor, weight_slice).
 
         Pinned rows and streamed units take turns, so that the ring empties while pinned rows are multiplied. The slots
         of units are released when the next batch is asked for. Visits must be made in order; after the last one follows
@@ -122,14 +122,14 @@ class WeightStream:
             units = streamed[count : count + together]
             numbers = range(self._released, self._released + len(units))
             self._wait(lambda some=numbers: self._filled.issuperset(some), units[0][1].tensor.name)  # type: ignore[misc]
-            yield [(i, self._piece_in(number, unit)) for number, (i, unit) in zip(numbers, units, strict=True)]
+            yield [(i, self._slice_in(number, unit)) for number, (i, unit) in zip(numbers, units, strict=True)]
             with self._readers.room:
                 self._filled.difference_update(numbers)
                 self._released += len(units)
                 self._readers.room.notify(len(units))
         yield from pinned[done:]
 
-    def _piece_in(self, number: int, unit: Unit) -> WeightSlice:
+    def _slice_in(self, number: int, unit: Unit) -> WeightSlice:
         slot = self._ring.address + number % self._slots * self.layout.slot_bytes
         return weight_slice_of(unit.tensor, unit.first, unit.rows, slot + unit.delta)
 
@@ -200,7 +200,7 @@ class WeightStream:
         if batches is None:
             try:
                 batches = complete[index] = self._resident_batches(index, residents, arena, on_pinned)
-            except BaseException:  # an interrupt may have left pieces half settled: they are read again
+            except BaseException:  # an interrupt may have left slices half settled: they are read again
                 with self._readers.arrived:
                     self._loaded.difference_update(id(unit) for rows in residents for unit in rows.units)
                 raise
@@ -218,17 +218,17 @@ class WeightStream:
         units = [id(unit) for rows in residents for unit in rows.units]
         if units:
             self._wait(lambda: self._loaded.issuperset(units), f"visit {index}")
-        pieces: list[tuple[int, WeightSlice]] = []
+        slices: list[tuple[int, WeightSlice]] = []
         for i, (tensor, found) in enumerate(zip(group.tensors, residents, strict=True)):
             step = rows_that_fit(tensor, SLICE_BYTES) if group.streamed_in_prefill else max(1, found.rows)
             for row in range(0, found.rows, step):
                 address = arena.address + found.address + row * tensor.row_bytes
-                pieces.append((i, weight_slice_of(tensor, found.first + row, min(step, found.rows - row), address)))
+                slices.append((i, weight_slice_of(tensor, found.first + row, min(step, found.rows - row), address)))
         if on_pinned is not None:
-            pieces = [(i, on_pinned(piece, group.tensors[i])) for i, piece in pieces]
+            slices = [(i, on_pinned(weight_slice, group.tensors[i])) for i, weight_slice in slices]
         if not group.streamed_in_prefill:
-            return [tuple(pieces)] if pieces else []
-        return [(piece,) for piece in pieces]
+            return [tuple(slices)] if slices else []
+        return [(weight_slice,) for weight_slice in slices]
 
     # -- the readers --------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from headrace.kernels.thresholds import (
     PRECISE_TYPES,
     TILE_ROWS,
 )
-from headrace.kernels.unpacking import ToHalf, unpack_pieces
+from headrace.kernels.unpacking import ToHalf, unpack_slices
 from headrace.kernels.weight_slice import WeightSlice
 
 # Scratch for unpacked weights, which keeps torch's products wide; and the rows of them that oneDNN likes multiples of: with
@@ -69,7 +69,7 @@ class Kernels:
         self.pad_decode_rows_to_tiles = pad_decode_rows_to_tiles
         self.repacking = Repacking()
         self._many_workers = self.decode_workers = Workers(threads, spin=False)
-        self._products: dict[tuple[object, ...], MatmulGraph] = {}
+        self._matmul_graphs: dict[tuple[object, ...], MatmulGraph] = {}
         self._casts: dict[tuple[str, str, int, bool], Cast] = {}
         self._one_worker = Workers(1, spin=False)
         self._row_functions: dict[tuple[str, int, float, bool], RowFunction] = {}
@@ -93,47 +93,47 @@ class Kernels:
         if self.decode_workers is self._many_workers:
             self.decode_workers = Workers(self.threads, spin=True)
 
-    def repack(self, piece: WeightSlice, columns: int, in_place: bool = False) -> WeightSlice:
-        """The same piece with a repacked copy, where ggml has that layout for it. The copy lives as long as this.
+    def repack(self, weight_slice: WeightSlice, columns: int, in_place: bool = False) -> WeightSlice:
+        """The same weight_slice with a repacked copy, where ggml has that layout for it. The copy lives as long as this.
 
-        `in_place` overwrites the piece: then all matmuls with it are row-invariant, those of prompts too.
+        `in_place` overwrites the weight_slice: then all matmuls with it are row-invariant, those of prompts too.
         """
-        if piece.k_split_rows or not self.repacking.takes(piece.type, piece.rows):
-            return piece
+        if weight_slice.k_split_rows or not self.repacking.takes(weight_slice.type, weight_slice.rows):
+            return weight_slice
         if in_place:
-            self._overwrite(piece, columns)
-            return replace(piece, repacked=piece.address)
-        copy = torch.empty(piece.rows * row_bytes(piece.type, columns) + _ALIGNMENT, dtype=torch.uint8)
+            self._overwrite(weight_slice, columns)
+            return replace(weight_slice, repacked=weight_slice.address)
+        copy = torch.empty(weight_slice.rows * row_bytes(weight_slice.type, columns) + _ALIGNMENT, dtype=torch.uint8)
         target = -(-copy.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-        self.repacking.copy(piece.type, piece.rows, columns, piece.address, target)
+        self.repacking.copy(weight_slice.type, weight_slice.rows, columns, weight_slice.address, target)
         self._copies.append(copy)
-        return replace(piece, repacked=target)
+        return replace(weight_slice, repacked=target)
 
-    def _overwrite(self, piece: WeightSlice, columns: int) -> None:
-        stride = row_bytes(piece.type, columns)
+    def _overwrite(self, weight_slice: WeightSlice, columns: int) -> None:
+        stride = row_bytes(weight_slice.type, columns)
         step = max(repack.ROWS, _K_SPLIT_BYTES // stride // repack.ROWS * repack.ROWS)
         block = (ctypes.c_uint8 * (step * stride))()
-        for first in range(0, piece.rows, step):
-            rows = min(step, piece.rows - first)
-            at = piece.address + first * stride
+        for first in range(0, weight_slice.rows, step):
+            rows = min(step, weight_slice.rows - first)
+            at = weight_slice.address + first * stride
             ctypes.memmove(block, at, rows * stride)
-            self.repacking.copy(piece.type, rows, columns, ctypes.addressof(block), at)
+            self.repacking.copy(weight_slice.type, rows, columns, ctypes.addressof(block), at)
 
-    def multiply(
+    def matmul(
         self,
         x: torch.Tensor,
-        pieces: Sequence[tuple[int, WeightSlice]],
+        slices: Sequence[tuple[int, WeightSlice]],
         outputs: Sequence[torch.Tensor],
         invariant_rows: int | None = None,
         chunks: Sequence[int] = (),
     ) -> None:
-        """For every (i, piece), fill `outputs[i][:, first : first + rows]` with x times the piece.
+        """For every (i, weight_slice), fill `outputs[i][:, first : first + rows]` with x times the weight_slice.
 
-        Of a tensor in k_splits, pieces are whole k_splits and come in order; each is added to what those before have given.
+        Of a tensor in k_splits, slices are whole k_splits and come in order; each is added to what those before have given.
 
         Args:
             x: fp32 activations, contiguous, (rows, columns).
-            pieces: packed weights with that many columns, each with the index of its output. A tuple is taken for one that
+            slices: packed weights with that many columns, each with the index of its output. A tuple is taken for one that
                 will come again: a product with a single row is remembered by it.
             outputs: fp32, contiguous, (rows, total rows of the tensor).
             invariant_rows: so many rows, from the first on, are computed independently of each other; None: all of them if
@@ -142,23 +142,23 @@ class Kernels:
                 are one chunk, or row_invariant if they are few.
         """
         called = None
-        if type(pieces) is tuple and x.shape[0] == 1:
-            called = _called(x, pieces, outputs)
+        if type(slices) is tuple and x.shape[0] == 1:
+            called = _called(x, slices, outputs)
             cached = self._cached_matmuls.get(called)
-            if cached is not None and cached.pieces is pieces:
+            if cached is not None and cached.slices is slices:
                 cached.graph(cached.operands)
                 return
         self._last = None
-        self._multiply(x, pieces, outputs, invariant_rows, chunks)
-        if called is not None and self._last is not None and len(self._last[1]) == len(pieces):
+        self._multiply(x, slices, outputs, invariant_rows, chunks)
+        if called is not None and self._last is not None and len(self._last[1]) == len(slices):
             if len(self._cached_matmuls) >= _MAX_CACHED_MATMULS:
                 self._cached_matmuls.clear()
-            self._cached_matmuls[called] = _CachedMatmul(pieces, *self._last)
+            self._cached_matmuls[called] = _CachedMatmul(slices, *self._last)
 
     def _multiply(
         self,
         x: torch.Tensor,
-        pieces: "_Pieces",
+        slices: "_Slices",
         outputs: Sequence[torch.Tensor],
         invariant_rows: int | None,
         chunks: Sequence[int],
@@ -166,62 +166,62 @@ class Kernels:
         if invariant_rows is None or (not chunks and x.shape[0] - invariant_rows <= DECODE_MAX_ROWS):
             invariant_rows = x.shape[0] if invariant_rows is not None or x.shape[0] <= DECODE_MAX_ROWS else 0
         if invariant_rows < x.shape[0]:
-            repacked = [(i, piece) for i, piece in pieces if piece.repacked_in_place]
+            repacked = [(i, weight_slice) for i, weight_slice in slices if weight_slice.repacked_in_place]
             if repacked:
                 self._decode_rows(x, repacked, outputs)
-            pieces = [(i, piece) for i, piece in pieces if not piece.repacked_in_place]
-            tiled, others = self._divide(pieces, row_invariant=False)
+            slices = [(i, weight_slice) for i, weight_slice in slices if not weight_slice.repacked_in_place]
+            tiled, others = self._divide(slices, row_invariant=False)
             if tiled:
                 self._tiles(x, range(invariant_rows, len(x)), tiled, outputs)
-            for i, piece in others:
-                many = self._activations(x, invariant_rows, piece.type)
-                self._prefill_rows(many, piece, outputs[i][invariant_rows:], chunks)
-        if invariant_rows and pieces:
+            for i, weight_slice in others:
+                many = self._activations(x, invariant_rows, weight_slice.type)
+                self._prefill_rows(many, weight_slice, outputs[i][invariant_rows:], chunks)
+        if invariant_rows and slices:
             if self.pad_decode_rows_to_tiles if self.row_invariant else invariant_rows >= TILE_ROWS:
-                tiled, pieces = self._divide(pieces, row_invariant=True)
+                tiled, slices = self._divide(slices, row_invariant=True)
                 if tiled:
                     self._tiles(x, range(invariant_rows), tiled, outputs)
-            if pieces:
-                self._decode_rows(x[:invariant_rows], pieces, [output[:invariant_rows] for output in outputs])
+            if slices:
+                self._decode_rows(x[:invariant_rows], slices, [output[:invariant_rows] for output in outputs])
 
-    def _divide(self, pieces: "_Pieces", row_invariant: bool) -> tuple["_Pieces", "_Pieces"]:
+    def _divide(self, slices: "_Slices", row_invariant: bool) -> tuple["_Slices", "_Slices"]:
         """(those that go through tiles, the others)."""
         tiled = [
             (i, p)
-            for i, p in pieces
+            for i, p in slices
             if p.type in self.tiled and not p.k_split_rows and not (row_invariant and p.repacked)
         ]
-        return tiled, [pair for pair in pieces if pair not in tiled] if tiled else pieces
+        return tiled, [pair for pair in slices if pair not in tiled] if tiled else slices
 
-    def multiply_each(self, jobs: Sequence["ExpertMatmul"]) -> None:
-        """As `multiply`, for pieces that each have activations and an output of their own: those of experts."""
+    def matmul_each(self, jobs: Sequence["ExpertMatmul"]) -> None:
+        """As `multiply`, for slices that each have activations and an output of their own: those of experts."""
         dots: list[_Job] = []
         others: list[_Job] = []
-        for x, piece, output, invariant_rows, chunks in jobs:
-            if piece.k_split_rows:
-                self.multiply(x, [(0, piece)], [output], invariant_rows, chunks)
+        for x, weight_slice, output, invariant_rows, chunks in jobs:
+            if weight_slice.k_split_rows:
+                self.matmul(x, [(0, weight_slice)], [output], invariant_rows, chunks)
                 continue
             if invariant_rows:
                 (dots if self.row_invariant else others).append(
-                    _job(x[:invariant_rows], piece, output[:invariant_rows])
+                    _job(x[:invariant_rows], weight_slice, output[:invariant_rows])
                 )
             if not chunks:
                 continue
-            if piece.type in self.tiled and x.shape[0] - invariant_rows >= TILE_ROWS:
-                others.append(_job(x[invariant_rows:], piece, output[invariant_rows:]))
-            elif piece.type in self.tiled:
-                self._tiles(x, range(invariant_rows, x.shape[0]), [(0, piece)], [output])
+            if weight_slice.type in self.tiled and x.shape[0] - invariant_rows >= TILE_ROWS:
+                others.append(_job(x[invariant_rows:], weight_slice, output[invariant_rows:]))
+            elif weight_slice.type in self.tiled:
+                self._tiles(x, range(invariant_rows, x.shape[0]), [(0, weight_slice)], [output])
             else:
                 many, first = [], invariant_rows
                 for count in chunks:
                     part = slice(first, first + count)
                     if count <= EXPERT_DECODE_MAX_ROWS:
-                        (dots if self.row_invariant else others).append(_job(x[part], piece, output[part]))
+                        (dots if self.row_invariant else others).append(_job(x[part], weight_slice, output[part]))
                     else:
                         many.append(part)
                     first += count
                 if many:
-                    self._unpacked(self._activations(x, 0, piece.type), piece, output, many)
+                    self._unpacked(self._activations(x, 0, weight_slice.type), weight_slice, output, many)
         for some, by_dots in ((dots, True), (others, False)):
             for start in range(0, len(some), _MOST_PARTS):
                 self._run(some[start : start + _MOST_PARTS], by_dots)
@@ -234,7 +234,7 @@ class Kernels:
         Args:
             x: fp32, contiguous, (1, columns).
             form: that all of the experts have.
-            experts: of each the addresses of the pieces that lead up to gate and up, then of those that lead down.
+            experts: of each the addresses of the slices that lead up to gate and up, then of those that lead down.
             outputs: for each expert the address of a row, in fp32.
         """
         key = x.shape[1], form, len(experts)
@@ -244,17 +244,17 @@ class Kernels:
                 form, len(experts), x.shape[1], self.row_invariant, self.decode_workers, self.repacking
             )
         split = len(form.up)
-        weights = [address for pieces in experts for address in pieces[:split]]
-        weights += [address for pieces in experts for address in pieces[split:]]
+        weights = [address for slices in experts for address in slices[:split]]
+        weights += [address for slices in experts for address in slices[split:]]
         graph(x.data_ptr(), weights, outputs)
 
     def _decode_rows(
-        self, x: torch.Tensor, pieces: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]
+        self, x: torch.Tensor, slices: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]
     ) -> None:
-        for i, piece in pieces:
-            if piece.k_split_rows:
-                self._k_splits(x, piece, outputs[i])
-        whole = [(i, piece) for i, piece in pieces if not piece.k_split_rows]
+        for i, weight_slice in slices:
+            if weight_slice.k_split_rows:
+                self._k_splits(x, weight_slice, outputs[i])
+        whole = [(i, weight_slice) for i, weight_slice in slices if not weight_slice.k_split_rows]
         missing = -x.shape[0] % ACTIVATION_ROWS
         if missing and (self.row_invariant or x.shape[0] > 1) and any(p.repacked for _, p in whole):
             self._padded(x, missing, whole, outputs)
@@ -262,24 +262,24 @@ class Kernels:
         elif whole:
             self._last = self._run([_job(x, p, outputs[i], 4 * p.first) for i, p in whole], self.row_invariant)
 
-    def _tiles(self, x: torch.Tensor, which: range, pieces: "_Pieces", outputs: Sequence[torch.Tensor]) -> None:
+    def _tiles(self, x: torch.Tensor, which: range, slices: "_Slices", outputs: Sequence[torch.Tensor]) -> None:
         """These rows of x, padded to as many as ggml takes for tiles."""
         rows = max(len(which), TILE_ROWS)
         pads = len(which) < rows  # then results lie apart first
         packed, x_stride = self._eight_bits(x, which, rows)
-        sizes = [rows * p.rows if pads else 0 for _, p in pieces]
+        sizes = [rows * p.rows if pads else 0 for _, p in slices]
         if self._padded_results.numel() < sum(sizes):
             self._padded_results = torch.empty(sum(sizes))
         padded = torch.split(self._padded_results[: sum(sizes)], sizes)
         jobs = []
-        for (i, p), result in zip(pieces, padded, strict=True):
+        for (i, p), result in zip(slices, padded, strict=True):
             stride = 4 * (p.rows if pads else outputs[i].stride(0))
             to = result.data_ptr() if pads else outputs[i].data_ptr() + which.start * stride + 4 * p.first
             part = MatmulShape(p.type, p.rows, x.shape[1], _ROWS_8_BITS, x_stride, stride, repacked=False)
             jobs.append((part, MatmulPointers(p.address, packed, to, rows)))
         self._run(jobs, dots=False)
         if pads:
-            for (i, p), result in zip(pieces, padded, strict=True):
+            for (i, p), result in zip(slices, padded, strict=True):
                 outputs[i][which.start : which.stop, p.first : p.first + p.rows] = result.view(rows, -1)[: len(which)]
 
     def _eight_bits(self, x: torch.Tensor, which: range, rows: int) -> tuple[int, int]:
@@ -299,13 +299,13 @@ class Kernels:
         parts = tuple([part for part, _ in jobs])
         most_rows = 1 << (max([operands.rows for _, operands in jobs]) - 1).bit_length()
         key = (most_rows, dots, parts)
-        graph = self._products.get(key)
+        graph = self._matmul_graphs.get(key)
         if graph is None:
             workers = self._many_workers if most_rows > DECODE_MAX_ROWS else self.decode_workers
             nbytes = sum([part.rows * row_bytes(part.type, part.columns) for part in parts])
             if nbytes * most_rows <= _OF_ONE and self.decode_workers is self._many_workers:  # none that spin
                 workers = self._one_worker
-            graph = self._products[key] = MatmulGraph(parts, most_rows, dots, workers, self.repacking)
+            graph = self._matmul_graphs[key] = MatmulGraph(parts, most_rows, dots, workers, self.repacking)
         operands = [operands for _, operands in jobs]
         graph(operands)
         return graph, operands
@@ -318,57 +318,64 @@ class Kernels:
             cast = self._casts[key] = Cast(source_type, target_type, columns, 1, workers)
         return cast
 
-    def _k_splits(self, x: torch.Tensor, piece: WeightSlice, output: torch.Tensor) -> None:
-        """MatmulGraph with the slabs of a piece, added up one after another: the sum does not depend on the cuts."""
-        width = piece.k_split_columns
-        for index, slab in enumerate(piece.k_splits()):
-            number = piece.first // piece.k_split_rows + index
+    def _k_splits(self, x: torch.Tensor, weight_slice: WeightSlice, output: torch.Tensor) -> None:
+        """MatmulGraph with the slabs of a weight_slice, added up one after another: the sum does not depend on the cuts."""
+        width = weight_slice.k_split_columns
+        for index, slab in enumerate(weight_slice.k_splits()):
+            number = weight_slice.first // weight_slice.k_split_rows + index
             part = output if number == 0 else torch.empty_like(output)
             self._run([_job(x[:, number * width : (number + 1) * width], slab, part)], self.row_invariant)
             if number:
                 output += part
 
     def _padded(
-        self, x: torch.Tensor, missing: int, pieces: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]
+        self, x: torch.Tensor, missing: int, slices: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]
     ) -> None:
         """Interleaved weights have one kernel for rows by the four and another for the rest: so no row is left over."""
         rows = x.shape[0]
         padded = [output.new_empty((rows + missing, output.shape[1])) for output in outputs]
-        self._decode_rows(torch.cat([x, x.new_zeros((missing, x.shape[1]))]), pieces, padded)
-        for i, piece in pieces:
-            part = slice(piece.first, piece.first + piece.rows)
+        self._decode_rows(torch.cat([x, x.new_zeros((missing, x.shape[1]))]), slices, padded)
+        for i, weight_slice in slices:
+            part = slice(weight_slice.first, weight_slice.first + weight_slice.rows)
             outputs[i][:, part] = padded[i][:rows, part]
 
-    def _prefill_rows(self, x: torch.Tensor, piece: WeightSlice, output: torch.Tensor, chunks: Sequence[int]) -> None:
+    def _prefill_rows(
+        self, x: torch.Tensor, weight_slice: WeightSlice, output: torch.Tensor, chunks: Sequence[int]
+    ) -> None:
         parts = [slice(last - count, last) for count, last in zip(chunks, accumulate(chunks), strict=True)]
         parts = parts or [slice(None)]
-        if piece.k_split_rows:
-            width = piece.k_split_columns
-            for index, slab in enumerate(piece.k_splits()):
-                number = piece.first // piece.k_split_rows + index
+        if weight_slice.k_split_rows:
+            width = weight_slice.k_split_columns
+            for index, slab in enumerate(weight_slice.k_splits()):
+                number = weight_slice.first // weight_slice.k_split_rows + index
                 self._unpacked(x[:, number * width : (number + 1) * width], slab, output, parts, add=number > 0)
         else:
-            self._unpacked(x, piece, output, parts)
+            self._unpacked(x, weight_slice, output, parts)
 
     def _unpacked(
-        self, x: torch.Tensor, piece: WeightSlice, output: torch.Tensor, parts: Sequence[slice], add: bool = False
+        self,
+        x: torch.Tensor,
+        weight_slice: WeightSlice,
+        output: torch.Tensor,
+        parts: Sequence[slice],
+        add: bool = False,
     ) -> None:
         """Unpack some rows of weights at a time and let torch multiply them: of x each of these parts by itself."""
         columns = x.shape[1]
-        stride = row_bytes(piece.type, columns)
+        stride = row_bytes(weight_slice.type, columns)
         half = x.dtype == torch.bfloat16
         step = max(1, UNPACK_BYTES // (2 if half else 4) // columns)
         step = step // UNPACKED_ROWS * UNPACKED_ROWS or step
-        for start in range(0, piece.rows, step):
-            rows = min(step, piece.rows - start)
-            plain = self.plain(piece.type, piece.address + start * stride, rows, columns, half)
-            target = output[:, piece.first + start : piece.first + start + rows]
+        for start in range(0, weight_slice.rows, step):
+            rows = min(step, weight_slice.rows - start)
+            plain = self.plain(weight_slice.type, weight_slice.address + start * stride, rows, columns, half)
+            target = output[:, weight_slice.first + start : weight_slice.first + start + rows]
             for part in parts:
                 product = torch.mm(x[part], plain.T)
                 target[part].add_(product) if add else target[part].copy_(product)
 
     def _activations(self, x: torch.Tensor, first: int, type_name: str) -> torch.Tensor:
-        """The rows of x from `first` on as torch multiplies them with such weights: in bf16 made once for all pieces."""
+        """The rows of x from `first` on as torch multiplies them with such weights: in bf16 made once for all slices."""
         if not self.bf16_many_rows or type_name in PRECISE_TYPES:
             return x[first:]
         kept = self._activations_half
@@ -461,15 +468,15 @@ class Kernels:
         return WeightSlice(_SHORT, rows, packed.data_ptr(), 0), packed
 
     def cached_matmul(
-        self, x: torch.Tensor, pieces: "_Pieces", outputs: Sequence[torch.Tensor]
+        self, x: torch.Tensor, slices: "_Slices", outputs: Sequence[torch.Tensor]
     ) -> "_CachedMatmul | None":
         """A product with one row that was done before."""
-        cached = self._cached_matmuls.get(_called(x, pieces, outputs))
-        return cached if cached is not None and cached.pieces is pieces else None
+        cached = self._cached_matmuls.get(_called(x, slices, outputs))
+        return cached if cached is not None and cached.slices is slices else None
 
-    def unpack_all(self, pieces: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]) -> None:
-        """For every (i, piece), fill its rows of `outputs[i]`, fp32 (rows of the tensor, columns), with the weights."""
-        unpack_pieces(self.unpack, pieces, outputs)
+    def unpack_all(self, slices: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]) -> None:
+        """For every (i, weight_slice), fill its rows of `outputs[i]`, fp32 (rows of the tensor, columns), with the weights."""
+        unpack_slices(self.unpack, slices, outputs)
 
     def release(self) -> None:
         """Give up the scratch for unpacked weights, until they are many again."""
@@ -485,9 +492,9 @@ class Kernels:
             *self._gated.values(),
             *self._attentions.values(),
         )
-        for graph in (*self._products.values(), *small, *self._fused_graphs):
+        for graph in (*self._matmul_graphs.values(), *small, *self._fused_graphs):
             graph.close()
-        self._products.clear()
+        self._matmul_graphs.clear()
         self._row_functions.clear()
         self._gated.clear()
         self._attentions.clear()
@@ -503,13 +510,13 @@ class Kernels:
 
 
 class ExpertMatmul(NamedTuple):
-    """A product of an expert: x (rows, columns) times a piece to output (rows, rows of the piece), fp32, rows contiguous.
+    """A product of an expert: x (rows, columns) times a weight_slice to output (rows, rows of the weight_slice), fp32, rows contiguous.
 
     As in `Kernels.multiply`, `invariant_rows` are computed independently, and those of a chunk depend on that chunk alone.
     """
 
     x: torch.Tensor
-    piece: WeightSlice
+    weight_slice: WeightSlice
     output: torch.Tensor
     invariant_rows: int
     chunks: Sequence[int] = ()
@@ -518,17 +525,17 @@ class ExpertMatmul(NamedTuple):
 class _CachedMatmul(NamedTuple):
     """A product that is done again with the same operands."""
 
-    pieces: "_Pieces"
+    slices: "_Slices"
     graph: MatmulGraph
     operands: list[MatmulPointers]
 
 
-def _called(x: torch.Tensor, pieces: "_Pieces", outputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    return (id(pieces), x.data_ptr(), *[output.data_ptr() for output in outputs])
+def _called(x: torch.Tensor, slices: "_Slices", outputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    return (id(slices), x.data_ptr(), *[output.data_ptr() for output in outputs])
 
 
 class _Prepared:
-    """Activations in another format, made once for all pieces that multiply them."""
+    """Activations in another format, made once for all slices that multiply them."""
 
     def __init__(self) -> None:
         self._source: weakref.ref[torch.Tensor] | None = None
@@ -552,17 +559,25 @@ class _Prepared:
         self._source, self._first, self.value = weakref.ref(x), first, value
 
 
-def _job(x: torch.Tensor, piece: WeightSlice, output: torch.Tensor, to: int = 0) -> "_Job":
-    """x times the piece to `output`, which begins so many bytes further."""
-    rows = piece.k_split_rows or piece.rows
+def _job(x: torch.Tensor, weight_slice: WeightSlice, output: torch.Tensor, to: int = 0) -> "_Job":
+    """x times the weight_slice to `output`, which begins so many bytes further."""
+    rows = weight_slice.k_split_rows or weight_slice.rows
     part = MatmulShape(
-        piece.type, rows, x.shape[1], "F32", 4 * x.stride(0), 4 * output.stride(0), piece.repacked is not None
+        weight_slice.type,
+        rows,
+        x.shape[1],
+        "F32",
+        4 * x.stride(0),
+        4 * output.stride(0),
+        weight_slice.repacked is not None,
     )
-    return part, MatmulPointers(piece.repacked or piece.address, x.data_ptr(), output.data_ptr() + to, x.shape[0])
+    return part, MatmulPointers(
+        weight_slice.repacked or weight_slice.address, x.data_ptr(), output.data_ptr() + to, x.shape[0]
+    )
 
 
 _Job: TypeAlias = tuple[MatmulShape, MatmulPointers]
-_Pieces: TypeAlias = Sequence[tuple[int, WeightSlice]]
+_Slices: TypeAlias = Sequence[tuple[int, WeightSlice]]
 
 _OF_ONE = 640 << 10  # bytes of weights times rows that one thread has multiplied before another wakes
 _SHORT = "Q8_0"
