@@ -47,7 +47,7 @@ def test_what_reading_costs_is_what_comes_on_top_of_the_products(
 
         def close(self) -> None: ...
 
-        def multiply(self, *_: object) -> None:
+        def matmul(self, *_: object) -> None:
             nonlocal now
             now += product_s
 

@@ -28,7 +28,7 @@ from headrace.engine import Engine, PassStats, Rows, Sampling, Trace
 from headrace.engine.drafters import ModelDrafter, PromptLookup
 from headrace.engine.engine import StreamOptions
 from headrace.engine.sampling import Sampler, recommended
-from headrace.engine.scheduler import Answer, Scheduler, Slot
+from headrace.engine.scheduler import Scheduler, SequenceState, Slot
 from headrace.engine.speculation import Speculation, StepTimeModel
 from headrace.engine.stops import StopScanner
 from headrace.errors import CheckpointError, ContextError, UsageError
@@ -132,7 +132,7 @@ class _Live:
     """An answer in the making, with what turns its tokens into pieces."""
 
     index: int
-    answer: Answer
+    sequence: SequenceState
     job: "Job"
     text: AnswerStream
     scanner: StopScanner
@@ -152,7 +152,7 @@ class _Live:
             shown, ends = shown + more, True
         if ends or stopped:
             return shown if stopped else shown + self.scanner.rest(), "stop"
-        if self.count < self.answer.max_tokens:
+        if self.count < self.sequence.max_tokens:
             return shown, None
         more, stopped = self.scanner.push(self.text.flush())
         return shown + more + ([] if stopped else self.scanner.rest()), "stop" if stopped else "length"
@@ -380,7 +380,7 @@ class Model:
         mine: "list[weakref.ref[Iterator[Piece]]]",
     ) -> Generator[Piece]:
         self._claim(mine[0])
-        scheduler, live = self._scheduler, dict[Answer, _Live]()
+        scheduler, live = self._scheduler, dict[SequenceState, _Live]()
         waiting: Iterator[tuple[int, Job]] = enumerate(jobs)
         exhausted = False
         try:
@@ -392,7 +392,7 @@ class Model:
                         exhausted = True
                         break
                     one = self._begin(index, job)
-                    live[one.answer] = one
+                    live[one.sequence] = one
                 if not live:
                     return
                 news = self._step()
@@ -416,9 +416,9 @@ class Model:
         scanner, sampler = StopScanner(job.stop, text.hidden_texts), Sampler(job.sampling)
         with self._lock:
             answer = self._scheduler.add(job.tokens, most, sampler)
-            return _Live(index=index, answer=answer, job=job, text=text, scanner=scanner, start=time.perf_counter())
+            return _Live(index=index, sequence=answer, job=job, text=text, scanner=scanner, start=time.perf_counter())
 
-    def _step(self) -> list[tuple[Answer, list[int]]]:
+    def _step(self) -> list[tuple[SequenceState, list[int]]]:
         if os.getpid() != self._process:
             raise UsageError("a stream does not go on in a forked process", hint="load the model in the child")
         with self._lock:
@@ -434,7 +434,9 @@ class Model:
                 raise UsageError("the model was closed while it answered", hint="close it when the stream has ended")
             return news
 
-    def _pieces(self, live: dict[Answer, _Live], answer: Answer, tokens: Sequence[int]) -> Iterator[Piece]:
+    def _pieces(
+        self, live: dict[SequenceState, _Live], answer: SequenceState, tokens: Sequence[int]
+    ) -> Iterator[Piece]:
         """The pieces of an answer's new tokens; an answer that ends with them is taken away."""
         one = live[answer]
         one.ttft_s = one.ttft_s or time.perf_counter() - one.start
@@ -477,7 +479,7 @@ class Model:
         first, read = len(self._engine.passes), self._engine.read_bytes
 
         def tell(done: int, visits: int) -> None:
-            left = sum(len(answer.uncomputed) for answer in self._scheduler.answers)
+            left = sum(len(answer.uncomputed) for answer in self._scheduler.sequences)
             number = len(self._engine.passes) - first + 1
             on_progress(
                 Progress(

@@ -16,7 +16,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Sampling
 from headrace.engine.engine import StreamOptions
 from headrace.engine.sampling import Sampler
-from headrace.engine.scheduler import Answer, Chunks, Scheduler, Slot
+from headrace.engine.scheduler import Chunks, Scheduler, SequenceState, Slot
 from headrace.kernels import Kernels
 from headrace.kernels.convert import q4_k_blocks
 from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS
@@ -49,7 +49,7 @@ def ask(engine: Engine, prompts: Sequence[list[int]], at_a_time: int, prefill_ro
     """The logits of each prompt's answer, (NEW_TOKENS, vocab)."""
     scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT)) for _ in range(at_a_time)], prefill_rows)
     recorders = [Tracer() for _ in prompts]
-    waiting, live = list(enumerate(prompts)), list[Answer]()
+    waiting, live = list(enumerate(prompts)), list[SequenceState]()
     while waiting or live:
         while waiting and scheduler.has_room:
             index, prompt = waiting.pop(0)
@@ -151,7 +151,7 @@ def test_matrices_of_super_blocks_use_small_chunks(tmp_path: Path) -> None:
         scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT)) for _ in range(3)], 160)
         for _ in range(3):
             scheduler.add(prompt, 1, Tracer())
-        while any(not answer.generated for answer in scheduler.answers):
+        while any(not answer.generated for answer in scheduler.sequences):
             scheduler.step()
         shared = (len(prompt) - 1) // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS
         assert engine.passes[-1].rows == len(prompt) + 2 * (len(prompt) - shared)

@@ -169,7 +169,7 @@ def test_an_interrupt_while_a_pass_is_given_up_does_not_break_the_next(
 
         with monkeypatch.context() as patch:
             patch.setattr(engine.stream, "rewind", interrupted)
-            patch.setattr(engine, "on_visit", stopped)
+            patch.setattr(engine, "on_progress", stopped)
             with pytest.raises(KeyboardInterrupt):
                 engine.step([Rows(cache=engine.new_cache(64), tokens=[1, 2])])
         engine.on_progress = None

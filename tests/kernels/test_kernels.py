@@ -101,9 +101,7 @@ def test_without_ggml_the_slow_twin_runs_and_says_so(monkeypatch: pytest.MonkeyP
     assert isinstance(kernels, ReferenceKernels)
     assert "slow" in why
     packed, x = quantised("Q4_0"), torch.randn(2, COLUMNS)
-    assert torch.equal(
-        product(kernels, x, "Q4_0", packed), torch_reference.matmul(x, "Q4_0", packed.data_ptr(), ROWS)
-    )
+    assert torch.equal(product(kernels, x, "Q4_0", packed), torch_reference.matmul(x, "Q4_0", packed.data_ptr(), ROWS))
 
 
 def repacked(kernels: Kernels, kind: str) -> tuple[WeightSlice, torch.Tensor]:
@@ -187,7 +185,9 @@ def test_exact_rows_do_not_depend_on_their_number_where_many_go_through_tiles(pa
     packed, x = quantised("Q4_K"), torch.randn(DECODE_MAX_ROWS, COLUMNS)
     kernels = Kernels(2, tiled=["Q4_K"], pad_decode_rows_to_tiles=pad_decode_rows_to_tiles)
     together = product(kernels, x, "Q4_K", packed)
-    assert {dots for _, dots, _ in kernels._products} == {not pad_decode_rows_to_tiles}  # the way that was asked for
+    assert {dots for _, dots, _ in kernels._matmul_graphs} == {
+        not pad_decode_rows_to_tiles
+    }  # the way that was asked for
     for first, last in ((0, 1), (3, 8), (4, 16)):
         assert torch.equal(product(kernels, x[first:last].clone(), "Q4_K", packed), together[first:last])
 

@@ -14,7 +14,15 @@ from headrace.errors import UsageError
 from headrace.forecast.architecture import Architecture, of_config, of_params, published, table
 from headrace.forecast.machine import Machine, find_machine
 from headrace.forecast.predict import Forecast, Interval, Phase, Workload, forecast
-from headrace.forecast.search import BATCHES, BITS, Suggestion, changes, cheapest, configurations, frontier, sellers
+from headrace.forecast.search import (
+    BATCHES,
+    BITS,
+    changes,
+    cheapest,
+    configurations,
+    frontier,
+    sellers,
+)
 from headrace.hub import parse_reference
 from headrace.paths import exists
 from headrace.plan import guessed_profile, load_profile
@@ -240,7 +248,7 @@ def _used(phase: Phase) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.01)
 
 
-def _print(one: Forecast, better: list[Suggestion], found: list[Forecast]) -> None:
+def _print(one: Forecast, better: list[ForecastSuggestion], found: list[Forecast]) -> None:
     console = show.console()
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")

@@ -13,7 +13,7 @@ from headrace.cli.forecast import forecast_rows
 from headrace.errors import HeadraceError
 from headrace.forecast.predict import Forecast
 from headrace.forecast.schedule import ScheduledUnit, Timeline, simulate, slots_needed
-from headrace.forecast.search import Suggestion, frontier
+from headrace.forecast.search import frontier
 from headrace.plan.plan import Plan
 from headrace.text import printable
 from headrace.units import rate, seconds
@@ -173,7 +173,7 @@ def timeline_passes(timeline: Timeline) -> int:
     return len(timeline.spans) // timeline.units_per_pass
 
 
-def forecast_page(one: Forecast, better: Sequence[Suggestion], found: Sequence[Forecast]) -> str:
+def forecast_page(one: Forecast, better: Sequence[ForecastSuggestion], found: Sequence[Forecast]) -> str:
     """The page of a forecast for another machine."""
     busy = {name: value for name, value in one.decode.busy_s.items() if value > 0}
     parts = ["<h2>A decoding pass, by layer</h2>", charts.timeline(_layers(one))]
@@ -233,7 +233,7 @@ def _layers(one: Forecast) -> dict[str, dict[str, list[tuple[float, float]]]]:
     return {f"{layers} layers{keeps}: {one.reasons[0]}": rows}
 
 
-def _forecast_roofline(one: Forecast, better: Sequence[Suggestion]) -> str:
+def _forecast_roofline(one: Forecast, better: Sequence[ForecastSuggestion]) -> str:
     machine = one.machine
     roofs = {"device memory": machine.device_bytes_per_s * machine.all_devices}
     if not machine.unified:

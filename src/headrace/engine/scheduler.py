@@ -6,7 +6,7 @@ prefill, decode and verification are the same code, for one sequence as for many
 
 A prompt is cut into chunks at the same positions whatever else is computed, and a chunk's results depend on its sequence
 alone. Only whole chunks of prompts are reused. So the same prompt gives the same tokens, whatever was asked before and
-whoever shares its passes. The price: a chunk that a prompt shares in part is computed again, and so is an answer that has
+whoever shares its passes. The price: a chunk that a prompt shares in part is computed again, and so is an sequence that has
 become part of a prompt, because decode kernels round differently. `deterministic=False` reuses both.
 """
 
@@ -52,7 +52,7 @@ class Chunks:
 
 @dataclass(eq=False)
 class Slot:
-    """A KV cache and its tokens. Kept after its answer ends, for prefix caching."""
+    """A KV cache and its tokens. Kept after its sequence ends, for prefix caching."""
 
     cache: KVCache | NativeCache
     tokens: list[int] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Slot:
 
 
 @dataclass(eq=False)
-class Answer:
+class SequenceState:
     """One sequence in the making: the prompt and what was generated so far."""
 
     tokens: list[int]
@@ -91,7 +91,7 @@ class Answer:
     max_tokens: int  # to generate
     sampler: Sampler
     slot: Slot
-    prefix_source: "Answer | None" = None  # computes a beginning that both share
+    prefix_source: "SequenceState | None" = None  # computes a beginning that both share
     shared_prefix_tokens: int = 0
 
     @property
@@ -106,7 +106,7 @@ class Answer:
 
 
 class Scheduler:
-    """Makes passes for answers that come and go. `speculation=None`: one token per answer and pass."""
+    """Makes passes for sequences that come and go. `speculation=None`: one token per sequence and pass."""
 
     def __init__(
         self,
@@ -116,18 +116,18 @@ class Scheduler:
         max_draft_tokens: int = 0,
         deterministic: bool = True,
     ):
-        """What is fixed for all answers.
+        """What is fixed for all sequences.
 
         Args:
             engine: makes the passes.
-            slots: one for each answer at a time.
+            slots: one for each sequence at a time.
             prefill_rows: the most prompt rows of a pass.
             max_draft_tokens: max draft tokens of one sequence in a pass.
             deterministic: reuse nothing whose reuse could change the last bits of a result.
         """
         self.engine = engine
         self.speculation: Speculation | None = None
-        self.answers: list[Answer] = []
+        self.sequences: list[SequenceState] = []
         self._slots = list(slots)
         self._free = list(slots)
         self._prefill_rows = prefill_rows
@@ -144,69 +144,69 @@ class Scheduler:
 
     @property
     def has_room(self) -> bool:
-        """Whether another answer can be added."""
+        """Whether another sequence can be added."""
         return bool(self._free)
 
-    def add(self, prompt: list[int], max_tokens: int, sampler: Sampler) -> Answer:
-        """Begin an answer. What its prompt shares with what a cache holds is not computed again."""
+    def add(self, prompt: list[int], max_tokens: int, sampler: Sampler) -> SequenceState:
+        """Begin an sequence. What its prompt shares with what a cache holds is not computed again."""
         slot = max(self._free, key=lambda slot: slot.cached_prefix_len(prompt, self._reused_chunks))
         own = slot.cached_prefix_len(prompt, self._reused_chunks)
-        answer = Answer(
+        sequence = SequenceState(
             tokens=list(prompt), prompt_tokens=len(prompt), max_tokens=max_tokens, sampler=sampler, slot=slot
         )
-        prefix_source = max(self.answers, key=lambda other: common_length(other.tokens, prompt[:-1]), default=None)
+        prefix_source = max(self.sequences, key=lambda other: common_length(other.tokens, prompt[:-1]), default=None)
         shared = 0 if prefix_source is None else self._shareable_prefix(prefix_source, prompt)
         if shared >= own + MIN_SHARED_PREFIX_TOKENS:
-            answer.prefix_source, answer.shared_prefix_tokens = prefix_source, shared
+            sequence.prefix_source, sequence.shared_prefix_tokens = prefix_source, shared
         slot.truncate(own)
         if slot.is_wide and isinstance(slot.cache, KVCache):
             slot.cache.restore()
         slot.prompt_tokens = len(prompt)
         self._free.remove(slot)
-        self.answers.append(answer)
-        return answer
+        self.sequences.append(sequence)
+        return sequence
 
-    def _shareable_prefix(self, prefix_source: Answer, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt another answer has computed or will compute, as far as they may be reused."""
+    def _shareable_prefix(self, prefix_source: SequenceState, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt another sequence has computed or will compute, as far as they may be reused."""
         common = common_length(prefix_source.tokens, prompt[:-1])
         return common if self._reused_chunks is None else self._chunks.whole(min(common, prefix_source.prompt_tokens))
 
     def reset(self) -> None:
-        """Free all slots, whatever was interrupted where; the caches of unfinished answers are dropped."""
+        """Free all slots, whatever was interrupted where; the caches of unfinished sequences are dropped."""
         for slot in self._slots:
             if slot not in self._free:
                 slot.cache.rollback()
                 slot.truncate(0)
-        self.answers.clear()
+        self.sequences.clear()
         self._free = list(self._slots)
 
-    def remove(self, answer: Answer) -> None:
-        """End an answer, finished or not. Its cache is kept for what comes next. Safe to call twice."""
-        if answer not in self.answers:
+    def remove(self, sequence: SequenceState) -> None:
+        """End an sequence, finished or not. Its cache is kept for what comes next. Safe to call twice."""
+        if sequence not in self.sequences:
             return
-        self.answers.remove(answer)
-        for other in self.answers:
-            if other.prefix_source is answer:
+        self.sequences.remove(sequence)
+        for other in self.sequences:
+            if other.prefix_source is sequence:
                 other.prefix_source = None  # it computes the beginning itself
-        answer.slot.truncate(min(answer.slot.cache.length, len(answer.tokens)))
-        self._free.append(answer.slot)
+        sequence.slot.truncate(min(sequence.slot.cache.length, len(sequence.tokens)))
+        self._free.append(sequence.slot)
         if self.speculation is not None:
-            self.speculation.forget(answer.tokens)
+            self.speculation.forget(sequence.tokens)
 
-    def step(self) -> list[tuple[Answer, list[int]]]:
-        """One pass over the weights for all answers that can go on; the new tokens of those whose prompt is computed."""
+    def step(self) -> list[tuple[SequenceState, list[int]]]:
+        """One pass over the weights for all sequences that can go on; the new tokens of those whose prompt is computed."""
         start = time.perf_counter()
         loads = not self.engine.passes  # the first pass reads what will be pinned
         try:
             chunks = self._pending_chunks()
-            drafts = [Draft(answer.tokens, answer.sampler) for answer, _ in chunks]
+            drafts = [Draft(sequence.tokens, sequence.sampler) for sequence, _ in chunks]
             if self.speculation is not None:
                 self._propose(self.speculation, chunks, drafts)
             draft_s = time.perf_counter() - start
             batch = [
                 rows
-                for (answer, own), draft in zip(chunks, drafts, strict=True)
-                for rows in self._rows(answer, own, draft)
+                for (sequence, own), draft in zip(chunks, drafts, strict=True)
+                for rows in self._rows(sequence, own, draft)
             ]
             try:
                 found = self.engine.step(batch)
@@ -215,14 +215,14 @@ class Scheduler:
                 return []
             logits = torch.split(found, [1 + len(draft.draft_tokens) for draft in drafts])
         except BaseException:  # before the pass as well: some caches may already count on what others are to compute
-            for answer in self.answers:
-                answer.slot.cache.rollback()
+            for sequence in self.sequences:
+                sequence.slot.cache.rollback()
             raise
         news = []
-        for (answer, _), draft, part in zip(chunks, drafts, logits, strict=True):
-            answer.slot.tokens = answer.tokens[: answer.slot.cache.length]
-            if len(answer.slot.tokens) == len(answer.tokens):
-                news.append((answer, self._verify(answer, draft, part)))
+        for (sequence, _), draft, part in zip(chunks, drafts, logits, strict=True):
+            sequence.slot.tokens = sequence.tokens[: sequence.slot.cache.length]
+            if len(sequence.slot.tokens) == len(sequence.tokens):
+                news.append((sequence, self._verify(sequence, draft, part)))
         stats = replace(
             self.engine.passes[-1],
             draft_s=draft_s,
@@ -240,64 +240,66 @@ class Scheduler:
 
     def _widen(self, cache: KVCache) -> None:
         """Compute a sequence again from its start in the wide type, after a key or value overflowed FP16."""
-        for answer in self.answers:
-            answer.slot.cache.rollback()
-            if answer.slot.cache is cache:
-                answer.slot.tokens.clear()
+        for sequence in self.sequences:
+            sequence.slot.cache.rollback()
+            if sequence.slot.cache is cache:
+                sequence.slot.tokens.clear()
         cache.widen()
 
-    def _pending_chunks(self) -> list[tuple[Answer, list[list[int]]]]:
-        """What of each answer is computed in this pass, in order of arrival: whole chunks, as many as there is room for.
+    def _pending_chunks(self) -> list[tuple[SequenceState, list[list[int]]]]:
+        """What of each sequence is computed in this pass, in order of arrival: whole chunks, as many as there is room for.
 
-        A row of each answer has room in any case.
+        A row of each sequence has room in any case.
         """
         room = self._prefill_rows - 1
-        chunks: list[tuple[Answer, list[list[int]]]] = []
-        computed: dict[Answer, int] = {}  # positions after this pass
-        for answer in self.answers:
-            start, prefix_source = answer.slot.cache.length, answer.prefix_source
+        chunks: list[tuple[SequenceState, list[list[int]]]] = []
+        computed: dict[SequenceState, int] = {}  # positions after this pass
+        for sequence in self.sequences:
+            start, prefix_source = sequence.slot.cache.length, sequence.prefix_source
             if prefix_source is not None:
-                if computed.get(prefix_source, prefix_source.slot.cache.length) < answer.shared_prefix_tokens:
+                if computed.get(prefix_source, prefix_source.slot.cache.length) < sequence.shared_prefix_tokens:
                     continue  # the prefix_source's prompt takes several passes
-                if prefix_source.slot.cache.type == answer.slot.cache.type:
-                    start = answer.shared_prefix_tokens
+                if prefix_source.slot.cache.type == sequence.slot.cache.type:
+                    start = sequence.shared_prefix_tokens
             own: list[list[int]] = []
             taken = 0
-            for chunk in self._cut(answer, start):
+            for chunk in self._cut(sequence, start):
                 if taken + len(chunk) > 1 + room and (own or chunks):
                     break
                 own.append(chunk)
                 taken += len(chunk)
             if not own:
                 continue
-            if prefix_source is not None and start > answer.slot.cache.length:
-                mine, theirs = answer.slot.cache, prefix_source.slot.cache
+            if prefix_source is not None and start > sequence.slot.cache.length:
+                mine, theirs = sequence.slot.cache, prefix_source.slot.cache
                 assert isinstance(mine, KVCache)
                 assert isinstance(theirs, KVCache)
                 mine.copy_prefix(theirs, start)
-            answer.prefix_source = None
+            sequence.prefix_source = None
             room = max(0, room - (taken - 1))
-            chunks.append((answer, own))
-            computed[answer] = start + taken
+            chunks.append((sequence, own))
+            computed[sequence] = start + taken
         return chunks
 
-    def _cut(self, answer: Answer, start: int) -> Iterator[list[int]]:
-        """The tokens of an answer from `start` on in chunks, which end at multiples of their size and where the prompt ends."""
-        tokens = answer.tokens
-        if not answer.slot.cache.accepts_multiple_rows:
+    def _cut(self, sequence: SequenceState, start: int) -> Iterator[list[int]]:
+        """The tokens of an sequence from `start` on in chunks, which end at multiples of their size and where the prompt ends."""
+        tokens = sequence.tokens
+        if not sequence.slot.cache.accepts_multiple_rows:
             yield tokens[start:]
             return
         while start < len(tokens):
-            end = min(self._chunks.end(start), answer.prompt_tokens if start < answer.prompt_tokens else len(tokens))
+            end = min(
+                self._chunks.end(start), sequence.prompt_tokens if start < sequence.prompt_tokens else len(tokens)
+            )
             yield tokens[start:end]
             start = end
 
-    def _rows(self, answer: Answer, chunks: Sequence[list[int]], draft: Draft) -> Iterator[Rows]:
+    def _rows(self, sequence: SequenceState, chunks: Sequence[list[int]], draft: Draft) -> Iterator[Rows]:
         """The chunks of a sequence, with its draft tokens behind the last. Only that one's last rows need logits."""
-        cache, draft_tokens = answer.slot.cache, [draft_token.token for draft_token in draft.draft_tokens]
+        cache, draft_tokens = sequence.slot.cache, [draft_token.token for draft_token in draft.draft_tokens]
         # With small chunks the length of the prompt decides between decode and prefill kernels, not that of the chunk: whatever
         # may be reused is of the prefill kernels.
-        prefill = self._small_chunks and not answer.generated and answer.prompt_tokens >= self._chunks.first
+        prefill = self._small_chunks and not sequence.generated and sequence.prompt_tokens >= self._chunks.first
         row_invariant = False if prefill else None
         for chunk in chunks[:-1]:
             yield Rows(cache=cache, tokens=chunk, logits=0, row_invariant=row_invariant)
@@ -309,29 +311,29 @@ class Scheduler:
         )
 
     def _propose(
-        self, speculation: Speculation, chunks: Sequence[tuple[Answer, list[list[int]]]], drafts: Sequence[Draft]
+        self, speculation: Speculation, chunks: Sequence[tuple[SequenceState, list[list[int]]]], drafts: Sequence[Draft]
     ) -> None:
-        prefills = self._small_chunks and any(not answer.generated for answer, _ in chunks)
+        prefills = self._small_chunks and any(not sequence.generated for sequence, _ in chunks)
         if prefills or any(len(chunk) > DECODE_MAX_ROWS for _, own in chunks for chunk in own):
             return  # a prompt is on its way: the pass is long as it is, and rates are not those of decoding
         limits = []
-        for (answer, own), draft in zip(chunks, drafts, strict=True):
-            ready = sum(map(len, own)) == len(answer.uncomputed)
-            room = answer.slot.cache.capacity - len(answer.tokens)
-            most = min(self._most_guesses, answer.max_tokens - answer.generated - 1, room) if ready else 0
+        for (sequence, own), draft in zip(chunks, drafts, strict=True):
+            ready = sum(map(len, own)) == len(sequence.uncomputed)
+            room = sequence.slot.cache.capacity - len(sequence.tokens)
+            most = min(self._most_guesses, sequence.max_tokens - sequence.generated - 1, room) if ready else 0
             limits.append((draft, most))
         speculation.propose(limits, sum(len(chunk) for _, own in chunks for chunk in own))
 
-    def _verify(self, answer: Answer, draft: Draft, logits: torch.Tensor) -> list[int]:
+    def _verify(self, sequence: SequenceState, draft: Draft, logits: torch.Tensor) -> list[int]:
         """Draw from the logits of each row while the draft tokens agree; truncate the cache behind them."""
         new: list[int] = []
         for row, draft_token in enumerate([*draft.draft_tokens, None]):
-            new.append(answer.sampler.draw(logits[row], len(answer.tokens) + row))
+            new.append(sequence.sampler.draw(logits[row], len(sequence.tokens) + row))
             if draft_token is None or draft_token.token != new[-1]:
                 break
         if self.speculation is not None:
             self.speculation.record_accepted(draft, len(new) - 1)
-        answer.slot.tokens += new[:-1]
-        answer.tokens += new
-        answer.slot.cache.truncate(len(answer.tokens) - 1)
+        sequence.slot.tokens += new[:-1]
+        sequence.tokens += new
+        sequence.slot.cache.truncate(len(sequence.tokens) - 1)
         return new

@@ -15,7 +15,7 @@ COUNTS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Suggestion:
+class ForecastSuggestion:
     """Something that could be otherwise, and what it would give."""
 
     what: str
@@ -24,7 +24,7 @@ class Suggestion:
     forecast: Forecast
 
 
-def changes(now: Forecast, most: int = 6) -> list[Suggestion]:
+def changes(now: Forecast, most: int = 6) -> list[ForecastSuggestion]:
     """What would make it faster, best first. Each by a forecast of its own."""
     workload, machine = now.workload, now.machine
     tried: list[tuple[str, Machine, Workload]] = []
@@ -66,7 +66,7 @@ def changes(now: Forecast, most: int = 6) -> list[Suggestion]:
     for what, other, asked in tried:
         if (answer := _try(now.model, other, asked)) is not None:
             found.append(
-                Suggestion(
+                ForecastSuggestion(
                     what=what, tok_per_s=answer.tok_per_s, gain=answer.tok_per_s / now.tok_per_s, forecast=answer
                 )
             )

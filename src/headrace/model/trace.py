@@ -121,7 +121,9 @@ def _members(step: Step) -> tuple[PackedLinear | PackedExperts, ...]:
 
 
 @contextmanager
-def _replaced_linears(linears: list[PackedLinear], function: Callable[[PackedLinear, torch.Tensor], torch.Tensor]) -> Any:
+def _replaced_linears(
+    linears: list[PackedLinear], function: Callable[[PackedLinear, torch.Tensor], torch.Tensor]
+) -> Any:
     before = [linear.linear_function for linear in linears]
     for linear in linears:
         linear.linear_function = function

@@ -168,7 +168,7 @@ class ExpertStream:
         self._readers.start([self._read] * self._readers.count + [self._populate])
         held: list[int] = []
         try:
-            with self._readers.room:
+            with self._readers.space:
                 self.cache.note(layer, counts, rows)
                 ready, missing = self._look_up(layer, np.flatnonzero(counts).tolist(), held)
                 self._issue(layer, missing, held)
@@ -243,7 +243,7 @@ class ExpertStream:
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Read these experts of a layer ahead, whenever nothing else is to be read, if they are not in memory."""
-        with self._readers.room:
+        with self._readers.space:
             ahead = self._ahead.setdefault(layer, {})
             under_way = sum(map(len, self._ahead.values()))
             for expert in experts[: max(0, MAX_PREFETCHED - under_way)]:
@@ -255,7 +255,7 @@ class ExpertStream:
                 reads = self.bundles[layer][expert].reads
                 load = ahead[expert] = _ExpertLoad(layer, expert, slot, len(reads))
                 self._later.extend((load, read) for read in reads)
-                self._readers.room.notify(len(reads))
+                self._readers.space.notify(len(reads))
 
     def _issue(self, layer: int, missing: deque[int], held: list[int]) -> None:
         """Order missing experts, a few at a time: each takes the slot of another, until its product is done."""
@@ -269,12 +269,12 @@ class ExpertStream:
             load = _ExpertLoad(layer, expert, slot, len(reads))
             self._loading[expert] = load
             self._queue.extend((load, read) for read in reads)
-            self._readers.room.notify(len(reads))
+            self._readers.space.notify(len(reads))
 
     def _wait(self, layer: int, missing: deque[int], held: list[int], together: bool) -> list[tuple[int, int]]:
         """Order what there are slots for; then the experts that have come: one at least, or, `together`, the last of all."""
         if not self._readers.count:
-            with self._readers.room:
+            with self._readers.space:
                 self._issue(layer, missing, held)
             while self._queue:
                 self._run(*self._queue.popleft())
@@ -294,7 +294,7 @@ class ExpertStream:
         return [(expert, self._arena.address + slot * self._slot_bytes) for expert, slot in ready]
 
     def _let_go(self, slots: Sequence[int], held: list[int]) -> None:
-        with self._readers.room:
+        with self._readers.space:
             for slot in slots:
                 self.cache.release(slot)
                 held.remove(slot)
@@ -303,7 +303,7 @@ class ExpertStream:
         """The layer is done, or its pass has failed: what is still under way is awaited and forgotten."""
         if not held and not self._loading:
             return
-        with self._readers.room:
+        with self._readers.space:
             self._queue.clear()
             for ahead in self._ahead.values():
                 self._drop(ahead.values())
@@ -314,7 +314,7 @@ class ExpertStream:
         if stops:
             self._readers.stop()  # no reader may write into a slot that is given away
             self._readers.reset()
-        with self._readers.room:
+        with self._readers.space:
             for load in unfinished:
                 self.cache.forget(load.slot)
             for stray in self._strays.values():  # its reader has failed
@@ -349,9 +349,9 @@ class ExpertStream:
 
     def _read(self) -> bool:
         """What is ordered, as soon as something is; False when the readers stop."""
-        with self._readers.room:
+        with self._readers.space:
             while not (self._queue or self._later or self._readers.stopping):
-                self._readers.room.wait()
+                self._readers.space.wait()
             if self._readers.stopping:
                 return False
             load, read = (self._queue or self._later).popleft()

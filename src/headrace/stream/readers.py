@@ -1,6 +1,6 @@
 """Threads that read for one consumer: how they start, stop and fail, and how the consumer waits for them.
 
-What is read and where it goes is the stream's own business. The lock is shared by all: readers wait for `room`, the
+What is read and where it goes is the stream's own business. The lock is shared by all: readers wait for `space`, the
 consumer for what has `arrived`. A release wakes one reader, and an arrival the consumer if it is all that it waits for:
 waking everybody each time cost 50 ms of a pass of 500 units, in turns of the interpreter.
 """
@@ -48,7 +48,7 @@ class Readers:
     ):
         """`name` is that of the threads; silence of the disk for `stall_limit_s` is an error."""
         lock = threading.Lock()
-        self.room = threading.Condition(lock)
+        self.space = threading.Condition(lock)
         self.arrived = threading.Condition(lock)
         self.count = count
         self.error: BaseException | None = None  # of a reader
@@ -88,9 +88,9 @@ class Readers:
 
     def stop(self) -> None:
         """Ask all to stop and wait until they have, each after the read that it is in. Safe to call twice."""
-        with self.room:
+        with self.space:
             self.stopping = True
-            self.room.notify_all()
+            self.space.notify_all()
         until = time.monotonic() + self._stall_limit_s
         for thread in self._threads:
             thread.join(timeout=max(0.0, until - time.monotonic()))
@@ -167,4 +167,4 @@ class Readers:
             with self.arrived:
                 self.error = error
                 self.arrived.notify_all()
-                self.room.notify_all()
+                self.space.notify_all()

@@ -123,10 +123,10 @@ class WeightStream:
             numbers = range(self._released, self._released + len(units))
             self._wait(lambda some=numbers: self._filled.issuperset(some), units[0][1].tensor.name)  # type: ignore[misc]
             yield [(i, self._slice_in(number, unit)) for number, (i, unit) in zip(numbers, units, strict=True)]
-            with self._readers.room:
+            with self._readers.space:
                 self._filled.difference_update(numbers)
                 self._released += len(units)
-                self._readers.room.notify(len(units))
+                self._readers.space.notify(len(units))
         yield from pinned[done:]
 
     def _slice_in(self, number: int, unit: Unit) -> WeightSlice:
@@ -270,14 +270,14 @@ class WeightStream:
     def _take(self) -> _Load | None:
         """The next load, once the ring has room for it. None when there is nothing more to do."""
         readers = self._readers
-        with readers.room:
+        with readers.space:
             while not readers.stopping and readers.error is None and (load := self._next) is not None:
                 if self._fits(load):
                     self._next = next(self._loads, None)
                     if self._next is not None and self._fits(self._next):
-                        readers.room.notify()
+                        readers.space.notify()
                     return load
-                readers.room.wait()
+                readers.space.wait()
             return None
 
     def _fits(self, load: _Load) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.checkpoint.encodings.encoding import FLOAT_TYPES, Bytes, Settings, Virtual, companion, require, setting
+from headrace.checkpoint.encodings.encoding import FLOAT_TYPES, Bytes, Settings, Virtual, require, scale_tensor, setting
 from headrace.checkpoint.encodings.k_splits import SlabIntegers, group_of, group_widths, integer_type, slab_width
 from headrace.checkpoint.tensor import Tensor
 from headrace.errors import CheckpointError, UnsupportedError
@@ -76,7 +76,7 @@ def awq(tensors: Mapping[str, Tensor], settings: Settings) -> Iterator[Virtual]:
 def _matrix(tensors: Mapping[str, Tensor], weight: Tensor, settings: Settings, symmetric: bool) -> Virtual:
     base = weight.name.removesuffix("qweight")
     name = base + "weight"
-    scale, zero = companion(tensors, name, base + "scales"), companion(tensors, name, base + "qzeros")
+    scale, zero = scale_tensor(tensors, name, base + "scales"), scale_tensor(tensors, name, base + "qzeros")
     _check(weight, scale, zero)
     inputs, outputs = weight.rows, scale.columns
     configured = setting(settings, "group_size", setting(settings, "q_group_size"))

@@ -12,8 +12,8 @@ from headrace.checkpoint.encodings.encoding import (
     FLOAT_TYPES,
     Settings,
     Virtual,
-    companion,
     require,
+    scale_tensor,
     scaling,
     setting,
 )
@@ -93,7 +93,7 @@ def pair(value: Any) -> tuple[int, int] | None:
 
 def _packed(tensors: Mapping[str, Tensor], tensor: Tensor, schemes: list[Settings]) -> Virtual:
     base = tensor.name.removesuffix("_packed")
-    scale = companion(tensors, base, base + "_scale")
+    scale = scale_tensor(tensors, base, base + "_scale")
     require(tensor, ("I32", "U8"))
     if len(tensor.shape) < 2:
         raise CheckpointError(f"tensor `{tensor.name}` has the shape {tensor.shape}, which is no matrix")
@@ -127,7 +127,7 @@ def _fits(scheme: Settings, tensor: Tensor, scale: Tensor) -> bool:
 
 
 def _bytes(tensors: Mapping[str, Tensor], tensor: Tensor, schemes: list[Settings]) -> Virtual:
-    companion(tensors, tensor.name, tensor.name + "_scale")
+    scale_tensor(tensors, tensor.name, tensor.name + "_scale")
     return _integers(tensors, tensor.name, tensor, 8, schemes)
 
 
@@ -173,7 +173,7 @@ def _zero(
     name = base + "_zero_point"
     if symmetric == {True} or (name not in tensors and symmetric != {False}):
         return None
-    zero = companion(tensors, base, name)
+    zero = scale_tensor(tensors, base, name)
     if weight.type == "I8":
         require(zero, ("I8",), scale.shape)
         return zero

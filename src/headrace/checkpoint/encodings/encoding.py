@@ -1,4 +1,4 @@
-"""What every family of encodings shares: the interface that a reader drives, and the checks on companions.
+"""What every family of encodings shares: the interface that a reader drives, and the checks on scale_tensors.
 
 An encoding is a few numbers and the stored tensors that it reads from. It holds no buffers and no files, so any number of
 threads may decode with the same one. Everything that a header can tell is checked when it is made (`decoded`); while rows
@@ -64,22 +64,22 @@ class Virtual:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """Which row of a companion belongs to a row of the matrix: one for every `per` of the `outputs` rows of each matrix."""
+    """Which row of a scale_tensor belongs to a row of the matrix: one for every `per` of the `outputs` rows of each matrix."""
 
     outputs: int
     per: int = 1
 
     def row(self, row: int) -> int:
-        """The companion's row, counted over all matrices of a stack."""
+        """The scale_tensor's row, counted over all matrices of a stack."""
         return row // self.outputs * -(-self.outputs // self.per) + row % self.outputs // self.per
 
     def rows(self, first: int, last: int) -> npt.NDArray[np.intp]:
-        """The companion's rows for [first, last), counted from the first of them: (last - first,)."""
+        """The scale_tensor's rows for [first, last), counted from the first of them: (last - first,)."""
         rows = np.arange(first, last, dtype=np.intp)
         return rows // self.outputs * -(-self.outputs // self.per) + rows % self.outputs // self.per - self.row(first)
 
     def read(self, tensor: Tensor, row_bytes: int, first: int, last: int) -> Read:
-        """The companion's bytes for rows [first, last)."""
+        """The scale_tensor's bytes for rows [first, last)."""
         start, end = self.row(first), self.row(last - 1) + 1
         return tensor, start * row_bytes, (end - start) * row_bytes
 
@@ -132,7 +132,7 @@ def floats(raw: Bytes, type_name: str) -> Floats:
     return np.where(exponent > 0, exponent << 23, 1 << 22).astype(np.uint32).view(np.float32)
 
 
-def companion(tensors: Mapping[str, Tensor], owner: str, name: str) -> Tensor:
+def scale_tensor(tensors: Mapping[str, Tensor], owner: str, name: str) -> Tensor:
     """The tensor `name`, without which `owner` has no values."""
     if name not in tensors:
         raise CheckpointError(

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.checkpoint.encodings.blocks import halves
-from headrace.checkpoint.encodings.encoding import Bytes, Read, Settings, Virtual, companion, require
+from headrace.checkpoint.encodings.encoding import Bytes, Read, Settings, Virtual, require, scale_tensor
 from headrace.checkpoint.tensor import Tensor
 from headrace.errors import CheckpointError, UnsupportedError
 
@@ -155,7 +155,7 @@ def exponents(tensors: Mapping[str, Tensor], settings: Settings) -> Iterator[Vir
     if not isinstance(columns, Mapping):
         raise CheckpointError("the configuration does not say how many columns packed tensors have", hint=_DAMAGED)
     for name, count in columns.items():
-        stored = companion(tensors, name, name + SUFFIX)
+        stored = scale_tensor(tensors, name, name + SUFFIX)
         require(stored, ("U8",))
         _check(stored, count)
         shape = (*stored.shape[:-1], count)

@@ -21,9 +21,9 @@ from headrace.checkpoint.encodings.encoding import (
     Grid,
     Read,
     Virtual,
-    companion,
     floats,
     require,
+    scale_tensor,
     scaling,
 )
 from headrace.checkpoint.tensor import Tensor, block_of
@@ -146,7 +146,7 @@ def float8(tensors: Mapping[str, Tensor], block: tuple[int, int] | None) -> Iter
         if tensor.type not in LARGEST or len(tensor.shape) < 2:
             continue
         suffix = next((s for s in ("_scale_inv", "_scale") if name + s in tensors), "_scale_inv")
-        scale = companion(tensors, name, name + suffix)
+        scale = scale_tensor(tensors, name, name + suffix)
         require(scale, _SCALE_TYPES)
         grid, columns = scaling(tensor, tensor.shape, scale, block)
         encoding = Float8(

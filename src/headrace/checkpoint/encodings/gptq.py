@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.checkpoint.encodings.blocks import halves, write_nibbles
-from headrace.checkpoint.encodings.encoding import FLOAT_TYPES, Bytes, Settings, Virtual, companion, require, setting
+from headrace.checkpoint.encodings.encoding import FLOAT_TYPES, Bytes, Settings, Virtual, require, scale_tensor, setting
 from headrace.checkpoint.encodings.integers import unpacked
 from headrace.checkpoint.encodings.k_splits import SlabIntegers, group_of, group_widths, integer_type, slab_width
 from headrace.checkpoint.tensor import Tensor
@@ -83,12 +83,12 @@ def gptq(tensors: Mapping[str, Tensor], settings: Settings, *, stored_less: int 
 def _matrix(tensors: Mapping[str, Tensor], weight: Tensor, settings: Settings, stored_less: int) -> Virtual:
     base = weight.name.removesuffix("qweight")
     name = base + "weight"
-    scale, zero = companion(tensors, name, base + "scales"), companion(tensors, name, base + "qzeros")
+    scale, zero = scale_tensor(tensors, name, base + "scales"), scale_tensor(tensors, name, base + "qzeros")
     bits = _bits(weight, scale, zero, settings)
     inputs, outputs = weight.rows * 32 // bits, weight.columns
     group = group_of(inputs, scale.rows, setting(settings, "group_size"), scale.name)
     ordered = bool(setting(settings, "desc_act", False)) and scale.rows > 1
-    order = companion(tensors, name, base + "g_idx") if ordered else None
+    order = scale_tensor(tensors, name, base + "g_idx") if ordered else None
     if order is not None:
         require(order, ("I32",), (inputs,))
     symmetric, width = is_symmetric(settings), slab_width(inputs, group_widths(group))

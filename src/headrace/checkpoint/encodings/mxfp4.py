@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.checkpoint.encodings.blocks import blocks_of, write_ordered_nibbles
-from headrace.checkpoint.encodings.encoding import CHUNK_WEIGHTS, Bytes, Read, Virtual, companion, require
+from headrace.checkpoint.encodings.encoding import CHUNK_WEIGHTS, Bytes, Read, Virtual, require, scale_tensor
 from headrace.checkpoint.tensor import Tensor
 
 
@@ -44,12 +44,12 @@ def mxfp4(tensors: Mapping[str, Tensor]) -> Iterator[Virtual]:
     """
     for name, tensor in tensors.items():
         if name.endswith("_scales") and tensor.type == "U8":
-            companion(tensors, name, name.removesuffix("_scales") + "_blocks")
+            scale_tensor(tensors, name, name.removesuffix("_scales") + "_blocks")
         if not name.endswith("_blocks"):
             continue
         base = name.removesuffix("_blocks")
         require(tensor, ("U8",))
-        scale = companion(tensors, base, base + "_scales")
+        scale = scale_tensor(tensors, base, base + "_scales")
         require(scale, ("U8", "F8_E8M0"))
         require(tensor, ("U8",), (*scale.shape, 16))
         yield microscaled(base, (*scale.shape[:-1], scale.columns * 32), tensor, scale)
