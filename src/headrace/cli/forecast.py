@@ -17,6 +17,7 @@ from headrace.forecast.predict import Forecast, Interval, Phase, Workload, forec
 from headrace.forecast.search import (
     BATCHES,
     BITS,
+    ForecastSuggestion,
     changes,
     cheapest,
     configurations,

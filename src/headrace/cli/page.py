@@ -13,7 +13,7 @@ from headrace.cli.forecast import forecast_rows
 from headrace.errors import HeadraceError
 from headrace.forecast.predict import Forecast
 from headrace.forecast.schedule import ScheduledUnit, Timeline, simulate, slots_needed
-from headrace.forecast.search import frontier
+from headrace.forecast.search import ForecastSuggestion, frontier
 from headrace.plan.plan import Plan
 from headrace.text import printable
 from headrace.units import rate, seconds
