@@ -1,7 +1,7 @@
 """A commit beside another: the same command with both, in turns, medians and their ratio.
 
     git worktree add ../before COMMIT
-    python benchmarks/in_turns.py --before ../before/src [--rows decode,...] [--rounds 5] [--models DIR] [--out results.json]
+    python benchmarks/in_turns.py --before ../before/src [--rows decode,...] [--rounds 5] [--models DIR] [--out benchmarks/results/DATE-MACHINE-in-turns.json]
 
 Each row has a figure of which more is better; the ratio is that of this tree to the one before. Rows with a ceiling need root
 and a memory cgroup; their page cache is cold.
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ceiling import run_under
 from models import HOME
+from results import provenance
 
 MIB = 1 << 20
 SHORT = "The water wheel is one of the oldest"
@@ -143,7 +144,10 @@ def main() -> None:
     found = compare(
         given.rows.split(","), given.before.resolve(), given.models, given.rounds, lambda line: print(line, flush=True)
     )
-    given.out.write_text(json.dumps(found, indent=1))
+    before = subprocess.run(
+        ["git", "describe", "--always"], cwd=given.before, capture_output=True, text=True, check=False
+    )
+    given.out.write_text(json.dumps({**provenance(), "before": before.stdout.strip(), "rows": found}, indent=1))
 
 
 if __name__ == "__main__":

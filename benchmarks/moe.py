@@ -158,7 +158,7 @@ def main() -> None:
     arguments = parser.parse_args()
     missing = [p for p in (arguments.model, arguments.llama / "llama-completion") if not p.exists()]
     if missing:
-        sys.exit(f"Error: missing: {missing[0]} (see docs/benchmarks.md)")
+        sys.exit(f"Error: missing: {missing[0]} (see docs/benchmarks/history.md)")
     os.environ["HEADRACE_HOME"] = str(arguments.out.resolve().parent / "benchmark-profile")
     profile = load_profile() or probe(arguments.model)
     save_profile(profile)

@@ -1,6 +1,6 @@
 """headrace beside llama.cpp: the same file, the same ceiling for the whole process, cold page cache, in turn.
 
-    python benchmarks/run.py --models DIR --llama DIR [--rows decode-4000,...] [--rounds 3] [--out results.json]
+    python benchmarks/run.py --models DIR --llama DIR [--rows decode-4000,...] [--rounds 3] [--out benchmarks/results/DATE-MACHINE-peer.json]
 
 DIR of --models holds synth-8b-q4_k_m.gguf, synth-70b-q4_k_m.gguf and qwen2.5-coder-1.5b-f16.gguf; --llama is the folder
 of llama-bench. Every round measures the disk, runs headrace, then the peer; medians are printed as a table and kept as
@@ -20,6 +20,7 @@ from typing import Any
 
 from ceiling import run_under
 from models import HOME
+from results import provenance
 
 from headrace.plan.profile import Profile, load_profile, save_profile
 from headrace.probe import measure_disk, probe
@@ -39,8 +40,7 @@ class Row:
 
 
 ROWS = (
-    Row("8b-4000", "synth-8b-q4_k_m.gguf", 4000, 12, 6),
-    Row("8b-3000", "synth-8b-q4_k_m.gguf", 3000, 12, 6),
+    *(Row(f"8b-{memory}", "synth-8b-q4_k_m.gguf", memory, 12, 6) for memory in (2000, 3000, 4000, 5000)),
     Row("f16-2000", "qwen2.5-coder-1.5b-f16.gguf", 2000, 16, 8),
     Row("in-memory", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf", None, 64, 64),
     Row("prefill-4000", "synth-8b-q4_k_m.gguf", 4000, 1, 0, prompt_tokens=512),
@@ -203,7 +203,7 @@ def main() -> None:
     }
     missing = [row.file for row in rows if paths[row.name] is None]
     if missing or not (arguments.llama / "llama-bench").exists():
-        sys.exit(f"Error: missing: {', '.join(missing) or arguments.llama / 'llama-bench'} (see docs/benchmarks.md)")
+        sys.exit(f"Error: missing: {', '.join(missing) or arguments.llama / 'llama-bench'} (see docs/benchmarks/README.md)")
     os.environ["HEADRACE_HOME"] = str(arguments.out.resolve().parent / "benchmark-profile")
     first = next(p for p in paths.values() if p is not None)
     profile = load_profile() or probe(first)
@@ -214,7 +214,7 @@ def main() -> None:
         path = paths[row.name]
         assert path is not None
         results.append(measure(row, path, arguments.llama, arguments.rounds, profile))
-        arguments.out.write_text(json.dumps({"profile": vars(profile), "results": results}, indent=1, default=dict))
+        arguments.out.write_text(json.dumps({**provenance(), "profile": vars(profile), "results": results}, indent=1, default=dict))
     print(table(results))
 
 

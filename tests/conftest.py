@@ -1,12 +1,19 @@
 # ruff: noqa: E402
 import gc
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from headrace import slim_import
 
-slim_import.library()  # as the command does: so all tests run with it, and those of `test_lean.py` without, too
+slim_import.library()  # as the command does: so all tests run with it, and those of `test_slim_import.py` without, too
+
+# The same examples in every run; HEADRACE_FUZZ=1 draws others.
+settings.register_profile("reproducible", derandomize=True)
+if not os.environ.get("HEADRACE_FUZZ"):
+    settings.load_profile("reproducible")
 
 from tiny import random_model, write_gguf
 

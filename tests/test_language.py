@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # What was said, and what is said now. Where a word has a meaning of its own elsewhere, the folders that are looked at.
 OLD_WORDS = {
-    r"guess|guesses|guessing": "draft token; label of an input: guessed",
+    r"guess|guesses|guessed|guessing": "draft token; assumed, estimated",
     r"grades?": "confidence bucket",
     r"tapes?|taken down|play(s|ed)? back": "captured step, captured, replayed",
     r"spoil(s|t|ed)?": "mark uncapturable",
@@ -19,6 +19,11 @@ OLD_WORDS = {
     r"lend(s|ing)?|lent": "decode-pinned rows; prefill memory reused during decode",
     r"donors?": "prefix source",
     r"begin(s)? alike": "common prefix",
+    r"beginning": "prefix, start",
+    r"of its own": "own, separate",
+    r"shell": "model skeleton; terminal",
+    r"cuts": "chunk boundaries, pre-tokenizers, splits",
+    r"rooms?": "package, buffer, free bytes, context left",
     r"foreseen|strays": "predicted, prefetched",
     r"read ahead|reads ahead|reading ahead|look(s|ing)? ahead": "prefetch",
     r"homeless": "unexpected tensors",
@@ -41,8 +46,6 @@ IN_FOLDERS = {
     r"interleav\w+": ("repacked", ("engine", "kernels", "stream", "plan")),
     r"(?<!dot )products?": ("matmul", ("engine", "kernels", "stream", "plan")),
     r"chains?": ("fused graph", ("engine", "kernels")),
-    r"rooms?": ("package, buffer", ("plan", "stream", "engine")),
-    r"shell": ("model skeleton", ("model", "engine")),
     r"answers?": ("sequence, output", ("engine", "stream", "kernels")),
     r"visits?": ("weight group", ("stream", "engine")),
     r"opening": ("decoder start, prefill-only", ("engine", "stream", "plan")),

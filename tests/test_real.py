@@ -75,7 +75,7 @@ def test_with_exact_kernels_tokens_and_logits_equal_transformers_fp32(name: str)
 
 
 # ggml multiplies with activations rounded to 8 bits, as in llama.cpp. That alone makes a mean KL of 4e-4 for Qwen and, with
-# its large outliers and small width, of 8e-3 for Gemma 270M (docs/benchmarks.md, "Precision").
+# its large outliers and small width, of 8e-3 for Gemma 270M (docs/benchmarks/history.md, "Precision").
 @pytest.mark.parametrize(("name", "limit"), [("gemma-3-270m", 2e-2), ("qwen-coder-0.5b", 1e-3)])
 def test_with_ggml_the_divergence_is_that_of_8_bit_activations(name: str, limit: float) -> None:
     prompt, expected, logits, _ = oracle(name)

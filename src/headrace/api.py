@@ -1,4 +1,4 @@
-"""The library: `headrace.load` and what it returns. The command line is a loop over it.
+"""The library: `headrace.load`, and the model that it returns. The command line is a loop over it.
 
 with headrace.load("model.gguf", memory="4GiB") as model:
     print(model.generate("Say hello.").text)
@@ -62,46 +62,46 @@ from headrace.stream.files import File
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a prefill is: pass and position in it."""
+    """Progress of a prefill: the pass, and the position in it."""
 
     pass_number: int
     passes: int
-    done: int  # visits of this pass
-    visits: int
-    read_bytes: int  # since the prefill began
+    done: int  # weight groups of this pass that are computed
+    visits: int  # weight groups of a pass
+    read_bytes: int  # bytes read since the prefill began
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """One step of a stream: the text it completed, and what is known of the run so far."""
+    """One step of a stream: the text it completed, and the counts and times so far."""
 
     text: str
-    token: int | None  # None in the last piece of a stream, which only says why it ended
+    token: int | None  # token id; None in the last piece of a prompt, which only says why it ended
     prompt_tokens: int
     completion_tokens: int
     ttft_s: float
     pass_stats: PassStats
-    passes: int  # over the weights so far, since loading
-    index: int = 0  # of the prompt, where several were given
+    passes: int  # passes over the weights since loading
+    index: int = 0  # number of the prompt, where several were given
     finish_reason: str | None = None  # "stop" or "length", in the last piece of its prompt
-    thinking: str = ""  # what the model thinks before it answers, where it marks that
+    thinking: str = ""  # reasoning before the answer, where the model marks it
     kv_cache_type: str = "F16"  # type of the KV cache; a wider one after an overflow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A whole answer with its measurements; `as_json` is what `--json` prints."""
+    """A whole answer with its measurements; `--json` prints its `as_json`."""
 
     text: str
-    thinking: str  # before the answer, where the model marks that; not part of `text`
+    thinking: str  # reasoning before the answer, where the model marks it; not part of `text`
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
     timings: dict[str, float | int | None]
     memory: dict[str, int]
     speculation: dict[str, Any]
-    experts: dict[str, Any] | None  # of a mixture: what was found in memory
+    experts: dict[str, Any] | None  # expert cache statistics of an MoE model
     plan: Plan = field(repr=False)
     kv_cache_type: str = "F16"
 
@@ -129,7 +129,7 @@ class Completion:
 
 @dataclass(eq=False, kw_only=True)
 class _Live:
-    """An answer in the making, with what turns its tokens into pieces."""
+    """A running sequence, with its detokeniser and stop scanner."""
 
     index: int
     sequence: SequenceState
@@ -141,7 +141,7 @@ class _Live:
     count: int = 0
 
     def take(self, token: int, end_ids: Collection[int]) -> tuple[list[Segment], str | None]:
-        """What a token adds to what is shown, and why the answer ends with it, if it does."""
+        """The text that a token adds, and the finish reason if the answer ends with it."""
         self.count += 1
         ends = token in end_ids
         shown, stopped = self.scanner.push(self.text.end(token) if ends else self.text.step(token))
@@ -161,8 +161,8 @@ class _Live:
 class Model:
     """A loaded model. A context manager.
 
-    One stream at a time: threads that ask while another's is open get a `UsageError`. Any thread may close the model. It is of
-    no use in a process that was forked after loading, where its threads do not exist.
+    One stream at a time: a thread that starts one while another is open gets a `UsageError`. Any thread may close the model.
+    A process that was forked after loading cannot use it: the model's threads do not exist there.
     """
 
     def __init__(
@@ -187,14 +187,14 @@ class Model:
         self._scheduler = Scheduler(engine, slots, plan.prefill_rows, plan.max_draft_tokens, deterministic)
         if plan.max_draft_tokens:
             self._scheduler.speculation = _speculation(plan, draft_engine)
-        # An encoder's positions and a decoder's are each counted for itself; elsewhere the context is the limit.
-        self._most_positions = checkpoint.positions_limit(1 << 30) if engine.decoder_start_ids else 1 << 30
+        # Encoder and decoder positions are counted separately; without an encoder the context is the limit.
+        self._max_positions = checkpoint.positions_limit(1 << 30) if engine.decoder_start_ids else 1 << 30
         self._closed = self._torn_down = self._in_step = False
-        self._lock = RLock()  # held during a step, and while everything is given back
-        self._stream: weakref.ref[Iterator[Piece]] | None = None  # that is open, or was the last
+        self._lock = RLock()  # held during a step and during teardown
+        self._stream: weakref.ref[Iterator[Piece]] | None = None  # the open stream, or the last one
         self._process = os.getpid()
         self._ttft_s: float | None = None
-        self._prefilled = 0  # passes until the first token of all
+        self._prefilled = 0  # passes until the first token since loading
         self._tokens = 0
         self._first_tokens = 0
 
@@ -205,12 +205,12 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Stop the readers and give everything back. Safe to call twice, from any thread: a pass in progress is waited for."""
+        """Stop the readers and free all memory. Safe to call twice, from any thread: it waits for a pass in progress."""
         self._closed = True
         if os.getpid() != self._process:
-            return  # what it has is the parent's
+            return  # threads and memory are the parent's
         with self._lock:
-            if not self._in_step:  # else called during a step of this very thread, which will do it
+            if not self._in_step:  # else called during a step of this very thread, which then tears down
                 self._tear_down()
 
     def _tear_down(self) -> None:
@@ -225,22 +225,22 @@ class Model:
         self._engine.close()
 
     def _keep_routing(self, cache: ExpertCache) -> None:
-        """Leave to the next run what routers have chosen, and how much of it was in memory."""
+        """Save router scores and the hit rate of the expert cache for the next run."""
         single = [one for one in self._engine.passes[len(self._engine.passes) // 3 :] if one.rows == 1]
         hits = sum(one.expert_hits for one in single)
-        asked = sum(one.expert_hits + one.expert_prefetched + one.expert_misses for one in single)
-        if asked:
+        requested = sum(one.expert_hits + one.expert_prefetched + one.expert_misses for one in single)
+        if requested:
             cached = self.plan.expert_slots
-            save_routing(self.checkpoint, Routing(scores=cache.scores, cached=cached, hit_rate=hits / asked))
+            save_routing(self.checkpoint, Routing(scores=cache.scores, cached=cached, hit_rate=hits / requested))
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What is unusual about how the weights are read."""
+        """Notes on unusual ways in which the weights are read."""
         return self._engine.remarks
 
     @property
     def trace(self) -> Trace | None:
-        """The spans of this model's passes, if it was loaded with `trace=True`."""
+        """Spans of this model's passes, if it was loaded with `trace=True`."""
         return self._engine.trace
 
     @property
@@ -249,14 +249,14 @@ class Model:
         return self._engine.passes
 
     def record(self) -> RunRecord:
-        """What was measured since loading beside what was predicted, for `plan.fit`."""
+        """Measurements since loading beside the predictions, for `plan.fit`."""
         passes = self._engine.passes
         later, tokens = passes[self._prefilled :], self._tokens - self._first_tokens
         s_per_token = sum(p.seconds + p.draft_s for p in later) / tokens if later and tokens else None
         return make_record(self.plan, passes, self._tokens, self._ttft_s, s_per_token)
 
     def default_sampling(self) -> Sampling:
-        """What the file recommends (`general.sampling.*`), else plain sampling at temperature 1."""
+        """The file's recommendation (`general.sampling.*`), else plain sampling at temperature 1."""
         names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
         found = {name: self.checkpoint.get(f"general.sampling.{key}") for name, key in names.items()}
         return recommended(found)
@@ -274,17 +274,17 @@ class Model:
         """Generate, one piece per token, then for each prompt a last piece with the finish reason.
 
         Args:
-            prompt: text, or messages of a conversation; or several of these, which share the passes over the weights:
-                their pieces come as they are made, `Piece.index` says whose. What a prompt shares with one before is not
-                computed again.
-            max_tokens: at most so many for each prompt; None: until the model ends or the context is full.
+            prompt: text, or messages of a conversation; or several of these, which share the passes over the weights.
+                Their pieces come as they are computed; `Piece.index` is the prompt's number. A prefix shared with an
+                earlier prompt is not computed again.
+            max_tokens: limit for each prompt; None: until the model ends or the context is full.
             sampling: None: the file's recommendation.
             stop: a string that ends the answer and is not part of it, or several.
-            raw: complete the text as it is, without the chat template, and without telling thoughts from the answer.
+            raw: complete the text as it is, without the chat template, and without separating reasoning from the answer.
             on_progress: called during the passes before the first piece.
 
         Raises:
-            ContextError: a prompt does not fit into the context that was planned.
+            ContextError: a prompt does not fit into the planned context.
             ReadError: the weights could not be read.
             UsageError: the model is closed, or another stream of it has not been read to its end or closed.
         """
@@ -307,21 +307,21 @@ class Model:
 
         Raises:
             UsageError: there are none.
-            ContextError: they leave no room for an answer in the context that was planned.
+            ContextError: they leave no position for an answer in the planned context.
         """
         tokens = self.tokenizer.prompt(prompt, raw=raw)
         self.check_prompt(tokens)
         return tokens
 
     def check_prompt(self, tokens: Sequence[int]) -> None:
-        """Raise what `encode` does for these tokens of a prompt."""
+        """Raise the errors of `encode` for these tokens of a prompt."""
         if not tokens:
             raise UsageError("the prompt is empty", hint="give a prompt of at least one token")
         self._check_tokens(tokens)
-        if len(tokens) - len(self._engine.decoder_start_ids) > self._most_positions:
+        if len(tokens) - len(self._engine.decoder_start_ids) > self._max_positions:
             raise ContextError(
                 f"the prompt has {len(tokens) - len(self._engine.decoder_start_ids)} tokens, the model's encoder reads at most"
-                f" {self._most_positions}",
+                f" {self._max_positions}",
                 hint="give it a shorter text",
             )
         if len(tokens) >= self.plan.context_tokens:
@@ -335,7 +335,7 @@ class Model:
             )
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
-        """Raise `UsageError` for tokens that the model has no embedding of."""
+        """Raise `UsageError` for tokens without an embedding."""
         rows = self._engine.embedding_rows
         beyond = next((token for token in tokens if token < 0 or (rows is not None and token >= rows)), None)
         if beyond is not None:
@@ -348,14 +348,14 @@ class Model:
     def stream_jobs(
         self, jobs: Iterator["Job"], on_progress: Callable[[Progress], None] | None = None
     ) -> Iterator[Piece]:
-        """As `stream`, for jobs that may each have settings of their own. One is taken whenever there is room for it."""
+        """Stream jobs that each have settings of their own. A job is taken whenever a slot is free."""
         mine: list[weakref.ref[Iterator[Piece]]] = []
         pieces = self._stream_jobs(jobs, on_progress, mine)
         mine.append(weakref.ref(pieces))
         return _Stream(pieces)
 
     def _claim(self, mine: "weakref.ref[Iterator[Piece]]") -> None:
-        """Make this stream the open one, and clean up after the last: it may have been interrupted at any point."""
+        """Make this stream the open one. Clean up after the last, which may have been interrupted at any point."""
         if os.getpid() != self._process:
             raise UsageError(
                 "this model was loaded before the process forked", hint="load it in the child, started with `spawn`"
@@ -395,28 +395,28 @@ class Model:
                     live[one.sequence] = one
                 if not live:
                     return
-                news = self._step()
-                if news:
+                new_tokens = self._step()
+                if new_tokens:
                     self._engine.on_progress = None
-                for answer, tokens in news:
-                    yield from self._pieces(live, answer, tokens)
+                for sequence, tokens in new_tokens:
+                    yield from self._pieces(live, sequence, tokens)
         finally:
             if os.getpid() == self._process:
                 with self._lock:
                     self._engine.on_progress = None
-                    for answer in live:
-                        scheduler.remove(answer)
+                    for sequence in live:
+                        scheduler.remove(sequence)
 
     def _begin(self, index: int, job: "Job") -> _Live:
-        """Everything that can fail comes before the scheduler knows of it."""
+        """Add a job to the scheduler. Everything that can fail comes first."""
         self._check_tokens(job.tokens)
-        room = min(self.plan.context_tokens - len(job.tokens), self._most_positions)
-        most = room if job.max_tokens is None else min(room, job.max_tokens)
+        available = min(self.plan.context_tokens - len(job.tokens), self._max_positions)
+        max_tokens = available if job.max_tokens is None else min(available, job.max_tokens)
         text = self.tokenizer.answer(job.tokens, raw=job.raw, tail=job.tail, stops=job.stop)
         scanner, sampler = StopScanner(job.stop, text.hidden_texts), Sampler(job.sampling)
         with self._lock:
-            answer = self._scheduler.add(job.tokens, most, sampler)
-            return _Live(index=index, sequence=answer, job=job, text=text, scanner=scanner, start=time.perf_counter())
+            sequence = self._scheduler.add(job.tokens, max_tokens, sampler)
+            return _Live(index=index, sequence=sequence, job=job, text=text, scanner=scanner, start=time.perf_counter())
 
     def _step(self) -> list[tuple[SequenceState, list[int]]]:
         if os.getpid() != self._process:
@@ -425,20 +425,20 @@ class Model:
             try:
                 if not self._closed:
                     self._in_step = True
-                    news = self._scheduler.step()
+                    new_tokens = self._scheduler.step()
             finally:
                 self._in_step = False
                 if self._closed:
                     self._tear_down()
             if self._closed:
                 raise UsageError("the model was closed while it answered", hint="close it when the stream has ended")
-            return news
+            return new_tokens
 
     def _pieces(
-        self, live: dict[SequenceState, _Live], answer: SequenceState, tokens: Sequence[int]
+        self, live: dict[SequenceState, _Live], sequence: SequenceState, tokens: Sequence[int]
     ) -> Iterator[Piece]:
-        """The pieces of an answer's new tokens; an answer that ends with them is taken away."""
-        one = live[answer]
+        """The pieces of a sequence's new tokens; a sequence that ends with them is removed."""
+        one = live[sequence]
         one.ttft_s = one.ttft_s or time.perf_counter() - one.start
         if self._ttft_s is None:
             self._ttft_s, self._prefilled = one.ttft_s, len(self._engine.passes)
@@ -447,25 +447,25 @@ class Model:
             self._first_tokens += len(tokens)
         for token in tokens:
             segments, reason = one.take(token, self.tokenizer.end_ids)
-            text, thought = joined(segments, Part.ANSWER), joined(segments, Part.REASONING)
+            text, reasoning = joined(segments, Part.ANSWER), joined(segments, Part.REASONING)
             piece = Piece(
                 text=text,
-                thinking=thought,
+                thinking=reasoning,
                 token=token,
-                prompt_tokens=answer.prompt_tokens,
+                prompt_tokens=sequence.prompt_tokens,
                 completion_tokens=one.count,
                 ttft_s=one.ttft_s,
                 pass_stats=self._engine.passes[-1],
                 passes=len(self._engine.passes),
                 index=one.index,
-                kv_cache_type=answer.slot.cache.type,
+                kv_cache_type=sequence.slot.cache.type,
             )
             if reason is None:
                 yield piece
                 continue
             with self._lock:
-                self._scheduler.remove(answer)
-                del live[answer]
+                self._scheduler.remove(sequence)
+                del live[sequence]
             if token not in self.tokenizer.end_ids:
                 yield piece
                 piece = replace(piece, text="", thinking="")
@@ -473,26 +473,26 @@ class Model:
             return
 
     def _watch(self, on_progress: Callable[[Progress], None] | None, start: float) -> None:
-        """Call `on_progress` after every visit of a pass, until somebody takes the watch away."""
+        """Call `on_progress` after every weight group of a pass, until `engine.on_progress` is cleared."""
         if on_progress is None:
             return
         first, read = len(self._engine.passes), self._engine.read_bytes
 
-        def tell(done: int, visits: int) -> None:
-            left = sum(len(answer.uncomputed) for answer in self._scheduler.sequences)
+        def report(done: int, weight_groups: int) -> None:
+            uncomputed = sum(len(sequence.uncomputed) for sequence in self._scheduler.sequences)
             number = len(self._engine.passes) - first + 1
             on_progress(
                 Progress(
                     pass_number=number,
-                    passes=number - 1 + max(1, -(-left // self.plan.prefill_rows)),
+                    passes=number - 1 + max(1, -(-uncomputed // self.plan.prefill_rows)),
                     done=done,
-                    visits=visits,
+                    visits=weight_groups,
                     read_bytes=self._engine.read_bytes - read,
                     seconds=time.perf_counter() - start,
                 )
             )
 
-        self._engine.on_progress = tell
+        self._engine.on_progress = report
 
     @overload
     def generate(self, prompt: Prompt, **options: Any) -> Completion: ...
@@ -506,7 +506,7 @@ class Model:
     def generate(
         self, prompt: Prompt | Sequence[Prompt], *, on_piece: Callable[[Piece], None] | None = None, **options: Any
     ) -> Completion | list[Completion]:
-        """The whole answer at once; for several prompts a list of answers, which share the passes over the weights.
+        """The whole answer at once; for several prompts a list, whose sequences share the passes over the weights.
 
         Arguments as in `stream`. `on_piece` is called with every piece as it comes.
         """
@@ -522,12 +522,12 @@ class Model:
         return answers if _is_many(prompt) else answers[0]
 
     def completion(self, pieces: Sequence[Piece], first_pass: int, seconds: float) -> Completion:
-        """The measurements of a stream that has ended, or was interrupted after these pieces.
+        """The text and measurements of a stream that has ended, or was interrupted after these pieces.
 
         Args:
-            pieces: of one prompt.
-            first_pass: passes that had been made when it began.
-            seconds: from its beginning to its end.
+            pieces: pieces of one prompt.
+            first_pass: passes since loading when the stream began.
+            seconds: time from its beginning to its end.
         """
         last = pieces[-1] if pieces else None
         passes = list(self._engine.passes[first_pass : last.passes if last else None])
@@ -579,24 +579,24 @@ class Model:
         )
 
     def _expert_report(self, decode: Sequence[PassStats], tokens: int) -> dict[str, Any] | None:
-        """What decoding found in memory, and what it read; None of a dense model."""
+        """Expert cache hits and bytes read during decode; None for a dense model."""
         if self._engine.experts is None:
             return None
-        hits, ahead, misses = (
-            sum(getattr(one, f"expert_{kind}") for one in decode) for kind in ("hits", "ahead", "misses")
+        hits, prefetched, misses = (
+            sum(getattr(one, f"expert_{kind}") for one in decode) for kind in ("hits", "prefetched", "misses")
         )
-        asked = hits + ahead + misses
+        requested = hits + prefetched + misses
         read = sum(p.expert_read_bytes for p in decode)
         return {
-            "hit_rate": hits / asked if asked else None,
-            "prefetched_rate": ahead / asked if asked else None,
+            "hit_rate": hits / requested if requested else None,
+            "prefetched_rate": prefetched / requested if requested else None,
             "bytes_per_token": read / tokens if tokens > 0 else None,
             "wasted_bytes": sum(p.expert_wasted_bytes for p in decode),
             "slots": self.plan.expert_slots,
         }
 
     def _report(self, decode: Sequence[PassStats]) -> dict[str, Any]:
-        """Drafts proposed and accepted, and what bound the decode passes."""
+        """Draft tokens proposed and accepted, and the limit that bound each decode pass."""
         speculation = self._scheduler.speculation
         positions = speculation.acceptance.positions if speculation is not None else []
         return {
@@ -616,12 +616,12 @@ class Job:
     max_tokens: int | None
     sampling: Sampling
     stop: Sequence[str] = ()
-    stop_token_ids: frozenset[int] = frozenset()  # as the model's own end tokens
-    tail: Sequence[int] = ()  # what the chat template wrote after the conversation
-    raw: bool = False  # what the model thinks is not told from what it answers
+    stop_token_ids: frozenset[int] = frozenset()  # tokens that end the answer beside the model's own
+    tail: Sequence[int] = ()  # tokens that the chat template wrote after the conversation
+    raw: bool = False  # no separation of reasoning and answer
 
     def __post_init__(self) -> None:
-        """Refuse what would fail later, or have no end.
+        """Refuse values that would fail later, or never end.
 
         Raises:
             UsageError: a field is invalid.
@@ -660,7 +660,7 @@ class _Stream(Generator[Piece]):
             ) from error
 
     def throw(self, *given: Any) -> Piece:
-        """As of a generator."""
+        """Throw into the generator."""
         return self._pieces.throw(*given)
 
     def close(self) -> None:
@@ -669,7 +669,7 @@ class _Stream(Generator[Piece]):
 
 
 def _is_many(prompt: Prompt | Sequence[Prompt]) -> bool:
-    """Whether these are several prompts, rather than a text or the messages of one conversation."""
+    """True for several prompts, False for one text or the messages of one conversation."""
     return not isinstance(prompt, str) and (not prompt or not isinstance(prompt[0], Mapping))
 
 
@@ -702,22 +702,22 @@ def load(
 ) -> Model:
     """Open a model under a memory ceiling.
 
-    The model's weights come with the first pass; a draft model is read here.
+    The first pass reads the model's weights; a draft model is read here.
 
     Args:
         path: a GGUF file or the first part of a split, or a Hugging Face folder with safetensors.
-        memory: ceiling for the whole process, `"4GiB"` or bytes; None: what cgroup and free memory leave.
+        memory: ceiling for the whole process, `"4GiB"` or bytes; None: limited by cgroup and free memory.
         context_tokens: prompt and answer together; None: 4096, or the model's own limit if that is less.
-        prompt_tokens: the longest prompt to expect, which decides how many rows a prefill pass may carry.
+        prompt_tokens: the longest prompt to expect, which decides the maximum rows of a prefill pass.
         sequences: prompts that are computed together; each has a KV cache of its own.
-        kv_bits: 16 or 8 bits for each number in the KV cache.
-        draft: how to draft tokens that a pass then verifies: `none`, `prompt` (what followed the last time), `self` (a
-            low-bit copy made in memory), the path of a draft model, or `auto`: what the plan finds best. None is `none`.
-        deterministic: the same prompt, seed and settings give the same tokens, whatever was asked before and whoever shares the
-            passes. False also reuses answers that have become part of a prompt, and chunks that a prompt shares in part.
-        size_for: decides the request once the tokenizer is there, for prompts that are known already; what was given
-            above is then only what must fit for the model to be built at all.
-        profile: rates to plan with; None: those that `headrace probe` kept, else guesses.
+        kv_bits: 16 or 8 bits for each element of the KV cache.
+        draft: source of draft tokens, which a pass then verifies: `none`, `prompt` (prompt lookup), `self` (a low-bit copy
+            quantised on load), the path of a draft model, or `auto`: the plan's choice. None is `none`.
+        deterministic: the same prompt, seed and settings give the same tokens, whatever ran before or shares the passes.
+            False also reuses the KV cache of answers that became part of a prompt, and of chunks shared in part.
+        size_for: decides the request once the tokenizer is there, for prompts that are known already. The sizes given
+            above are then the minimum with which the model can be built.
+        profile: rates to plan with; None: the profile kept by `headrace probe`, else assumed rates of a modest machine.
         trace: record every span of time.
         open_file: opens the weights' files, for tests.
 
@@ -758,7 +758,7 @@ def load(
     plans: list[Plan] = []
 
     def decide(skeleton: ModelSkeleton) -> StreamOptions:
-        """Plan with what the process has really taken by now: everything is built, and no weights are in memory yet."""
+        """Plan with the process's resident memory: everything is built, and no weights are in memory yet."""
         nonlocal request, why
         if skeleton.attention_mode == "native" or (skeleton.attention_mode == "concatenated" and deterministic):
             reason, hint = _why_alone(skeleton)
@@ -794,7 +794,7 @@ def load(
             warnings.warn(reason, stacklevel=2)
         try:
             draft_engine = _load_draft(checkpoint, drafting, profile)
-        except CheckpointError as error:  # a low-bit copy cannot be made of every layout
+        except CheckpointError as error:  # not every layout can be quantised on load
             if draft != "auto":
                 raise
             request, draft_engine = replace(request, drafting=NO_DRAFT), None
@@ -809,7 +809,7 @@ def load(
         if draft_engine is not None:
             draft_engine.step(
                 [Rows(cache=draft_engine.new_cache(1), tokens=[0], row_invariant=True)]
-            )  # reads its weights
+            )  # reads the draft weights
         plan = replace(plans[0], reasons=(*plans[0].reasons, *engine.remarks))
         model = Model(
             checkpoint,
@@ -825,7 +825,7 @@ def load(
 
 
 def _why_alone(skeleton: ModelSkeleton) -> tuple[str, str]:
-    """Why a model runs one sequence at a time and without drafts, and what to do about it."""
+    """The reason why a model runs one sequence at a time and without drafts, and a hint."""
     if skeleton.attention_mode == "concatenated":
         reason = "it computes attention itself, so that rows of a pass change each other's last bits"
         return reason, "use --draft none, or --no-deterministic"
@@ -836,14 +836,14 @@ def _why_alone(skeleton: ModelSkeleton) -> tuple[str, str]:
 
 
 def _scores(checkpoint: Checkpoint, skeleton: ModelSkeleton) -> npt.NDArray[np.float32] | None:
-    """How often experts were chosen in earlier runs, if what was kept can be of this model."""
+    """Router scores from earlier runs, if their shape fits this model."""
     routing = load_routing(checkpoint)
     shape = len(skeleton.expert_slices), max(map(len, skeleton.expert_slices), default=0)
     return routing.scores if routing is not None and routing.scores.shape == shape else None
 
 
 def _built(skeleton: ModelSkeleton) -> Built:
-    """What the plan wants to know of a built model."""
+    """Facts of a built model that the plan needs."""
     return Built(
         linears=skeleton.linears,
         prefill_only=skeleton.prefill_only_linears,
@@ -855,7 +855,7 @@ def _built(skeleton: ModelSkeleton) -> Built:
 
 
 def _load_draft(original: Checkpoint, drafting: Drafting, profile: Profile) -> Engine | None:
-    """An engine with everything pinned. The tensors of a low-bit copy are quantised as they are read."""
+    """A draft engine with everything pinned. The tensors of a low-bit copy are quantised as they are read."""
     draft = drafting.checkpoint
     if draft is None:
         return None
@@ -877,5 +877,5 @@ def _load_draft(original: Checkpoint, drafting: Drafting, profile: Profile) -> E
     return Engine(draft, options, kernels)
 
 
-# What the first passes add to the process beside the plan's own items: graphs, threads' stacks, allocator's slack.
+# Memory that the first passes add beside the plan's own items: graphs, threads' stacks, allocator slack.
 RUNTIME_GROWTH_BYTES = 24 << 20

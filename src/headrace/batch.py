@@ -1,7 +1,7 @@
 """Requests and results of a batch, as lines of JSON in the format of the OpenAI Batch API. No torch.
 
-Results are appended one line at a time and synced, so that a kill at any moment loses at most the answers in the making.
-What is in the output already is not computed again; a half line at its end, which only a kill can leave, is cut off.
+Results are appended one line at a time and synced, so that a kill at any moment loses at most the running requests.
+Results already in the output are not computed again. A half line at its end, which only a kill can leave, is cut off.
 """
 
 import fcntl
@@ -29,9 +29,9 @@ _HASH_DIGITS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRequest:
-    """One line of the input that can be run."""
+    """A line of the input that can be run."""
 
-    line: int  # from 1
+    line: int  # number of the line, from 1
     custom_id: str
     model: str | None
     prompt: str | list[dict[str, Any]]
@@ -45,12 +45,12 @@ class BatchRequest:
     documents: list[Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    digest: str = ""  # of all that the line asks for
+    digest: str = ""  # hash of the request without its custom_id
 
 
 @dataclass(frozen=True, kw_only=True)
 class BadLine:
-    """One line of the input that cannot be run, and why."""
+    """A line of the input that cannot be run, and the reason."""
 
     line: int
     custom_id: str | None
@@ -60,7 +60,7 @@ class BadLine:
 
 
 def read_requests(path: Path) -> Iterator[BatchRequest | BadLine]:
-    """The lines of an input file, one by one. Empty lines are passed over.
+    """The lines of an input file, one by one. Empty lines are skipped.
 
     Raises:
         UsageError: the file cannot be read.
@@ -141,8 +141,8 @@ def _request(line: int, custom_id: str, value: Mapping[str, Any], digest: str) -
         check_fields(body, chat=chat)
     except UsageError as error:
         raise _Refused("unsupported_parameter", f"{error}; {error.hint}" if error.hint else str(error)) from error
-    continues = _flag(body, "continue_final_message", False)
-    generation = _flag(body, "add_generation_prompt", not continues)
+    continues = _flag(body, "continue_final_message", default=False)
+    generation = _flag(body, "add_generation_prompt", default=not continues)
     messages = _messages(body.get("messages")) if chat else []
     if continues and (generation or messages[-1]["role"] != "assistant"):
         raise _Refused(
@@ -155,7 +155,7 @@ def _request(line: int, custom_id: str, value: Mapping[str, Any], digest: str) -
         model=body.get("model") if isinstance(body.get("model"), str) else None,
         prompt=messages if chat else _text(body.get("prompt"), "prompt"),
         chat=chat,
-        max_tokens=_most_tokens(body),
+        max_tokens=_max_tokens(body),
         stop=_stops(body.get("stop")),
         stop_token_ids=_token_ids(body.get("stop_token_ids", [])),
         sampling=_sampling(body),
@@ -168,11 +168,11 @@ def _request(line: int, custom_id: str, value: Mapping[str, Any], digest: str) -
     )
 
 
-def _most_tokens(body: Mapping[str, Any]) -> int | None:
-    most = body.get("max_completion_tokens", body.get("max_tokens"))
-    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-        raise _Refused("invalid_request", f"max_tokens is {most!r}, not a number above 0")
-    return most
+def _max_tokens(body: Mapping[str, Any]) -> int | None:
+    limit = body.get("max_completion_tokens", body.get("max_tokens"))
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise _Refused("invalid_request", f"max_tokens is {limit!r}, not a number above 0")
+    return limit
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, float | int]:
@@ -186,8 +186,8 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, float | int]:
     return found
 
 
-def _flag(body: Mapping[str, Any], name: str, usual: bool) -> bool:
-    value = body.get(name, usual)
+def _flag(body: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = body.get(name, default)
     if not isinstance(value, bool):
         raise _Refused("invalid_request", f"{name} is {value!r}, not true or false")
     return value
@@ -227,12 +227,12 @@ def _messages(value: object) -> list[dict[str, Any]]:
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _Refused("invalid_request", "a message has no role")
-        told = without_nulls(message)
-        if told.get("tool_calls") and message.get("content") in (None, "", []):
-            told["content"] = "" if "content" in told else None
+        fields = without_nulls(message)
+        if fields.get("tool_calls") and message.get("content") in (None, "", []):
+            fields["content"] = "" if "content" in fields else None
         else:
-            _text(told.get("content"), "content")
-        messages.append(told)
+            _text(fields.get("content"), "content")
+        messages.append(fields)
     return messages
 
 
@@ -268,10 +268,10 @@ def answer_record(
     model: str,
     thinking: str = "",
 ) -> dict[str, Any]:
-    """The result of a request that was answered; `reasoning_content` is where other servers put what was thought."""
+    """The result of a request that was answered, with reasoning in `reasoning_content` as in other servers."""
     choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
-    thought = {"reasoning_content": thinking} if thinking else {}
-    choice |= {"message": {"role": "assistant", "content": text, **thought}} if request.chat else {"text": text}
+    reasoning = {"reasoning_content": thinking} if thinking else {}
+    choice |= {"message": {"role": "assistant", "content": text, **reasoning}} if request.chat else {"text": text}
     body = {
         "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{request.line}",
         "object": "chat.completion" if request.chat else "text_completion",
@@ -304,7 +304,7 @@ def _id(line: int) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Done:
-    """A result in the file: whose it is, and whether it is an error."""
+    """A result in the file: hashes of its request and model, and whether it is an error."""
 
     digest: str
     model: str
@@ -312,7 +312,7 @@ class _Done:
 
 
 class Results:
-    """The output file: what is done, and one appended line for each new result. A context manager.
+    """The output file: earlier results, and one appended line for each new one. A context manager.
 
     Each result's id ends with the hashes of its request and of the model: `batch_req_7-<request>-<model>`.
 
@@ -322,7 +322,7 @@ class Results:
     """
 
     def __init__(self, path: Path, model_id: str = "0" * _HASH_DIGITS):
-        """`model_id` tells models apart (`checkpoint.identity`)."""
+        """Open and lock the file. `model_id` is the model's identity (`checkpoint.identity`)."""
         self.path = path
         self._model_id = model_id
         self._fd = _open(path)
@@ -356,18 +356,18 @@ class Results:
 
     @property
     def failed(self) -> int:
-        """How many of them are errors."""
+        """Results in the file that are errors."""
         return sum(one.failed for one in self._done.values())
 
     def check(self, requests: Collection[BatchRequest | BadLine]) -> None:
         """Raise `HeadraceError` unless every result in the file is of one of these requests, and of this model."""
-        asked = {_key(request.custom_id, request.digest): request.digest for request in requests}
+        expected = {_key(request.custom_id, request.digest): request.digest for request in requests}
         for key, one in self._done.items():
             if not one.digest:
                 reason = "results without the hash of a request (of another tool, or an older version)"
             elif one.model != self._model_id:
                 reason = "results of another model"
-            elif asked.get(key) != one.digest:
+            elif expected.get(key) != one.digest:
                 reason = "results of other requests"
             else:
                 continue
@@ -376,11 +376,11 @@ class Results:
             )
 
     def has(self, request: BatchRequest | BadLine) -> bool:
-        """Whether the file holds a result for it."""
+        """True if the file holds a result for this request."""
         return _key(request.custom_id, request.digest) in self._done
 
     def add(self, record: Mapping[str, Any], digest: str = "0" * _HASH_DIGITS) -> None:
-        """Append a result of the request with this digest. It is on the disk when this returns, or not in the file at all."""
+        """Append a result of the request with this digest. When this returns, it is on the disk, or not in the file at all."""
         record = {**record, "id": f"{record['id']}-{digest}-{self._model_id}"}
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:
@@ -400,7 +400,7 @@ class Results:
         self._done[key] = done
 
     def _resume(self) -> dict[tuple[str, str], _Done]:
-        """Read what is done; cut a half line off."""
+        """Read earlier results; cut off a half line."""
         done: dict[tuple[str, str], _Done] = {}
         self._end = 0
         other = HeadraceError(
@@ -425,7 +425,7 @@ class Results:
 
 
 def _open(path: Path) -> int:
-    """A regular file, to read and write; made if there is none."""
+    """Open a regular file to read and write; create it if there is none."""
     other = UsageError(f"cannot write {path}: it is not a regular file", hint="give the path of a file")
     try:
         with suppress(FileNotFoundError):
@@ -444,7 +444,7 @@ def _open(path: Path) -> int:
 
 
 def _key(custom_id: str | None, digest: str) -> tuple[str, str]:
-    """What tells results apart: the name that the request's author gave, or its digest where there is none."""
+    """The key of a result: the custom_id that the request's author gave, or else the digest."""
     return ("digest", digest) if custom_id is None else ("custom", custom_id)
 
 
@@ -458,5 +458,5 @@ def _result(record: Mapping[str, Any]) -> tuple[tuple[str, str], _Done]:
 
 
 def pending(requests: Sequence[BatchRequest | BadLine], results: Results) -> Sequence[BatchRequest | BadLine]:
-    """Those that have no result yet."""
+    """Requests that have no result yet."""
     return [request for request in requests if not results.has(request)]

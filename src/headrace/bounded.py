@@ -1,4 +1,4 @@
-"""Small files read within bounds: of their size, and of what their JSON becomes in memory."""
+"""Small files read within bounds on their size, and on the memory that their JSON takes."""
 
 import json
 import os
@@ -27,10 +27,10 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def json_of(data: bytes | str, most: int = MOST_VALUES, **options: Any) -> Any:
-    """A value of JSON. `options` are those of `json.loads`.
+    """Parse JSON. `options` are those of `json.loads`.
 
     Raises:
-        ValueError: it is none, is nested too deep, or holds too many values.
+        ValueError: it is not JSON, is nested too deep, or holds too many values.
     """
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     if sum(map(raw.count, (b"[", b"{", b","))) > most:

@@ -1,4 +1,4 @@
-"""The control groups above this process, version 1 or 2: what they allow it."""
+"""The control groups (version 1 or 2) above this process, and the limits that they set."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
-    """The folders of the groups above this process that have this controller, and whether they are of version 2."""
+    """Folders of the groups above this process with this controller, and whether each is version 2."""
     for line in lines_of(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -25,7 +25,7 @@ def groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Cores that this process may use: those it is bound to, or what a quota leaves. `root` is for tests."""
+    """Cores that this process may use, by CPU affinity and quota. `root` is for tests."""
     cores = len(os.sched_getaffinity(0))
     for group, unified in groups(root, "cpu"):
         if unified:

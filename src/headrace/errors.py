@@ -2,7 +2,7 @@
 
 HeadraceError (1)
 ├── CheckpointError       the file is not what it says it is
-│   └── UnsupportedError  the file is sound, but holds what this version cannot run
+│   └── UnsupportedError  the file is sound, but this version cannot run it
 ├── ReadError             the disk failed, or the file changed, while in use
 ├── BudgetError           the memory given is below the floor
 ├── HubError              the hub refuses, cannot be reached, or the connection breaks
@@ -20,11 +20,11 @@ class HeadraceError(Exception):
     """Something a user can act on. `str()` is the message, `hint` the next thing to try."""
 
     exit_code = 1
-    usual_hint: str | None = None  # where nothing better is known
+    usual_hint: str | None = None  # hint where no better one is known
 
     def __init__(self, message: str, *, hint: str | Sequence[str] | None = None):
         """`hint`: the next thing to try, in one line or several."""
-        # Names from files are in it: none of them may begin a line of its own.
+        # The message holds names from files: none of them may begin a line of its own.
         super().__init__(printable(message, keep=""))
         lines = [hint] if isinstance(hint, str) else hint or ()
         self.hint = "\n".join(printable(line, keep="") for line in lines) or self.usual_hint
@@ -37,7 +37,7 @@ class CheckpointError(HeadraceError):
 
 
 class UnsupportedError(CheckpointError):
-    """The model file is sound, but needs what headrace does not do."""
+    """The model file is sound, but needs a feature that headrace does not have."""
 
     usual_hint = "docs/architectures.md lists what runs; use another file of the model, or llama.cpp"
 
@@ -47,7 +47,7 @@ class ReadError(HeadraceError):
 
 
 class BudgetError(HeadraceError):
-    """The memory given is less than the model needs at the very least."""
+    """The memory given is below the model's floor."""
 
 
 class ContextError(HeadraceError):

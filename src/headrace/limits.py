@@ -1,6 +1,6 @@
-"""Limits that the system sets this process: of memory, threads, files and their sizes. Each is named where it is met.
+"""Limits that the system sets for this process: memory, threads, files and their sizes. Errors name the limit.
 
-Some are checked before torch and ggml start, because these abort without a message.
+Some limits are checked before torch and ggml start, because these abort without a message.
 """
 
 import errno
@@ -15,10 +15,10 @@ _LEAST_ADDRESS_SPACE = 1 * GIB  # torch and transformers alone take some 800 MB 
 
 
 def check_address_space() -> None:
-    """Before torch is imported.
+    """Check the address space before torch is imported.
 
     Raises:
-        HeadraceError: it would not fit into the addresses that this process may have.
+        HeadraceError: torch does not fit into the address space of this process.
         UsageError: the interpreter leaves out docstrings, which transformers needs.
     """
     if sys.flags.optimize >= 2:
@@ -33,7 +33,7 @@ def check_address_space() -> None:
 
 
 def check_threads(count: int) -> None:
-    """Before ggml starts `count` threads: ggml aborts if one of them fails.
+    """Check that `count` threads can start, before ggml starts them: ggml aborts if one of them fails.
 
     Raises:
         HeadraceError: the system refuses them.
@@ -54,7 +54,7 @@ def check_threads(count: int) -> None:
 
 
 def too_few_threads() -> HeadraceError:
-    """The system starts no more threads."""
+    """The error for a system that starts no more threads."""
     limit = _soft_limit("RLIMIT_NPROC")
     which = f" (RLIMIT_NPROC is {limit})" if limit is not None else ""
     return HeadraceError(
@@ -64,14 +64,14 @@ def too_few_threads() -> HeadraceError:
 
 
 def explained(error: BaseException) -> HeadraceError | None:
-    """What the system refused, as an error with a hint; None where it was something else."""
+    """An error with a hint for a request that the system refused; None for other errors."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         limits = [name for name in ("RLIMIT_AS", "RLIMIT_DATA") if _soft_limit(name) is not None]
         return HeadraceError(
             "the system gives no more memory" + (f" ({', '.join(limits)} is set)" if limits else ""),
             hint="give a smaller --memory or --ctx-size, or raise the limit with `ulimit -v` or `ulimit -d`",
         )
-    if isinstance(error, RuntimeError) and "not enough memory" in str(error):  # as torch's allocator says
+    if isinstance(error, RuntimeError) and "not enough memory" in str(error):  # message of torch's allocator
         return explained(MemoryError())
     if isinstance(error, RuntimeError):
         return too_few_threads() if "start new thread" in str(error) else None
@@ -95,7 +95,7 @@ _HINTS = {
 
 
 def _soft_limit(name: str) -> int | None:
-    """In bytes or as a number; None: there is none, or this system does not know it."""
+    """A soft limit in bytes or as a count; None: unlimited, or unknown to this system."""
     if os.name != "posix":
         return None
     import resource

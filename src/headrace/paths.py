@@ -1,4 +1,4 @@
-"""Tests whether a path exists; raises where that cannot be determined."""
+"""A test for a path's existence that raises where the system does not tell."""
 
 import os
 
@@ -7,7 +7,7 @@ from headrace.text import printable
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a file or folder.
+    """True if there is a file or folder at this path.
 
     Raises:
         CheckpointError: a folder may not be searched, or a name is too long.

@@ -1,7 +1,7 @@
-"""Measure this machine: disk at the engine's own read pattern, kernels on packed blocks, unpacking, products, interpreter.
+"""Measure this machine: disk at the engine's read pattern, packed kernels, dequantisation, GEMM, interpreter.
 
-Everything is measured with the parts that will run: the disk by the stream with a consumer that drops what comes, the
-kernels and a whole small model by the engine. Rounds are repeated and the median kept; the machine may be shared.
+The probe uses the engine's own parts. The stream reads the disk, with a consumer that drops the weights. The engine runs the
+kernels and a whole small model. Rounds are repeated and the median kept, because the machine may be shared.
 """
 
 import math
@@ -45,8 +45,8 @@ KERNEL_ROWS = (1, 2, 4, 8, DECODE_MAX_ROWS)
 GEMM_ROWS = (32, 128, 512)
 DISK_BYTES = GIB
 ROUNDS = 3
-LEAST_IO_CPU_SHARE, MOST_IO_CPU_SHARE = 0.05, 1.5  # shares that a noisy machine may not pass
-PROBE_BYTES = 256 * MIB  # of weights in memory at a time: the probe may run where there is little
+LEAST_IO_CPU_SHARE, MOST_IO_CPU_SHARE = 0.05, 1.5  # bounds of the measured share, against noise
+PROBE_BYTES = 256 * MIB  # max bytes of weights in memory, because memory may be scarce
 
 
 def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
@@ -54,7 +54,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
 
     Args:
         target: a GGUF file, or a folder on the file system to measure.
-        say: told what is being measured.
+        say: callback with the name of each measurement.
 
     Raises:
         HeadraceError: the disk cannot be measured at `target`.
@@ -62,7 +62,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     threads = usable_cores()
     known = load_profile()
     say("disk")
-    fitted = known.factors.get("disk", 1.0) if known else 1.0  # which is forgotten
+    fitted = known.factors.get("disk", 1.0) if known else 1.0  # the new profile has no fit
     disks = {disk: rate * fitted for disk, rate in known.disk_bytes_per_s.items()} if known else {}
     disks[str(stat(target).st_dev)] = measure_disk(target)
     say("kernels")
@@ -74,9 +74,9 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     repacked = {kind: repacked for kind, (_, repacked) in rates.items() if repacked}
     unpacked = {kind: _measure_unpack(kernels, kind) for kind in types if kind != "F32"} | {"F32": 1e12}
     say("disk and kernels together")
-    reading = measure_io_cpu_share(target, threads, rates["Q4_K"][0]["1"], DISK_BYTES // 2)
-    say("matrix products")
-    products = {kind: _measure_gemm(kernels, kind) for kind in ("Q4_K", "F16")}
+    io_cpu_share = measure_io_cpu_share(target, threads, rates["Q4_K"][0]["1"], DISK_BYTES // 2)
+    say("matrix multiplication")
+    gemm = {kind: _measure_gemm(kernels, kind) for kind in ("Q4_K", "F16")}
     kernels.close()
     say("interpreter")
     layer_s, layer_row_s = _measure_layers(threads)
@@ -90,12 +90,12 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
         kernel_weights_per_s=packed,
         repacked_weights_per_s=repacked,
         unpack_weights_per_s=unpacked,
-        bf16_flop_per_s=products["Q4_K"],
-        fp32_flop_per_s=products["F16"],
+        bf16_flop_per_s=gemm["Q4_K"],
+        fp32_flop_per_s=gemm["F16"],
         layer_s=layer_s,
         layer_row_s=layer_row_s,
         runtime_bytes=_measure_runtime(),
-        io_cpu_share=reading,
+        io_cpu_share=io_cpu_share,
     )
 
 
@@ -107,10 +107,10 @@ def _types_of(target: Path) -> Iterable[str]:
 
 
 def measure_disk(target: Path, total_bytes: int = DISK_BYTES, rounds: int = ROUNDS) -> float:
-    """Bytes per second of the stream alone, from a model's own file, or from a temporary file in a folder.
+    """Bytes per second of the stream alone, from the model file, or from a temporary file in a folder.
 
     Raises:
-        HeadraceError: the file cannot be read, or none can be written into the folder.
+        HeadraceError: the file cannot be read, or the folder cannot be written to.
     """
     with _something_to_read(target, total_bytes) as path:
         nbytes, seconds = _streamed(path, total_bytes, rounds)
@@ -118,16 +118,16 @@ def measure_disk(target: Path, total_bytes: int = DISK_BYTES, rounds: int = ROUN
 
 
 def measure_io_cpu_share(target: Path, threads: int, weights_per_s: float, total_bytes: int = DISK_BYTES) -> float:
-    """Share of the disk's seconds for which the cores are busy with reading, or held up by it.
+    """Share of the disk seconds that I/O keeps the cores busy or stalled.
 
-    Products that take somewhat longer than the disk run while it is read, as in the engine; what both take together, less
-    what the products take alone, is of the disk's seconds the share that comes on top.
+    Matmuls that take slightly longer than the disk run during the reads, as in the engine. The share is the time of both
+    together, less the time of the matmuls alone, over the disk seconds.
 
     Args:
         target: as in `measure_disk`.
-        threads: that multiply.
-        weights_per_s: about how many Q4_K weights they multiply with one row.
-        total_bytes: how much is read at a time.
+        threads: number of matmul threads.
+        weights_per_s: approximate Q4_K weights per second of a one-row matmul.
+        total_bytes: bytes read per round.
     """
     kernels = Kernels(threads, row_invariant=False)
     with closing(kernels), _something_to_read(target, total_bytes) as path:
@@ -145,15 +145,15 @@ def measure_io_cpu_share(target: Path, threads: int, weights_per_s: float, total
                 kernels.matmul(x, [(0, weight_slice)], [out])
                 done += 1
 
-        def products_s() -> float:
+        def matmuls_s() -> float:
             start = time.perf_counter()
             multiply(units)
             return time.perf_counter() - start
 
-        each = max(1, math.ceil(1.2 * alone_s / products_s()))  # else waiting for the disk would count
+        each = max(1, math.ceil(1.2 * alone_s / matmuls_s()))  # otherwise the share would include disk stalls
         shares = []
         for _ in range(ROUNDS):
-            alone = products_s()
+            alone = matmuls_s()
             _, together_s = _streamed(path, total_bytes, 1, multiply)
             shares.append((together_s - alone) / alone_s)
     return min(MOST_IO_CPU_SHARE, max(LEAST_IO_CPU_SHARE, statistics.median(shares)))
@@ -161,9 +161,9 @@ def measure_io_cpu_share(target: Path, threads: int, weights_per_s: float, total
 
 @contextmanager
 def _something_to_read(target: Path, total_bytes: int) -> Iterator[Path]:
-    """A file on the file system of `target`: itself if it is large, else one that is written beside it.
+    """A file on the file system of `target`: `target` itself if it is large, else a temporary file beside it.
 
-    A small one would be in the ring before the clock starts.
+    A small file would be in the ring before the clock starts.
     """
     with ExitStack() as stack:
         try:
@@ -191,9 +191,9 @@ def _written(folder: Path, nbytes: int) -> Iterator[Path]:
 def _streamed(
     path: Path, total_bytes: int, rounds: int, use: Callable[[int], None] = lambda _: None
 ) -> tuple[int, float]:
-    """The bytes of a file, whatever they mean, in rows of a page: how many, and the seconds it takes to read them.
+    """(bytes, seconds) to stream a file as rows of one page, whatever its content.
 
-    `use` is told how many units have come each time.
+    `use` is called with the number of units that have arrived.
     """
     rows = min(path.stat().st_size, total_bytes) // PAGE_BYTES
     whole = Tensor(
@@ -225,10 +225,10 @@ def _median_s(work: Callable[[int], object], rounds: int = ROUNDS) -> float:
 
 
 def _packed(kind: str, rows: int, copies: int) -> tuple[Arena, int]:
-    """`copies` weights of random blocks, more than the caches hold, and the bytes of one.
+    """`copies` matrices of random blocks, larger than the CPU caches, and the bytes of one.
 
-    A constant pattern would be 15 % slower than the weights of a model in Q4_K. Bytes of 0 to 0x3f make finite, small
-    numbers wherever a format keeps a scale.
+    A constant pattern would be 15 % slower than a model's Q4_K weights. Bytes of 0 to 0x3f give finite, small values
+    wherever a format has a scale.
     """
     nbytes = row_bytes(kind, COLUMNS) * rows
     arena = Arena(copies * nbytes)
@@ -241,25 +241,25 @@ def _packed(kind: str, rows: int, copies: int) -> tuple[Arena, int]:
 
 
 def _measure_kernel(kernels: Kernels, kind: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Weights per second by rows, from plain blocks and repacked (nothing, where the format has no such layout).
+    """Weights per second by rows, from plain and from repacked blocks (empty if the format has no repacked layout).
 
-    The two take turns: a busy neighbour would otherwise decide which of them is faster.
+    The two alternate: otherwise a busy neighbour could decide which is faster.
     """
     copies = max(1, PROBE_BYTES // (row_bytes(kind, COLUMNS) * WEIGHT_ROWS))
     arena, nbytes = _packed(kind, WEIGHT_ROWS, copies)
-    # Random bytes are as good repacked as not: only the kernel's speed is looked at.
+    # Random bytes are valid in both layouts, because only the kernel's speed is measured.
     addresses = [arena.address + i * nbytes for i in range(copies)]
     plain = [WeightSlice(kind, WEIGHT_ROWS, at, 0) for at in addresses]
-    ways = [plain]
+    layouts = [plain]
     if kind in kernels.repacking.types:
-        ways.append([replace(weight_slice, repacked=weight_slice.address) for weight_slice in plain])
+        layouts.append([replace(weight_slice, repacked=weight_slice.address) for weight_slice in plain])
     rates: tuple[dict[str, float], dict[str, float]] = {}, {}
     for rows in KERNEL_ROWS:
         x, out = torch.randn(rows, COLUMNS), torch.empty(rows, WEIGHT_ROWS)
-        times: list[list[float]] = [[] for _ in ways]
+        times: list[list[float]] = [[] for _ in layouts]
         for turn in range(1 + (3 if rows == 1 else 1) * ROUNDS):
-            for way, (slices, spent) in enumerate(zip(ways, times, strict=True)):
-                at = (turn + way * copies // 2) % copies  # not what the other has just brought into the caches
+            for layout, (slices, spent) in enumerate(zip(layouts, times, strict=True)):
+                at = (turn + layout * copies // 2) % copies  # a copy that the other layout has not just cached
                 start = time.perf_counter()
                 kernels.matmul(x, [(0, slices[at])], [out])
                 spent.append(time.perf_counter() - start)
@@ -269,7 +269,7 @@ def _measure_kernel(kernels: Kernels, kind: str) -> tuple[dict[str, float], dict
 
 
 def _measure_tiles(threads: int, kind: str) -> Mapping[str, float]:
-    """Weights per second of products with many rows through ggml's tiles; none for a format that has no tiles."""
+    """Weights per second of prefill through ggml's tile kernel; empty for a format without one."""
     if not takes_super_blocks(kind):
         return {}
     weight_rows = 1024
@@ -297,7 +297,7 @@ def _measure_unpack(kernels: Kernels, kind: str) -> float:
 
 
 def _measure_gemm(kernels: Kernels, kind: str) -> Mapping[str, float]:
-    """Flop per second of the many-row path, unpacking taken off."""
+    """FLOP/s of the prefill (GEMM) path, without dequantisation."""
     weight_rows = 4096
     arena, _ = _packed(kind, weight_rows, 1)
     weights = weight_rows * COLUMNS
@@ -315,21 +315,21 @@ def _measure_gemm(kernels: Kernels, kind: str) -> Mapping[str, float]:
 
 
 def _measure_layers(threads: int) -> tuple[float, float]:
-    """Seconds per decoder layer outside of the kernels, for one row and for each further one, from a small model."""
-    layers, many = 4, 256
+    """Seconds per decoder layer outside the kernels, for one row and per further row, from a small model."""
+    layers, prefill_rows = 4, 256
     with tempfile.TemporaryDirectory(prefix="headrace-probe-") as folder:
         checkpoint = small_model(Path(folder) / "probe.gguf", layers=layers)
         pinned = {t.name: t.rows for t in checkpoint.tensors.values()}
         options = StreamOptions(pinned_rows=pinned, unit_bytes=UNIT_BYTES, slots=1, readers=1)
         with Engine(checkpoint, options, Kernels(threads)) as engine:
-            cache = engine.new_cache(2 * many + 64)
+            cache = engine.new_cache(2 * prefill_rows + 64)
             for _ in range(24):
                 engine.step([Rows(cache=cache, tokens=[1])])
             one = statistics.median(p.seconds - p.kernel_s for p in engine.passes[4:])
             for _ in range(2):
-                engine.step([Rows(cache=cache, tokens=[1] * many)])
+                engine.step([Rows(cache=cache, tokens=[1] * prefill_rows)])
             last = engine.passes[-1]
-            further = max(1e-9, last.seconds - last.kernel_s - one) / (many - 1)
+            further = max(1e-9, last.seconds - last.kernel_s - one) / (prefill_rows - 1)
     return one / layers, further / layers
 
 
@@ -368,11 +368,11 @@ def small_model(path: Path, layers: int, hidden: int = 1024, feed_forward: int =
 
 
 def _measure_runtime() -> int:
-    """Memory of a fresh process that has built a small model and run a token: all that is not weights."""
+    """Memory without weights: that of a fresh process that has built a small model and decoded a token."""
     command = [
         sys.executable,
         "-c",
-        "from headrace import lean; slim_import.library(); from headrace import probe; probe.report_runtime()",
+        "from headrace import slim_import; slim_import.library(); from headrace import probe; probe.report_runtime()",
     ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
@@ -386,7 +386,7 @@ def _measure_runtime() -> int:
 
 
 def report_runtime() -> None:
-    """Print the memory of this process in bytes, after running one token of a small model."""
+    """Print the memory of this process in bytes, after decoding one token of a small model."""
     with tempfile.TemporaryDirectory(prefix="headrace-probe-") as folder:
         checkpoint = small_model(Path(folder) / "probe.gguf", layers=2, hidden=256, feed_forward=512)
         pinned = {t.name: t.rows for t in checkpoint.tensors.values()}

@@ -1,4 +1,4 @@
-"""What the system says of this process: resident memory now and at its peak."""
+"""Memory of this process: resident now and at its peak, and returned to the system. Refusal of forked processes."""
 
 import ctypes
 import gc
@@ -16,12 +16,12 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The most that this process has had resident. (`getrusage` would include what the parent had before the exec.)"""
+    """Peak resident memory of this process. (`getrusage` would include the parent's memory before the exec.)"""
     return _status("VmHWM")
 
 
 def release_unused() -> None:
-    """Collect garbage and give freed memory back to the system, after building things that were large."""
+    """Collect garbage and return freed memory to the system, after building large objects."""
     gc.collect()
     with suppress(OSError, AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
@@ -30,9 +30,9 @@ def release_unused() -> None:
 def keep_freed_memory() -> None:
     """Let the allocator reuse what a pass frees instead of returning it to the system after every tensor.
 
-    Activations of a prefill are tens of megabytes, allocated and freed hundreds of times in a pass; taking their pages
-    anew each time made 512 rows a quarter slower. The largest are taken anew nonetheless: among the others they leave holes,
-    260 to 290 MiB instead of 190 for 512 rows of an 8B shape.
+    Activations of a prefill are tens of megabytes, allocated and freed hundreds of times in a pass. Mapping their pages
+    anew each time made 512 rows a quarter slower. The largest are mapped anew nonetheless: among the others they fragment
+    the heap, to 260 to 290 MiB instead of 190 for 512 rows of an 8B shape.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # M_* of glibc's malloc.h
     with suppress(OSError, AttributeError):  # only glibc has it
@@ -43,8 +43,10 @@ def keep_freed_memory() -> None:
 
 
 def not_after_a_fork() -> None:
-    """Raise `UsageError` in a process that was forked after the first call: the threads of torch and ggml do not exist there,
-    and what waits for them waits for ever."""
+    """Raise `UsageError` in a process that was forked after the first call.
+
+    The threads of torch and ggml do not exist there, and waiting for them would never end.
+    """
     first = _FIRST_CALL.setdefault("process", os.getpid())
     if first != os.getpid():
         raise UsageError(

@@ -1,7 +1,7 @@
-"""Fields of a request in OpenAI's format, with those of vLLM and llama.cpp: each is obeyed, neutral, or refused by name.
+"""Fields of a request in OpenAI's format, with those of vLLM and llama.cpp: each is obeyed, neutral or refused by name.
 
-A field with the value null is absent. A neutral value asks for nothing: it is the default of a feature that we do not have, or
-only labels, bills or schedules a request. Every other field would change the answer, so it is an error and not left out.
+A field with the value null is absent. A neutral value changes nothing: it is the default of an unsupported feature, or only
+labels, bills or schedules a request. Every other field would change the answer, so it is an error and not ignored.
 """
 
 from collections.abc import Mapping
@@ -91,7 +91,7 @@ _KNOWN = frozenset({"logprobs", "echo", "suffix", "audio", "guided_json", "struc
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Equal, and of the same kind: True is not 1."""
+    """True if both are equal and both or neither are bool: True is not 1."""
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 

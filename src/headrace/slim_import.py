@@ -1,9 +1,9 @@
-"""The library with as little of torch and transformers as a run needs: 40 MiB less, and a second sooner.
+"""Imports the library with only the parts of torch and transformers that a run needs: 40 MiB less, and a second sooner.
 
-transformers imports its tensors over several machines, flex attention, and marks for torch's compiler, and torch itself asks
-for the compiler when it first computes shapes; nothing here compiles. So the compiler is a stand-in whose marks leave
-functions as they are, and the other two are said to be absent. Only the command does this: in a program of its own, a
-user may want all of them. Whatever goes wrong with the imports, everything is imported as usual.
+transformers imports distributed tensors, flex attention, and decorators of torch's compiler. torch itself imports the
+compiler when it first computes shapes, but nothing here compiles. A stand-in therefore replaces the compiler, and its
+decorators return functions unchanged. The other two are reported as not available. Only the command does this: a user's
+own program may need all of them. If the slim import fails for any reason, everything is imported as usual.
 """
 
 import importlib
@@ -18,14 +18,14 @@ from typing import Any
 from headrace.limits import check_address_space
 
 _COMPILER = "torch._dynamo"
-_MARKS = ("disable", "allow_in_graph", "assume_constant_result")  # decorators of functions
+_DECORATORS = ("disable", "allow_in_graph", "assume_constant_result")
 _ABSENT = ("is_torch_distributed_available", "is_torch_flex_attn_available")
-# Of transformers what every model's own module imports, so that this is done while the stand-in is there.
+# Modules of transformers that every model imports, so that they are imported while the stand-in is there.
 _MODULES = ("modeling_utils", "masking_utils", "generation.utils", "models.auto.modeling_auto", "integrations.moe")
 
 
 def library() -> ModuleType:
-    """`headrace.api`, imported in this way if transformers is not there yet. Raises what `limits.check_address_space` does."""
+    """Import `headrace.api`, slim if transformers is not imported yet. Raises the errors of `limits.check_address_space`."""
     check_address_space()
     if "transformers" not in sys.modules and _COMPILER not in sys.modules:
         sys.meta_path.insert(0, _FINDER)
@@ -33,8 +33,8 @@ def library() -> ModuleType:
             with _absent():
                 for name in _MODULES:
                     importlib.import_module(f"transformers.{name}")
-        except Exception:  # another version of either, say: what was half imported is forgotten
-            _give_way()
+        except Exception:  # such as another version of either: half-imported modules are removed
+            _restore_compiler()
             for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
                 del sys.modules[name]
     return importlib.import_module("headrace.api")
@@ -55,8 +55,8 @@ def _absent() -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _give_way() -> None:
-    """From now on the compiler is the real one."""
+def _restore_compiler() -> None:
+    """Replace the stand-in by the real compiler from now on."""
     import torch
 
     with suppress(ValueError):
@@ -71,7 +71,7 @@ def _is_of_compiler(module: str) -> bool:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the compiler's modules, and gives stand-ins."""
+    """Finds the compiler's modules, and loads stand-ins."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -89,8 +89,10 @@ _FINDER = _Finder()
 
 
 class _StandIn(ModuleType):
-    """The compiler, or a part of it. Its marks do nothing; what a part has is the real thing, once it is called; and
-    whoever asks for anything else gets the real compiler.
+    """Stand-in for the compiler, or for a submodule of it.
+
+    The compiler's decorators do nothing. A submodule's functions import the real one when they are called. Any other
+    attribute is that of the real compiler.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -98,13 +100,13 @@ class _StandIn(ModuleType):
             raise AttributeError(name)
         if self.__name__ != _COMPILER:
             return lambda *arguments, **options: _real(self.__name__, name)(*arguments, **options)
-        return _mark if name in _MARKS else _real(_COMPILER, name)
+        return _unchanged if name in _DECORATORS else _real(_COMPILER, name)
 
 
-def _mark(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:
+def _unchanged(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:
     return (lambda other: other) if function is None else function
 
 
 def _real(module: str, name: str) -> Any:
-    _give_way()
+    _restore_compiler()
     return getattr(importlib.import_module(module), name)

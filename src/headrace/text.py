@@ -2,14 +2,14 @@
 
 import unicodedata
 
-# Signs that change the order in which others are shown.
+# Characters that change the display order of others.
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
 
 
 def printable(text: object, keep: str = "\n") -> str:
-    """The text with control characters, signs of direction and halves of characters as escapes such as `\\x1b`.
+    """The text with control characters, bidirectional characters and lone surrogates as escapes like `\\x1b`.
 
-    `keep`: control characters that stay. Of a name, give none: a line break in it would make a second line.
+    `keep`: control characters that stay. Names need `keep=""`: a line break in them would make a second line.
     """
     found = str(text)
     if found.isascii() and found.isprintable():
@@ -18,7 +18,7 @@ def printable(text: object, keep: str = "\n") -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether it can be written as UTF-8: half a character, as bytes of other encodings become in arguments, cannot."""
+    """True if the text can be encoded as UTF-8. Lone surrogates, as from arguments in other encodings, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

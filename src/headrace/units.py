@@ -1,4 +1,4 @@
-"""Bytes, seconds and rates as people write and read them. The only place that formats a number with a unit.
+"""Bytes, seconds and rates as people write and read them. Only this module formats a number with a unit.
 
 Memory is shown in GiB (2**30), disk and bandwidth in GB (10**9), always with the unit.
 """
@@ -15,7 +15,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]I?)?(B)?", re.IGNORECASE)
 
 
 def parse_bytes(text: str | int) -> int:
-    """A size in bytes from `4GiB`, `4GB`, `512 MiB` or a plain number of bytes.
+    """Parse a size: `4GiB`, `4GB`, `512 MiB` or a plain number of bytes.
 
     Raises:
         UsageError: not a size, or a bare number so small that a unit was surely forgotten.
@@ -36,22 +36,22 @@ def parse_bytes(text: str | int) -> int:
 
 
 def gib(size: float) -> str:
-    """Memory: `3.91 GiB`, or MiB below one tenth of a GiB."""
+    """Format memory: `3.91 GiB`, or MiB below one tenth of a GiB."""
     return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / MIB:.0f} MiB"
 
 
 def option(size: float) -> str:
-    """A size as one word for a command line, rounded up to whole MiB: `4000MiB`."""
+    """Format a size as one word for a command line, rounded up to whole MiB: `4000MiB`."""
     return f"{-(-int(size) // MIB)}MiB"
 
 
 def gigabytes(size: float) -> str:
-    """Disk and bandwidth: `5.07 GB`, or MB below one tenth of a GB."""
+    """Format disk and bandwidth: `5.07 GB`, or MB below one tenth of a GB."""
     return f"{size / GB:.2f} GB" if abs(size) >= GB / 10 else f"{size / 1e6:.0f} MB"
 
 
 def seconds(duration: float) -> str:
-    """A duration with three significant digits: `76 ms`, `1.46 s`, `6m45s`, `2h05m`."""
+    """Format a duration with three significant digits: `76 ms`, `1.46 s`, `6m45s`, `2h05m`."""
     if duration < 0.9995:
         return f"{duration * 1e3:.3g} ms"
     if duration < 100:
@@ -63,5 +63,5 @@ def seconds(duration: float) -> str:
 
 
 def rate(tok_per_s: float) -> str:
-    """Tokens per second with three significant digits."""
+    """Format tokens per second with three significant digits."""
     return f"{tok_per_s:.0f} tok/s" if tok_per_s >= 99.95 else f"{tok_per_s:.3g} tok/s"

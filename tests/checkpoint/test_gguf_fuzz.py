@@ -180,7 +180,14 @@ def test_a_damaged_file_that_opens_answers_or_refuses_every_question(
 
 @settings(FUZZ, max_examples=100)
 @given(
-    tensors=st.dictionaries(st.text(st.characters(codec="utf-8"), min_size=1, max_size=40), shapes(), max_size=5),
+    tensors=st.dictionaries(
+        # Adapters and importance matrices are told by these endings. (Hypothesis takes texts from the source.)
+        st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(
+            lambda name: not name.endswith((".lora_a", ".lora_b", ".in_sum2"))
+        ),
+        shapes(),
+        max_size=5,
+    ),
     seed=st.integers(0, 1 << 30),
 )
 def test_the_tensors_that_are_written_are_read_back(

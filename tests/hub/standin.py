@@ -59,7 +59,7 @@ class StandIn:
 
     def forget(self) -> None:
         self.requests.clear()
-        self.bytes_sent.clear()
+        self.bytes_sent = Counter()  # responses still being sent to an interrupted client count in the old one
 
     def asked(self, part: str, method: str | None = None) -> list[tuple[str, str, str]]:
         return [r for r in self.requests if part in r[1] and method in (None, r[0])]
@@ -199,11 +199,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send(body, count)
 
     def send(self, body: bytes, count: str | None) -> None:
+        sent = self.hub.bytes_sent
         try:
             for start in range(0, len(body), 1 << 16):
                 piece = body[start : start + (1 << 16)]
                 if count is not None:  # before the client can have it, or its test may look too early
-                    self.hub.bytes_sent[count] += len(piece)
+                    sent[count] += len(piece)
                 self.wfile.write(piece)
             self.wfile.flush()
         except OSError:  # the client has heard enough

@@ -1,4 +1,4 @@
-"""Every architecture against two oracles: the transformers model that the file was made of, and transformers' own loader."""
+"""Every architecture against two oracles: the transformers model that the file was written from, and transformers' loader."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,9 @@ TOKENS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_see
 
 
 def logits_of(path: Path, parts: tuple[int, ...], share: float = 0.5) -> torch.Tensor:
-    """Logits of every row of TOKENS, computed in steps of these many rows, with this share of the weights pinned.
+    """Logits of every row of TOKENS, in steps of `parts` rows, with this share of the weights pinned.
 
-    Many rows in fp32: in bf16, 64 random numbers a row are too few for errors to average out (tests/test_real.py has both).
+    Prefill runs in fp32: in bf16, errors do not average out over rows of 64 random values (tests/test_real.py has both).
     """
     checkpoint = open_checkpoint(path)
     pinned = {tensor.name: int(share * tensor.rows) for tensor in checkpoint.tensors.values()}
@@ -29,7 +29,7 @@ def logits_of(path: Path, parts: tuple[int, ...], share: float = 0.5) -> torch.T
         pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, expert_slots=4, expert_readers=2
     )
     with Engine(checkpoint, options, Kernels(2, bf16_many_rows=False)) as engine:
-        # With experts nothing may be rounded: a row that chooses another expert is far away.
+        # With experts, keys and values stay in fp32: a row routed to another expert is far off.
         cache = engine.new_cache(64, 32 if engine.experts is not None else 16)
         tokens, out = TOKENS[0].tolist(), []
         for count in parts:
@@ -48,18 +48,18 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def same_choice(ours: torch.Tensor, theirs: torch.Tensor, tie: float = 0.02) -> bool:
-    """Whether our likeliest token is theirs in every row, but for ties within the rounding of fp16 keys."""
+    """True if our likeliest token is theirs in every row, except for ties within the rounding of fp16 keys."""
     chosen = theirs.gather(-1, ours.argmax(-1, keepdim=True))[:, 0]
     return bool((theirs.max(-1).values - chosen < tie).all())
 
 
 @pytest.mark.parametrize("architecture", sorted(FAMILIES))
-def test_logits_equal_those_of_the_model_the_file_was_made_of(architecture: str, tmp_path: Path) -> None:
+def test_logits_equal_those_of_the_model_the_file_was_written_from(architecture: str, tmp_path: Path) -> None:
     model = random_model(architecture)
     path = write_gguf(model, architecture, tmp_path / "tiny.gguf")
     with torch.inference_mode():
         expected = model(TOKENS).logits[0]
-    # One pass of many rows, then decoding row by row: both paths of attention and kernels, the window passed by both.
+    # Prefill, then decoding row by row: both paths of attention and kernels. Both pass the sliding window.
     ours = logits_of(path, (30, 1, 1, 5, 1, 1, 1))
 
     # fp16 keys and values are the only rounding: about 1e-3 of a logit.
@@ -67,7 +67,7 @@ def test_logits_equal_those_of_the_model_the_file_was_made_of(architecture: str,
     assert same_choice(ours, expected)
 
 
-def test_phi_moe_with_factors_for_long_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phi_moe_with_longrope_factors_equals_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short, long = [1.0 + i / 8 for i in range(8)], [4.0] * 8
     rope = {
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long, "short_mscale": 1.2,
@@ -87,8 +87,8 @@ def test_phi_moe_with_factors_for_long_texts(tmp_path: Path, monkeypatch: pytest
     assert divergence(logits_of(path, (30, 10)), expected) < 1e-3
 
 
-def test_a_mistral_that_is_no_ministral(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mistral Small 3.1 goes by the same name, without YaRN."""
+def test_mistral3_without_yarn_is_mistral(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral Small 3.1 has the same architecture name as Ministral, without YaRN."""
     plain = replace(FAMILIES["mistral"], written_as="mistral3")
     monkeypatch.setitem(FAMILIES, "mistral", plain)
     model = random_model("mistral")
@@ -102,12 +102,12 @@ def test_a_mistral_that_is_no_ministral(tmp_path: Path, monkeypatch: pytest.Monk
     ("architecture", "extra", "words"),
     [
         ("glm4", {"rope.dimension_sections": [8, 4, 4, 0]}, "several axes"),
-        ("granitehybrid", {"rope.scaling.finetuned": True}, "knows positions"),
+        ("granitehybrid", {"rope.scaling.finetuned": True}, "with RoPE"),
         ("dots1", {"expert_gating_func": 1}, "weigh experts in another way"),
         ("afmoe", {"expert_weights_norm": False}, "add up to one"),
     ],
 )
-def test_files_that_say_what_we_do_not_do_are_refused(
+def test_files_with_unsupported_metadata_are_refused(
     architecture: str, extra: dict[str, object], words: str, tmp_path: Path
 ) -> None:
     path = write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf", extra=extra)
@@ -116,8 +116,8 @@ def test_files_that_say_what_we_do_not_do_are_refused(
     assert refusal.value.hint
 
 
-def test_qwen3_next_as_it_was_converted_at_first(tmp_path: Path) -> None:
-    """With what makes queries, keys, values and gates as it is in the model, and experts' gates and ups in one."""
+def test_qwen3_next_from_an_older_converter_equals_transformers(tmp_path: Path) -> None:
+    """These files store the joint q, k, v and gate projection as in the model, and the experts' gate and up in one tensor."""
     model = random_model("qwen3next")
     names = ("attn_qkv", "attn_gate", "ffn_gate_exps", "ffn_up_exps")
     older: dict[str, np.ndarray] = {}
@@ -132,8 +132,8 @@ def test_qwen3_next_as_it_was_converted_at_first(tmp_path: Path) -> None:
     assert divergence(logits_of(path, (30, 10)), expected) < 1e-3
 
 
-def test_a_block_that_guesses_further_tokens_is_neither_planned_nor_read(tmp_path: Path) -> None:
-    """It is written as one layer more, and counted with the others."""
+def test_a_multi_token_prediction_block_is_neither_planned_nor_read(tmp_path: Path) -> None:
+    """Files store it as one more layer, which `block_count` includes."""
     model = random_model("qwen35")
     block = {
         "blk.4.nextn.eh_proj.weight": np.ones((64, 128), np.float32),
@@ -150,7 +150,7 @@ def test_a_block_that_guesses_further_tokens_is_neither_planned_nor_read(tmp_pat
     assert shape_of(open_checkpoint(path)).weights_bytes == shape_of(open_checkpoint(plain)).weights_bytes
 
 
-def test_only_layers_with_attention_are_planned_with_keys_and_values(tmp_path: Path) -> None:
+def test_only_attention_layers_are_planned_with_a_kv_cache(tmp_path: Path) -> None:
     shape = shape_of(open_checkpoint(write_gguf(random_model("qwen35"), "qwen35", tmp_path / "tiny.gguf")))
     states = 3 * 192 * 16 * 2 * 4  # three layers, values x keys, fp32, and a copy
     assert shape.kv_bytes(100, 16) == 100 * 2 * (32 + 32) * 2 * 4 + states
@@ -169,8 +169,8 @@ def test_quantised_logits_equal_transformers_own_loader(architecture: str, kind:
         expected = oracle(TOKENS).logits[0]
     ours = logits_of(path, (30, 10))
 
-    # Activations are quantised to 8 bits per block beside quantised weights, in ggml as here: these random logits have a
-    # standard deviation of several units, trained ones (tests/test_real.py) keep to 1e-3.
+    # Beside quantised weights, activations are quantised to 8 bits per block, as in ggml. These random logits have a
+    # standard deviation of several units; trained ones stay within 1e-3 (tests/test_real.py).
     assert divergence(ours, expected) < 2e-2
     assert (ours.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
 
@@ -188,7 +188,7 @@ def test_quantised_logits_equal_transformers_own_loader(architecture: str, kind:
         ("glm4moe", "Q8_0"),
     ],
 )
-def test_quantised_experts_equal_the_model_filled_with_what_they_decode_to(
+def test_quantised_experts_equal_the_model_with_dequantised_weights(
     architecture: str, kind: str, tmp_path: Path
 ) -> None:
     model = random_model(architecture)
@@ -198,8 +198,8 @@ def test_quantised_experts_equal_the_model_filled_with_what_they_decode_to(
         expected = model(TOKENS).logits[0]
     ours = logits_of(path, (30, 1, 1, 5, 1, 1, 1))
 
-    # Activations are rounded to 8 bits per block, in ggml as here. Of random experts a row may then choose another one,
-    # which no tolerance covers: so most rows are held to it.
+    # Activations are rounded to 8 bits per block, as in ggml. With random experts a row may then be routed to another one,
+    # which no tolerance covers; so only most rows must agree.
     rows = torch.nn.functional.kl_div(ours.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none")
     assert float(rows.sum(-1).median()) < 1e-2
     assert (ours.argmax(-1) == expected.argmax(-1)).float().mean() > 0.8
@@ -207,12 +207,12 @@ def test_quantised_experts_equal_the_model_filled_with_what_they_decode_to(
 
 @torch.no_grad()
 def _round_matrices(model: torch.nn.Module, architecture: str, kind: str) -> None:
-    """To what the file holds: rows are contractions, which gpt-oss's experts have in their other dimension."""
+    """Round weights as in the file, along the reduction dimension, which in gpt-oss's experts is the other one."""
     for name, parameter in model.named_parameters():
         kept = ("gate.weight", "router.weight", "router.proj.weight", "_bias", "conv1d.weight")
         if parameter.dim() < 2 or name.endswith(kept):
             continue
-        turned = architecture == "gpt-oss" and ".experts." in name
-        value = parameter.transpose(1, 2) if turned else parameter
+        is_transposed = architecture == "gpt-oss" and ".experts." in name
+        value = parameter.transpose(1, 2) if is_transposed else parameter
         rounded = torch.from_numpy(rounded_to(value.numpy(), kind)).view(value.shape)
-        parameter.copy_(rounded.transpose(1, 2) if turned else rounded)
+        parameter.copy_(rounded.transpose(1, 2) if is_transposed else rounded)

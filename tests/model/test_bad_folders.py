@@ -1,4 +1,4 @@
-"""Folders that cannot run: each gets a message with what to do, before anything large is read, and nothing hangs."""
+"""Folders that cannot run: each is refused with a hint, before anything large is read, and nothing hangs."""
 
 import json
 import os
@@ -25,20 +25,20 @@ COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to a sound folder, and words of the refusal."""
+    """A change that breaks a valid folder, and words of the refusal."""
 
     words: str
-    spoil: Callable[[Path], None]
+    damage: Callable[[Path], None]
     model: str = "llama"
     shards: int = 1
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-    return spoil
+    return damage
 
 
 def absent_in_index(folder: Path) -> None:
@@ -58,13 +58,13 @@ def cut_a_shard(folder: Path) -> None:
 
 
 def without(name: str) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         path = folder / "model.safetensors"
         tensors = load_file(path)
         del tensors[name]
         save_file(tensors, path, {"format": "pt"})
 
-    return spoil
+    return damage
 
 
 def with_one_more(folder: Path) -> None:
@@ -106,15 +106,15 @@ FAULTS = {
 }
 
 
-def spoilt(fault: Fault, folder: Path) -> Path:
+def damaged(fault: Fault, folder: Path) -> Path:
     write_folder(tiny_model(fault.model), folder, shards=fault.shards)
-    fault.spoil(folder)
+    fault.damage(folder)
     return folder
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_bad_folder_is_refused_with_what_to_do(name: str, tmp_path: Path) -> None:
-    folder = spoilt(FAULTS[name], tmp_path / "model")
+def test_a_bad_folder_is_refused_with_a_hint(name: str, tmp_path: Path) -> None:
+    folder = damaged(FAULTS[name], tmp_path / "model")
     with pytest.raises(HeadraceError) as refusal:
         streamed(folder, Kernels(1))
     assert FAULTS[name].words in str(refusal.value)
@@ -122,15 +122,15 @@ def test_a_bad_folder_is_refused_with_what_to_do(name: str, tmp_path: Path) -> N
     assert refusal.value.exit_code == 1
 
 
-def test_a_misspelt_model_type_is_guessed(tmp_path: Path) -> None:
-    folder = spoilt(FAULTS["a misspelt model type"], tmp_path / "model")
+def test_a_misspelt_model_type_gets_a_suggestion(tmp_path: Path) -> None:
+    folder = damaged(FAULTS["a misspelt model type"], tmp_path / "model")
     with pytest.raises(HeadraceError) as refusal:
         streamed(folder, Kernels(1))
     assert "did you mean llama" in str(refusal.value.hint)
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_models_that_do_not_write_from_left_to_right_are_refused_by_name(model_type: str, tmp_path: Path) -> None:
+def test_models_that_do_not_generate_left_to_right_are_refused_by_name(model_type: str, tmp_path: Path) -> None:
     folder = write_folder(tiny_model("llama"), tmp_path / "model")
     config(model_type=model_type)(folder)
     with pytest.raises(HeadraceError, match=model_type) as refusal:
@@ -140,7 +140,7 @@ def test_models_that_do_not_write_from_left_to_right_are_refused_by_name(model_t
 
 @pytest.mark.parametrize("name", ["a missing shard", "an encoder of speech", "an unknown quantisation"])
 def test_the_command_ends_with_a_message_and_code_1(name: str, tmp_path: Path) -> None:
-    folder = spoilt(FAULTS[name], tmp_path / "model")
+    folder = damaged(FAULTS[name], tmp_path / "model")
     result = subprocess.run(
         [*COMMAND, "run", str(folder), "hello", "--memory", "2GiB"],
         input="", capture_output=True, text=True, timeout=120, env=dict(os.environ),

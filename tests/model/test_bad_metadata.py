@@ -1,4 +1,4 @@
-"""Metadata of GGUF files that makes no sense: a model, or an error with words; never a traceback, a flood of memory, a hang."""
+"""Impossible metadata in GGUF files yields a model or an error with a hint; never a traceback, a flood of memory or a hang."""
 
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ GENERAL = ("block_count", "embedding_length", "feed_forward_length", "attention.
 
 
 def wrong(value: Any) -> list[Any]:
-    """Other values of a key: nothing, far too much, of another kind; lists too short or of such values."""
+    """Wrong values for a key: zero, far too large, another type; lists too short or of wrong values."""
     if isinstance(value, list):
         return [value[:-1], [0] * len(value), [1 << 30] * len(value)]
     return [0, 1 << 31, "word"]
 
 
 def is_refused(path: Path, what: str) -> bool:
-    """Whether the model is refused with words and a hint; anything else that it ends in is a failure."""
+    """True if the model is refused with a hint, False if it loads; any other outcome is a failure."""
     try:
         checkpoint = open_checkpoint(path)
         pinned = dict.fromkeys(checkpoint.tensors, 0)
@@ -40,7 +40,7 @@ def is_refused(path: Path, what: str) -> bool:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_whatever_a_key_holds_it_is_a_model_or_an_error_with_words(architecture: str, tmp_path: Path) -> None:
+def test_any_value_of_a_key_yields_a_model_or_an_error_with_a_hint(architecture: str, tmp_path: Path) -> None:
     family = FAMILIES[architecture]
     model = random_model(architecture)
     refused = 0

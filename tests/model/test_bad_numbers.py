@@ -1,5 +1,7 @@
-"""Numbers that make no sense: in the metadata of a GGUF file, in the config of a folder, in the profile of the machine, in
-what earlier runs left. Each is refused with a hint, or done without; none is a traceback, a hang or a flood of memory."""
+"""Impossible values in GGUF metadata, a folder's config, the machine's profile and records of earlier runs.
+
+Each is refused with a hint, or ignored; none causes a traceback, a hang or a flood of memory.
+"""
 
 import copy
 import io
@@ -33,8 +35,8 @@ from headrace.plan.record import PassGroup, RunRecord, keep_record, records_path
 from headrace.plan.routing import Routing, load_routing, routing_path, save_routing
 from headrace.units import GIB
 
-MIXTURE, DENSE = "qwen3moe", "llama"
-# As GGUF's types hold them.
+MOE, DENSE = "qwen3moe", "llama"
+# Values that GGUF's types can hold.
 VALUES: tuple[Any, ...] = (0, -1, 1 << 31, (1 << 63) - 1, True, "word", math.nan, [-1, 1 << 40])
 OF_ALL = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
@@ -53,7 +55,7 @@ OF_EXPERTS = (
 
 
 def invoke(*arguments: object) -> str:
-    """What is wrong with how the command ends: an exit code with words is right, an exception that comes through is not."""
+    """The fault in how the command ends: an exit code with a hint is fine, an uncaught exception is not."""
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         return described(result.exception)
@@ -63,7 +65,7 @@ def invoke(*arguments: object) -> str:
 
 
 def load(path: Path, profile: Profile) -> Callable[[], object]:
-    """Load a model and let it answer."""
+    """Load a model and generate."""
 
     def use() -> None:
         with headrace.load(str(path), memory="2GiB", profile=profile, context_tokens=32) as model:
@@ -73,7 +75,7 @@ def load(path: Path, profile: Profile) -> Callable[[], object]:
 
 
 def rewritten(path: Path, key: str, value: Any) -> None:
-    """Give a key of a GGUF file another value, by writing its header anew."""
+    """Change the value of a key in a GGUF file by rewriting its header."""
     reader = gguf.GGUFReader(path)
     architecture = str(reader.fields["general.architecture"].contents())
     writer = gguf.GGUFWriter(path.with_suffix(".new"), architecture)
@@ -101,14 +103,14 @@ def rewritten(path: Path, key: str, value: Any) -> None:
 
 @cache
 def sound_file(architecture: str) -> bytes:
-    """A tiny model."""
+    """The file of a tiny model."""
     with tempfile.TemporaryDirectory() as folder:
         return write_gguf(random_model(architecture), architecture, Path(folder) / "tiny.gguf").read_bytes()
 
 
 @cache
 def with_number(architecture: str, key: str) -> tuple[bytes, int]:
-    """The same with a number of 64 bits under a key, and where it lies."""
+    """(the same file with a 64-bit number under a key, the number's offset)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.gguf"
         path.write_bytes(sound_file(architecture))
@@ -122,7 +124,7 @@ MARK = 0x1122334455667788
 
 
 def write_with(path: Path, architecture: str, key: str, value: Any) -> None:
-    """A tiny model with this value under a key."""
+    """Write a tiny model with this value under a key."""
     if isinstance(value, int) and not isinstance(value, bool):
         content, at = with_number(architecture, key)
         kind = gguf.GGUFValueType.INT64 if value < 1 << 63 else gguf.GGUFValueType.UINT64
@@ -139,9 +141,9 @@ Case = tuple[str, str, int]  # architecture, key, number of the value
 
 
 def cases(architectures: Sequence[str]) -> list[Case]:
-    """All of them."""
+    """All cases of these architectures."""
     keys = {
-        name: {*FAMILIES[name].metadata, *OF_ALL, *(OF_EXPERTS if name == MIXTURE else ())} for name in architectures
+        name: {*FAMILIES[name].metadata, *OF_ALL, *(OF_EXPERTS if name == MOE else ())} for name in architectures
     }
     full = [(name, f"{name}.{key}") for name in architectures for key in keys[name]]
     return [(name, key, i) for name, key in full for i in range(len(VALUES))]
@@ -156,7 +158,7 @@ def plan_case(case: Case) -> str:
         return invoke("plan", path, "--memory", "2GiB")
 
 
-def answer_case(case: Case) -> str:
+def generate_case(case: Case) -> str:
     """Runs in a worker of bounded memory."""
     architecture, key, number = case
     with tempfile.TemporaryDirectory() as folder:
@@ -175,24 +177,24 @@ def tokenize_case(case: Case) -> str:
 
 
 def named(found: dict[Case, str]) -> dict[str, str]:
-    """What is wrong, by words."""
+    """The faults by key and value."""
     return {f"{key} = {VALUES[number]!r}"[:80]: what for (_, key, number), what in found.items()}
 
 
-def test_whatever_number_a_key_holds_the_plan_is_made_or_refused() -> None:
-    tried = cases((DENSE, MIXTURE))
+def test_any_value_of_a_key_yields_a_plan_or_a_refusal() -> None:
+    tried = cases((DENSE, MOE))
     assert not named(faults(plan_case, tried, seconds=20, memory=GIB))
 
 
 LOADED = ("context_length", "expert_used_count", "expert_count", "attention.head_count_kv", "block_count", "vocab_size")
 
 
-def test_whatever_number_a_key_holds_the_model_answers_or_is_refused() -> None:
-    tried = [(MIXTURE, f"{MIXTURE}.{key}", i) for key in LOADED for i in range(0, len(VALUES), 2)]
-    assert not named(faults(answer_case, tried, seconds=20, memory=3 * GIB))
+def test_any_value_of_a_key_yields_output_or_a_refusal() -> None:
+    tried = [(MOE, f"{MOE}.{key}", i) for key in LOADED for i in range(0, len(VALUES), 2)]
+    assert not named(faults(generate_case, tried, seconds=20, memory=3 * GIB))
 
 
-def test_whatever_number_a_key_of_the_tokenizer_holds_the_text_has_tokens_or_is_refused() -> None:
+def test_any_value_of_a_tokenizer_key_yields_tokens_or_a_refusal() -> None:
     names = (
         "bos_token_id",
         "eos_token_id",
@@ -208,7 +210,7 @@ def test_whatever_number_a_key_of_the_tokenizer_holds_the_text_has_tokens_or_is_
 
 
 @pytest.mark.parametrize("value", [0, -1])
-def test_a_context_of_no_tokens_is_refused_by_its_name(value: int, tmp_path: Path) -> None:
+def test_a_context_of_no_tokens_is_refused_by_name(value: int, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_with(path, DENSE, f"{DENSE}.context_length", value)
     result = CliRunner().invoke(main, ["plan", str(path), "--memory", "2GiB"])
@@ -217,9 +219,9 @@ def test_a_context_of_no_tokens_is_refused_by_its_name(value: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("value", [-1, 0, 1 << 20, (1 << 63) - 1])
-def test_more_experts_for_a_token_than_there_are_or_none_are_refused_by_name(value: int, tmp_path: Path) -> None:
+def test_an_impossible_number_of_experts_per_token_is_refused_by_name(value: int, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    write_with(path, MIXTURE, f"{MIXTURE}.expert_used_count", value)
+    write_with(path, MOE, f"{MOE}.expert_used_count", value)
     result = CliRunner().invoke(main, ["plan", str(path), "--memory", "2GiB"])
     assert result.exit_code == 1
     assert "expert" in result.stderr
@@ -245,7 +247,7 @@ IN_SMALL_FILES = (
 
 @cache
 def folder_of(name: str) -> Path:
-    """A tiny model, which the process keeps."""
+    """A folder with a tiny model, kept for the process."""
     return write_folder(tiny_model(name), Path(tempfile.mkdtemp()) / "model")
 
 
@@ -262,7 +264,7 @@ def plan_folder_case(case: tuple[str, str, str, int]) -> str:
         path.unlink() if before is None else path.write_bytes(before)
 
 
-def test_whatever_a_json_file_of_a_folder_holds_the_plan_is_made_or_refused() -> None:
+def test_any_value_in_a_folders_json_yields_a_plan_or_a_refusal() -> None:
     names = ("llama", "qwen3_moe")
     found = {name: json.loads((folder_of(name) / "config.json").read_text()) for name in names}
     places = [(name, "config.json", key) for name in names for key, v in found[name].items() if not isinstance(v, str)]
@@ -287,7 +289,7 @@ ABSENT = object()
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Of every value within a JSON value."""
+    """The path of every value within a JSON value."""
     if place:
         yield place
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -322,7 +324,7 @@ def full(profile: Profile) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(measured)))
 
 
-def test_the_profile_that_is_damaged_below_is_used(profile: Profile) -> None:
+def test_the_profile_that_later_tests_damage_is_used(profile: Profile) -> None:
     kept = full(profile)
     save_profile(Profile(**(kept | {"spread": (0.8, 1.2)})))
     found = load_profile()
@@ -330,8 +332,8 @@ def test_the_profile_that_is_damaged_below_is_used(profile: Profile) -> None:
     assert json.loads(json.dumps(asdict(found))) == kept
 
 
-def test_whatever_a_damaged_profile_holds_a_plan_is_made_or_refused(profile: Profile, tmp_path: Path) -> None:
-    """With the profile, or as if there were none, or with a hint."""
+def test_a_damaged_profile_yields_a_plan_or_a_refusal(profile: Profile, tmp_path: Path) -> None:
+    """The plan uses the profile, or ignores it, or is refused with a hint."""
     path = tmp_path / "model.gguf"
     path.write_bytes(sound_file(DENSE))
     kept = full(profile)
@@ -356,7 +358,7 @@ def test_whatever_a_damaged_profile_holds_a_plan_is_made_or_refused(profile: Pro
         b'{"self": 1}', b'{"schema": 5, "\\ud800": 1}',
     ],
 )  # fmt: skip
-def test_a_profile_that_is_none_is_done_without(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_profile_is_ignored(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(sound_file(DENSE))
     profile_path().parent.mkdir(parents=True, exist_ok=True)
@@ -383,7 +385,7 @@ def record(profile: Profile) -> RunRecord:
     )  # fmt: skip
 
 
-def test_whatever_a_damaged_record_holds_the_fit_is_made_or_refused(profile: Profile) -> None:
+def test_a_damaged_record_yields_a_fit_or_a_refusal(profile: Profile) -> None:
     save_profile(Profile(**(full(profile) | {"spread": (0.8, 1.2)})))
     keep_record(record(profile))
     assert invoke("fit") == FINE
@@ -391,7 +393,7 @@ def test_whatever_a_damaged_record_holds_the_fit_is_made_or_refused(profile: Pro
     wrong = {}
     for place in places(kept):
         if place[0] == "passes" and len(place) > 1 and place[1]:
-            continue  # the groups are alike
+            continue  # the groups are equal
         for value in (*DAMAGE[:18], ABSENT):
             records_path().write_text(json.dumps(changed(kept, place, value)) + "\n")
             outcome = invoke("fit")
@@ -401,7 +403,7 @@ def test_whatever_a_damaged_record_holds_the_fit_is_made_or_refused(profile: Pro
     assert not wrong
 
 
-# What routers chose in earlier runs
+# Routing statistics of earlier runs
 
 
 def npz(**arrays: Any) -> bytes:
@@ -498,9 +500,9 @@ ROUTINGS: dict[str, Callable[[], bytes]] = {
 }  # fmt: skip
 
 
-def test_the_routing_that_is_damaged_below_is_read(tmp_path: Path) -> None:
+def test_the_routing_that_later_tests_damage_is_read(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    path.write_bytes(sound_file(MIXTURE))
+    path.write_bytes(sound_file(MOE))
     checkpoint = open_checkpoint(str(path))
     save_routing(checkpoint, Routing(scores=SCORES, cached=3, hit_rate=0.5))
     found = load_routing(checkpoint)
@@ -512,14 +514,14 @@ LOADED_WITH = ("cached is negative", "cached is huge", "the hit rate is tiny", "
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_a_damaged_file_of_routers_choices_is_done_without(name: str, profile: Profile, tmp_path: Path) -> None:
+def test_a_damaged_routing_file_is_ignored(name: str, profile: Profile, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    path.write_bytes(sound_file(MIXTURE))
+    path.write_bytes(sound_file(MOE))
     kept = routing_path(open_checkpoint(str(path)))
     kept.parent.mkdir(parents=True)
     content = ROUTINGS[name]()
     shape = experts_of(path)
-    if name.startswith(("cached", "the hit rate")):  # of this model's shape, so that the numbers are used
+    if name.startswith(("cached", "the hit rate")):  # with this model's shape, so that the values are used
         values = dict(np.load(io.BytesIO(content)))
         content = npz(**(values | {"scores": np.full(shape, 0.25, np.float32)}))
     kept.write_bytes(content)
@@ -530,13 +532,13 @@ def test_a_damaged_file_of_routers_choices_is_done_without(name: str, profile: P
 
 
 def experts_of(path: Path) -> tuple[int, int]:
-    """(layers, experts) of a file of the mixture."""
+    """(layers, experts) of the MoE model's file."""
     checkpoint = open_checkpoint(str(path))
     return checkpoint.number("block_count"), checkpoint.number("expert_count")
 
 
-def test_the_model_of_these_tests_answers(profile: Profile, tmp_path: Path) -> None:
-    for name in (DENSE, MIXTURE):
+def test_the_models_of_these_tests_generate(profile: Profile, tmp_path: Path) -> None:
+    for name in (DENSE, MOE):
         path = tmp_path / f"{name}.gguf"
         path.write_bytes(sound_file(name))
         try:

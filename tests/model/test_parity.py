@@ -1,4 +1,4 @@
-"""Every architecture of the corpus, streamed, against transformers; and docs/architectures.md, which says how that went."""
+"""Every architecture of the corpus, streamed, against transformers; docs/architectures.md lists the results."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.engine import Rows
 from headrace.errors import HeadraceError
 from headrace.kernels import Kernels
-from headrace.model import mixtures
+from headrace.model import moe
 from headrace.plan.shape import shape_of
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -22,25 +22,25 @@ sys.path.insert(0, str(DOCS))
 from make_architectures import TARGET, refusals, row  # noqa: E402
 
 PAGE = TARGET.read_text()
-# Of these the header alone does not tell what layers keep; the model does, once it is built.
-KEEPS_OTHERS = {"gemma4_text:experts", "gemma4_unified_text", "jetmoe", "longcat_flash", "mimo_v2_flash"}
+# Types whose KV elements per token the header alone does not give; the built model does.
+UNKNOWN_KV_ELEMENTS = {"gemma4_text:experts", "gemma4_unified_text", "jetmoe", "longcat_flash", "mimo_v2_flash"}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     outcome = outcome_of(name, tmp_path / "model")
-    # fp32 all the way; what differs is the order of sums, which experts and norms amplify to about 1e-5.
+    # fp32 throughout; only the order of sums differs, which experts and norms amplify to about 1e-5.
     assert outcome.divergence < 1e-3
     assert outcome.same
     assert row(name, outcome) in PAGE, "run `python docs/make_architectures.py`"
-    # By the header alone: nothing that is multiplied may be missing from the plan, nor anything that is kept of a position.
+    # From the header alone, the plan must contain every multiplied weight and all KV elements per token.
     shape = shape_of(open_checkpoint(tmp_path / "model"))
     weights = {tensor.name: tensor.rows * tensor.columns for tensor in shape.linears}
     assert outcome.multiplied <= weights.keys()
-    # And what streams is nearly all of it: a linear that is taken for something else would lie in memory in fp32.
+    # Nearly all weights must stream: an unrecognised linear would stay in memory in fp32.
     streamed = sum(weights[tensor] for tensor in outcome.multiplied)
     assert streamed > 0.7 * sum(weights.values())
-    assert outcome.kept is None or name in KEEPS_OTHERS or outcome.kept == shape.cached_numbers
+    assert outcome.kept is None or name in UNKNOWN_KV_ELEMENTS or outcome.kept == shape.cached_numbers
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
         "qwen4_exp_text",
     ],
 )
-def test_sequences_do_not_touch_each_other_and_rows_can_be_taken_back(name: str, tmp_path: Path) -> None:
+def test_sequences_are_independent_and_the_cache_rolls_back(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     write_folder(model, tmp_path / "model")
     other = TOKENS.flip(1)
@@ -81,13 +81,13 @@ def test_sequences_do_not_touch_each_other_and_rows_can_be_taken_back(name: str,
             for rows, first, theirs in zip(engine.step(batch).split(counts), firsts, expected, strict=True):
                 assert divergence(rows, theirs[first : first + len(rows)]) < 1e-3
         caches[0].truncate(10)
-        first = caches[0].length  # 10, or 0 where states cannot be taken back
+        first = caches[0].length  # 10, or 0 where recurrent state cannot be rolled back
         again = engine.step([Rows(cache=caches[0], tokens=TOKENS[0, first:15].tolist(), logits=15 - first)])
         assert divergence(again, expected[0][first:15]) < 1e-3
 
 
-def test_experts_that_nobody_knows_how_to_find_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(mixtures._OWN, "JetMoeMoE")
+def test_a_moe_layer_without_a_known_layout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(moe._OWN, "JetMoeMoE")
     write_folder(tiny_model("jetmoe"), tmp_path / "model")
     with pytest.raises(HeadraceError, match="jetmoe model multiplies its experts in a way of its own") as refusal:
         streamed(tmp_path / "model", Kernels(1))

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from headrace.kernels import Kernels, ReferenceKernels
 
-# Groups of 128 divide all widths, blocks of 128 x 128 not: keys and values have 64 outputs.
+# Groups of 128 divide all widths; blocks of 128 x 128 do not, since keys and values have 64 outputs.
 WIDE = {**GROUPED, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 32}
 CONFIGS = {
     "llama": WIDE,
@@ -35,7 +35,7 @@ def random_model(model_type: str) -> PreTrainedModel:
 
 
 def write_quantised(model: PreTrainedModel, folder: Path, layout: Layout) -> torch.Tensor:
-    """Write the folder with every projection quantised; the logits that transformers has with what they decode to."""
+    """Write the folder with every projection quantised. Returns transformers' logits with the dequantised weights."""
     folder = write_folder(model, folder)
     stored, plain = {}, {}
     for name, tensor in load_file(folder / "model.safetensors").items():
@@ -72,20 +72,20 @@ def rows_of(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 def test_quantised_folders_equal_their_plain_dequantisation(model_type: str, layout: str, tmp_path: Path) -> None:
     expected = write_quantised(random_model(model_type), tmp_path / "model", LAYOUTS[layout])
 
-    # fp32 on the decoded blocks: what is rounded, each once and to fp16, are weights of FP8 and of act-order, and minima.
-    exact, _ = streamed(tmp_path / "model", ReferenceKernels(1), parts=(38, 1, 1))
-    assert divergence(exact, expected) < 1e-4
-    assert same_choice(exact, expected, 0.01)
+    # fp32 on the decoded blocks. Only FP8 and act-order weights and minima are rounded, once, to fp16.
+    reference, _ = streamed(tmp_path / "model", ReferenceKernels(1), parts=(38, 1, 1))
+    assert divergence(reference, expected) < 1e-4
+    assert same_choice(reference, expected, 0.01)
 
-    # The fast kernels round activations to 8 bits a block of 32, 2^-8 of the largest, before each product. In a mixture a row
-    # whose experts were near a tie may then take another one, so there it is most rows that are held to this.
+    # The fast kernels round activations before each matmul to 8 bits per block of 32, 2^-8 of the largest. In a MoE, a row
+    # near a routing tie may then use another expert, so there only most rows must agree.
     fast, _ = streamed(tmp_path / "model", Kernels(1))
     rows = rows_of(fast, expected)
     assert float(rows.max() if model_type == "llama" else rows.median()) < 1e-2
     assert (fast.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
 
 
-def test_gpt_oss_with_experts_in_mxfp4(tmp_path: Path) -> None:
+def test_gpt_oss_with_mxfp4_experts_equals_transformers(tmp_path: Path) -> None:
     model = tiny_model("gpt_oss")
     with torch.no_grad():
         quantised = {}
@@ -101,8 +101,8 @@ def test_gpt_oss_with_experts_in_mxfp4(tmp_path: Path) -> None:
     save_file(kept | quantised, folder / "model.safetensors", {"format": "pt"})
     _configure(folder, {"quant_method": "mxfp4", "modules_to_not_convert": []})
 
-    exact, _ = streamed(folder, ReferenceKernels(1), parts=(38, 1, 1))
-    assert divergence(exact, expected) < 1e-4  # nothing is rounded
+    reference, _ = streamed(folder, ReferenceKernels(1), parts=(38, 1, 1))
+    assert divergence(reference, expected) < 1e-4  # nothing is rounded
     fast, _ = streamed(folder, Kernels(1))
     assert float(rows_of(fast, expected).median()) < 1e-2  # activations are, to 8 bits
 
@@ -113,7 +113,7 @@ def test_streamed_equals_resident_bit_for_bit(layout: str, tmp_path: Path) -> No
         write_quantised(random_model("llama"), tmp_path / "model", LAYOUTS["gptq"])
     else:
         write_folder(tiny_model("gpt2"), tmp_path / "model")
-    # Decoded and drafted rows: up to 16 at a time. Of a prompt's many rows torch sums in an order that the cuts have a part in.
+    # Decode and draft rows: up to 16 at a time. In prefill, torch's order of sums depends on where weights are split.
     parts = (8, 1, 1, 5, 16, 1, 8)
     resident, _ = streamed(tmp_path / "model", Kernels(1), share=1.0, parts=parts)
     mixed, _ = streamed(tmp_path / "model", Kernels(1), share=0.3, parts=parts)

@@ -1,4 +1,4 @@
-"""What is on disk: the header of a checkpoint as a table of tensors. No torch, no weights read, nothing trusted."""
+"""Headers of checkpoints as tables of tensors. Imports no torch, reads no weights, trusts no byte."""
 
 import os
 
@@ -13,11 +13,11 @@ __all__ = ["Checkpoint", "Tensor", "open_checkpoint"]
 def open_checkpoint(path: str | os.PathLike[str], open_source: OpenSource = LocalSource) -> Checkpoint:
     """Read the header of a model: a .gguf file (or the first part of a split), a Hugging Face folder, or a file in it.
 
-    `open_source` says where the bytes of a path come from: this machine, if nothing else is said.
+    `open_source` opens the file at a path, by default a local one.
 
     Raises:
         CheckpointError: not a model, truncated, inconsistent, or a part is missing.
-        UnsupportedError: a quantisation or a layout that cannot be multiplied.
+        UnsupportedError: a quantisation or a layout without a kernel.
     """
     name = os.fspath(path)
     if not name.endswith(".gguf") and (

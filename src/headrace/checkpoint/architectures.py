@@ -1,6 +1,6 @@
-"""Which GGUF architectures run, and why the others do not. Read by `plan`, so without transformers.
+"""Supported GGUF architectures, and why others do not run. `plan` reads this without importing transformers.
 
-A test holds this list against transformers' own GGUF mapping.
+A test compares this list with transformers' own GGUF mapping.
 """
 
 from headrace.errors import UnsupportedError, did_you_mean

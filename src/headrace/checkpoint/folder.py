@@ -1,7 +1,7 @@
-"""A Hugging Face folder as a checkpoint: its tensors, and its config in the words that the planner knows.
+"""A Hugging Face folder as a checkpoint: its tensors, and its config under the planner's keys.
 
-Those words are GGUF's metadata keys: `block_count`, `embedding_length`, `expert_count`. Configs of transformers say the same
-in several ways, which are listed here; what a model is built from is the config itself (`model.config`).
+The planner's keys are GGUF's metadata keys: `block_count`, `embedding_length`, `expert_count`. Configs of transformers have
+several names for each, listed here. Models are built from the config itself (`model.config`).
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from headrace.checkpoint.source import LocalSource, OpenSource
 from headrace.checkpoint.tensor import Tensor
 from headrace.errors import CheckpointError, UnsupportedError
 
-# GGUF's key, and the names that configs have for it.
+# GGUF's key, and its names in configs.
 _NAMES = {
     "block_count": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "num_encoder_layers"),
     "embedding_length": ("hidden_size", "n_embd", "d_model"),
@@ -41,15 +41,15 @@ _NAMES = {
 }
 
 
-_LAYERS = ("layers_block_type", "layer_types")  # lists of all layers
+_LAYERS = ("layers_block_type", "layer_types")  # keys of lists with an entry per layer
 
 
 def _state_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(width, numbers for each) of what a layer keeps, of models that are nothing but state spaces; None: of others."""
+    """(channels, values per channel) of a layer's recurrent state in pure state-space models; None for others."""
 
-    def number(name: str, usual: int) -> int:
+    def number(name: str, default: int) -> int:
         found = config.get(name)
-        return found if isinstance(found, int) and found > 0 else usual
+        return found if isinstance(found, int) and found > 0 else default
 
     hidden, kind = number("hidden_size", 0), config.get("model_type")
     if kind in ("mamba", "falcon_mamba"):
@@ -62,7 +62,7 @@ def _state_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def open_folder(path: str, open_source: OpenSource = LocalSource) -> Checkpoint:
-    """Read the headers of a Hugging Face folder, or of the one .safetensors file in it that is named.
+    """Read the headers of a Hugging Face folder, or of one .safetensors file in it.
 
     Raises:
         CheckpointError: a file is missing, damaged, or contradicts the others.
@@ -102,7 +102,7 @@ def _check_config(path: str, config: Mapping[str, Any]) -> None:
 
 
 def _name(path: str) -> str:
-    """Of the folder; in the hub's cache, where that is a commit, of the model."""
+    """Name of the folder; in the hub's cache, where folders are commits, of the model."""
     if not Path(path).exists():
         return path.rstrip("/").split("/")[-1]
     folder = Path(path).resolve()
@@ -138,20 +138,22 @@ def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any
         found["block_count"] = len(kinds)
     if inner.get("multi_query") is True and not inner.get("new_decoder_architecture"):  # Falcon
         found["attention.head_count_kv"] = 1
-    rotary, plain = inner.get("qk_rope_head_dim"), inner.get("qk_nope_head_dim")
-    if isinstance(rotary, int) and isinstance(plain, int):  # latent attention: keys are wider than values
-        found["attention.key_length"] = rotary + plain
+    rope_dim, nope_dim = inner.get("qk_rope_head_dim"), inner.get("qk_nope_head_dim")
+    if isinstance(rope_dim, int) and isinstance(nope_dim, int):  # MLA: keys are wider than values
+        found["attention.key_length"] = rope_dim + nope_dim
         rank = inner.get("kv_lora_rank")
         if isinstance(rank, int):
-            found |= {"attention.kv_lora_rank": rank, "rope.dimension_count": rotary}
+            found |= {"attention.kv_lora_rank": rank, "rope.dimension_count": rope_dim}
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if isinstance(inner.get(key), int | float):
             found[key] = inner[key]
     heads, width, keys = (inner.get(f"linear_{name}") for name in ("num_value_heads", "value_head_dim", "key_head_dim"))
-    if isinstance(heads, int) and isinstance(width, int) and isinstance(keys, int):  # the state of linear attention
+    if (
+        isinstance(heads, int) and isinstance(width, int) and isinstance(keys, int)
+    ):  # recurrent state of linear attention
         found["ssm.inner_size"], found["ssm.state_size"] = heads * width, keys
     state = _state_of(inner)
-    if state is not None:  # no layer has keys and values
+    if state is not None:  # no layer has a KV cache
         found["attention.head_count"] = 0
         found["ssm.inner_size"], found["ssm.state_size"] = state
     if "expert_count" not in found:

@@ -1,6 +1,6 @@
-"""Identifies files and folders that are no readable models, and says what to do about each.
+"""Identifies files and folders that are no readable models, with a hint for each.
 
-Files are known by their first bytes, whatever they are called; folders by the names of what lies in them.
+Files are identified by their first bytes, folders by the names of their files.
 """
 
 import re
@@ -15,7 +15,7 @@ _UNPACK = "unpack it first"
 _OTHER_FORMAT = "get a safetensors or GGUF version of the model"
 _CONVERT = "convert the model again with a current converter of llama.cpp"
 
-# First bytes, what such a file is, what to do. The first that fits counts.
+# (first bytes, format, hint). The first match counts.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run: git lfs pull"),
     (b"\x1f\x8b", "packed with gzip", _UNPACK),
@@ -35,16 +35,16 @@ _PICKLE = "a pickle of PyTorch, which can run code when read"
 
 
 def identify_format(start: bytes, size: int) -> tuple[str, str] | None:
-    """(what a file is, what to do), by its first `SIGNATURE_BYTES` and its size; None where nothing says."""
+    """(format, hint) of a file, from its first `SIGNATURE_BYTES` and its size; None if unknown."""
     if not size:
         return "empty", _AGAIN
     if size < 4:
         return f"only {size} bytes long", _AGAIN
-    # First, for the length that a safetensors file begins with may be the signature of anything else.
+    # Checked first: the length at the start of a safetensors file may equal another format's signature.
     if 2 <= int.from_bytes(start[:8], "little") <= 1 << 30 and start[8:9] == b"{":
         return "a safetensors file", "name the folder that it lies in, or give it a name that ends with .safetensors"
-    for beginning, what, hint in _SIGNATURES:
-        if start.startswith(beginning):
+    for signature, what, hint in _SIGNATURES:
+        if start.startswith(signature):
             return what, hint
     if start.startswith(b"PK\x03\x04"):
         pickled = b"data.pkl" in start or b"archive/" in start
@@ -72,14 +72,14 @@ def _text(start: bytes) -> tuple[str, str] | None:
 
 
 def check_bytes(path: str, start: bytes, size: int, wanted: str) -> None:
-    """Raise `CheckpointError` if a file is known to be something else than `wanted`."""
+    """Raise `CheckpointError` if the first bytes show another format than `wanted`."""
     found = identify_format(start, size)
     if found is not None:
         raise CheckpointError(f"{path} is not {wanted}: it is {found[0]}", hint=found[1])
 
 
 def check_gguf(path: str, metadata: dict[str, Any], tensors: Collection[str]) -> None:
-    """Raise `UnsupportedError` for a sound GGUF file that holds something else than a language model."""
+    """Raise `UnsupportedError` for a valid GGUF file that holds no language model."""
     kind, architecture = metadata.get("general.type"), metadata.get("general.architecture")
     found = None
     if kind == "adapter" or any(name.endswith((".lora_a", ".lora_b")) for name in tensors):
@@ -96,7 +96,7 @@ def check_gguf(path: str, metadata: dict[str, Any], tensors: Collection[str]) ->
         raise UnsupportedError(f"{path} is {found[0]}", hint=found[1])
 
 
-# Names of files in a folder: what such weights are, what to do.
+# (pattern of a file's name, format, hint)
 _NAMES: tuple[tuple[str, str, str], ...] = (
     (r"adapter_config\.json|adapter_model\..*", "an adapter (LoRA), not a model", "merge it into its base model and save that"),
     (r"model_index\.json", "a pipeline of the diffusers library, which makes no text", "name a language model"),
@@ -109,12 +109,12 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
 
 
 def foreign_name(name: str) -> tuple[str, str] | None:
-    """(what a file of this name is, what to do) if it cannot be read here; None for any other."""
+    """(format, hint) of a file by its name if its format is unsupported; else None."""
     return next(((what, hint) for pattern, what, hint in _NAMES if re.fullmatch(pattern, name, re.DOTALL)), None)
 
 
 def check_names(folder: str, names: Iterable[str]) -> None:
-    """Raise if what lies in a folder is known and cannot be read here."""
+    """Raise if a folder's file names show an unsupported format, or GGUF files."""
     found = sorted(names)
     packed = [name for name in found if name.endswith(".gguf")]
     if packed:

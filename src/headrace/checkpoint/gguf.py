@@ -1,9 +1,9 @@
 """GGUF headers: metadata and the table of tensors, for one file or all parts of a split.
 
 Layout (ggml's docs/gguf.md): magic, version, counts, key-value pairs, tensor table, padding, tensor data. The `gguf`
-package's own reader maps the file and makes a numpy object of every token; ours steps over what nobody asked for:
-0.2 s and a few megabytes for 150,000 tokens. Every count, length, offset and dimension is checked against the size of
-the file before anything is allocated for it.
+package's own reader maps the file and makes a numpy object of every token. This reader skips values that are not
+requested: 0.2 s and a few megabytes for 150,000 tokens. Every count, length, offset and dimension is checked against
+the size of the file before any allocation.
 """
 
 import os
@@ -29,9 +29,9 @@ Scalar: TypeAlias = int | float | bool | str
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 1 << 10
 MAX_KEY_BYTES = 1 << 16
-MAX_STRING_BYTES = 64 << 20  # the longest there are hold a whole tokenizer.json
-MAX_ELEMENTS = 1 << 22  # of an array: a vocabulary has some 100,000 tokens
-MAX_TOKENIZER_BYTES = 100 << 20  # of tokenizer.json, beside a folder's weights
+MAX_STRING_BYTES = 64 << 20  # max length; the longest known hold a whole tokenizer.json
+MAX_ELEMENTS = 1 << 22  # max length of an array; a vocabulary has some 100,000 tokens
+MAX_TOKENIZER_BYTES = 100 << 20  # max size of tokenizer.json in a folder
 MAX_TENSORS, MAX_PAIRS = 1 << 20, 1 << 16
 DEFAULT_ALIGNMENT = 32
 
@@ -42,7 +42,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArrayRef:
-    """A metadata array that was stepped over: where it is, for `Checkpoint.array`."""
+    """A skipped metadata array: its position, for `Checkpoint.array`."""
 
     element: int
     count: int
@@ -57,11 +57,9 @@ class Checkpoint:
     paths: tuple[str, ...]
     metadata: dict[str, Scalar | ArrayRef]
     tensors: dict[str, Tensor]
-    config: Mapping[str, Any] | None = None  # config.json, of a Hugging Face folder
+    config: Mapping[str, Any] | None = None  # config.json of a Hugging Face folder
     generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json
-    virtual: Mapping[str, Sequence[tuple[Tensor, Encoding]]] = field(
-        default_factory=dict
-    )  # tensors made on reading, by path
+    virtual: Mapping[str, Sequence[tuple[Tensor, Encoding]]] = field(default_factory=dict)  # virtual tensors by path
     open_source: OpenSource = field(default=LocalSource, compare=False, repr=False)
 
     @property
@@ -76,13 +74,13 @@ class Checkpoint:
 
     @property
     def has_encoder(self) -> bool:
-        """Whether an encoder reads the prompt and a decoder writes the answer."""
+        """True if an encoder reads the prompt and a decoder writes the output."""
         if self.config is not None:
             return self.config.get("is_encoder_decoder") is True
         return self.get("decoder_start_token_id") is not None
 
     def positions_limit(self, default: int) -> int:
-        """The most tokens that the model counts; `default` if nothing limits them, as relative positions do not."""
+        """Max positions of the model; `default` if unlimited, as with relative positions."""
         relative = self.metadata if self.config is None else self.config
         if any(key.endswith(_RELATIVE_POSITIONS) for key in relative):
             return default
@@ -95,7 +93,7 @@ class Checkpoint:
         return limit
 
     def context_limit(self, default: int) -> int:
-        """The most tokens that prompt and answer may have together. An encoder and a decoder count each for itself."""
+        """Max tokens of prompt and output together. Encoder and decoder each have the full limit."""
         return self.positions_limit(default) * (2 if self.has_encoder else 1)
 
     @property
@@ -105,17 +103,17 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The model's own name, else the name of the file."""
+        """The model's name in the metadata, else the file's."""
         name = self.metadata.get("general.name")
         return name if isinstance(name, str) and name else Path(self.path).stem
 
     def get(self, key: str) -> Scalar | None:
-        """A scalar of the metadata, `{arch}.`-prefixed keys without their prefix; None if absent or an array."""
+        """A scalar of the metadata; None if absent or an array. The prefix `{arch}.` may be left out of keys."""
         value = self.metadata.get(key, self.metadata.get(f"{self.architecture}.{key}"))
         return None if isinstance(value, ArrayRef) else value
 
     def number(self, key: str, default: int | None = None) -> int:
-        """A whole number of the metadata, the largest one where the file gives one per layer.
+        """An integer of the metadata; the maximum where the file has one per layer.
 
         Raises:
             CheckpointError: absent without a default, or not a number.
@@ -134,7 +132,7 @@ class Checkpoint:
         return value
 
     def array(self, key: str) -> list[Scalar]:
-        """The values of a metadata array, read now. Empty if absent."""
+        """Values of a metadata array, read now; empty if absent."""
         value = self.metadata.get(key, self.metadata.get(f"{self.architecture}.{key}"))
         if not isinstance(value, ArrayRef):
             return []
@@ -144,12 +142,12 @@ class Checkpoint:
             return _read_array(header, value.element, value.count, key)
 
     def tokens(self) -> list[Any]:
-        """The vocabulary in the order of its ids, read now. Empty if there is none, or it cannot be told."""
+        """Vocabulary in the order of token ids, read now; empty if absent or unreadable."""
         return self.array("tokenizer.ggml.tokens") if self.config is None else tokens_of_json(self.path)
 
     @property
     def layers(self) -> int:
-        """Layers that run: the larger count of encoder and decoder. GGUF files count multi-token prediction layers too."""
+        """Layers that run: the larger of encoder and decoder, without MTP layers, which GGUF files count too."""
         further = self.number("nextn_predict_layers", 0) if self.config is None else 0
         blocks = self.number("block_count")
         return max(blocks, self.number("decoder_block_count", blocks)) - further
@@ -171,7 +169,7 @@ _RELATIVE_POSITIONS = ("relative_attention_num_buckets", "attention.relative_buc
 
 
 def tokens_of_json(path: str) -> list[Any]:
-    """The vocabulary of a folder's tokenizer.json."""
+    """Vocabulary of a folder's tokenizer.json, in the order of token ids."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     try:
         content = json_of(read_bounded(Path(folder, "tokenizer.json"), MAX_TOKENIZER_BYTES))
@@ -183,9 +181,9 @@ def tokens_of_json(path: str) -> list[Any]:
 
 
 def open_gguf(path: str | os.PathLike[str], open_source: OpenSource = LocalSource) -> Checkpoint:
-    """Read the header of a GGUF file, or of every part if the name is one part of a split.
+    """Read the header of a GGUF file, or of all parts if the path names one part of a split.
 
-    `open_source` says where the bytes of a path come from: this machine, if nothing else is said.
+    `open_source` opens the file at a path, by default a local one.
 
     Raises:
         CheckpointError: not a GGUF file, truncated, inconsistent, or a part is missing.
@@ -252,7 +250,7 @@ def _read_file(path: str, open_source: OpenSource) -> tuple[dict[str, Scalar | A
             _refuse_version(path, version)
         tensor_count = header.integer("Q", "the number of tensors")
         pair_count = header.integer("Q", "the number of metadata pairs")
-        # The smallest entries there can be: a tensor of one dimension, a pair of one byte.
+        # Smallest possible entries: a tensor of one dimension, a pair of one byte.
         _check_count(header, tensor_count, 33, "tensors", MAX_TENSORS)
         _check_count(header, pair_count, 13, "metadata pairs", MAX_PAIRS)
         metadata = _read_metadata(header, pair_count)
@@ -336,7 +334,7 @@ def _read_value(header: Header, kind: int, key: str) -> Scalar | ArrayRef:
 def _read_array(header: Header, element: int, count: int, key: str) -> list[Scalar]:
     if element == _STRING:
         return [_read_string(header, f"`{key}`") for _ in range(count)]
-    # Checked only here: an array of numbers that is stepped over costs nothing.
+    # Checked only here: skipping an array of numbers costs nothing.
     _check_limit(header, count, f"values in `{key}`", MAX_ELEMENTS)
     return list(header.unpack(f"{count}{_SCALARS[element]}", f"`{key}`"))
 

@@ -1,7 +1,7 @@
 """A cursor over the header of an untrusted file: every read is bounded by the file, and memory by what was read.
 
-Bytes come by `pread` into a window that moves on, rather than by mapping, so that a file which shrinks meanwhile is an
-error and not a signal, and a header of gigabytes costs no more than the largest value in it that somebody asks for.
+`pread` fills a moving window; the file is not mapped. A file that shrinks meanwhile is then an error and not a signal. A
+header of gigabytes takes no more memory than its largest requested value.
 """
 
 import struct
@@ -23,11 +23,11 @@ class Header:
         self.size = source.size
         self.position = 0
         self._source = source
-        self._bytes = b""  # of the file, from _start
+        self._bytes = b""  # window of the file, from _start
         self._start = 0
 
     def start(self, count: int) -> bytes:
-        """At most so many bytes of the file's start."""
+        """At most the first `count` bytes of the file."""
         self.position = 0
         count = min(count, self.size)
         return self.raw(count, "the start") if count else b""
@@ -44,19 +44,19 @@ class Header:
             self._fill(count)
 
     def _fill(self, count: int) -> None:
-        """Move the window to the position. A source may give less than a window at a time: what is needed is enough."""
+        """Move the window to the position. A source may return less than a window; `count` bytes are enough."""
         target = min(self.size - self.position, max(count, FIRST_READ_BYTES))
-        pieces, have = [], 0
+        chunks, have = [], 0
         while have < count:
             try:
-                piece = self._source.pread(target - have, self.position + have)
+                chunk = self._source.pread(target - have, self.position + have)
             except OSError as error:
                 raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-            if not piece:
+            if not chunk:
                 raise CheckpointError(f"{self.path} ended at {self.position + have} bytes while its header was read")
-            pieces.append(piece)
-            have += len(piece)
-        self._bytes, self._start = b"".join(pieces), self.position
+            chunks.append(chunk)
+            have += len(chunk)
+        self._bytes, self._start = b"".join(chunks), self.position
 
     def unpack(self, layout: str, what: str) -> tuple[int | float | bool, ...]:
         """The next values of a `struct` layout (little-endian, unpadded)."""
@@ -79,7 +79,7 @@ class Header:
         return self._bytes[start : start + count]
 
     def skip_strings(self, count: int, what: str) -> None:
-        """Step over `count` length-prefixed strings without making them."""
+        """Step over `count` length-prefixed strings without decoding them."""
         unpack = struct.Struct("<Q").unpack_from
         for _ in range(count):
             if not self._start <= self.position <= self._start + len(self._bytes) - 8:

@@ -1,7 +1,7 @@
-"""What tells one model from another: a hash of its files' contents, whatever they are called and wherever they lie.
+"""Identity of a model: a hash of its files' contents, independent of their names and folders.
 
-Headers are not enough: fine-tunes share them. Large files are sampled: 64 blocks, evenly spaced. Weights that were trained
-further differ nearly everywhere.
+Headers are not enough: fine-tunes share them. Large files are sampled at 64 evenly spaced blocks. Fine-tuned weights differ
+nearly everywhere.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 from headrace.checkpoint.gguf import Checkpoint
 from headrace.errors import CheckpointError
 
-_WHOLE_BYTES = 64 << 20  # files up to this size are read whole
+_WHOLE_BYTES = 64 << 20  # max size of a file that is hashed whole
 _BLOCKS, _BLOCK_BYTES = 64, 64 << 10
 # Configuration and tokenizer of a folder.
 _BESIDE_WEIGHTS = (
@@ -21,7 +21,7 @@ _BESIDE_WEIGHTS = (
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """16 hexadecimal digits.
+    """Hash of the model's contents, 16 hexadecimal digits.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -31,24 +31,24 @@ def identity(checkpoint: Checkpoint) -> str:
     if checkpoint.config is not None:
         folder = path if path.is_dir() else path.parent
         paths += [folder / name for name in _BESIDE_WEIGHTS if (folder / name).is_file()]
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in dict.fromkeys(paths):
         try:
-            _add(found, path)
+            _add(digest, path)
         except OSError as error:
             raise CheckpointError(
                 f"cannot read {path}: {error.strerror}", hint="check the file and its disk"
             ) from error
-    return found.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
-def _add(found: "hashlib._Hash", path: Path) -> None:
+def _add(digest: "hashlib._Hash", path: Path) -> None:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        found.update(size.to_bytes(8, "little"))
+        digest.update(size.to_bytes(8, "little"))
         if size <= _WHOLE_BYTES:
-            found.update(file.read())
+            digest.update(file.read())
             return
         for block in range(_BLOCKS):
             file.seek((size - _BLOCK_BYTES) * block // (_BLOCKS - 1))
-            found.update(file.read(_BLOCK_BYTES))
+            digest.update(file.read(_BLOCK_BYTES))

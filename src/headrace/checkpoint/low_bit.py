@@ -1,7 +1,7 @@
-"""A checkpoint that does not exist: the same model with its matrices in fewer bits, made when they are read.
+"""Virtual checkpoint of a self-speculation draft: the same model with its matrices quantised on load.
 
-Only the table of tensors is made here. Whoever reads from the copy's path must quantise rows of the original on the way
-(`stream.quantising`); everything else then goes as with any other file, and nothing is written to disk.
+This module makes only the table of tensors. A reader of the copy's path must quantise rows of the original
+(`stream.quantising`); the rest works as with any file. Nothing is written to disk.
 """
 
 from dataclasses import replace
@@ -9,13 +9,13 @@ from dataclasses import replace
 from headrace.checkpoint.gguf import Checkpoint
 from headrace.checkpoint.tensor import Tensor, bits_per_weight, block_of, row_bytes
 
-# Formats of a copy, the first that a row's length permits: quickly made, and accepted nearly always.
+# Formats in order of preference; the first that fits a row's length is used. Quick to make; drafts are nearly always accepted.
 COPY_TYPES = ("Q4_K", "Q4_0")
 _PAGE_BYTES = 4096
 
 
 def low_bit_copy(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with every matrix of more bits in four and a half, in a file of which only the name exists."""
+    """The checkpoint with its larger matrices at 4.5 bits per weight, in a virtual file."""
     path = f"{checkpoint.path}[{COPY_TYPES[0]}]"
     tensors: dict[str, Tensor] = {}
     offset = 0
@@ -31,7 +31,7 @@ def low_bit_copy(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _shrinks(tensor: Tensor, type_name: str) -> bool:
-    """Whether a tensor is a matrix that takes fewer bits in that format."""
+    """True for a matrix that takes fewer bits per weight in that format."""
     block, _ = block_of(type_name)
     return (
         len(tensor.shape) == 2

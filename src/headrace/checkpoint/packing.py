@@ -1,9 +1,8 @@
-"""A copy of a BF16 folder in three quarters of its bytes, from which the same bits are read (`encodings.exponents`).
+"""Lossless copy of a BF16 folder in three quarters of its bytes (`encodings.exponents`).
 
-Two walks over each shard, because a record's size hangs on the row with the most escapes: one measures, one writes. Never more
-than a block of rows is in memory. The copy grows in a folder beside its place, without a config.json until all else is there,
-and is renamed at the end: what a killed run leaves does not open as a model, and the next run writes over it. The original is
-only read.
+Each shard is read twice, because the row with the most escapes sets a record's size: once to measure, once to write. Memory
+holds one block of rows at a time. The copy grows in a folder beside its target, gets its config.json last, and is renamed at
+the end. The remains of a killed run do not open as a model, and the next run overwrites them. The original is only read.
 """
 
 import json
@@ -38,18 +37,18 @@ from headrace.checkpoint.tensor import Tensor
 from headrace.errors import CheckpointError, HeadraceError, ReadError, UnsupportedError, UsageError
 from headrace.units import gigabytes
 
-BLOCK_BYTES = 2 << 20  # of the original, in memory at a time; what is made of it takes some ten times as much
-LARGEST_SHARE = 0.9  # a tensor that would not become smaller than this stays as it is
-LARGEST_COPIED_BYTES = 256 << 20  # of files beside the weights
+BLOCK_BYTES = 2 << 20  # bytes of the original in memory at a time; working copies take about ten times as much
+LARGEST_SHARE = 0.9  # max packed size relative to the original; other tensors stay unpacked
+LARGEST_COPIED_BYTES = 256 << 20  # max size of a copied file beside the weights
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", INDEX)
 _CONFIG = "config.json"
 
-Progress = Callable[[int, int], None]  # bytes of the original done, and in all; each counts twice
+Progress = Callable[[int, int], None]  # (bytes done, total bytes) of the original; each byte counts twice
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """What was made."""
+    """Result of packing a folder."""
 
     path: str
     tensors: int
@@ -60,7 +59,7 @@ class Packed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Entry:
-    """A tensor and how it is stored in the copy; `capacity` is None where it stays as it is."""
+    """A tensor of the copy. `capacity` is the max escapes of a row, None if it stays unpacked."""
 
     tensor: Tensor
     capacity: int | None
@@ -81,7 +80,7 @@ class _Entry:
 
 
 class _Reader:
-    """The bytes of tensors, in blocks of rows. A context manager."""
+    """Reader of tensors in blocks of rows. A context manager."""
 
     def __init__(self) -> None:
         self._sources: dict[str, LocalSource] = {}
@@ -94,7 +93,7 @@ class _Reader:
         self._stack.close()
 
     def stored(self, tensor: Tensor, start: int, count: int) -> Bytes:
-        """So many bytes of a stored tensor."""
+        """The `count` bytes of a stored tensor from byte `start`."""
         if tensor.path not in self._sources:
             self._sources[tensor.path] = self._stack.enter_context(LocalSource(tensor.path))
         try:
@@ -106,7 +105,7 @@ class _Reader:
         return np.frombuffer(data, np.uint8)
 
     def rows(self, tensor: Tensor, encoding: Encoding | None, first: int, last: int) -> Bytes:
-        """Rows of any tensor, made from stored ones if need be."""
+        """Rows [first, last) of a tensor, decoded if it has an encoding."""
         if encoding is None:
             return self.stored(tensor, first * tensor.row_bytes, (last - first) * tensor.row_bytes)
         out = np.empty((last - first) * tensor.row_bytes, np.uint8)
@@ -116,7 +115,7 @@ class _Reader:
 
 @dataclass(kw_only=True)
 class _Walk:
-    """Counts what was done of the original's bytes."""
+    """Progress over the original's bytes."""
 
     total: int
     progress: Progress
@@ -140,8 +139,8 @@ def pack_folder(source: str, target: str, progress: Progress = lambda done, tota
     _check_target(Path(source), place)
     partial = place.with_name(place.name + ".partial")
     files = _other_files(Path(source))
-    ours = {Path(path).name for path in folder.paths} | {file.name for file in files} | {_CONFIG, INDEX}
-    with _writing(partial, ours):
+    own_files = {Path(path).name for path in folder.paths} | {file.name for file in files} | {_CONFIG, INDEX}
+    with _writing(partial, own_files):
         walk = _Walk(total=2 * sum(tensor.nbytes for tensor in folder.tensors.values()), progress=progress)
         entries = [entry for path in folder.paths for entry in _pack_shard(folder, path, partial, walk)]
         for file in files:
@@ -166,7 +165,7 @@ def compare(source: str, target: str, progress: Progress = lambda done, total: N
         CheckpointError: they differ, and in which tensor.
     """
     original, packed = open_folder(source), open_folder(target)
-    encodings = {tensor.name: encoding for made in packed.virtual.values() for tensor, encoding in made}
+    encodings = {tensor.name: encoding for pairs in packed.virtual.values() for tensor, encoding in pairs}
     if set(original.tensors) != set(packed.tensors):
         raise _difference(original, packed, "they do not hold the same tensors")
     walk = _Walk(total=sum(tensor.nbytes for tensor in original.tensors.values()), progress=progress)
@@ -223,7 +222,7 @@ def _packable(folder: Folder, tensor: Tensor) -> bool:
 
 
 def _other_files(source: Path) -> list[Path]:
-    """Tokenizer, generation settings, license: all that is small and holds no weights."""
+    """Small files without weights: tokenizer, generation settings, license."""
     return [
         file
         for file in sorted(source.iterdir())
@@ -238,11 +237,11 @@ def _other_files(source: Path) -> list[Path]:
 
 
 @contextmanager
-def _writing(partial: Path, ours: set[str]) -> Iterator[None]:
-    """Make the folder of an unfinished copy, or take over that of a killed run; on an error it goes."""
+def _writing(partial: Path, own_files: set[str]) -> Iterator[None]:
+    """Create the folder of an unfinished copy, or take over a killed run's; remove it on an error."""
     try:
         if partial.exists():
-            strange = sorted(file.name for file in partial.iterdir() if file.name not in ours)
+            strange = sorted(file.name for file in partial.iterdir() if file.name not in own_files)
             if strange:
                 raise UsageError(f"{partial} holds {strange[0]}, which is none of this copy", hint="remove that folder")
             (partial / _CONFIG).unlink(missing_ok=True)
@@ -252,15 +251,15 @@ def _writing(partial: Path, ours: set[str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _remove(partial, ours)
+        _remove(partial, own_files)
         if isinstance(error, OSError):
             raise _unwritable(partial, error) from error
         raise
 
 
-def _remove(partial: Path, ours: set[str]) -> None:
+def _remove(partial: Path, own_files: set[str]) -> None:
     with suppress(OSError):
-        for name in ours:
+        for name in own_files:
             (partial / name).unlink(missing_ok=True)
         partial.rmdir()
 
@@ -272,12 +271,12 @@ def _unwritable(path: Path, error: OSError) -> HeadraceError:
 
 
 def _pack_shard(folder: Folder, path: str, partial: Path, walk: _Walk) -> Sequence[_Entry]:
-    """One file of the original into one of the same name."""
+    """Pack one file of the original into one of the same name."""
     tensors = sorted((t for t in folder.tensors.values() if t.path == path), key=lambda tensor: tensor.offset)
     with _Reader() as reader:
         entries = [_measured(folder, tensor, reader, walk) for tensor in tensors]
         header = _header(entries)
-        _check_address_space(partial, len(header) + sum(entry.nbytes for entry in entries))
+        _check_disk_space(partial, len(header) + sum(entry.nbytes for entry in entries))
         with open(partial / Path(path).name, "wb") as file:
             file.write(header)
             for entry in entries:
@@ -288,13 +287,13 @@ def _pack_shard(folder: Folder, path: str, partial: Path, walk: _Walk) -> Sequen
 
 
 def _measured(folder: Folder, tensor: Tensor, reader: _Reader, walk: _Walk) -> _Entry:
-    """How a tensor is stored: packed if that saves enough."""
+    """The entry of a tensor, packed if that saves enough."""
     if not _packable(folder, tensor):
         walk.add(tensor.nbytes)
         return _Entry(tensor=tensor, capacity=None)
     capacity = 0
     for first, last in _blocks(tensor):
-        capacity = max(capacity, escapes_of(_numbers(tensor, reader, first, last)))
+        capacity = max(capacity, escapes_of(_bf16_rows(tensor, reader, first, last)))
         walk.add((last - first) * tensor.row_bytes)
     saves = record_bytes(tensor.columns, capacity) <= LARGEST_SHARE * tensor.row_bytes
     return _Entry(tensor=tensor, capacity=capacity if saves else None)
@@ -306,7 +305,7 @@ def _write(file: BinaryIO, entry: _Entry, reader: _Reader, walk: _Walk) -> None:
         if entry.capacity is None:
             file.write(reader.rows(tensor, None, first, last).data)
         else:
-            file.write(encode(_numbers(tensor, reader, first, last), entry.capacity).data)
+            file.write(encode(_bf16_rows(tensor, reader, first, last), entry.capacity).data)
         walk.add((last - first) * tensor.row_bytes)
 
 
@@ -316,12 +315,12 @@ def _blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
     return ((first, min(tensor.rows, first + step)) for first in range(0, tensor.rows, step))
 
 
-def _numbers(tensor: Tensor, reader: _Reader, first: int, last: int) -> Numbers:
+def _bf16_rows(tensor: Tensor, reader: _Reader, first: int, last: int) -> Numbers:
     return reader.rows(tensor, None, first, last).view("<u2").reshape(last - first, tensor.columns)
 
 
 def _header(entries: Sequence[_Entry]) -> bytes:
-    """Of a safetensors file: its length, and JSON filled up with spaces to a multiple of eight."""
+    """A safetensors header: its length, then JSON padded with spaces to a multiple of eight."""
     described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -333,7 +332,7 @@ def _header(entries: Sequence[_Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _check_address_space(partial: Path, needed: int) -> None:
+def _check_disk_space(partial: Path, needed: int) -> None:
     free = shutil.disk_usage(partial).free
     if needed > free:
         raise HeadraceError(

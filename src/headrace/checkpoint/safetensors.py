@@ -1,10 +1,10 @@
-"""Folders as Hugging Face publishes models: the headers of their safetensors files, their index and their configuration.
+"""Hugging Face model folders: headers of the safetensors files, index and configuration.
 
-Layout of a file (the format's own description): eight bytes of length, that many bytes of JSON with a type, a shape and
-a span for each tensor, then the data, which the spans must cover without gap or overlap. The `safetensors` package maps
-the file and imports a framework to say more than names; ours reads the JSON alone and gives offsets that can be streamed.
-Nothing here is trusted: no length is believed before the size of the file confirms it, no name of a file leaves the
-folder, nothing is unpickled, and no data is read.
+Layout of a file (the format's specification): eight bytes of length, JSON of that length, data. The JSON has a type, a
+shape and a span for each tensor; the spans must cover the data without gap or overlap. The `safetensors` package maps the
+file and imports a framework to return more than names. This reader parses only the JSON and returns offsets for streaming.
+Files are untrusted: lengths are checked against the size of the file, and file names must not leave the folder. Nothing is
+unpickled, and no data is read.
 """
 
 import json
@@ -32,7 +32,7 @@ MAX_DIMENSIONS = 64
 MAX_ELEMENTS = (1 << 63) - 1
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
-# The format's types of whole bytes, each with its own name once, so that a tensor keeps no copy.
+# Dtypes of whole bytes. Each name is stored once, so that a tensor keeps no copy.
 _DTYPES = {
     name: (name, block_of(name)[1])
     for name in (
@@ -48,21 +48,21 @@ _AGAIN = "the file is truncated or damaged; download or copy it again"
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """What a Hugging Face folder holds, from headers alone."""
+    """Contents of a Hugging Face folder, from headers alone."""
 
     path: str
-    paths: tuple[str, ...]  # of the weight files that hold tensors, sorted
-    tensors: dict[str, Tensor]  # as stored, by the names in the files
+    paths: tuple[str, ...]  # weight files that hold tensors, sorted
+    tensors: dict[str, Tensor]  # stored tensors by name
     config: dict[str, Any]  # config.json
     generation: dict[str, Any]  # generation_config.json, empty if absent
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """A folder, or what stands for one elsewhere."""
+    """A local folder, or its counterpart at another source."""
 
     path: str
-    names: frozenset[str] | None  # what lies in it; None where only asking tells
+    names: frozenset[str] | None  # files in it; None where the source cannot list them
     open_source: OpenSource
 
     def join(self, name: str) -> str:
@@ -85,12 +85,12 @@ class _Place:
 def read_folder(path: str, open_source: OpenSource = LocalSource) -> Folder:
     """Read the headers and the configuration of a folder, or of the folder around one .safetensors file or set.
 
-    The weights are what `model.safetensors.index.json` lists, else `model.safetensors`, else, in a folder of this
-    machine, the one .safetensors file or the one complete set NAME-00001-of-0000N.safetensors in it. With a source of
-    another kind nothing is listed: the names above are asked for below `path`, see `Source`.
+    The weights are the files in `model.safetensors.index.json`, else `model.safetensors`. Else a local folder must hold one
+    .safetensors file or one complete set NAME-00001-of-0000N.safetensors. Other sources cannot list files: the names above
+    are requested below `path`, see `Source`.
 
     Raises:
-        CheckpointError: something is missing, damaged, or contradicts itself.
+        CheckpointError: a file is missing, damaged, or inconsistent.
         UnsupportedError: weights in another format, an adapter, or types of less than a byte.
     """
     local = open_source is LocalSource
@@ -119,11 +119,11 @@ def read_folder(path: str, open_source: OpenSource = LocalSource) -> Folder:
 
 
 def read_safetensors(path: str, open_source: OpenSource = LocalSource) -> dict[str, Tensor]:
-    """The tensors of one .safetensors file, by name, in the order of its header.
+    """Tensors of one .safetensors file by name, in the order of its header.
 
     Raises:
         CheckpointError: not a safetensors file, truncated, or inconsistent.
-        UnsupportedError: a type of less than a byte, or one that is not known.
+        UnsupportedError: a type of less than a byte, or an unknown one.
     """
     with closing(open_source(path)) as source:
         header = Header(source)
@@ -163,7 +163,7 @@ def _check_metadata(path: str, metadata: Any) -> None:
 
 
 def _tensor(header: Header, start: int, name: str, entry: Any) -> Tensor:
-    """One entry of the header, checked."""
+    """The checked tensor of one header entry."""
     if len(name) > MAX_NAME_LENGTH:
         raise CheckpointError(
             f"{header.path}: a tensor's name has {len(name)} characters, the limit is {MAX_NAME_LENGTH}", hint=_AGAIN
@@ -186,7 +186,7 @@ def _tensor(header: Header, start: int, name: str, entry: Any) -> Tensor:
 
 
 def _dtype(path: str, name: str, dtype: Any) -> tuple[str, int]:
-    """A type's name and its bytes."""
+    """Checked dtype: its name and its bytes per element."""
     if type(dtype) is not str:
         raise CheckpointError(f"{path}: tensor `{name}` has the type {brief(dtype)}, not a word", hint=_AGAIN)
     if dtype in _SUB_BYTE:
@@ -207,7 +207,7 @@ def _shape(path: str, name: str, shape: Any) -> tuple[int, ...]:
         or len(shape) > MAX_DIMENSIONS
         or not _INTEGERS.issuperset(map(type, shape))
         or min(shape, default=0) < 0
-        or prod(filter(None, shape)) > MAX_ELEMENTS  # without the zeros, which would hide the others
+        or prod(filter(None, shape)) > MAX_ELEMENTS  # zeros left out: they would hide the other factors
     ):
         raise CheckpointError(
             f"{path}: tensor `{name}` has the shape {brief(shape)}, not up to {MAX_DIMENSIONS} whole numbers with a"
@@ -218,7 +218,7 @@ def _shape(path: str, name: str, shape: Any) -> tuple[int, ...]:
 
 
 def _span(header: Header, start: int, name: str, span: Any) -> tuple[int, int]:
-    """The first byte of a tensor and the one after its last, from the start of the data."""
+    """Checked (begin, end) of a tensor's bytes, from the start of the data."""
     if type(span) is not list or len(span) != 2 or type(span[0]) is not int or type(span[1]) is not int:
         raise CheckpointError(
             f"{header.path}: tensor `{name}` has the data_offsets {brief(span)}, not two whole numbers", hint=_AGAIN
@@ -234,7 +234,7 @@ def _span(header: Header, start: int, name: str, span: Any) -> tuple[int, int]:
 
 
 def _check_coverage(header: Header, start: int, tensors: dict[str, Tensor]) -> None:
-    """Every byte of data belongs to one tensor."""
+    """Raise `CheckpointError` unless each byte of data belongs to exactly one tensor."""
     position, before = start, "the header"
     for tensor in sorted(tensors.values(), key=attrgetter("offset", "nbytes")):
         if tensor.offset != position:
@@ -254,12 +254,12 @@ def _check_coverage(header: Header, start: int, tensors: dict[str, Tensor]) -> N
 
 
 def _parsed(path: str, data: bytes, what: str, *, strict: bool) -> dict[str, Any]:
-    """A JSON object; if strict, without doubled keys and infinities, which people and Python write into configurations."""
+    """A JSON object. `strict` refuses duplicate keys and infinities, which occur in configurations."""
     options: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _refuse} if strict else {}
     try:
         text = data.decode()
         value = json_of(text, **options)
-        if "\\ud" in text or "\\uD" in text:  # perhaps half a character, which nobody could print
+        if "\\ud" in text or "\\uD" in text:  # maybe a lone surrogate, which cannot be printed
             json.dumps(value, ensure_ascii=False).encode()
     except ValueError as error:
         known = identify_format(data[:SIGNATURE_BYTES], len(data))
@@ -298,7 +298,7 @@ def _read_config(place: _Place, name: str) -> dict[str, Any] | None:
     return None if data is None else _parsed(place.join(name), data, "the file", strict=False)
 
 
-# Which files
+# File selection
 
 
 def _place(path: str, open_source: OpenSource) -> _Place:
@@ -314,7 +314,7 @@ def _place(path: str, open_source: OpenSource) -> _Place:
 
 
 def _read_index(place: _Place) -> dict[str, str]:
-    """The file of each tensor; empty if there is no index."""
+    """File of each tensor; empty without an index."""
     data = place.read(INDEX, MAX_HEADER_BYTES)
     if data is None:
         return {}
@@ -331,7 +331,7 @@ def _read_index(place: _Place) -> dict[str, str]:
 
 
 def _check_file_name(path: str, name: str) -> None:
-    """No index may lead out of its folder."""
+    """Raise `CheckpointError` for a file name of the index that leaves its folder."""
     if not name.endswith(".safetensors") or re.search(r"[/\\\0]", name):
         raise CheckpointError(
             f"{path}: {brief(name)} is not the name of a .safetensors file in the same folder",
@@ -349,7 +349,7 @@ def _check_present(place: _Place, names: tuple[str, ...]) -> None:
 
 
 def _named(place: _Place, name: str) -> tuple[str, ...]:
-    """The file, or all parts of the set that it belongs to."""
+    """The file, or all shards of its set."""
     check_names(place.path, {name})
     match = _PART.fullmatch(name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
@@ -360,7 +360,7 @@ def _named(place: _Place, name: str) -> tuple[str, ...]:
 
 
 def _without_index(place: _Place) -> tuple[str, ...]:
-    """The weight files of a folder that has no index."""
+    """Weight files of a folder without an index."""
     if place.names is None or SINGLE in place.names:
         return (SINGLE,)
     found = sorted(name for name in place.names if name.endswith(".safetensors") and foreign_name(name) is None)

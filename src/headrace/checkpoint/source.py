@@ -1,4 +1,4 @@
-"""Where the bytes of a header come from: a file of this machine, or anything else that can answer `pread`."""
+"""Sources of a header's bytes: a local file, or anything else that implements `pread`."""
 
 import os
 import stat
@@ -11,9 +11,8 @@ from headrace.errors import CheckpointError
 class Source(Protocol):
     """Random access to the bytes of one file. Untrusted: it may end anywhere, and change meanwhile.
 
-    Made from a path by a function that raises `CheckpointError` where nothing lies at that path, and only then: a reader
-    that need not have a file (an index, a configuration) takes it for absent. A connection that fails is a `ReadError`.
-    `path` is the one asked for.
+    The function that opens it raises `CheckpointError` only where nothing lies at the path. A reader then treats an
+    optional file (an index, a configuration) as absent. A failed connection is a `ReadError`. `path` is the requested path.
     """
 
     path: str
@@ -23,21 +22,21 @@ class Source(Protocol):
         """At most `count` bytes from `offset`; none at the end. Raises `OSError`."""
 
     def close(self) -> None:
-        """Give it back."""
+        """Release the file."""
 
 
-# Opens a file by its path; where there is none, a `CheckpointError` whose cause is a `FileNotFoundError`.
+# Function that opens a path; if absent, it raises a `CheckpointError` whose cause is a `FileNotFoundError`.
 OpenSource: TypeAlias = Callable[[str], Source]
 
 
 class LocalSource:
-    """A regular file of this machine. By `pread` rather than mapped: a file that shrinks is an error and not a signal."""
+    """A regular local file, read by `pread` and not mapped: a file that shrinks is an error and not a signal."""
 
     def __init__(self, path: str, hint: str = "name a .gguf file"):
-        """Raises `CheckpointError` where the operating system refuses, or it is no regular file."""
+        """Raise `CheckpointError` if the file cannot be opened or is no regular file."""
         self.path = path
         try:
-            # A pipe would be waited for; it is refused below.
+            # Opening a pipe would block; it is refused below.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             raise CheckpointError(

@@ -1,6 +1,6 @@
-"""A tensor of a checkpoint: where its bytes lie, and what they are. Common to all formats.
+"""A tensor of a checkpoint: its file, offset, shape and type. Common to all formats.
 
-Types have ggml's names (`Q4_K`, `BF16`); what safetensors files hold besides has the name it has there (`F8_E4M3`, `I32`).
+Types have ggml's names (`Q4_K`, `BF16`); types that only safetensors has keep its names (`F8_E4M3`, `I32`).
 """
 
 import re
@@ -10,9 +10,9 @@ from math import prod
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 TYPE_NAMES = {int(kind): kind.name for kind in GGMLQuantizationType}
-# What ggml multiplies: everything but the integer types and its internal formats for activations.
+# Types that ggml multiplies: all but the integer types and its internal formats for activations.
 COMPUTABLE = frozenset(TYPE_NAMES.values()) - {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
-# Bytes of an element of the types that only safetensors files hold.
+# Bytes per element of the types that only safetensors files hold.
 _PLAIN_BYTES = {
     "BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1,
     "F8_E5M2FNUZ": 1, "C64": 8,
@@ -21,7 +21,7 @@ _PLAIN_BYTES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
-    """Where one tensor lies and how it is stored. `shape` is in torch's order: rows first."""
+    """The place and the storage format of one tensor. `shape` is in torch's order: rows first."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,9 +29,7 @@ class Tensor:
     path: str
     offset: int  # bytes from the start of the file
     nbytes: int
-    k_splits: int = (
-        0  # if not 0, the contraction is cut into so many k_splits: shape (..., k_splits, outputs, columns of a slab)
-    )
+    k_splits: int = 0  # K-splits of the reduction dimension; unless 0, shape is (..., k_splits, outputs, columns)
 
     @property
     def columns(self) -> int:
@@ -40,22 +38,22 @@ class Tensor:
 
     @property
     def rows(self) -> int:
-        """How many rows lie one after another."""
+        """Number of rows, over all leading dimensions."""
         return prod(self.shape[:-1])
 
     @property
     def row_multiple(self) -> int:
-        """Rows are read in multiples of this: of a tensor in k_splits, whole k_splits."""
+        """Granularity of row reads: the rows of a whole K-split, else 1."""
         return self.shape[-2] if self.k_splits else 1
 
     @property
     def outputs(self) -> int:
-        """Numbers in the product of this matrix with one vector."""
+        """Output features of this matrix."""
         return self.shape[-2] if self.k_splits else self.rows
 
     @property
     def inputs(self) -> int:
-        """Numbers in the vector that this matrix multiplies."""
+        """Input features of this matrix."""
         return self.columns * max(1, self.k_splits)
 
     @property
@@ -66,7 +64,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Some rows of a tensor: those of its product, from `first` on."""
+    """A range of a tensor's output rows: `rows` of them, from `first` on."""
 
     tensor: Tensor
     first: int
@@ -74,12 +72,12 @@ class Slice:
 
     @property
     def whole(self) -> bool:
-        """Whether these are all rows."""
+        """True if the slice holds all rows."""
         return self.rows == self.tensor.outputs
 
 
 def layer_of(name: str) -> int:
-    """The number of the layer that a tensor belongs to, by its name; -1 if it belongs to none."""
+    """Layer index in a tensor's name; -1 if it belongs to no layer."""
     match = re.search(r"(?:^|\.)(?:blk|layers|h|blocks)\.(\d+)\.", name)
     return -1 if match is None else int(match[1])
 
@@ -93,12 +91,12 @@ def block_of(type_name: str) -> tuple[int, int]:
 
 
 def row_bytes(type_name: str, columns: int) -> int:
-    """Bytes of a row of so many weights."""
+    """Bytes of a row of `columns` weights."""
     weights, size = block_of(type_name)
     return columns // weights * size
 
 
 def bits_per_weight(type_name: str) -> float:
-    """Bits that one weight takes, scales included."""
+    """Bits of one weight, scales included."""
     weights, size = block_of(type_name)
     return 8 * size / weights

@@ -1,4 +1,4 @@
-"""The discussion's statements, each as a small file that runs."""
+"""Claims about running large models, each as a small executable file."""
 
 from headrace.claims.claim import Claim, Evaluation, all_claims, evaluate, find_claim
 

@@ -1,7 +1,7 @@
-"""A statement of the discussion as something that runs: inputs with units, a formula, the number said and the number found.
+"""An executable claim: inputs with units, a formula, the stated number and the computed number.
 
-Each file in `data/` is one statement. Nothing in it is trusted: `evaluate` computes the number anew, compares it with
-the one that was said, and varies every input over its range, so that one sees which assumption the verdict hangs on.
+Each file in `data/` is one claim; its numbers are not trusted. `evaluate` recomputes the number, compares it with the stated
+one, and varies every input over its range. This shows the assumptions that the verdict depends on.
 """
 
 import tomllib
@@ -22,19 +22,19 @@ VERDICTS = {
     "imprecise": False,
     "wrong": False,
     "superseded": False,
-    "measured": None,  # a measurement that bears on a statement
-    "unchecked": None,  # nobody can check it from what is known
+    "measured": None,  # a measurement relevant to a claim
+    "unchecked": None,  # cannot be checked from public facts
 }
 LABELS = ("stated", "measured", "table", "guessed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One number that goes into a formula. `low` and `high` are what it might as well be."""
+    """One number of a formula. `low` and `high` bound its plausible values."""
 
     value: float
     unit: str
-    label: str  # stated (by the discussion), measured, table, guessed
+    label: str  # stated (in the claim), measured, table, guessed
     low: float | None = None
     high: float | None = None
     source: str = ""
@@ -48,7 +48,7 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The formula, or another, with other inputs, and what it must then give."""
+    """A test of the claim's formula or another one: other inputs, and the expected result."""
 
     name: str
     expected: float
@@ -59,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One statement. `said` is the discussion's number, `agrees_within` the factor up to which ours counts as the same."""
+    """One claim. `said` is the stated number, `agrees_within` the factor within which ours agrees."""
 
     id: str
     title: str
@@ -71,7 +71,7 @@ class Claim:
     unit: str = ""
     formula: str | None = None
     said: float | None = None
-    compare: str = "equal"  # ours must be: equal, at least, at most
+    compare: str = "equal"  # relation of ours to the stated number: equal, at least, at most
     agrees_within: float = 1.05
     inputs: Mapping[str, Input] = field(default_factory=dict)
     cases: tuple[Case, ...] = ()
@@ -85,7 +85,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Swing:
-    """What one input does to the answer over its range, and whether the verdict turns."""
+    """The effect of one input over its range on the result, and on the verdict."""
 
     name: str
     low: float
@@ -96,14 +96,14 @@ class Swing:
 
     @property
     def size(self) -> float:
-        """By which factor the answer moves."""
+        """The factor between the results at both ends."""
         small, large = sorted((abs(self.at_low), abs(self.at_high)))
         return large / small if small > 0 else float("inf") if large > 0 else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The number found, whether it agrees with the number said, and what it hangs on, largest first."""
+    """The computed number, its agreement with the stated number, and its sensitivities, largest first."""
 
     claim: Claim
     value: float | None
@@ -152,7 +152,7 @@ class Evaluation:
 
 
 def evaluate(claim: Claim) -> Evaluation:
-    """Compute a statement's number, compare it, and vary what it rests on."""
+    """Compute a claim's number, compare it with the stated one, and vary the inputs."""
     if claim.formula is None:
         return Evaluation(claim=claim, value=None, agrees=None, swings=())
     formula = formulas.ALL[claim.formula]
@@ -164,7 +164,7 @@ def evaluate(claim: Claim) -> Evaluation:
 
 
 def agrees(claim: Claim, found: float) -> bool | None:
-    """Whether a number bears the statement out; None where nothing was said in numbers."""
+    """True if a number agrees with the claim; None if the claim states no number."""
     if claim.said is None:
         return None
     slack = claim.agrees_within
@@ -177,7 +177,7 @@ def agrees(claim: Claim, found: float) -> bool | None:
 
 
 def run_case(claim: Claim, case: Case) -> float:
-    """The formula with a case's inputs; those that it does not name are the claim's own."""
+    """The formula's result with a case's inputs; the claim supplies the others."""
     name = case.formula or claim.formula
     assert name is not None
     formula = formulas.ALL[name]
@@ -191,13 +191,13 @@ def _swing(claim: Claim, formula: Callable[..., float], values: Mapping[str, flo
         return None
     at_low, at_high = (formula(**(dict(values) | {name: end})) for end in (entry.low, entry.high))
     now = agrees(claim, formula(**values))
-    turns = any(agrees(claim, end) != now for end in (at_low, at_high))
-    return Swing(name=name, low=entry.low, high=entry.high, at_low=at_low, at_high=at_high, flips=turns)
+    flips = any(agrees(claim, end) != now for end in (at_low, at_high))
+    return Swing(name=name, low=entry.low, high=entry.high, at_low=at_low, at_high=at_high, flips=flips)
 
 
 @cache
 def all_claims() -> tuple[Claim, ...]:
-    """Every statement, in the order of their numbers."""
+    """All claims in order of their numbers."""
     folder = files("headrace.claims") / "data"
     found = [
         _load(item.name[: -len(".toml")], tomllib.loads(item.read_text()))
@@ -208,10 +208,10 @@ def all_claims() -> tuple[Claim, ...]:
 
 
 def find_claim(id: str) -> Claim:
-    """One statement by its number.
+    """One claim by its number.
 
     Raises:
-        UsageError: there is none of that number.
+        UsageError: no claim has that number.
     """
     for claim in all_claims():
         if claim.id == id:

@@ -1,4 +1,4 @@
-"""The formulas that the claims are made of: plain numbers in, one number out. The physics is in `headrace.forecast`."""
+"""The formulas of the claims: plain numbers in, one number out. The model is in `headrace.forecast`."""
 
 from collections.abc import Callable
 from math import ceil, log, pow, sqrt
@@ -17,7 +17,7 @@ ALL: dict[str, Callable[..., float]] = {}
 
 
 def formula(function: F) -> F:
-    """Make a function known by its name."""
+    """Register a function under its name."""
     ALL[function.__name__] = function
     return function
 
@@ -30,7 +30,7 @@ def ratio(value: float, reference: float) -> float:
 
 @formula
 def exponent(large: float, small: float, of_large: float, of_small: float) -> float:
-    """The power of its size with which a thing grows, from two points."""
+    """Exponent of a power law through two points."""
     return log(large / small) / log(of_large / of_small)
 
 
@@ -42,7 +42,7 @@ def growth_per_year(now: float, then: float, years: float) -> float:
 
 @formula
 def doubled(doublings: float, per_doubling: float) -> float:
-    """Size after so many doublings (`forecast.world.grown`)."""
+    """Size after `doublings` doublings (`forecast.world.grown`)."""
     return grown(1, doublings, per_doubling)
 
 
@@ -54,7 +54,7 @@ def halving(factor: float, months: float) -> float:
 
 @formula
 def pipelined_pass(layers: float, latency_ms: float, transfer_ms: float, compute_ms: float, slots: float) -> float:
-    """Seconds of a pass whose layers are read ahead into so many slots (`forecast.schedule`)."""
+    """Seconds of a pass whose layers are prefetched into `slots` slots (`forecast.schedule`)."""
     return simulate([_unit(latency_ms, transfer_ms, compute_ms)] * int(layers), int(slots)).seconds
 
 
@@ -62,7 +62,7 @@ def pipelined_pass(layers: float, latency_ms: float, transfer_ms: float, compute
 def pipelined_pass_closed(
     layers: float, latency_ms: float, transfer_ms: float, compute_ms: float, slots: float
 ) -> float:
-    """The same in closed form."""
+    """Seconds of that pass in closed form."""
     return closed_form(_unit(latency_ms, transfer_ms, compute_ms), int(layers), int(slots))
 
 
@@ -70,7 +70,7 @@ def pipelined_pass_closed(
 def pipelined_over_resident(
     layers: float, latency_ms: float, transfer_ms: float, compute_ms: float, slots: float
 ) -> float:
-    """That pass over the discussion's yardstick: memory for all layers, which arrive together after one latency."""
+    """Time of that pass over the claim's reference: memory for all layers, which arrive together after one latency."""
     resident_s = grouped([_unit(latency_ms, 0, compute_ms)] * int(layers), int(layers))
     return pipelined_pass(layers, latency_ms, transfer_ms, compute_ms, slots) / resident_s
 
@@ -83,38 +83,38 @@ def grouped_pass(layers: float, latency_ms: float, transfer_ms: float, compute_m
 
 @formula
 def slots_for_full_rate(latency_ms: float, transfer_ms: float, compute_ms: float) -> float:
-    """Slots with which latency does not bind (Little's law)."""
+    """Fewest slots that hide the latency (Little's law)."""
     return slots_needed(_unit(latency_ms, transfer_ms, compute_ms))
 
 
 @formula
 def period_over_compute(latency_ms: float, transfer_ms: float, compute_ms: float, slots: float) -> float:
-    """Time per layer once the pipe is full, over what compute alone takes: 1 where loading is hidden (`forecast.schedule`)."""
+    """Time per layer with a full pipeline over compute alone: 1 if loading is hidden (`forecast.schedule`)."""
     return period(_unit(latency_ms, transfer_ms, compute_ms), int(slots)) * 1e3 / compute_ms
 
 
 @formula
 def overlap_speed_up(transfer_ms: float, compute_ms: float) -> float:
-    """What reading ahead gains once latency is hidden: sum over maximum, at most 2 (`forecast.schedule`)."""
+    """Speed-up of prefetching once latency is hidden: sum over maximum, at most 2 (`forecast.schedule`)."""
     unit = _unit(0, transfer_ms, compute_ms)
     return grouped([unit], 1) / period(unit, slots_needed(unit))
 
 
 @formula
 def in_flight(latency_ms: float, compute_ms: float) -> float:
-    """Requests on their way when one is answered every `compute_ms` (Little 1961)."""
+    """Requests in flight when one completes every `compute_ms` (Little 1961)."""
     return latency_ms / compute_ms
 
 
 @formula
 def streamed_token(weights_gb: float, gb_per_s: float, share_read: float, rows: float) -> float:
-    """Seconds per token when a pass reads a share of the weights through one pipe, for so many tokens at once."""
+    """Seconds per token when a pass of `rows` tokens reads a share of the weights through one pipe."""
     return Topology([Pipe("link", gb_per_s)]).load([Flow(weights_gb * share_read, ("link",))]).seconds / rows
 
 
 @formula
 def needed_gb_per_s(weights_gb: float, seconds: float, share_read: float, rows: float) -> float:
-    """Bandwidth with which a token takes so many seconds; the pipe of `streamed_token` solved for its width."""
+    """Bandwidth at which a token takes `seconds`: `streamed_token` solved for the pipe's rate."""
     return streamed_token(weights_gb, 1.0, share_read, rows) / seconds
 
 
@@ -138,7 +138,7 @@ def cards_pass(
 ) -> float:
     """Seconds of a pass split over cards, each with its own link to one memory (`forecast.topology`).
 
-    What comes from disk is written to that memory and read from it again.
+    Data from disk is written to that memory and read from it again.
     """
     link = link_gb_per_s * link_efficiency
     streamed_gb = weights_gb - cards * card_gb * resident_share
@@ -155,7 +155,7 @@ def dram_over_links(
     link_efficiency: float,
     dram_gb_per_s: float,
 ) -> float:
-    """How much longer the host's memory is busy than the links of the cards: above 1 it is what binds."""
+    """Busy time of host memory over that of the cards' links: above 1 the host memory is the bottleneck."""
     streamed_gb = weights_gb - cards * card_gb * resident_share
     used = _cards(streamed_gb, int(cards), link_gb_per_s * link_efficiency, dram_gb_per_s, 0.0, 1.0).utilisation
     return used["dram"] / used["card 0"]
@@ -163,13 +163,13 @@ def dram_over_links(
 
 @formula
 def bits_saved(bits: float, packed_bits: float) -> float:
-    """By which factor fewer bits per weight shrink a model."""
+    """Factor by which fewer bits per weight shrink a model."""
     return bits / packed_bits
 
 
 @formula
 def reductions_over_pass(layers: float, per_layer: float, hop_us: float, pass_s: float) -> float:
-    """Share of a pass that goes into all-reduces, where each takes one latency (two per layer: Shoeybi et al. 2019)."""
+    """Share of a pass spent in all-reduces of one latency each (two per layer: Shoeybi et al. 2019)."""
     return layers * per_layer * hop_us / 1e6 / pass_s
 
 
@@ -182,7 +182,7 @@ def exchanged_bytes(batch: float, hidden: float, bits: float, devices: float, tw
 
 @formula
 def width_exponent(batch: float, hidden: float, bits: float, devices: float, two_dimensional: float) -> float:
-    """The power of the width with which that traffic grows."""
+    """Exponent of that traffic's growth with the width."""
     small, large = (exchanged_bytes(batch, h, bits, devices, two_dimensional) for h in (hidden, 2 * hidden))
     return exponent(large, small, 2, 1)
 
@@ -201,7 +201,7 @@ def small_batch_over_large(
 
 @formula
 def width_speed_up(weights_gb: float, machines: float, link_gb_per_s: float, layers: float, hop_us: float) -> float:
-    """How much sooner a streamed pass is done when every machine reads its own slice of each layer."""
+    """Speed-up of a streamed pass when every machine reads its own slice of each layer."""
     one_s = streamed_token(weights_gb, link_gb_per_s, 1, 1)
     slice_s = streamed_token(weights_gb / machines, link_gb_per_s, 1, 1)
     return one_s / (slice_s + layers * 2 * hop_us / 1e6)
@@ -215,7 +215,7 @@ def token_ms(request_ms: float, tokens: float) -> float:
 
 @formula
 def share_of_ideal(request_ms: float, tokens: float, weights_gb: float, gb_per_s: float, devices: float) -> float:
-    """Time to read the weights once, split evenly, over the time that a token took."""
+    """Time to read the weights once, split evenly, over the measured time per token."""
     return streamed_token(weights_gb / devices, gb_per_s, 1, 1) * 1e3 / token_ms(request_ms, tokens)
 
 
@@ -229,7 +229,7 @@ def least_ms(params: float, layers: float, bits: float, tb_per_s: float, hop_us:
 def least_ms_of_scaled(
     params: float, layers: float, bits: float, tb_per_s: float, hop_us: float, factor: float, depth_exponent: float
 ) -> float:
-    """The same for a model `factor` times as large, whose depth grows with a power of that."""
+    """The shortest time for a model `factor` times as large, whose depth grows with a power of that."""
     return least_ms(params * factor, layers * factor**depth_exponent, bits, tb_per_s, hop_us)
 
 
@@ -237,7 +237,7 @@ def least_ms_of_scaled(
 def latency_growth(
     params: float, layers: float, bits: float, tb_per_s: float, hop_us: float, factor: float, depth_exponent: float
 ) -> float:
-    """By which factor that shortest time grows."""
+    """Factor by which that shortest time grows."""
     scaled = least_ms_of_scaled(params, layers, bits, tb_per_s, hop_us, factor, depth_exponent)
     return scaled / least_ms(params, layers, bits, tb_per_s, hop_us)
 
@@ -252,32 +252,32 @@ def serial_speed(
     tokens_per_pass: float,
     words_per_min: float,
 ) -> float:
-    """How many times a reader's pace one stream can reach at most."""
+    """Max speed of one stream over a reader's pace."""
     tok_per_s = tokens_per_pass * 1e3 / least_ms(params, layers, bits, tb_per_s, hop_us)
     return tok_per_s / reading_tok_per_s(words_per_min)
 
 
 @formula
 def serial_tok_per_s(speed: float, words_per_min: float, words_per_token: float) -> float:
-    """Tokens per second at so many times a reader's pace."""
+    """Tokens per second at `speed` times a reader's pace."""
     return speed * reading_tok_per_s(words_per_min, words_per_token)
 
 
 @formula
 def words_usd(words: float, usd_per_1000_tokens: float, words_per_token: float) -> float:
-    """What a seller asks for so many words."""
+    """A seller's price of `words` words."""
     return words / words_per_token / 1e3 * usd_per_1000_tokens
 
 
 @formula
 def hour_usd(words_per_min: float, usd_per_1000_tokens: float, words_per_token: float) -> float:
-    """What he asks for an hour of words at a pace."""
+    """A seller's price of an hour of words at a pace."""
     return words_usd(words_per_min * 60, usd_per_1000_tokens, words_per_token)
 
 
 @formula
 def ladder_usd(usd: float, factor: float, large: float, small: float, of_large: float, of_small: float) -> float:
-    """The price of a model `factor` times as large, if prices go on as they did between two models on sale."""
+    """The price of a model `factor` times as large, extrapolated from two models on sale."""
     return usd * pow(factor, exponent(large, small, of_large, of_small))
 
 
@@ -295,7 +295,7 @@ def reader_flop_per_s(params: float, words_per_min: float, words_per_token: floa
 
 @formula
 def streams_of(flop_per_s: float, params: float, words_per_min: float, words_per_token: float) -> float:
-    """How many such streams so much arithmetic carries."""
+    """Number of such streams that `flop_per_s` sustains."""
     return flop_per_s / reader_flop_per_s(params, words_per_min, words_per_token)
 
 
@@ -312,7 +312,7 @@ def price_over_rental(
 def hourly_price_over_rental(
     usd_per_h: float, gflop_per_word: float, words_per_s: float, rental_usd_per_h: float, utilisation: float
 ) -> float:
-    """The same by the hour: nothing makes the pace that was paid for and the pace that was computed the same."""
+    """That markup by the hour; the paid pace and the computed pace may differ."""
     rent = Tariff(rent_usd_per_h=rental_usd_per_h, utilisation=utilisation).usd_per_h
     return markup(usd_per_h, rent * gflop_per_word * words_per_s / 1e5)
 
@@ -321,7 +321,7 @@ def hourly_price_over_rental(
 def rental_for_markup(
     times: float, words: float, usd: float, params: float, words_per_token: float, utilisation: float
 ) -> float:
-    """The rent of 1e14 FLOP/s for an hour at which the price is so many times the rent."""
+    """The rent of 1e14 FLOP/s for an hour at which the price is `times` the rent."""
     return price_over_rental(words, usd, params, words_per_token, 1.0, utilisation) / times
 
 
@@ -337,7 +337,7 @@ def request_markup(
     gpus: float,
     utilisation: float,
 ) -> float:
-    """What a batch of requests is sold for over the rent of the devices that it keeps busy (`forecast.money`)."""
+    """Price of a batch of requests over the rent of the devices that it occupies (`forecast.money`)."""
     tokens = batch * (prompt_tokens * prompt_billed + output_tokens)
     hour = Tariff(rent_usd_per_h=usd_per_gpu_h * gpus, utilisation=utilisation).usd_per_h
     return markup(tokens / 1e3 * usd_per_1000_tokens, hour / 3600 * request_ms / 1e3)
@@ -363,7 +363,7 @@ def devices_needed(params: float, bits: float, device_gb: float) -> float:
 
 @formula
 def flop_for_copies(number: float, params: float, words_per_min: float, words_per_token: float) -> float:
-    """FLOP/s of so many copies that keep up with a reader."""
+    """FLOP/s of `number` copies that keep up with a reader."""
     return number * reader_flop_per_s(params, words_per_min, words_per_token)
 
 
@@ -371,19 +371,19 @@ def flop_for_copies(number: float, params: float, words_per_min: float, words_pe
 def copies_by_flop(
     stock_flop_per_s: float, utilisation: float, params: float, words_per_min: float, words_per_token: float
 ) -> float:
-    """How many such copies a stock of arithmetic carries."""
+    """Number of such copies that a stock of FLOP/s sustains."""
     return streams_of(stock_flop_per_s * utilisation, params, words_per_min, words_per_token)
 
 
 @formula
 def kv_mb_per_token(layers: float, kv_heads: float, head_dim: float) -> float:
-    """MB of keys and values that a token leaves in memory, 16 bits each (`forecast.architecture`)."""
+    """MB of KV cache per token in 16 bits (`forecast.architecture`)."""
     return _conversation_bytes(layers, kv_heads, head_dim, 1) / 1e6
 
 
 @formula
 def kv_gb(layers: float, kv_heads: float, head_dim: float, context: float) -> float:
-    """GB of one whole conversation."""
+    """GB of KV cache of one whole conversation."""
     return _conversation_bytes(layers, kv_heads, head_dim, context) / 1e9
 
 
@@ -398,7 +398,7 @@ def resident_copies(
     head_dim: float,
     context: float,
 ) -> float:
-    """Copies whose conversations fit in memory beside one set of weights per group of devices (`forecast.world`)."""
+    """Copies whose KV caches fit in memory beside one set of weights per group of devices (`forecast.world`)."""
     return _copies(devices, group, memory_gb, 1.0, params, layers, kv_heads, head_dim, context, 250).by_memory
 
 
@@ -415,7 +415,7 @@ def swapped_copies(
     context: float,
     words_per_min: float,
 ) -> float:
-    """Copies by memory bandwidth alone: conversations that wait are kept elsewhere (`forecast.world`)."""
+    """Copies by memory bandwidth alone: KV caches of idle conversations are kept elsewhere (`forecast.world`)."""
     return _copies(
         devices, group, memory_gb, tb_per_s, params, layers, kv_heads, head_dim, context, words_per_min
     ).by_bandwidth
@@ -429,14 +429,14 @@ def serving_over_training(params: float, trained_tokens: float, served_tokens_pe
 
 @formula
 def serving_share(params: float, trained_tokens: float, served_tokens: float) -> float:
-    """Share of a model's FLOP that serving it takes (`forecast.life`)."""
+    """Share of a model's FLOP spent on serving (`forecast.life`)."""
     making = training_flop(params, trained_tokens)
     return Life(making_flop=making, flop_per_token=inference_flop(params, 1), tokens=served_tokens).serving_share
 
 
 @formula
 def served_for_half(params: float, trained_tokens: float) -> float:
-    """Tokens after which serving has cost what training did (`forecast.life`)."""
+    """Tokens after which serving has cost as much as training (`forecast.life`)."""
     return break_even_tokens(training_flop(params, trained_tokens), inference_flop(params, 1), 0)
 
 
@@ -444,20 +444,20 @@ def served_for_half(params: float, trained_tokens: float) -> float:
 def cost_of_context(
     params: float, layers: float, heads: float, head_dim: float, context: float, samples: float
 ) -> float:
-    """FLOP of a token late in a context, tried so many times, over one try after 2048 (`forecast.architecture`)."""
+    """FLOP of `samples` samples of a token late in a context, over one sample after 2048 (`forecast.architecture`)."""
     model = _architecture(params, layers, heads, heads, head_dim)
     return samples * model.flop(context) / model.flop(2048)
 
 
 @formula
 def kept_share(teacher: float, student: float, dense: float) -> float:
-    """Share of a teacher's lead over a dense model that its student keeps (negative log perplexities; Fedus et al. 2021)."""
+    """Share of a teacher's gain over a dense model that its student keeps (negative log perplexities; Fedus et al. 2021)."""
     return (student - dense) / (teacher - dense)
 
 
 @formula
 def lost_share(teacher: float, student: float, dense: float) -> float:
-    """The rest of that lead."""
+    """Share of that gain that the student loses."""
     return 1 - kept_share(teacher, student, dense)
 
 
@@ -469,7 +469,7 @@ def saved_share(teacher: float, student: float) -> float:
 
 @formula
 def experts_touched(experts: float, per_token: float, rows: float) -> float:
-    """Share of the experts that a pass reads for so many rows, uniform choices (Erdil 2025, in `forecast.experts`)."""
+    """Share of the experts that a pass of `rows` rows reads, uniform choices (Erdil 2025, in `forecast.expert_hits`)."""
     return distinct(int(experts), int(per_token), int(rows)) / experts
 
 

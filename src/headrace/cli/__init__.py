@@ -1,4 +1,4 @@
-"""The terminal: the only room that prints. stdout is data, stderr is everything else."""
+"""The terminal: the only package that prints. stdout is data, stderr is everything else."""
 
 from headrace.cli.app import main
 

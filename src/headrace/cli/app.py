@@ -23,12 +23,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Size(click.ParamType[int]):
-    """A size such as 4GiB."""
+    """An option's size, like 4GiB."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """To bytes."""
+        """Parse a size to bytes."""
         try:
             return parse_bytes(value)
         except UsageError as error:
@@ -36,10 +36,10 @@ class Size(click.ParamType[int]):
 
 
 class FilePath(click.Path):
-    """A path; what cannot be one is a usage error."""
+    """A path. Text that cannot be a path is a usage error."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click does."""
+        """Convert as click does; turn its exceptions into usage errors."""
         try:
             return super().convert(value, param, ctx)
         except (OSError, ValueError) as error:
@@ -49,21 +49,21 @@ class FilePath(click.Path):
 
 
 class Group(click.Group):
-    """A group that turns our errors into a message, a hint and an exit code. (click itself suggests near commands.)"""
+    """A command group that turns our errors into a message, a hint and an exit code. (click itself suggests near commands.)"""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run, and end with the error's own exit code."""
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends kernels for GPUs
+        """Run a command, and exit with the error's own code."""
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings recommend kernels for GPUs
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads would spin while ggml's work
         streams.prepare()
         try:
             try:
-                found = super().main(*args, **kwargs)
+                result = super().main(*args, **kwargs)
             except SystemExit:
                 streams.finish()
                 raise
             streams.finish()
-            return found
+            return result
         except BrokenPipeError:
             streams.abandon()
             sys.exit(0)
@@ -78,13 +78,13 @@ class Group(click.Group):
             sys.exit(problem.exit_code)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """What click would end with 1: Ctrl-C, and a reader of our output that has gone."""
+        """Run a command. Ctrl-C and a closed pipe get exit codes of their own, where click would exit with 1."""
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):  # the latter at a question
             show.say("\ninterrupted")
             sys.exit(show.INTERRUPTED)
-        except BrokenPipeError:  # of stdout: what cannot be written to stderr is left out
+        except BrokenPipeError:  # a closed stdout; text that stderr does not take is dropped
             streams.abandon()
             sys.exit(0)
 
@@ -115,10 +115,10 @@ draft_option = click.option(
     default="auto",
     show_default=True,
     metavar="none|prompt|self|auto|FILE",
-    help="DraftToken tokens that a pass then verifies: from the prompt, by a low-bit copy of the model, or by a smaller model.",
+    help="Draft tokens that a pass then verifies: from the prompt, by a low-bit copy of the model, or by a smaller model.",
 )
 kv_option = click.option(
-    "--kv-bits", type=click.Choice([8, 16]), default=16, show_default=True, help="Bits of each number in the KV cache."
+    "--kv-bits", type=click.Choice([8, 16]), default=16, show_default=True, help="Bits of each element of the KV cache."
 )
 deterministic_option = click.option(
     "--deterministic/--no-deterministic",
@@ -130,7 +130,7 @@ deterministic_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No plan, progress or stats on stderr.")
 sampling_options = shared(
-    click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Generate at most so many."),
+    click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Limit of generated tokens."),
     click.option("-t", "--temperature", type=click.FloatRange(0, 100), help="0 is greedy. [default: the model's]"),
     click.option("--top-k", type=click.IntRange(0), help="Keep the k likeliest tokens; 0 is off."),
     click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep the likeliest of this much probability."),
@@ -141,9 +141,9 @@ sampling_options = shared(
 
 
 def find_model(function: F) -> F:
-    """Put the path of a model in place of its name: on this disk, or at the hub, from where it is fetched if need be.
+    """Replace a model's name by its path: on this disk, or at the hub, from where it is fetched if need be.
 
-    A model that is nowhere is refused before anything slow is imported.
+    A model that does not exist is refused before anything slow is imported.
     """
 
     @wraps(function)
@@ -170,7 +170,7 @@ def find_model(function: F) -> F:
 @click.option("-s", "--system", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the chat template.")
 @click.option(
-    "--trace", type=FilePath(path_type=Path, dir_okay=False), help="Write a Chrome trace of every read and product."
+    "--trace", type=FilePath(path_type=Path, dir_okay=False), help="Write a Chrome trace of every read and matmul."
 )
 @json_option
 @quiet_option
@@ -210,10 +210,12 @@ def run(model: str, **options: Any) -> None:
 @click.option(
     "--require-tok-s",
     type=click.FloatRange(0, min_open=True),
-    help="Find the cheapest way to so many tokens per second, for each sequence.",
+    help="Find the cheapest configuration with this speed of each sequence.",
 )
 @click.option(
-    "--budget-usd", type=click.FloatRange(0, min_open=True), help="Find the fastest way for so many dollars per hour."
+    "--budget-usd",
+    type=click.FloatRange(0, min_open=True),
+    help="Find the fastest configuration within these dollars per hour.",
 )
 @click.option(
     "--usd-per-kwh",
@@ -252,7 +254,7 @@ def plan(model: str | None, **options: Any) -> None:
 @click.option("--html", type=FilePath(path_type=Path, dir_okay=False), help="Write a page with all of them.")
 @json_option
 def claims(number: str | None, html: Path | None, as_json: bool) -> None:
-    """Check the statements of the discussion that this project began with: all, or the one of this NUMBER."""
+    """Check statements on the size, speed and cost of language models: all, or the one with this NUMBER."""
     from headrace.cli.claims import claims_command
 
     claims_command(number, html, as_json)
@@ -262,7 +264,7 @@ def claims(number: str | None, html: Path | None, as_json: bool) -> None:
 @click.argument("kind", type=click.Choice(["models", "devices", "links", "prices"]))
 @json_option
 def tables(kind: str, as_json: bool) -> None:
-    """List what `plan --machine` knows: published models, devices, links and disks, prices. Each with its source in --json."""
+    """List the tables of `plan --machine`: published models, devices, links and disks, prices. --json adds the sources."""
     from headrace.cli.forecast import tables_command
 
     tables_command(kind, as_json)
@@ -282,7 +284,7 @@ def tables(kind: str, as_json: bool) -> None:
 @json_option
 @find_model
 def bench(model: str, **options: Any) -> None:
-    """Run MODEL for a few tokens and hold the plan against it: seconds, bytes, and where a pass waits."""
+    """Run MODEL for a few tokens and compare it with the plan: seconds, bytes, and stalls of a pass."""
     from headrace.cli.bench import bench_command
 
     bench_command(model, **options)
@@ -306,9 +308,9 @@ def bench(model: str, **options: Any) -> None:
 @quiet_option
 @find_model
 def batch(model: str, **options: Any) -> None:
-    """Evaluation the requests of IN.jsonl, in the format of the OpenAI Batch API, into OUT.jsonl.
+    """Answer the requests of IN.jsonl, in the format of the OpenAI Batch API, into OUT.jsonl.
 
-    All requests in flight share each pass over the weights. A run that was stopped, or killed, goes on where it was.
+    All requests in flight share each pass over the weights. A run that was stopped or killed resumes.
     """
     from headrace.cli.batch import batch_command
 
@@ -345,8 +347,8 @@ def demo(prompt: str | None, memory: int | None, as_json: bool) -> None:
 def pull(model: str, as_json: bool) -> None:
     """Fetch MODEL from the Hugging Face hub into its cache, and print the path to open.
 
-    MODEL is org/repo, org/repo:FILE or org/repo:QUANTISATION (such as Q4_K_M), with @REVISION after repo if need be. What was
-    fetched before, by this or another program, is not fetched again; a stopped download goes on where it was.
+    MODEL is org/repo, org/repo:FILE or org/repo:QUANTISATION (like Q4_K_M), with @REVISION after repo if need be. Files
+    fetched before, by this or another program, are not fetched again; a stopped download resumes.
     """
     from headrace.cli.hub import pull_command
 
@@ -363,7 +365,7 @@ def pull(model: str, as_json: bool) -> None:
 def pack(model: str, **options: Any) -> None:
     """Write OUT, a copy of the BF16 folder MODEL in three quarters of its bytes, from which the same bits are read.
 
-    For disks that a run waits for: it reads a quarter less. The original is not touched, and nothing opens before it is whole.
+    For disk-bound runs, which then read a quarter less. The original is not touched. The copy cannot be opened before it is whole.
     """
     from headrace.cli.pack import pack_command
 
@@ -383,7 +385,7 @@ def list_models(as_json: bool) -> None:
 @click.argument("model")
 @json_option
 def show_model(model: str, as_json: bool) -> None:
-    """Say what MODEL is: architecture, parameters, bits, layers, experts, context, files. Reads headers only.
+    """Describe MODEL: architecture, parameters, bits, layers, experts, context, files. Reads headers only.
 
     MODEL is a .gguf file, a folder with config.json, or org/repo of the hub, of which only the header is fetched.
     """

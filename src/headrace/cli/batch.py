@@ -1,4 +1,4 @@
-"""`headrace batch`: many requests, one pass over the weights for all in flight, results appended as they come."""
+"""`headrace batch`: requests in flight share each pass over the weights; results are appended as they come."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    """The options of a run. None: what the plan finds best, or needs."""
+    """The options of a run. None: the plan chooses."""
 
     memory: int | None
     ctx_size: int | None
@@ -41,7 +41,7 @@ class BatchSettings:
 
 
 def batch_command(source: Path, target: Path, model: str, **options: Any) -> int:
-    """Evaluation what has no result yet; returns the exit code."""
+    """Answer the requests without a result; returns the exit code."""
     settings = BatchSettings(**options)
     with suppress(OSError):
         if source.samefile(target):
@@ -96,11 +96,11 @@ def _size(
     budget: Budget,
     settings: BatchSettings,
 ) -> Request:
-    """Room for the longest request, for as many as run best together."""
+    """The context of the longest request, and the number of sequences that the plan finds best."""
     limit = checkpoint.context_limit(1 << 20)
     lengths = [(_length(request, tokenizer), request.max_tokens or settings.max_tokens) for request in requests]
     longest = max(length for length, _ in lengths)
-    context = settings.ctx_size or min(limit, max(length + most for length, most in lengths))
+    context = settings.ctx_size or min(limit, max(length + max_tokens for length, max_tokens in lengths))
     request = Request(context_tokens=context, prompt_tokens=min(longest, context), kv_bits=settings.kv_bits)
     if settings.parallel:
         return replace(request, sequences=settings.parallel)
@@ -109,7 +109,7 @@ def _size(
 
 
 def _length(request: BatchRequest, tokenizer: "Tokenizer") -> int:
-    """Tokens of a prompt; 1 where it is refused, which becomes its result when its turn comes."""
+    """Tokens of a prompt; 1 for one that is refused, whose error becomes its result when it would run."""
     try:
         return max(1, len(_prompt(request, tokenizer)[0]))
     except HeadraceError:
@@ -117,7 +117,7 @@ def _length(request: BatchRequest, tokenizer: "Tokenizer") -> int:
 
 
 def _prompt(request: BatchRequest, tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
-    """(tokens of a prompt, those of them that the chat template wrote after the conversation)."""
+    """The tokens of a prompt, and the last of them, which the chat template wrote after the conversation."""
     if isinstance(request.prompt, str):
         return tokenizer.prompt(request.prompt, raw=True), []
     from headrace.model.conversation import checked_messages, template_variables
@@ -137,18 +137,18 @@ def _prompt(request: BatchRequest, tokenizer: "Tokenizer") -> tuple[list[int], l
 
 
 class Batch:
-    """The requests of a run, and what has come of them so far."""
+    """The requests of a run, and their text so far."""
 
     def __init__(self, model: "Model", requests: Sequence[BatchRequest], results: Results, max_tokens: int):
         self._model = model
         self._requests = requests
         self._results = results
         self._max_tokens = max_tokens
-        self._running: list[BatchRequest] = []  # by the index of their job
+        self._running: list[BatchRequest] = []  # requests by the index of their job
         self._texts: dict[int, list[tuple[str, str]]] = {}
 
     def run(self, board: "Board") -> int:
-        """Evaluation all; returns the exit code."""
+        """Answer all requests; returns the exit code."""
         with board:
             try:
                 for piece in self._model.stream_jobs(self._jobs(board)):
@@ -192,7 +192,7 @@ class Batch:
             answer_record(
                 self._running[piece.index],
                 text="".join(text for text, _ in texts),
-                thinking="".join(thought for _, thought in texts),
+                thinking="".join(reasoning for _, reasoning in texts),
                 finish_reason=piece.finish_reason,
                 prompt_tokens=piece.prompt_tokens,
                 completion_tokens=piece.completion_tokens,
@@ -205,14 +205,14 @@ class Batch:
 
 
 class Board:
-    """Done of total, tokens per second, bytes per second, time left: a bar on a terminal, a last line everywhere."""
+    """Requests done, tokens per second, bytes per second, time left: a bar on a terminal, a last line everywhere."""
 
     def __init__(self, model: "Model", total: int, quiet: bool):
         self._model = model
         self._total = total
         self._quiet = quiet
         self._done = self._tokens = 0
-        self._passes = self._read_bytes = 0  # of passes that have been counted
+        self._passes = self._read_bytes = 0  # passes counted so far, and their bytes
         self._start = time.perf_counter()
         console = Console(stderr=True)
         self._bar = Progress(
@@ -231,12 +231,12 @@ class Board:
             show.note(f"{self._done} of {self._total} done, {self._tokens} tokens in {self._rates()}")
 
     def token(self, piece: "Piece") -> None:
-        """A token has come."""
+        """Count a token."""
         self._tokens += piece.token is not None
         self._show()
 
     def finished(self) -> None:
-        """A request is done."""
+        """Count a finished request."""
         self._done += 1
         self._show()
 

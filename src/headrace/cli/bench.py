@@ -1,4 +1,4 @@
-"""`headrace bench`: a short run held against its plan, pass by pass."""
+"""`headrace bench`: a short run compared with its plan, pass by pass."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ PROMPT = "The water wheel is one of the oldest machines that people have used to
 def bench_command(
     model: str, memory: int | Budget | None, kv_bits: int, draft: str, max_tokens: int, html: Path | None, as_json: bool
 ) -> None:
-    """Run, compare, print."""
+    """Run the model, compare it with the plan, print both."""
     if html is not None:
         show.check_writable(html)
     profile = profile_for(model, say=True)
@@ -32,7 +32,7 @@ def bench_command(
     with load(
         model,
         memory=memory,
-        context_tokens=len(PROMPT.encode()) + 8 + max_tokens,  # a token is a byte at least
+        context_tokens=len(PROMPT.encode()) + 8 + max_tokens,  # a token has at least one byte
         prompt_tokens=16,
         kv_bits=kv_bits,
         draft=draft,
@@ -42,7 +42,7 @@ def bench_command(
         loaded.generate(PROMPT, max_tokens=max_tokens, raw=True, sampling=Sampling(temperature=0.0))
         record, plan, trace, last = loaded.record(), loaded.plan, loaded.trace, loaded.passes[-1]
         assert trace is not None
-        # An answer may end with the first token: then the only pass is the prompt's.
+        # An answer may end with the first token: then the only pass is the prefill.
         start, end = last.start_s, last.start_s + last.seconds
         measured = {
             kind: [(max(a, start) - start, min(b, end) - start) for a, b in trace.spans(kind) if b > start and a < end]

@@ -1,4 +1,4 @@
-"""Charts as SVG that takes the page's own text colour, so that one drawing serves light, dark and paper. Drawn by matplotlib."""
+"""Charts as SVG by matplotlib. They take the page's text colour, so that one drawing serves light, dark and paper."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ Spans = Sequence[tuple[float, float]]
 
 
 def timeline(panels: Mapping[str, Mapping[str, Spans]], unit: str = "s") -> str:
-    """Bars of time by resource; several panels share the axis, so that what was measured stands under what was predicted."""
+    """Bars of time by resource. Several panels share the axis, so that measured spans stand under predicted ones."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(9, 1.1 + 1.25 * len(panels)), sharex=True, squeeze=False)
     for axis, (title, rows) in zip(axes[:, 0], panels.items(), strict=True):
@@ -79,7 +79,7 @@ def timeline(panels: Mapping[str, Mapping[str, Spans]], unit: str = "s") -> str:
 
 
 def bars(rows: Mapping[str, float], label: str) -> str:
-    """Horizontal bars with their names, such as busy seconds by resource."""
+    """Horizontal bars with their names, for example busy seconds by resource."""
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(9, 0.7 + 0.34 * len(rows)))
     names = list(reversed(list(rows)))
@@ -90,10 +90,10 @@ def bars(rows: Mapping[str, float], label: str) -> str:
 
 
 def roofline(roofs: Mapping[str, float], peak: float, points: Mapping[str, tuple[float, float]]) -> str:
-    """FLOP per byte against FLOP per second: pipes as slopes, arithmetic as the ceiling, plans as points.
+    """FLOP per byte against FLOP per second: bandwidths as slopes, arithmetic as the ceiling, plans as points.
 
     Args:
-        roofs: bytes per second by pipe.
+        roofs: bytes per second by resource.
         peak: FLOP per second.
         points: (FLOP per byte, FLOP per second reached) by name.
     """
@@ -103,7 +103,7 @@ def roofline(roofs: Mapping[str, float], peak: float, points: Mapping[str, tuple
     high = max([3e3, *(2 * x for x, _ in points.values())])
     lows = [min(peak, rate * low) for rate in roofs.values()] + [y for _, y in points.values() if y > 0]
     bottom, top = min(lows) / 2, 3 * peak
-    # A slope of one in logarithms, as the page shows it: the axes are 8 by 3.7 inches.
+    # The angle on the page of a slope of one in logarithms: the axes are 8 by 3.7 inches.
     slope = degrees(atan2(3.7 / log10(top / bottom), 8 / log10(high / low)))
     for name, rate in roofs.items():
         xs = [low, min(peak / rate, high), high]
@@ -125,7 +125,7 @@ def roofline(roofs: Mapping[str, float], peak: float, points: Mapping[str, tuple
 
 
 def frontiers(panels: Mapping[str, tuple[str, Sequence[tuple[float, float]], Sequence[tuple[float, float]]]]) -> str:
-    """Clouds of configurations and the line that nothing beats: title -> (label of x, all points, the frontier)."""
+    """All configurations and their Pareto frontier: title -> (label of x, all points, the frontier)."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, len(panels), figsize=(9, 3.4), squeeze=False)
     for axis, (title, (label, cloud, line)) in zip(axes[0], panels.items(), strict=True):

@@ -1,4 +1,4 @@
-"""`headrace claims`: the discussion's statements, listed or run."""
+"""`headrace claims`: statements on the size, speed and cost of language models, listed or evaluated."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from headrace.cli import show
 
 
 def claims_command(id: str | None, html: Path | None, as_json: bool) -> None:
-    """List all statements, or run one."""
+    """List all statements, or evaluate one."""
     chosen = all_claims() if id is None else (find_claim(id.lower().lstrip("0")),)
     answers = [evaluate(claim) for claim in chosen]
     if html is not None:
@@ -29,7 +29,7 @@ def claims_command(id: str | None, html: Path | None, as_json: bool) -> None:
 
 
 def number(value: float | None, unit: str) -> str:
-    """A value with its unit, in four digits."""
+    """Format a value with its unit, in four digits."""
     if value is None:
         return ""
     digits = f"{value:,.4g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"

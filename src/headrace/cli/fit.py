@@ -1,4 +1,4 @@
-"""`headrace plan --fit`: learn from the runs of this machine."""
+"""`headrace plan --fit`: fits this machine's profile to its runs."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from headrace.plan.record import read_records
 
 
 def fit_command(path: Path, as_json: bool) -> None:
-    """Learn this machine's factors from run records, and keep them in its profile."""
+    """Fit this machine's factors to run records, and keep them in its profile."""
     profile = load_profile()
     if profile is None:
         raise UsageError("this machine has no profile to fit", hint="run `headrace probe` first")

@@ -1,4 +1,4 @@
-"""`headrace plan` for other machines and published models, its searches, and the tables they are made of."""
+"""`headrace plan` for other machines and published models, its searches, and their tables."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ from headrace.units import gigabytes, rate, seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """What the command line asks of a forecast."""
+    """The command line's options of a forecast."""
 
     machine: str | None
     params: float | None
@@ -53,10 +53,10 @@ class Wishes:
 
 
 def find_model(model: str | None, params: float | None) -> Architecture:
-    """A file, a folder, a name of the table, a model of the hub (of which only headers are read), or a number of parameters.
+    """The architecture of a file, a folder, a published model, a hub model (headers only), or a number of parameters.
 
     Raises:
-        UsageError: none of these, or both a model and a number.
+        UsageError: neither a model nor a number, or both.
     """
     if params is not None:
         if model is not None:
@@ -67,10 +67,10 @@ def find_model(model: str | None, params: float | None) -> Architecture:
             "no model is given", hint="name a file, a published model such as llama-3-70b, or --params 70e9"
         )
     path = Path(model)
-    there = exists(path)
+    path_exists = exists(path)
     if path.is_dir() and not any(path.glob("*.safetensors*")):
         return of_config(path / "config.json")
-    if there:
+    if path_exists:
         return architecture_of(open_anywhere(model))
     if path.suffix == ".gguf":
         raise UsageError(
@@ -89,17 +89,17 @@ def find_model(model: str | None, params: float | None) -> Architecture:
 def forecast_command(
     model: str | None, memory: int | Budget | None, wishes: Wishes, html: Path | None, as_json: bool
 ) -> None:
-    """Print the forecast, or what a search finds."""
+    """Print the forecast, or the result of a search."""
     architecture = find_model(model, wishes.params)
     bits = wishes.bits or architecture.bits or architecture.native_bits
-    small = _draft(wishes.draft)
-    ask = Workload(
+    draft = _draft(wishes.draft)
+    workload = Workload(
         bits=bits,
         kv_bits=wishes.kv_bits,
         batch=wishes.batch or 1,
         prompt_tokens=wishes.prompt_tokens,
         tokens=wishes.tokens,
-        draft=small,
+        draft=draft,
         usd_per_kwh=wishes.usd_per_kwh,
         utilisation=wishes.utilisation,
     )
@@ -116,7 +116,7 @@ def forecast_command(
         found = configurations(
             architecture,
             machine,
-            ask,
+            workload,
             all_bits=BITS if wishes.bits is None else (wishes.bits,),
             batches=BATCHES if wishes.batch is None else (wishes.batch,),
             drafts=wishes.draft != "none",
@@ -124,7 +124,7 @@ def forecast_command(
     best = cheapest(found, tok_per_s=wishes.require_tok_s, usd=wishes.budget_usd) if searching else None
     if best is None:
         assert machine is not None
-        best = forecast(architecture, machine, ask)
+        best = forecast(architecture, machine, workload)
     better = changes(best)
     if html is not None:
         from headrace.cli.page import forecast_page, write_page
@@ -179,7 +179,7 @@ def _point(one: Forecast) -> dict[str, object]:
 
 
 def interval(value: Interval, unit: str = "s") -> str:
-    """Low, expected and high with their unit."""
+    """Format the expected value and its low and high bounds with their unit."""
     if unit == "s":
         return f"{seconds(value.expected)}  [{seconds(value.low)} .. {seconds(value.high)}]"
     if unit == "tok/s":
@@ -189,14 +189,14 @@ def interval(value: Interval, unit: str = "s") -> str:
 
 def forecast_rows(one: Forecast) -> list[tuple[str, str, str]]:
     """The forecast as rows of (name, value, remark)."""
-    ask, model = one.workload, one.model
+    workload, model = one.workload, one.model
     active = f", {model.active_params / 1e9:.3g}B active" if model.active_params else ""
-    conversations = f"{ask.batch} x {ask.prompt_tokens + ask.tokens} tokens"
+    conversations = f"{workload.batch} x {workload.prompt_tokens + workload.tokens} tokens"
     rows = [
         (
             "model",
             model.name,
-            f"{model.params / 1e9:.4g}B parameters{active}, {model.layers} layers, {ask.bits:g} bits per weight",
+            f"{model.params / 1e9:.4g}B parameters{active}, {model.layers} layers, {workload.bits:g} bits per weight",
         ),
         ("machine", one.machine.name, f"{gigabytes(one.safe_bytes)} can safely be given to weights and caches"),
         (
@@ -219,7 +219,7 @@ def forecast_rows(one: Forecast) -> list[tuple[str, str, str]]:
         rows.append(("energy", f"{one.joules_per_token:.3g} J/token", "at the devices' full power"))
     if one.usd_per_h is not None and one.usd_per_million_output is not None and one.usd_per_million_input is not None:
         how = "rent" if one.machine.rent_usd_per_h is not None else "purchase over 4 years, and electricity"
-        rows.append(("cost", f"${one.usd_per_h:.3g}/h", f"{how}; {ask.utilisation:.0%} utilisation"))
+        rows.append(("cost", f"${one.usd_per_h:.3g}/h", f"{how}; {workload.utilisation:.0%} utilisation"))
         rows.append(("output", interval(one.usd_per_million_output, "$"), "per million tokens"))
         rows.append(("input", interval(one.usd_per_million_input, "$"), "per million tokens"))
     for seller in sellers(one):
@@ -233,7 +233,7 @@ def forecast_rows(one: Forecast) -> list[tuple[str, str, str]]:
             )
         )
     rows += [("", "", reason) for reason in one.reasons]
-    rows += [("guessed", "", guess) for guess in one.machine.assumptions]
+    rows += [("guessed", "", assumption) for assumption in one.machine.assumptions]
     rows.append(
         (
             "sure",
@@ -281,7 +281,7 @@ def _print(one: Forecast, better: list[ForecastSuggestion], found: list[Forecast
 
 
 def tables_command(kind: str, as_json: bool) -> None:
-    """List the facts that forecasts are made of."""
+    """List the tables that forecasts use."""
     entries = table(kind)
     if as_json:
         click.echo(json.dumps(entries))

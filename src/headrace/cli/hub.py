@@ -1,4 +1,4 @@
-"""`headrace pull`, `list`, `show` and `rm`: models of the Hugging Face hub, and what a model is."""
+"""`headrace pull`, `list`, `show` and `rm`: models of the Hugging Face hub, and the facts of a model."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from headrace.units import gigabytes
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """Where a model is read: a path, what opens it, its files, and the license if somebody says so."""
+    """A model's location: its path, the function that opens it, its files, and the license if it is known."""
 
     path: str
     open_source: OpenSource
@@ -44,10 +44,10 @@ class Opened:
 
 
 def path_of(model: str, *, quiet: bool = False) -> str:
-    """The path of a model that is to run: on this disk, in the hub's cache, or fetched now.
+    """The path of a model to run: on this disk, in the hub's cache, or fetched now.
 
     Raises:
-        HeadraceError: it is nowhere.
+        HeadraceError: there is no such model.
     """
     if exists(model):
         return model
@@ -57,20 +57,20 @@ def path_of(model: str, *, quiet: bool = False) -> str:
             f"there is no file {model}",
             hint="give the path of a .gguf file or a Hugging Face folder, or org/repo of the hub; `headrace demo` brings a model",
         )
-    _settle_bars(quiet)
+    _disable_bars_if_unwanted(quiet)
     return local_path(reference) or pull(reference, say=(lambda _: None) if quiet else show.note)
 
 
 def open_anywhere(model: str) -> Checkpoint:
-    """A model's headers: on this disk, in the hub's cache, or read from afar. Nothing is fetched but headers."""
+    """Open a model's headers: on this disk, in the hub's cache, or at the hub. Only headers are fetched."""
     found = _find(model)
     return open_checkpoint(found.path, found.open_source)
 
 
 def pull_command(model: str, as_json: bool) -> int:
-    """Fetch a model; its path to stdout. Returns the exit code."""
+    """Fetch a model and print its path to stdout. Returns the exit code."""
     reference = reference_of(model)
-    _settle_bars(quiet=False)
+    _disable_bars_if_unwanted(quiet=False)
     try:
         path = pull(reference, say=show.note)
     except KeyboardInterrupt:
@@ -80,8 +80,8 @@ def pull_command(model: str, as_json: bool) -> int:
     return 0
 
 
-def _settle_bars(quiet: bool) -> None:
-    """No bars of the hub's library where none are wanted."""
+def _disable_bars_if_unwanted(quiet: bool) -> None:
+    """Disable the progress bars of huggingface_hub where none are wanted."""
     if quiet or os.environ.get("HEADRACE_NO_PROGRESS") or os.environ.get("TERM") == "dumb":
         from huggingface_hub.utils import disable_progress_bars
 
@@ -89,10 +89,10 @@ def _settle_bars(quiet: bool) -> None:
 
 
 def reference_of(model: str) -> Reference:
-    """The reference that an argument is.
+    """Parse an argument as a reference to the hub.
 
     Raises:
-        UsageError: it is something on this disk, or no name of a repository.
+        UsageError: it is a path on this disk, or not the name of a repository.
     """
     reference = parse_reference(model)
     if reference is None or exists(model):
@@ -102,7 +102,7 @@ def reference_of(model: str) -> Reference:
 
 
 def list_command(as_json: bool) -> None:
-    """The models in the cache: a table on a terminal, tab-separated lines elsewhere."""
+    """List the models in the cache: a table on a terminal, tab-separated lines elsewhere."""
     models = cached_models()
     if as_json:
         click.echo(json.dumps({"models": [asdict(model) for model in models]}, allow_nan=False))
@@ -153,7 +153,7 @@ def remove_command(model: str, yes: bool, as_json: bool) -> None:
 
 
 def show_command(model: str, as_json: bool) -> None:
-    """Say what a model is, from headers alone."""
+    """Print the facts of a model, from headers alone."""
     found = _find(model)
     facts = _facts(found)
     if as_json:
@@ -164,7 +164,7 @@ def show_command(model: str, as_json: bool) -> None:
 
 
 def _find(model: str) -> Opened:
-    """On the disk, in the cache, or at the hub: the first of them."""
+    """Find a model on the disk, else in the cache, else at the hub."""
     if exists(model):
         return _local(model)
     reference = parse_reference(model)
@@ -198,7 +198,7 @@ def _local(path: str) -> Opened:
 
 
 def _facts(found: Opened) -> dict[str, Any]:
-    """What `--json` shows. Unknown is null."""
+    """Facts that `--json` shows. Unknown is null."""
     facts = _header_facts(open_checkpoint(found.path, found.open_source), found)
     files = [{"name": name, "bytes": size} for name, size in found.files]
     return {

@@ -12,7 +12,7 @@ from headrace.units import gigabytes, seconds
 
 
 def pack_command(model: str, target: str, check: bool, as_json: bool, quiet: bool) -> None:
-    """Write the copy, perhaps compare it, and say how large it is."""
+    """Write the copy, compare it if asked, and print its size."""
     start = time.monotonic()
     line = show.ProgressLine(quiet)
     packed = pack_folder(model, target, line.part("packing", start))

@@ -51,12 +51,12 @@ nav { display: none; } }
 
 
 def escape(text: str) -> str:
-    """Text of a page: neither markup nor control characters."""
+    """Escape text for a page: neither markup nor control characters."""
     return html_escape(printable(text))
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page; a reader sees the old one or the new one.
+    """Write a page atomically: a reader sees the old one or the new one.
 
     Raises:
         HeadraceError: it cannot be written.
@@ -92,7 +92,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence
 
 
 def timeline_rows(timeline: Timeline, last: bool = True) -> dict[str, list[tuple[float, float]]]:
-    """Reads, compute and stalls of a simulated pass, in seconds from its beginning; neighbours joined."""
+    """Reads, compute and stalls of a simulated pass, in seconds from its beginning; neighbouring spans are joined."""
     spans = timeline.spans[-timeline.units_per_pass :] if last else timeline.spans
     start = spans[0].compute_s if last else 0.0
     end = spans[-1].done_s
@@ -107,7 +107,7 @@ def timeline_rows(timeline: Timeline, last: bool = True) -> dict[str, list[tuple
 
 
 def joined(spans: Iterable[tuple[float, float]], gap_share: float = 1e-4) -> list[tuple[float, float]]:
-    """Spans in order, those with hardly a gap between them as one: a page should not hold ten thousand bars."""
+    """Sort spans, and join those with hardly a gap between them: a page should not hold ten thousand bars."""
     ordered = sorted(span for span in spans if span[1] > span[0])
     if not ordered:
         return []
@@ -127,7 +127,7 @@ def plan_page(
     rows: Sequence[tuple[str, str, str]],
     measured: dict[str, list[tuple[float, float]]] | None = None,
 ) -> str:
-    """The page of a plan for this machine; with what was measured under what was predicted, `rows` are its passes."""
+    """The page of a plan for this machine. With `measured`, its spans stand under the predicted ones; `rows` are the passes."""
     panels = {f"predicted: {seconds(timeline.pass_s(timeline_passes(timeline) - 1))} per pass": timeline_rows(timeline)}
     if measured is not None:
         end = max((end for spans in measured.values() for _, end in spans), default=0.0)
@@ -160,7 +160,7 @@ def plan_page(
         charts.timeline(panels),
         "<h2>Roofline</h2>",
         charts.roofline(roofs, peak, points),
-        "<h2>The plan</h2>" if measured is None else "<h2>Passes, and what was predicted for them</h2>",
+        "<h2>The plan</h2>" if measured is None else "<h2>Passes, measured and predicted</h2>",
         _table(("", "", ""), rows),
     ]
     if changes:
@@ -169,7 +169,7 @@ def plan_page(
 
 
 def timeline_passes(timeline: Timeline) -> int:
-    """How many passes were simulated."""
+    """Number of simulated passes."""
     return len(timeline.spans) // timeline.units_per_pass
 
 
@@ -214,13 +214,13 @@ def forecast_page(one: Forecast, better: Sequence[ForecastSuggestion], found: Se
 
 
 def _layers(one: Forecast) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """The pass as a schedule of its layers: what feeds them, and what computes them."""
-    feeding = [
+    """A pass as a schedule of its layers: transfers, compute and stalls."""
+    transfers = [
         value
         for name, value in one.decode.busy_s.items()
         if name not in ("memory", "compute", "launches", "collectives", "host", "drafting")
     ]
-    feed_s = max(feeding, default=0.0)
+    feed_s = max(transfers, default=0.0)
     inner = max(
         one.decode.pass_s.expected - feed_s,
         one.decode.busy_s.get("memory", 0.0) + one.decode.busy_s.get("launches", 0.0),
@@ -229,8 +229,8 @@ def _layers(one: Forecast) -> dict[str, dict[str, list[tuple[float, float]]]]:
     unit = ScheduledUnit(1e-4 if feed_s else 0.0, feed_s / layers, inner / layers, pinned=not feed_s)
     timeline = simulate([unit] * layers, slots_needed(unit), passes=2)
     rows = {name: spans for name, spans in timeline_rows(timeline).items() if spans}
-    keeps = f", {slots_needed(unit)} slots keep the pipe full" if feed_s else ""
-    return {f"{layers} layers{keeps}: {one.reasons[0]}": rows}
+    slots = f", {slots_needed(unit)} slots keep the pipe full" if feed_s else ""
+    return {f"{layers} layers{slots}: {one.reasons[0]}": rows}
 
 
 def _forecast_roofline(one: Forecast, better: Sequence[ForecastSuggestion]) -> str:
@@ -284,7 +284,7 @@ def _frontiers(found: Sequence[Forecast]) -> str:
 
 
 def claims_page(answers: Sequence[Evaluation]) -> str:
-    """A gallery of the discussion's statements."""
+    """The page of evaluated statements, by section."""
     sections: dict[str, list[Evaluation]] = {}
     for answer in answers:
         sections.setdefault(answer.claim.section, []).append(answer)
@@ -296,7 +296,7 @@ def claims_page(answers: Sequence[Evaluation]) -> str:
     for answer in answers:
         counts[answer.claim.verdict] = counts.get(answer.claim.verdict, 0) + 1
     lead = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items(), key=lambda item: -item[1]))
-    return _page("What the discussion said, computed anew", lead, parts)
+    return _page("Statements on language models, computed anew", lead, parts)
 
 
 def _card(answer: Evaluation) -> str:
@@ -325,7 +325,7 @@ def _card(answer: Evaluation) -> str:
 
 
 def _swing(answer: Evaluation, at: int) -> str:
-    """One bar of the tornado: how far the answer moves with an input, and where the answer stands."""
+    """One bar of the tornado chart: the range of the result over an input, and the result itself."""
     swing, unit = answer.swings[at], answer.claim.unit
     assert answer.value is not None
     ends = [answer.value, *(v for s in answer.swings[:4] for v in (s.at_low, s.at_high))]

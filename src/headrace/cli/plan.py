@@ -1,4 +1,4 @@
-"""`headrace plan` and `headrace probe`, and how `run` gets its profile."""
+"""`headrace plan` and `headrace probe`, and the profile that `run` uses."""
 
 import json
 import subprocess
@@ -43,27 +43,27 @@ from headrace.plan.shape import is_linear
 from headrace.text import printable
 from headrace.units import gib, gigabytes, rate, seconds
 
-USUAL_PROMPT_TOKENS = 512
-USUAL_USD_PER_KWH = 0.15
+DEFAULT_PROMPT_TOKENS = 512
+DEFAULT_USD_PER_KWH = 0.15
 
 
 def profile_for(model: str, *, say: bool) -> Profile:
-    """The kept profile; the first time on a machine, measure it."""
+    """The kept profile. The first call on a machine measures it."""
     profile = load_profile()
     if profile is not None:
         return profile
     if say:
         show.note("measuring this machine once (about 15 s); `headrace probe` does it again")
-    # In a process of its own: what the probe takes must not count against this one's ceiling.
+    # The probe runs in a process of its own: its memory must not count against this one's ceiling.
     command = [sys.executable, "-c", "from headrace.cli import main; main()", "probe", model, "--json"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace")
         printed, trouble = result.stdout, result.stderr.strip()[-200:]
     except OSError as error:
         printed, trouble = "", f"no process can be started: {error.strerror}"
-    profile = load_profile() or profile_of(printed)  # where it cannot be kept
+    profile = load_profile() or profile_of(printed)  # the printed one, where it cannot be kept
     if profile is None:
-        show.note(f"the machine could not be measured ({trouble}); planning with guesses")
+        show.note(f"the machine could not be measured ({trouble}); planning with guessed rates")
         return guessed_profile()
     return profile
 
@@ -89,7 +89,7 @@ def plan_or_forecast(
     fit_runs: Path | None,
     as_json: bool,
 ) -> None:
-    """A file on this machine is planned as `run` would run it; everything else is forecast from tables.
+    """Plan a file on this machine as `run` would run it; forecast everything else from tables.
 
     Raises:
         UsageError: options that contradict each other.
@@ -117,24 +117,24 @@ def plan_or_forecast(
         bits=bits,
         kv_bits=kv_bits,
         batch=batch,
-        prompt_tokens=prompt_tokens or USUAL_PROMPT_TOKENS,
+        prompt_tokens=prompt_tokens or DEFAULT_PROMPT_TOKENS,
         tokens=tokens,
         draft=draft,
         require_tok_s=require_tok_s,
         budget_usd=budget_usd,
-        usd_per_kwh=USUAL_USD_PER_KWH if usd_per_kwh is None else usd_per_kwh,
+        usd_per_kwh=DEFAULT_USD_PER_KWH if usd_per_kwh is None else usd_per_kwh,
         utilisation=1.0 if utilisation is None else utilisation,
     )
     forecast_command(model, memory, wishes, html, as_json)
 
 
 def _is_model(model: str) -> bool:
-    """Whether it has weights whose headers can be read: on this disk, or by its name at the hub."""
+    """True if the model has weights whose headers can be read: on this disk, or by its name at the hub."""
     path = Path(model)
-    there = exists(path)
+    path_exists = exists(path)
     if path.is_dir():
         return any(path.glob("*.safetensors*"))
-    return there or parse_reference(model) is not None
+    return path_exists or parse_reference(model) is not None
 
 
 def plan_command(
@@ -160,7 +160,7 @@ def plan_command(
         )
     if batch > 1 and checkpoint.has_encoder:
         raise UsageError(f"{checkpoint.name} has an encoder: it runs one prompt at a time", hint="use --batch 1")
-    prompt_tokens = prompt_tokens or USUAL_PROMPT_TOKENS
+    prompt_tokens = prompt_tokens or DEFAULT_PROMPT_TOKENS
     context = ctx_size or min(prompt_tokens + tokens, limit)
     request = Request(
         context_tokens=context, prompt_tokens=min(prompt_tokens, context), sequences=batch, kv_bits=kv_bits
@@ -183,7 +183,7 @@ def plan_command(
 
 
 def timeline_strips(timeline: Timeline) -> list[str]:
-    """The last pass of a simulation as lines of text: disk, compute, and waiting for the disk."""
+    """The last pass of a simulation as lines of text: disk, compute, and stalls."""
     spans = timeline.spans[-timeline.units_per_pass :]
     start = spans[0].compute_s
     rows = {
@@ -213,14 +213,14 @@ def _print(plan: Plan, rows: list[tuple[str, str, str]], timeline: Timeline) -> 
             console.print(f"  {change.what}: {seconds(change.s_per_token)} per token ({gain:.1f}x)", markup=False)
 
 
-def _held(plan: Plan) -> str:
+def _pinned_remark(plan: Plan) -> str:
     share = f"{plan.held_bytes / plan.weights_bytes:.0%}, of every large tensor its share"
     return (
         f"{share}; {gigabytes(plan.decode_pinned_bytes)} of it between prompts" if plan.decode_pinned_bytes else share
     )
 
 
-def _opening_rows(plan: Plan) -> list[tuple[str, str, str]]:
+def _encoder_rows(plan: Plan) -> list[tuple[str, str, str]]:
     if not plan.prefill_only_bytes:
         return []
     streamed = gigabytes(plan.streamed_bytes_per_prompt)
@@ -230,19 +230,19 @@ def _opening_rows(plan: Plan) -> list[tuple[str, str, str]]:
 def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     """The plan as rows of (name, value, remark), for a terminal."""
     decode, ttft = plan.decode_s_per_token, plan.ttft_s
-    kinds = sorted({t.type for t in checkpoint.tensors.values() if is_linear(t)}, key=bits_per_weight)
+    types = sorted({t.type for t in checkpoint.tensors.values() if is_linear(t)}, key=bits_per_weight)
     buffers = f"ring {gib(plan.ring_bytes)}, activations {gib(plan.activation_bytes)}"
     measured = plan.profile.source != "guessed"
     passes = f"{plan.prefill_passes} pass{'es' if plan.prefill_passes > 1 else ''} of {plan.prefill_rows} rows"
     return [
-        ("model", plan.model, f"{checkpoint.architecture}, {plan.type_bits:.2f} bits/weight ({', '.join(kinds)})"),
+        ("model", plan.model, f"{checkpoint.architecture}, {plan.type_bits:.2f} bits/weight ({', '.join(types)})"),
         ("memory", gib(plan.budget.nbytes), f"{plan.budget.reason}; floor {gib(plan.floor_bytes)}"),
         ("weights", gigabytes(plan.weights_bytes), "read in the first pass"),
-        ("pinned", gigabytes(plan.held_bytes), _held(plan)),
+        ("pinned", gigabytes(plan.held_bytes), _pinned_remark(plan)),
         *_expert_rows(plan),
         *_layout_rows(checkpoint),
         ("streamed", gigabytes(plan.streamed_bytes_per_pass), f"per pass, disk {gigabytes(plan.disk_bytes_per_s)}/s"),
-        *_opening_rows(plan),
+        *_encoder_rows(plan),
         ("KV cache", gib(plan.kv_bytes), f"{plan.sequences} x {plan.context_tokens} tokens in {plan.kv_bits} bits"),
         ("draft", plan.drafting.name, plan.reasons[-1]),
         ("buffers", gib(plan.ring_bytes + plan.activation_bytes), buffers),
@@ -262,7 +262,7 @@ def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
 
 
 def _expert_rows(plan: Plan) -> list[tuple[str, str, str]]:
-    """What is expected of a mixture's experts."""
+    """Expert cache of an MoE model: size, expected hit rate, bytes read per token."""
     if plan.experts is None:
         return []
     experts = plan.experts
@@ -275,14 +275,14 @@ def _expert_rows(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def _layout_rows(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
-    """How quantised tensors are stored, and what they are in memory, where the two differ."""
+    """Stored format and in-memory type of quantised tensors, where the two differ."""
     found: dict[tuple[str, str], int] = {}
-    for made in checkpoint.virtual.values():
-        for tensor, encoding in made:
+    for tensors in checkpoint.virtual.values():
+        for tensor, encoding in tensors:
             found[encoding.label, tensor.type] = found.get((encoding.label, tensor.type), 0) + tensor.nbytes
     return [
-        ("decoded", gigabytes(nbytes), f"{label}, in memory as {kind} ({bits_per_weight(kind):.3g} bits/weight)")
-        for (label, kind), nbytes in sorted(found.items())
+        ("decoded", gigabytes(nbytes), f"{label}, in memory as {type_} ({bits_per_weight(type_):.3g} bits/weight)")
+        for (label, type_), nbytes in sorted(found.items())
     ]
 
 
@@ -302,19 +302,19 @@ def probe_command(target: Path, as_json: bool) -> None:
         return
     kept = save_profile(profile)
     device = str(target.stat().st_dev)
-    one, few = profile.kernel("Q4_K", 1), profile.kernel("Q4_K", 16)
+    one_row, sixteen_rows = profile.kernel("Q4_K", 1), profile.kernel("Q4_K", 16)
     lines = [
         ("machine", profile.machine),
         ("disk", f"{gigabytes(profile.disk_bytes_per_s[device])}/s, read as the engine reads"),
         ("I/O", f"costs the cores {profile.io_cpu_share:.0%} of its time"),
-        ("Q4_K", f"{one / 1e9:.1f} billion weights/s for 1 row, {few / 1e9:.1f} for 16"),
+        ("Q4_K", f"{one_row / 1e9:.1f} billion weights/s for 1 row, {sixteen_rows / 1e9:.1f} for 16"),
         (
             "GEMM",
             f"{profile.gemm(512, False) / 1e9:.0f} GFLOP/s bf16, {profile.gemm(512, True) / 1e9:.0f} fp32, 512 rows",
         ),
         ("layer", f"{seconds(profile.layer_s)} outside of the kernels"),
         ("runtime", f"{gib(profile.runtime_bytes)} before any weights"),
-        ("example", f"a 5 GB Q4_K model in memory: about {rate(one / 8.9e9)}"),
+        ("example", f"a 5 GB Q4_K model in memory: about {rate(one_row / 8.9e9)}"),
         ("kept in", str(kept)),
     ]
     for name, value in lines:

@@ -1,4 +1,4 @@
-"""`headrace run`: plan, load, generate; and chat, which is the same with the conversation so far as the prompt."""
+"""`headrace run`: plan, load, generate. Chat does the same with the conversation so far as the prompt."""
 
 import re
 import sys
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CHAT_CONTEXT = 4096
 CHAT_PROMPT = 256
-# For the plan line, before there is a tokenizer: tokens of a chat template, and bytes of a usual token.
+# Estimates for the plan line, before there is a tokenizer: tokens of a chat template, and bytes per token.
 TEMPLATE_TOKENS = 40
 BYTES_PER_TOKEN = 4
 
@@ -86,7 +86,7 @@ def run_command(
         show.note(plan.line())
     load = slim_import.library().load  # torch and transformers: seconds, so only after the plan line
 
-    def exactly(tokenizer: "Tokenizer") -> Request:
+    def exact_request(tokenizer: "Tokenizer") -> Request:
         if text is None:
             return request
         prompt_tokens = len(tokenizer.prompt(_prompt_of(text, settings), raw=raw))
@@ -100,7 +100,7 @@ def run_command(
         kv_bits=kv_bits,
         draft=draft,
         deterministic=deterministic,
-        size_for=exactly,
+        size_for=exact_request,
         profile=profile,
         trace=trace is not None,
     ) as loaded:
@@ -116,7 +116,7 @@ def run_command(
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
-    """The prompt from wherever it was given; None means chat."""
+    """Read the prompt from its argument, file or stdin; None means chat."""
     if prompt is not None and prompt_file is not None:
         raise UsageError("a prompt and --file were both given", hint="use one of them")
     if prompt_file is not None and str(prompt_file) != "-":
@@ -147,7 +147,7 @@ def _prompt_of(text: str, settings: RunSettings) -> "Prompt":
 def _request(
     checkpoint: Checkpoint, text: str | None, prompt_tokens: int | None, max_tokens: int, ctx: int | None
 ) -> Request:
-    """What to plan for; `prompt_tokens=None` guesses it from the text's bytes."""
+    """The request to plan for. `prompt_tokens=None`: estimated from the text's bytes."""
     limit = checkpoint.context_limit(CHAT_CONTEXT)
     if text is None:
         return Request(context_tokens=ctx or min(CHAT_CONTEXT, limit), prompt_tokens=CHAT_PROMPT)
@@ -162,13 +162,13 @@ def _sampling(model: "Model", settings: RunSettings) -> "Sampling":
 
 
 def _answer(model: "Model", prompt: "Prompt", settings: RunSettings) -> tuple["Completion", bool]:
-    """Generate and print as it comes; (completion, whether Ctrl-C ended it)."""
+    """Generate, and print tokens as they come; returns (completion, True if Ctrl-C ended it)."""
     import time
 
     pieces: list[Piece] = []
     progress = show.ProgressLine(settings.quiet)
     first, start = len(model.passes), time.perf_counter()
-    interrupted, thinks = False, False
+    interrupted, reasoning = False, False
     try:
         for piece in model.stream(
             prompt,
@@ -182,10 +182,10 @@ def _answer(model: "Model", prompt: "Prompt", settings: RunSettings) -> tuple["C
             pieces.append(piece)
             if piece.thinking and not (settings.as_json or settings.quiet):
                 show.thought(piece.thinking)
-                thinks = True
-            if thinks and piece.text:
+                reasoning = True
+            if reasoning and piece.text:
                 show.thought("\n\n")
-                thinks = False
+                reasoning = False
             if not settings.as_json and piece.text:
                 click.echo(piece.text, nl=False)
                 sys.stdout.flush()
@@ -235,7 +235,7 @@ def _chat(model: "Model", settings: RunSettings) -> int:
 
 
 class Conversation:
-    """The messages so far. What they share with the last prompt stays in the model's KV cache."""
+    """The messages so far. Their common prefix with the last prompt stays in the model's KV cache."""
 
     def __init__(self, model: "Model", settings: RunSettings):
         self._model = model
@@ -248,7 +248,7 @@ class Conversation:
         self._messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def turn(self, line: str) -> bool:
-        """Evaluation a line or obey it; False ends the chat."""
+        """Answer a line, or execute a command; False ends the chat."""
         if line == "/exit":
             return False
         if line == "/reset":
@@ -256,7 +256,7 @@ class Conversation:
             show.note("the conversation is forgotten")
         elif line == "/stats":
             show.note(self._stats)
-        elif line == "/help" or re.fullmatch(r"/[a-z]+", line):  # no word of a conversation
+        elif line == "/help" or re.fullmatch(r"/[a-z]+", line):  # an unknown command, not part of the conversation
             show.note(CHAT_HELP if line == "/help" else f"there is no {line}; {CHAT_HELP}")
         elif line:
             self._answer(line)

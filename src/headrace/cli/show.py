@@ -1,4 +1,4 @@
-"""How things look on a terminal: notes, errors, a line of progress that overwrites itself, statistics."""
+"""Output on a terminal: notes, errors, a line of progress that overwrites itself, statistics."""
 
 import json
 import os
@@ -24,43 +24,43 @@ INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 def say(text: str = "") -> None:
-    """A line on stderr. Nobody need read it: where it cannot be written it is left out."""
+    """Print a line to stderr. Where it cannot be written, it is dropped."""
     with suppress(OSError, ValueError):
         click.echo(printable(text), err=True)
 
 
 def note(text: str) -> None:
-    """A line on stderr that begins with our name."""
+    """Print a line to stderr that begins with our name."""
     say(f"headrace: {text}")
 
 
 def error(problem: HeadraceError) -> None:
-    """What went wrong, and a hint."""
+    """Print an error and its hint."""
     say(f"Error: {problem}")
     if problem.hint:
         say(f"\nhint: {problem.hint}")
 
 
 def json_line(value: object) -> None:
-    """An object on stdout, in characters that it takes."""
+    """Print an object to stdout as JSON, in characters that stdout can encode."""
     click.echo(json.dumps(value, ensure_ascii=not writes_utf8(), allow_nan=False))
 
 
 def console() -> Console:
-    """For tables on stdout: as wide as the terminal; wide, but not endless, where there is none."""
+    """A console for tables on stdout: as wide as the terminal, or at least 120 columns where there is none."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=max(120, int(os.environ.get("COLUMNS") or 0)))
 
 
 def check_writable(path: Path) -> None:
-    """Before what takes long: raise `HeadraceError` where a file cannot be written."""
+    """Raise `HeadraceError` where a file cannot be written, before the work that takes long."""
     folder = path.parent
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise HeadraceError(f"cannot write {path}", hint="give a path in a folder that can be written to")
 
 
 class ProgressLine:
-    """One line on stderr that is rewritten while a prefill goes on. Silent where stderr is not a terminal."""
+    """One line on stderr that is rewritten during a prefill. Silent where stderr is not a terminal."""
 
     def __init__(self, quiet: bool = False):
         dumb = os.environ.get("TERM") == "dumb" or bool(os.environ.get("HEADRACE_NO_PROGRESS"))
@@ -69,7 +69,7 @@ class ProgressLine:
         self._last = 0.0
 
     def update(self, progress: "Progress") -> None:
-        """Show how far the prefill is: layer, rate, time left."""
+        """Show the progress of the prefill: pass, step, read rate, time left."""
         now = time.monotonic()
         if not self._shown or now - self._last < 0.1:
             return
@@ -85,7 +85,7 @@ class ProgressLine:
         self._write(text)
 
     def part(self, what: str, start: float) -> Callable[[int, int], None]:
-        """What shows a job's bytes: (done, in all), since `start` by `time.monotonic`."""
+        """A callback (bytes done, bytes in all) that shows a job's progress since `start` by `time.monotonic`."""
 
         def show(done: int, total: int) -> None:
             now = time.monotonic()
@@ -98,7 +98,7 @@ class ProgressLine:
         return show
 
     def clear(self) -> None:
-        """Take the line away."""
+        """Clear the line."""
         if self._width:
             self._write("")
             with suppress(OSError, ValueError):
@@ -114,13 +114,13 @@ class ProgressLine:
 
 
 def thought(text: str) -> None:
-    """Some of what the model thinks: not of the answer, so on stderr, and dim."""
+    """Print reasoning dim and to stderr: it is not part of the answer."""
     with suppress(OSError, ValueError):
         click.echo(click.style(text, dim=True), nl=False, err=True)
 
 
 def stats(completion: "Completion") -> str:
-    """One line after the text: predicted beside measured."""
+    """Format one line of statistics: predicted beside measured."""
     t, plan = completion.timings, completion.plan
     parts = [f"{completion.completion_tokens} tokens"]
     if t["ttft_s"] is not None:

@@ -1,6 +1,6 @@
 """Makes stdin, stdout and stderr safe to use when they are closed, full or of another encoding.
 
-`prepare` makes them usable before anything is written; `finish` says whether what was written has arrived.
+`prepare` makes them usable before anything is written; `finish` raises where the output has not arrived.
 """
 
 import os
@@ -13,11 +13,11 @@ _WIDEST_DIGITS = 4
 
 
 def prepare() -> None:
-    """Open what is closed, replace characters that a terminal does not have, and forget sizes that make no sense."""
+    """Open closed streams, replace characters that a terminal lacks, and ignore terminal sizes that make no sense."""
     for descriptor, mode in ((0, "r"), (1, "w"), (2, "w")):
         _reopen(descriptor, mode)
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError, OSError):  # in tests it may be something else
+        with suppress(AttributeError, ValueError, OSError):  # tests may replace the stream
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     for name in ("COLUMNS", "LINES"):
         value = os.environ.get(name, "0")
@@ -26,7 +26,7 @@ def prepare() -> None:
 
 
 def _reopen(descriptor: int, mode: str) -> None:
-    """A closed descriptor would be given to the next file that is opened."""
+    """Open a closed descriptor, which the next opened file would get otherwise."""
     try:
         os.fstat(descriptor)
     except OSError:
@@ -40,7 +40,7 @@ def _reopen(descriptor: int, mode: str) -> None:
 
 
 def finish() -> None:
-    """Write what is still to be written.
+    """Flush stdout.
 
     Raises:
         HeadraceError: stdout takes no more.
@@ -66,5 +66,5 @@ def abandon() -> None:
 
 
 def writes_utf8() -> bool:
-    """Whether stdout takes every character."""
+    """True if stdout takes every character."""
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"

@@ -1,4 +1,4 @@
-"""How tokens come out: sequences with their KV caches, one step over all their new rows, sampling, and the trace."""
+"""The engine: sequences with their KV caches, one step over all their new rows, sampling, and the trace."""
 
 from headrace.engine.attention import KVCache
 from headrace.engine.engine import Engine, Rows

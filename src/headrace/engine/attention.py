@@ -1,8 +1,8 @@
-"""Attention over several sequences, each on a KV cache of its own, behind transformers' attention interface.
+"""Attention over several sequences, each with its own KV cache, behind transformers' attention interface.
 
-A step packs the new rows of all sequences one after another into a batch of one. Where attention happens, each sequence
-takes its rows, appends their keys and values to its cache, and attends to nothing but that cache. So prefill, decode,
-verification and batches differ in nothing but their numbers of rows, and rolling back is setting a length.
+A step packs the new rows of all sequences one after another into a batch of one. In each layer, each sequence
+appends the keys and values of its rows to its cache, and attends to that cache alone. So prefill, decode, verification
+and batches differ only in their numbers of rows, and a rollback only sets a length.
 """
 
 import math
@@ -34,14 +34,14 @@ class CacheOverflow(Exception):
 class KVCache:
     """Keys and values of one sequence for all layers, allocated once.
 
-    In 16 bits they take 2 * layers * kv_heads * head_dim * 2 bytes a token. In 8 bits half of that and a scale of two bytes
-    for each head and position: whole numbers from -127 to 127 times the scale. 32 bits round nothing, for comparisons.
+    16 bits take 2 * layers * kv_heads * head_dim * 2 bytes a token. 8 bits take half of that and a two-byte scale for each
+    head and position. Their values are integers from -127 to 127 times the scale. 32 bits round nothing, for comparisons.
 
-    FP16 holds numbers up to 65,504. A sequence with a larger key or value is computed again in the wide type: BF16, or 8 bits
-    with scales in fp32.
+    FP16 holds values up to 65,504. A sequence with a larger key or value is computed again in the wide type. That is
+    BF16, or 8 bits with scales in fp32.
     """
 
-    accepts_multiple_rows = True  # rows may follow what it has seen, as many as there are
+    accepts_multiple_rows = True  # True if any number of rows may follow the cached ones
 
     def __init__(self, layers: int, capacity: int, bits: int = 16):
         """`capacity` is in tokens. Memory is taken from the system as it is written."""
@@ -57,31 +57,31 @@ class KVCache:
         self._kind = kind
         self._held: list[tuple[_Rows, _Rows] | None] = [None] * self._layers  # keys and values
         self._pools: dict[tuple[int, ...], _Pool] = {}
-        self._overflowed = False  # whether the pass in progress has put what does not fit
+        self._overflowed = False  # True if the pass in progress wrote a value out of range
         self._prefix_source: KVCache | None = None
         self._layers_to_copy: set[int] = set()  # layers whose shared positions have not been copied from the source yet
-        self._before = 0  # the length before sharing
+        self._before = 0  # length before `copy_prefix`
 
     @property
     def type(self) -> str:
-        """How numbers are kept, by ggml's names."""
+        """Storage type of keys and values, by ggml's names."""
         return self._kind.type
 
     @property
     def is_wide(self) -> bool:
-        """Whether the sequence did not fit into the usual type."""
+        """True if the sequence did not fit into the usual type."""
         return self._kind is not _KINDS[self._bits][0]
 
     def widen(self) -> None:
-        """Forget everything, and hold larger numbers from now on."""
+        """Clear the cache and switch to the wide type."""
         self._clear(_KINDS[self._bits][1])
 
     def restore(self) -> None:
-        """Forget everything, and go back to the usual type."""
+        """Clear the cache and switch back to the usual type."""
         self._clear(_KINDS[self._bits][0])
 
     def has_overflowed(self, start: int, rows: int) -> bool:
-        """Whether this pass wrote a key or value out of range at or after `start`."""
+        """True if this pass wrote a key or value out of range at or after `start`."""
         if not self._overflowed and rows <= DECODE_MAX_ROWS:
             self._overflowed = any(pool.overflows(start, start + rows) for pool in self._pools.values())
         return self._overflowed
@@ -101,9 +101,8 @@ class KVCache:
             self._layers_to_copy.discard(layer)
         for rows, new in zip(held, (keys, values), strict=True):
             rows.put(start, new)
-            if (
-                not self._kind.pooled or new.shape[1] > DECODE_MAX_ROWS
-            ):  # few rows are checked once for all layers, after the pass
+            # Decode rows are checked once for all layers, after the pass.
+            if not self._kind.pooled or new.shape[1] > DECODE_MAX_ROWS:
                 self._overflowed |= not bool(new.abs().amax() <= self._kind.largest)
 
     def _rows(self, like: torch.Tensor) -> "_Rows":
@@ -116,34 +115,34 @@ class KVCache:
         return self._kind(pool.next())
 
     def copy_prefix(self, source: "KVCache", count: int) -> None:
-        """Begin with the first `count` positions of another cache of the same model.
+        """Start with the first `count` positions of another cache of the same model.
 
-        They are copied layer by layer, each when the first rows after them are put. By then the source must have put its
-        own, which may be in the same pass: so prompts that begin alike are computed together, and their beginning once.
+        Each layer is copied when the first rows after the prefix are put. By then the source must have put its own rows,
+        which may be in the same pass. So prompts with a common prefix are computed together, and the prefix once.
         """
         assert count <= min(source.capacity, self.capacity)
         self._prefix_source, self._layers_to_copy = source, set(range(len(self._held)))
         self._before, self.length = self.length, count
 
     def commit(self) -> None:
-        """A pass with rows of this cache has ended well."""
+        """Confirm a successful pass with rows of this cache."""
         assert not self._layers_to_copy, "a pass puts rows in every layer"
         self._prefix_source = None
 
     def rollback(self) -> None:
-        """A pass with rows of this cache has failed: what was to be shared is not."""
+        """Undo a failed pass with rows of this cache, a prefix to be copied included."""
         self._overflowed = False
         if self._prefix_source is not None:
             self._prefix_source, self._layers_to_copy, self.length = None, set(), self._before
 
     def get(self, layer: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of positions [0, last), as they are kept (8 bits: in fp16): each (kv_heads, last, head_dim)."""
+        """Keys and values of positions [0, last), as stored (8 bits: in fp16): each (kv_heads, last, head_dim)."""
         held = self._held[layer]
         assert held is not None
         return held[0].get(last), held[1].get(last)
 
     def halves(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Where keys and values are kept in fp16, each (kv_heads, capacity, head_dim); None where there is more to it."""
+        """Storage of keys and values in fp16, each (kv_heads, capacity, head_dim); None: other type, or prefix not yet copied."""
         held = self._held[layer]
         fits = held is not None and self._kind is _Rows and layer not in self._layers_to_copy
         return (held[0].data, held[1].data) if held is not None and fits else None
@@ -151,9 +150,9 @@ class KVCache:
     def floats(
         self, layer: int, first: int, last: int, buffers: "FloatBuffers", filled: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values in fp32: each (kv_heads, last, head_dim), of which positions before `first` are not filled.
+        """Keys and values in fp32, each (kv_heads, last, head_dim); positions before `first` are not filled.
 
-        `filled`: up to here the buffers hold those of this layer already, from the last call.
+        `filled`: number of positions of this layer that the buffers hold already, from the last call.
         """
         held = self._held[layer]
         assert held is not None
@@ -178,8 +177,8 @@ class _Rows:
     type = "F16"
     dtype = KV_DTYPE
     largest = 65504.0
-    pooled = True  # whether the memory of all layers is one block
-    infinite = 0x7C00  # bits of the first number beyond
+    pooled = True  # True if all layers share one block of memory
+    infinite = 0x7C00  # bits of infinity, the first value out of range
 
     def __init__(self, data: torch.Tensor):
         self._data = data
@@ -210,7 +209,7 @@ class _Rows:
 
 
 class _Int8Rows(_Rows):
-    """The same in 8 bits, with a scale for each head and position."""
+    """Rows in 8 bits, with a scale for each head and position."""
 
     type = "Q8"
     dtype = torch.int8
@@ -241,7 +240,7 @@ class _Int8Rows(_Rows):
 
 
 class _Int8RowsWithFp32Scales(_Int8Rows):
-    """The same for larger numbers."""
+    """8-bit rows for larger values."""
 
     type = "Q8 with scales in F32"
     largest = float(torch.finfo(torch.float32).max)
@@ -249,7 +248,7 @@ class _Int8RowsWithFp32Scales(_Int8Rows):
 
 
 class _Bf16Rows(_Rows):
-    """In BF16, which holds what fp32 holds, with fewer digits than fp16."""
+    """Rows in BF16: the range of fp32, with fewer digits than fp16."""
 
     type = "BF16"
     dtype = torch.bfloat16
@@ -258,7 +257,7 @@ class _Bf16Rows(_Rows):
 
 
 class _Fp32Rows(_Rows):
-    """In fp32, which rounds nothing: to compare with."""
+    """Rows in fp32, which rounds nothing: for comparisons."""
 
     type = "F32"
     dtype = torch.float32
@@ -266,7 +265,7 @@ class _Fp32Rows(_Rows):
     pooled = False
 
 
-# By bits, the usual type and the one for larger numbers.
+# The usual and the wide type, by bits.
 _KINDS: dict[int, tuple[type[_Rows], type[_Rows]]] = {
     8: (_Int8Rows, _Int8RowsWithFp32Scales),
     16: (_Rows, _Bf16Rows),
@@ -284,20 +283,20 @@ class _Pool:
         self._used = 0
 
     def next(self) -> torch.Tensor:
-        """The memory of one more."""
+        """Memory for one more layer's keys or values."""
         self._used += 1
         return self._data[self._used - 1]
 
     def overflows(self, first: int, last: int) -> bool:
-        """Whether a number at these positions is infinite or NaN."""
+        """True if a value at these positions is infinite or NaN."""
         return bool((self._bits[: self._used, :, first:last] & 0x7FFF).amax() >= self._infinite)
 
 
 class FloatBuffers:
     """Memory for keys and values in fp32, of one layer after another.
 
-    Products of fp16 are four times as slow as those of fp32 where the processor has none of its own: 94 us for a row over 100
-    positions where fp32 takes 19, 492 and 98 over 600, and 7 and 30 for making fp32 of them.
+    fp16 matmuls take four times as long as fp32 where the processor has none of its own. A row over 100 positions takes 94 us
+    in fp16 and 19 in fp32. Over 600 positions it takes 492 and 98. The conversion to fp32 takes 7 and 30 us.
     """
 
     def __init__(self) -> None:
@@ -317,8 +316,10 @@ class FloatBuffers:
 
 
 class Entry(NamedTuple):
-    """New rows of one sequence in a pass: its cache, their part of the pass, whether they are row-invariant, and the position
-    of the first of them. A sequence may have several, one after another."""
+    """New rows of one sequence in a pass: cache, slice of the pass, row invariance, and position of the first row.
+
+    A sequence may have several entries, one after another.
+    """
 
     cache: KVCache
     part: slice
@@ -327,34 +328,34 @@ class Entry(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """Number of rows."""
         return int(self.part.stop - self.part.start)
 
 
 class PackedAttention:
-    """The attention function of one engine. `begin` says whose rows the next forward carries."""
+    """The attention function of one engine. `begin` sets the sequences of the next forward."""
 
     def __init__(self, kernels: "Kernels | None" = None) -> None:
-        """`kernels` attend for exact rows; None: torch does."""
+        """`kernels` attend for row-invariant rows; None: torch does."""
         self.batch: Sequence[Entry] = ()
         self._kernels = kernels
         self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
-        # That called while the order was recorded: how many heads keep keys and values, and how many numbers of a position.
+        # (KV heads, KV elements per token) of each layer that called while tracing.
         self.layers: dict[int, tuple[int, int]] = {}
-        self.unknown_arguments: set[str] = set()  # what they asked for that is not done here
+        self.unknown_arguments: set[str] = set()  # unsupported arguments of these layers
         self.buffers = FloatBuffers()
-        self.capture: CapturedStep | None = None  # that takes down what happens
+        self.capture: CapturedStep | None = None  # capture in progress
         self._filled = 0  # positions of this layer that the buffers hold already
-        self.records = False  # whether calls are looked at and not computed
-        self._kv_b: dict[torch.nn.Module, KvBSplit | None] = {}  # of a layer that is about to attend to latent vectors
+        self.records = False  # True while tracing: calls are noted, not computed
+        self._kv_b: dict[torch.nn.Module, KvBSplit | None] = {}  # matrices of MLA layers that are about to attend
 
     def begin(self, batch: Sequence[Entry]) -> None:
-        """The sequences of the next forward; one that shares the beginning of another comes after it."""
+        """Set the sequences of the next forward; one that copies a prefix comes after its source."""
         self.batch = batch
         self._masks = {}
 
     def cache_of_one_row(self, layer: int) -> KVCache | None:
-        """The cache, where the next forward is a single exact row and the layer's keys and values lie in fp16."""
+        """The cache, if the next forward is one row-invariant row and the layer's keys and values are in fp16."""
         if len(self.batch) != 1 or self.batch[0].rows != 1 or not self.batch[0].row_invariant:
             return None
         cache = self.batch[0].cache
@@ -363,13 +364,13 @@ class PackedAttention:
     def take(
         self, layer: torch.nn.Module, kv_b: KvBSplit | None, vectors: torch.Tensor, rotated: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next call is of a layer that makes keys and values from vectors: what it is then given as such.
+        """Announce that the next call comes from an MLA layer; return the key and value that it passes.
 
         Args:
             layer: the module that will call.
-            kv_b: its matrix; None while the order is recorded.
-            vectors: of the new rows, (1, 1, rows, rank).
-            rotated: the part of their keys that knows where they are, (1, 1, rows, width).
+            kv_b: its split `kv_b_proj`; None while tracing.
+            vectors: latents of the new rows, (1, 1, rows, rank).
+            rotated: RoPE part of their keys, (1, 1, rows, width).
         """
         self._kv_b[layer] = kv_b
         return rotated, vectors
@@ -390,7 +391,7 @@ class PackedAttention:
     ) -> tuple[torch.Tensor, None]:
         """Query (1, heads, rows, head_dim), key and value (1, kv_heads, rows, head_dim) to (1, rows, heads, head_dim).
 
-        `s_aux` are sinks, one for each head: a further position to attend to that has no value.
+        `s_aux` are attention sinks, one for each head: a further position without a value.
         """
         if self.records:
             if key.shape[2] != query.shape[2]:
@@ -401,10 +402,10 @@ class PackedAttention:
                 del self._kv_b[module]
                 width = module.v_head_dim
                 if softcap is not None or s_aux is not None:
-                    self.unknown_arguments.add("latent vectors, with scores that are capped or have sinks")
+                    self.unknown_arguments.add("MLA with soft-capping or attention sinks")
             return query.new_zeros((1, query.shape[2], query.shape[1], width)), None
         if module in self._kv_b:
-            return self._latent(module, query[0], key, value, scaling, sliding_window), None
+            return self._attend_mla(module, query[0], key, value, scaling, sliding_window), None
         layer: int = module.layer_idx  # type: ignore[assignment]
         arguments = (layer, query, key, value, scaling, sliding_window, softcap, s_aux)
         shape = (1, query.shape[2], query.shape[1], value.shape[3])
@@ -428,19 +429,19 @@ class PackedAttention:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> None:
-        """For the sequences of this pass, to `out`: (1, rows, heads, head_dim)."""
+        """Compute attention for the sequences of this pass into `out`: (1, rows, heads, head_dim)."""
         query, key, value = query[0], key[0], value[0]
         before: KVCache | None = None
-        for cache, part, exact, start in self.batch:
+        for cache, part, row_invariant, start in self.batch:
             own = [one if len(self.batch) == 1 else one[:, part] for one in (query, key, value)]
             cache.put(layer, start, own[1], own[2])
-            attend = self._row_by_row if exact else self._all_rows
-            self._filled = start if cache is before and not window else 0  # by the chunk before
+            attend = self._row_by_row if row_invariant else self._all_rows
+            self._filled = start if cache is before and not window else 0  # positions of the chunk before
             attend(own[0], cache, start, layer, out[0, part], scaling, window, softcap, sinks)
             before = cache
         self._filled = 0
 
-    def _latent(
+    def _attend_mla(
         self,
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -449,25 +450,31 @@ class PackedAttention:
         scaling: float | None,
         window: int | None,
     ) -> torch.Tensor:
-        """Query (heads, rows, width) over latent vectors: (1, rows, heads, value width)."""
+        """Query (heads, rows, width) over cached latents: (1, rows, heads, value width)."""
         kv_b = self._kv_b.pop(module)
         assert kv_b is not None
         layer: int = module.layer_idx  # type: ignore[assignment]
         out = query.new_empty((1, query.shape[1], query.shape[0], kv_b.values.shape[1]))
-        for cache, part, exact, start in self.batch:
+        for cache, part, row_invariant, start in self.batch:
             cache.put(layer, start, rotated[0, :, part], vectors[0, :, part])
             rows = part.stop - part.start
             first = max(0, start + 1 - window) if window else 0
-            places, seen = (held[0] for held in cache.floats(layer, first, start + rows, self.buffers))
-            if not exact:
+            rope_keys, latents = (held[0] for held in cache.floats(layer, first, start + rows, self.buffers))
+            if not row_invariant:
                 mask = self._mask(start, rows, window or 0)[:, first:]
-                mla.attend(query[:, part], seen[first:], places[first:], kv_b, mask, scaling, out[0, part])
+                mla.attend(query[:, part], latents[first:], rope_keys[first:], kv_b, mask, scaling, out[0, part])
                 continue
             for row in range(rows):  # each alone, so that its result does not depend on the rows beside it
                 at = part.start + row
                 visible = slice(max(0, start + row + 1 - window) if window else 0, start + row + 1)
                 mla.attend(
-                    query[:, at : at + 1], seen[visible], places[visible], kv_b, None, scaling, out[0, at : at + 1]
+                    query[:, at : at + 1],
+                    latents[visible],
+                    rope_keys[visible],
+                    kv_b,
+                    None,
+                    scaling,
+                    out[0, at : at + 1],
                 )
         return out
 
@@ -479,7 +486,7 @@ class PackedAttention:
         key: torch.Tensor,
         value: torch.Tensor,
     ) -> None:
-        """A call while the order is recorded: remember who called and what is out of the ordinary."""
+        """Note a call while tracing: its layer and any unsupported arguments."""
         layer = getattr(module, "layer_idx", None)
         if not isinstance(layer, int) or layer < 0 or layer in self.layers:
             self.unknown_arguments.add("layers that share a place in the cache")
@@ -502,7 +509,7 @@ class PackedAttention:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> None:
-        """Each row alone, so that its result does not depend on the rows beside it. The heads of a group are the rows."""
+        """Attend row by row, so that no result depends on the rows beside it. The heads of a group are the matrix rows."""
         heads, rows, width = query.shape
         first = max(0, start + 1 - window) if window else 0
         all_keys, all_values = cache.floats(layer, first, start + rows, self.buffers, self._filled)
@@ -540,7 +547,7 @@ class PackedAttention:
         out.copy_(result.transpose(0, 1))
 
     def _mask(self, start: int, rows: int, window: int) -> torch.Tensor:
-        """True where row i, at position start + i, may look: not ahead, and not further back than the window."""
+        """True where row i, at position start + i, may attend: not to later positions, nor beyond the window."""
         mask = self._masks.get((start, rows, window))
         if mask is None:
             own = torch.arange(start, start + rows)[:, None]
@@ -589,7 +596,7 @@ def _by_scores(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same where torch has no function for it."""
+    """Attention with soft-capping or sinks, for which torch has no function."""
     heads, rows, width = query.shape
     groups = heads // len(keys)
     scores = query.reshape(len(keys), groups * rows, width) @ keys.transpose(1, 2)
@@ -599,7 +606,7 @@ def _by_scores(
     if mask is not None:
         scores.masked_fill_(~mask, -torch.inf)
     if sinks is not None:
-        # One for each head: rows of a group of heads lie where rows lie.
+        # One sink for each head, the same for all its rows.
         column = sinks.float().view(heads, -1, 1).expand(heads, rows, 1)
         scores = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
     else:
@@ -607,20 +614,20 @@ def _by_scores(
     return (scores.reshape(len(keys), groups * rows, -1) @ values).view(heads, rows, -1)
 
 
-# What attention functions are told that changes nothing here: causality and positions are known.
+# Arguments of attention functions that change nothing here: causality and positions are known.
 _HARMLESS = frozenset({"position_ids", "is_causal", "use_cache", "cache_position"})
 
 
 class ConcatenatedCache:
-    """For models that compute attention themselves: the caches of all sequences as one, told apart by a mask.
+    """The caches of all sequences as one, told apart by a mask, for models that compute attention themselves.
 
-    It speaks as much of transformers' cache protocol as their forward uses.
+    It implements the part of transformers' cache protocol that their forward uses.
     """
 
     is_compileable = False
 
     def __init__(self, batch: Sequence[Entry]):
-        """One that shares the beginning of another comes after it; each cache has one entry."""
+        """Each cache has one entry; one that copies a prefix comes after its source."""
         self._batch = batch
         self._by_row = sorted(batch, key=lambda entry: entry.part.start)
 
@@ -628,7 +635,7 @@ class ConcatenatedCache:
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new rows, return all of every sequence: (1, kv_heads, all positions, head_dim)."""
-        for cache, part, _exact, start in self._batch:
+        for cache, part, _row_invariant, start in self._batch:
             cache.put(layer_idx, start, key[0, :, part], value[0, :, part])
         held = [entry.cache.get(layer_idx, entry.start + entry.rows) for entry in self._by_row]
         keys = torch.cat([keys for keys, _ in held], 1)
@@ -640,7 +647,7 @@ class ConcatenatedCache:
         return sum(entry.start for entry in self._batch)
 
     def mask(self) -> torch.Tensor:
-        """(1, 1, new rows, all positions), zero where a row may look: its own sequence, not ahead."""
+        """(1, 1, new rows, all positions), zero where a row may attend: its own sequence, no later positions."""
         blocks = []
         for entry in self._by_row:
             length = entry.start

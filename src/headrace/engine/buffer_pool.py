@@ -1,4 +1,4 @@
-"""Memory for results, used again by others when a result and its views are gone."""
+"""A pool of buffers for tensors; a buffer is reused when its tensor and all views of it are gone."""
 
 import ctypes
 import math
@@ -16,16 +16,16 @@ _ALIGNMENT = 64
 
 
 class BufferPool:
-    """BufferPool of bytes, and tensors that lie in them."""
+    """Buffers, and tensors that lie in them."""
 
     def __init__(self) -> None:
         self._buffers: dict[int, list[npt.NDArray[np.uint8]]] = {}  # by size
-        self.addresses: set[int] = set()  # where a tensor's storage begins if it lies in one of these
+        self.addresses: set[int] = set()  # start addresses of all buffers
 
     def empty(
         self, shape: Sequence[int], dtype: torch.dtype = torch.float32, stride: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """A dense tensor of this shape in a block that no other uses, hardly larger than it."""
+        """A dense tensor of this shape in an unused buffer, which is hardly larger than it."""
         nbytes = dtype.itemsize * math.prod(shape)
         # Sizes have three binary digits, so that tensors of about the same size share buffers.
         grain = max(_ALIGNMENT, 1 << max(0, nbytes.bit_length() - 3))
@@ -40,7 +40,7 @@ class BufferPool:
         return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
 
     def owns(self, tensor: torch.Tensor) -> bool:
-        """Whether it lies here."""
+        """True if the tensor lies in this pool."""
         return tensor.untyped_storage().data_ptr() in self.addresses
 
 
@@ -52,7 +52,7 @@ def _unused(buffers: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8] |
 
 
 def _references() -> int:
-    """To a block that no tensor uses: of the list, of the loop and of `getrefcount`, unless the interpreter borrows some."""
+    """References to an unused buffer: from the list, the loop and `getrefcount`, unless the interpreter borrows some."""
     for buffer in [np.empty(1, np.uint8)]:
         return sys.getrefcount(buffer)
     raise AssertionError
@@ -62,7 +62,7 @@ _UNUSED = _references()
 
 
 def _new(nbytes: int) -> npt.NDArray[np.uint8]:
-    """An array whose parts refer to it, not to what it was made of."""
+    """An array whose views refer to it, not to the memory below it."""
     if nbytes >= _LARGE_BYTES:
         return np.frombuffer(Arena(nbytes).view, np.uint8)
     memory = bytearray(nbytes + _ALIGNMENT)
@@ -71,7 +71,7 @@ def _new(nbytes: int) -> npt.NDArray[np.uint8]:
 
 
 def result_strides(like: torch.Tensor) -> tuple[int, ...] | None:
-    """The strides that torch gives the result of an elementwise operation on this tensor; None where that is not plain to see."""
+    """The strides that torch gives the result of an elementwise operation on this tensor; None if not obvious."""
     if is_dense(like):
         return like.stride()
     inner = [stride for size, stride in zip(like.shape, like.stride(), strict=True) if size > 1]
@@ -81,5 +81,5 @@ def result_strides(like: torch.Tensor) -> tuple[int, ...] | None:
 
 
 def is_dense(x: torch.Tensor) -> bool:
-    """Whether its numbers lie side by side, in whatever order of dimensions."""
+    """True if its elements lie side by side, in any order of dimensions."""
     return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))

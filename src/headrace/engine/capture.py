@@ -1,12 +1,12 @@
 """Decode steps are captured and replayed.
 
-For a small batch the sequence of tensor operations is the same for every token: some forty small operations a layer. Through
-modules, hooks and the interpreter they take 0.5 ms a layer; from a flat list a quarter less. A `CapturedStep` is such a list:
-torch's operations, and the engine's own calls between them (matmul, attention, experts, embedding lookup), with all operands at
+For a small batch the sequence of tensor operations is the same for every token, some forty small operations a layer. Through
+modules, hooks and the interpreter they take 0.5 ms a layer; from a flat list a quarter less. A `CapturedStep` is such a list.
+It holds torch's operations and the engine's own calls (matmul, attention, experts, embedding lookup), with all operands at
 fixed addresses. Replay is bit-identical.
 
 A captured step must not depend on tensor values or on numbers that change from token to token. An operation that reads a value
-makes the step uncapturable, and two captures of successive tokens must be identical before the second is replayed.
+makes the step uncapturable. Two captures of successive tokens must be identical before the second is replayed.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ class Call(NamedTuple):
 Fuse: TypeAlias = Callable[[list[Call]], list[Call]]  # (calls) -> faster calls with the same results
 
 MAX_CAPTURED_STEPS = 32
-_MOST_SEEN = 4096
+_MAX_SEEN_KEYS = 4096
 
 
 class CapturedStep(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -58,13 +58,13 @@ class CapturedStep(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._pool = pool
         self._calls: list[Call] = []
         self._aliases: dict[tuple[Any, ...], torch.Tensor] = {}
-        self._places: set[int] = set()  # their identities
+        self._places: set[int] = set()  # identities of the aliases
         self._inputs: list[torch.Tensor] = []
         self._output: torch.Tensor | None = None
         self._off = 0
 
     @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # torch asks whether its compiler is to be kept out, at some us an operation
+    def _should_skip_dynamo(cls) -> bool:  # saves some us an operation: torch asks if its compiler is to skip the mode
         return False
 
     # -- capture --------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class CapturedStep(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- replay ---------------------------------------------------------------------------------------------------
 
     def has_same_structure(self, other: "CapturedStep") -> bool:
-        """True if both captures consist of the same calls, whatever the values and addresses."""
+        """True if both captures consist of the same calls; values and addresses may differ."""
 
         def same(mine: Any, theirs: Any) -> bool:
             if mine is theirs:
@@ -263,7 +263,7 @@ class CaptureCache:
         self._fuse = fuse
         self._pool = BufferPool()
         self._ready: dict[Hashable, CapturedStep] = {}
-        self._first: dict[Hashable, CapturedStep] = {}  # the latest last
+        self._first: dict[Hashable, CapturedStep] = {}  # captures not yet confirmed by a second one, the latest last
         self._seen: set[Hashable] = set()
         self._uncapturable: dict[Hashable, str] = {}
 
@@ -275,14 +275,14 @@ class CaptureCache:
     def capturing(self, key: Hashable, at_once: bool = False) -> Iterator[CapturedStep | None]:
         """Capture the pass within, unless this key is uncapturable. The second capture is replayed from then on.
 
-        The first pass of a key is not captured, unless `at_once`: batches with draft tokens have many keys that never recur.
+        The first pass of a key is not captured, unless `at_once`. Batches with draft tokens have many keys that never recur.
         """
         if (
             (key not in self._seen and not at_once)
             or key in self._uncapturable
             or len(self._ready) >= MAX_CAPTURED_STEPS
         ):
-            if len(self._seen) >= _MOST_SEEN:
+            if len(self._seen) >= _MAX_SEEN_KEYS:
                 self._seen.clear()
             self._seen.add(key)
             yield None

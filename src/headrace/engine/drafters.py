@@ -90,7 +90,7 @@ class PromptLookup:
         return best
 
     def _matching(self, tokens: list[int], after: int) -> int:
-        """How many tokens before `after` equal those at the end."""
+        """Number of tokens before `after` that equal those at the end."""
         length = self.SHORTEST
         while length < self.LONGEST and length < after and tokens[after - 1 - length] == tokens[-1 - length]:
             length += 1
@@ -109,12 +109,12 @@ class ModelDrafter:
     """A small resident model drafts. It samples with the sequence's own sampler, so that it often draws the same token."""
 
     def __init__(self, engine: Engine, context_tokens: int, source: str = "model"):
-        """`engine` holds the draft model, `context_tokens` is the most that a sequence has."""
+        """`engine` holds the draft model, `context_tokens` is the max length of a sequence."""
         self.engine = engine
         self.source = source
         self._context_tokens = context_tokens
         self._active: dict[int, _DraftSequence] = {}  # by the identity of the sequence's list of tokens
-        self._is_broken = False  # whether the draft model computes values that are not finite
+        self._is_broken = False  # True after the draft model computed values that are not finite
         self._idle: list[_DraftSequence] = []  # caches of sequences that have ended, for prefix caching
 
     def propose(self, drafts: Sequence[Draft]) -> int:
@@ -146,7 +146,7 @@ class ModelDrafter:
         return sum(stats.rows for stats in self.engine.passes[before:])
 
     def forget(self, tokens: Sequence[int]) -> None:
-        """The sequence has ended."""
+        """Keep the cache of an ended sequence for prefix caching."""
         held = self._active.pop(id(tokens), None)
         if held is not None:
             self._idle.append(held)
@@ -178,7 +178,7 @@ class ModelDrafter:
                     for h, t in zip(held, tokens, strict=True)
                 ]
             )
-        except CacheOverflow as overflow:  # the next draft begins from the start, with a wider cache
+        except CacheOverflow as overflow:  # the next draft starts over, with a wider cache
             overflow.cache.widen()
             return None
         except CheckpointError:  # decoding goes on without drafts
@@ -190,7 +190,7 @@ class ModelDrafter:
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
+    """Length of the common prefix of two token lists."""
     if other[: len(one)] == one:
         return len(one)
     count = 0

@@ -1,7 +1,7 @@
-"""A step: the new rows of some sequences go in, logits come out, and the weights pass by once.
+"""The engine runs passes: new rows of several sequences go in, logits come out, and the weights are streamed once.
 
-The engine holds the model's modules, the stream of weights and the kernels, and ties them together: when a module asks
-for a product, the weights of its place in the pass are taken from the stream as they come.
+It ties together the model's modules, the weight stream and the kernels. When a module calls a linear, the engine multiplies
+with the weights of its step as the stream delivers them.
 """
 
 import time
@@ -60,11 +60,11 @@ from headrace.stream.weights import Batch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """New tokens of one sequence, and how many of their last rows need logits.
+    """New tokens of one sequence, and the number of last rows that need logits.
 
-    Exact rows are row-invariant: their results do not depend on the rows beside them. The others, a chunk of a prompt, share
-    the faster prefill kernels with each other alone: what they give depends on the chunk, not on the rest of the pass.
-    None: exact if they are few, as decoded and drafted tokens are, and prompts are not.
+    The results of row-invariant rows do not depend on the rows beside them. The others are a prompt chunk and share
+    the faster prefill kernels with each other alone. Their results depend on the chunk, not on the rest of the pass.
+    None: row-invariant up to `DECODE_MAX_ROWS` rows, as decoded and draft tokens are, and prompts are not.
 
     A sequence may have several chunks in a pass, in their order.
     """
@@ -76,35 +76,35 @@ class Rows:
 
     @property
     def is_row_invariant(self) -> bool:
-        """Whether these rows are computed one by one."""
+        """True if these rows are computed one by one."""
         return len(self.tokens) <= DECODE_MAX_ROWS if self.row_invariant is None else self.row_invariant
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamOptions:
-    """What the plan decided about the stream."""
+    """The plan's decisions about the weight stream."""
 
     pinned_rows: Mapping[str, int]
     unit_bytes: int
     slots: int
-    decode_only_slots: int = 0  # of these, what the ring has only while memory is lent
+    decode_only_slots: int = 0  # ring slots among `slots` that exist only while prefill memory is reused
     readers: int
-    pad_decode_rows_to_tiles: bool = False  # how exact rows stay independent (`Kernels`)
-    repacked_types: frozenset[str] = frozenset()  # brought into ggml's repacked layout where pinned
-    repack_in_place: bool = False  # rather than copied: no memory, but prompts take longer
+    pad_decode_rows_to_tiles: bool = False  # kernel of row-invariant rows (`Kernels`)
+    repacked_types: frozenset[str] = frozenset()  # types whose pinned rows get ggml's repacked layout
+    repack_in_place: bool = False  # repacking without a copy: no memory, but longer prompts
     pinned_read_bytes: int = 4 << 20
     # Rows behind the pinned ones, pinned while no prompt needs the memory.
     decode_pinned_rows: Mapping[str, int] = field(default_factory=dict)
-    decode_pinned_max_rows: int = DECODE_MAX_ROWS  # of a pass, all of them exact
-    memory_limit_bytes: int | None = None  # of the process, when memory is lent
-    expert_slots: int = 0  # experts that fit into memory, where the model has any
+    decode_pinned_max_rows: int = DECODE_MAX_ROWS  # max rows, all row-invariant, of a pass that reuses prefill memory
+    memory_limit_bytes: int | None = None  # max bytes of the process while prefill memory is reused
+    expert_slots: int = 0  # number of experts that fit into memory; 0: all
     expert_readers: int = 4
-    expert_scores: npt.NDArray[np.float32] | None = None  # how often each was chosen in earlier runs
-    prefill_only_slots: int = 0  # of the ring for what only the beginning of a text asks for; 0: as many as the other's
+    expert_scores: npt.NDArray[np.float32] | None = None  # frequency of each expert in earlier runs
+    prefill_only_slots: int = 0  # ring slots for sequence-start weights; 0: as many as `slots`
 
 
-ROWS_KEPT_BYTES = 4 << 20  # of tables of embeddings
-_INSPECTED_TOKENS = 32  # of the pass that locates values that are not finite
+ROWS_KEPT_BYTES = 4 << 20  # max bytes of cached embedding rows
+_INSPECTED_TOKENS = 32  # max tokens of the pass that locates values that are not finite
 
 
 class Engine:
@@ -121,15 +121,15 @@ class Engine:
     ):
         """Builds the model and the stream; nothing large is read before the first step.
 
-        `options` may be a function: it is called when the model is built and the memory for weights is not yet taken.
+        `options` may be a function: it is called after the model is built, before memory for weights is taken.
         """
         self.checkpoint = checkpoint
         self.kernels = kernels
         self.trace = trace
         self.passes = PassLog()
-        self.on_progress: Callable[[int, int], None] | None = None  # called with (visits done, visits of the pass)
+        self.on_progress: Callable[[int, int], None] | None = None  # callback with (steps done, steps of the pass)
         self.experts: ExpertRunner | None = None
-        self._capture: CapturedStep | None = None  # that takes down what happens
+        self._capture: CapturedStep | None = None  # capture in progress
         own = kernels if isinstance(kernels, Kernels) else None
         self._attention = PackedAttention(own)
         self._captures = CaptureCache(list if own is None else Fuser(own, self._attention, self, self._multiply))
@@ -138,20 +138,20 @@ class Engine:
         self._streams: list[WeightStream] = []
         self._places: dict[Step, tuple[WeightStream, int]] = {}
         self._pending: dict[PackedLinear, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._rows_read: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.uint8]]] = {}  # the latest last
+        self._rows_read: dict[
+            tuple[str, int], np.ndarray[Any, np.dtype[np.uint8]]
+        ] = {}  # cached embedding rows, the latest last
         self._rows_read_bytes = 0
         self._scratch = Arena(1 << 20)
-        self._plain = torch.empty(0)  # the matrix of latent attention in the layer at hand
+        self._plain = torch.empty(0)  # dequantised `kv_b_proj` of the current MLA layer
         self._kernel_s = 0.0
-        self._reuses_prefill_memory: bool | None = (
-            None  # whether memory was lent after the last prompt; None: not yet looked
-        )
-        self._broken_off = False  # whether a pass was, and the streams are still in the middle of it
+        self._reuses_prefill_memory: bool | None = None  # decision since the last prompt; None: not yet made
+        self._broken_off = False  # True while the streams are in the middle of an aborted pass
         self._step = self._steps_done = 0
         self._rows = self._invariant_rows = 0
-        self._chunks: list[int] = []  # rows of each chunk after the exact rows
+        self._chunks: list[int] = []  # rows of each prompt chunk, behind the row-invariant rows
         self._closed = False
-        self._inspects = False  # whether each result is checked for NaN and infinity
+        self._inspects = False  # True while each result is checked for NaN and infinity
         self._files = FileSet(checkpoint.paths, checkpoint.virtual, open_file)
         _THREADS.open()
         try:
@@ -181,7 +181,7 @@ class Engine:
         )
         self._files.add(skeleton.virtual_path, skeleton.virtual)
         self.model = skeleton.model
-        # The output embeddings, where they are given only the rows that need logits.
+        # Output embeddings, if the model computes them only for rows that need logits.
         self._head = self.model.get_output_embeddings() if "logits_to_keep" in parameters_of(self.model) else None
         self.steps = skeleton.steps
         self.attention_mode = skeleton.attention_mode
@@ -191,23 +191,24 @@ class Engine:
             options = options(skeleton)
         self._options = options
         self.kernels.pad_decode_rows_to_tiles = options.pad_decode_rows_to_tiles
-        latent = [module.kv_b_proj.matrix for module in self.model.modules() if is_mla(module)]
-        if self.attention_mode != "packed" and any(matrix.k_b_transposed for matrix in latent):
+        kv_b = [module.kv_b_proj.matrix for module in self.model.modules() if is_mla(module)]
+        if self.attention_mode != "packed" and any(matrix.k_b_transposed for matrix in kv_b):
             raise UnsupportedError(
                 f"{checkpoint.path}: the model computes attention itself, which needs `attn_kv_b` in one tensor",
                 hint="use a file that an older version of llama.cpp converted, or the model's folder",
             )
-        unpacked = {tensor.name for matrix in latent for tensor in matrix.tensors}
+        unpacked = {tensor.name for matrix in kv_b for tensor in matrix.tensors}
         on_pinned = partial(self._repack, options, unpacked) if options.repacked_types else None
-        self._again = [step for step in skeleton.steps if not step.prefill_only]  # of a pass that takes up a text
-        self.stream = self._make_stream(self._again, options, options.slots, options.decode_only_slots, on_pinned)
-        if len(self._again) < len(skeleton.steps):
-            once = [step for step in skeleton.steps if step.prefill_only]
-            self._make_stream(once, options, options.prefill_only_slots or options.slots, 0, None)
+        # Steps of a pass that continues a sequence.
+        self._later_steps = [step for step in skeleton.steps if not step.prefill_only]
+        self.stream = self._make_stream(self._later_steps, options, options.slots, options.decode_only_slots, on_pinned)
+        if len(self._later_steps) < len(skeleton.steps):
+            prefill_only = [step for step in skeleton.steps if step.prefill_only]
+            self._make_stream(prefill_only, options, options.prefill_only_slots or options.slots, 0, None)
         self.experts = self._make_experts(skeleton, options, expert_predictor)
         if not (self.stream.layout.reads_always or (self.experts is not None and self.experts.stream.reads_always)):
             self.kernels.spin()
-        self._order: Sequence[Step] = self.steps  # of the pass in progress
+        self._order: Sequence[Step] = self.steps  # steps of the pass in progress
 
     def _make_stream(
         self,
@@ -217,7 +218,7 @@ class Engine:
         decode_only_slots: int,
         on_pinned: Callable[[WeightSlice, Tensor], WeightSlice] | None,
     ) -> WeightStream:
-        """The weights of these steps of every pass, in order."""
+        """A stream of these steps' weights, in order, for every pass."""
         linears = [step for step in steps if isinstance(step, LinearStep)]
         layout = make_layout(
             [step.tensors for step in linears],
@@ -236,7 +237,7 @@ class Engine:
             on_pinned=on_pinned,
         )
         self._streams.append(stream)
-        self._places |= {step: (stream, visit) for visit, step in enumerate(linears)}
+        self._places |= {step: (stream, group) for group, step in enumerate(linears)}
         return stream
 
     def _make_experts(
@@ -246,7 +247,7 @@ class Engine:
             return None
         for packed in skeleton.experts:
             if packed.router is not None:
-                packed.router.module.forward = partial(self._choose, packed.router.module.forward)
+                packed.router.module.forward = partial(self._route, packed.router.module.forward)
         layers = skeleton.expert_slices
         slots = options.expert_slots or sum(map(len, layers))
         cache = ExpertCache(
@@ -284,7 +285,7 @@ class Engine:
 
     @property
     def prefill_is_row_invariant(self) -> bool:
-        """Whether a prompt's row gives the same in any matmul, whatever rows are beside it: through ggml's tiles it does."""
+        """True if no matmul of a prompt row depends on the rows beside it, as with ggml's tile kernel."""
         linears = [tensor for step in self.steps if isinstance(step, LinearStep) for tensor in step.tensors]
         experts = [
             read.part.tensor
@@ -297,13 +298,13 @@ class Engine:
 
     @property
     def embedding_rows(self) -> int | None:
-        """How many tokens the model has embeddings of."""
+        """Number of tokens that the model has embeddings of."""
         table = self.model.get_input_embeddings()
         return None if table is None else getattr(table, "num_embeddings", None)
 
     @property
     def layers(self) -> int:
-        """Decoder layers, each with keys and values of its own."""
+        """Number of decoder layers, each with its own keys and values."""
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     def new_cache(self, capacity: int, bits: int = 16) -> "KVCache | NativeCache":
@@ -314,17 +315,17 @@ class Engine:
 
     @property
     def single_sequence(self) -> bool:
-        """True if the model keeps its own cache: sequences cannot share a pass and drafts cannot be rolled back."""
+        """True if the model needs its native cache: sequences cannot share a pass and drafts cannot be rolled back."""
         return self.attention_mode == "native"
 
     def step(self, batch: Sequence[Rows]) -> torch.Tensor:
-        """One pass over the weights for the new rows of all sequences.
+        """Run one pass over the weights for the new rows of all sequences.
 
         Returns:
             Logits in fp32, (sum of `rows.logits`, vocab), sequence after sequence. The caches have grown.
 
         Raises:
-            ContextError: a cache has no room for its rows.
+            ContextError: a cache is too small for its rows.
             ReadError: the weights could not be read; no cache has grown, and the next step starts afresh.
         """
         starts = _starts(batch)
@@ -334,22 +335,24 @@ class Engine:
                     f"{first + len(rows.tokens)} tokens do not fit into a context of {rows.cache.capacity}",
                     hint=f"use --ctx-size {first + len(rows.tokens)} or more",
                 )
-        if self._broken_off:  # and an interrupt came while that was cleaned up
+        if self._broken_off:  # an interrupt came while an aborted pass was cleaned up
             self._rewind()
         self._rows = sum(len(rows.tokens) for rows in batch)
         self._invariant_rows = sum(len(rows.tokens) for rows in batch if rows.is_row_invariant)
         self._chunks = [len(rows.tokens) for rows in batch if not rows.is_row_invariant]
         self._share_cores(self._rows - self._invariant_rows)
-        self._broken_off = True  # should an interrupt come while memory is lent
+        self._broken_off = True  # in case an interrupt comes while prefill memory is reassigned
         self._reuse_prefill_memory()
         self._broken_off = False
         before, start = self._counted(), time.perf_counter()
         self._begin(self.steps)
-        many = self._rows - self._invariant_rows > DECODE_MAX_ROWS
+        is_prefill = self._rows - self._invariant_rows > DECODE_MAX_ROWS
         try:
-            with PooledAllocation() if many else nullcontext():
+            with PooledAllocation() if is_prefill else nullcontext():
                 logits = (
-                    self._forward_in_order(batch, starts) if self.attention_mode != "native" else self._by_model(batch)
+                    self._forward_in_order(batch, starts)
+                    if self.attention_mode != "native"
+                    else self._forward_native(batch)
                 )
         except BaseException:
             self._broken_off = True
@@ -357,7 +360,7 @@ class Engine:
                 rows.cache.rollback()
             self._rewind()
             raise
-        self._check_numbers(batch, starts, logits)
+        self._check_values(batch, starts, logits)
         for rows in batch:
             rows.cache.commit()
             rows.cache.length += len(rows.tokens)
@@ -381,12 +384,12 @@ class Engine:
         )
         return logits
 
-    def _check_numbers(self, batch: Sequence[Rows], starts: Sequence[int], logits: torch.Tensor) -> None:
-        """After a pass, before caches grow.
+    def _check_values(self, batch: Sequence[Rows], starts: Sequence[int], logits: torch.Tensor) -> None:
+        """Check the results of a pass before the caches grow.
 
         Raises:
-            CacheOverflow: keys or values do not fit into a cache, which can hold larger ones in its wide type.
-            CheckpointError: what was computed is not finite, and no cache is to blame.
+            CacheOverflow: keys or values exceed a cache's type; its wide type can hold them.
+            CheckpointError: results are not finite, and no cache is to blame.
         """
         overflowed = [
             rows.cache
@@ -394,7 +397,7 @@ class Engine:
             if isinstance(rows.cache, KVCache) and rows.cache.has_overflowed(start, len(rows.tokens))
         ]
         if self._inspects:
-            return  # nothing else was found
+            return  # the checks of each result found nothing
         narrow = next((cache for cache in overflowed if not cache.is_wide), None)
         # The largest of logits is not finite if one is NaN or infinity; some models mask tokens with minus infinity.
         if narrow is None and not overflowed and (not len(logits) or bool(logits.amax().isfinite())):
@@ -431,7 +434,7 @@ class Engine:
         return CheckpointError(f"{self.checkpoint.path}: the model computes values that are not finite", hint=hint)
 
     def _inspect(self, what: str, before: torch.Tensor, after: Sequence[torch.Tensor]) -> None:
-        """In a pass that looks for the cause: raise where results are not finite."""
+        """Raise if results are not finite, in the pass that looks for the cause."""
         if not any(map(_has_non_finite, (before, *after))):
             return
         found = f"what is computed before `{what}` is" if _has_non_finite(before) else f"what `{what}` gives is"
@@ -441,7 +444,7 @@ class Engine:
         )
 
     def _rewind(self) -> None:
-        """Give up the pass in progress."""
+        """Abort the pass in progress."""
         self._pending.clear()
         for stream in self._streams:
             stream.rewind()
@@ -451,12 +454,12 @@ class Engine:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What is unusual about how the weights are read."""
+        """Notes on anything unusual in how the weights are read."""
         return self._files.remarks
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that were read so far, without those of experts."""
+        """Bytes read so far, without those of experts."""
         return sum(stream.counters.read_bytes for stream in self._streams)
 
     def _counted(self) -> "_Counted":
@@ -469,31 +472,32 @@ class Engine:
         )
 
     def _reuse_prefill_memory(self) -> None:
-        """Between prompts, their memory holds weights. Only if the system has really got it back from the allocator."""
+        """Reuse prefill memory for weights between prompts, if the allocator has really returned it to the system."""
         options, stream = self._options, self.stream
-        lends = self._rows <= options.decode_pinned_max_rows and self._rows - self._invariant_rows <= DECODE_MAX_ROWS
-        if (
-            lends and self._reuses_prefill_memory is None and stream.reusable_prefill_bytes
-        ):  # once after a prompt: collecting takes a while
+        reuses = self._rows <= options.decode_pinned_max_rows and self._rows - self._invariant_rows <= DECODE_MAX_ROWS
+        # Once after a prompt: collecting takes a while.
+        if reuses and self._reuses_prefill_memory is None and stream.reusable_prefill_bytes:
             self.kernels.release()
             release_unused()
             limit = options.memory_limit_bytes
             self._reuses_prefill_memory = limit is None or resident_bytes() + stream.reusable_prefill_bytes <= limit
-        if not lends:
+        if not reuses:
             self._reuses_prefill_memory = None
         stream.reuse_prefill_memory(bool(self._reuses_prefill_memory))
 
     def _share_cores(self, shared_rows: int) -> None:
-        """torch's small operations stay on one core while ggml works, whose threads may wait by spinning on all of them."""
+        """Keep torch's small operations on one core while ggml works: its threads may spin on all cores."""
         threads = self.kernels.threads if shared_rows > DECODE_MAX_ROWS else 1
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 
     @torch.inference_mode()
-    def _by_model(self, batch: Sequence[Rows]) -> torch.Tensor:
-        """As the model itself would: one sequence after another, each with a pass of its own. Where layers keep states,
-        rows that follow others go one by one: few models can take up a state with several rows. Of a prompt that an encoder
-        reads, the decoder's rows are so few that they are exact in any case."""
+    def _forward_native(self, batch: Sequence[Rows]) -> torch.Tensor:
+        """Run the native attention mode: one sequence after another, each in forwards of its own.
+
+        With recurrent state, later rows go one by one: few models can resume a state with several rows. An encoder's prompt
+        has too few decoder rows for prefill kernels, so those are row-invariant in any case.
+        """
         parts = []
         for rows in batch:
             cache, tokens = rows.cache, list(rows.tokens)
@@ -501,7 +505,7 @@ class Engine:
             step = len(tokens) if cache.accepts_multiple_rows or not cache.length else 1
             before, found = cache.length, []
             for first in range(0, len(tokens), step):
-                self._begin(self._again if cache.length else self.steps)
+                self._begin(self._later_steps if cache.length else self.steps)
                 self._rows = cache.rows(step)
                 self._invariant_rows = self._rows if rows.is_row_invariant else 0
                 self._chunks = [] if rows.is_row_invariant else [self._rows]
@@ -518,7 +522,7 @@ class Engine:
         self._order, self._step, self._steps_done = order, 0, 0
 
     def _forward_in_order(self, batch: Sequence[Rows], starts: Sequence[int]) -> torch.Tensor:
-        """Exact rows first, as the kernels want them; the logits in the order of the batch."""
+        """Put row-invariant rows first, as the kernels need them; return logits in the order of the batch."""
         order = sorted(range(len(batch)), key=lambda i: not batch[i].is_row_invariant)
         entries: dict[int, Entry] = {}
         first = 0
@@ -536,7 +540,7 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Rows], entries: Sequence[Entry]) -> torch.Tensor:
-        """`batch` in the order of the rows, `entries` in the order of the step."""
+        """Run one forward: `batch` is in the order of its rows, `entries` in that of the step."""
         tokens = torch.tensor([[token for rows in batch for token in rows.tokens]])
         by_row = sorted(entries, key=lambda entry: entry.part.start)
         positions = torch.cat([torch.arange(entry.start, entry.start + entry.rows) for entry in by_row])[None]
@@ -547,8 +551,8 @@ class Engine:
             wanted += range(first - rows.logits, first)
         arguments: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
         if self.attention_mode != "packed":
-            joined = ConcatenatedCache(entries)
-            arguments |= {"past_key_values": joined, "attention_mask": joined.mask(), "use_cache": True}
+            caches = ConcatenatedCache(entries)
+            arguments |= {"past_key_values": caches, "attention_mask": caches.mask(), "use_cache": True}
             return self._logits(arguments, torch.tensor(wanted))
         self._attention.begin(entries)
         if self._invariant_rows < self._rows or self._rows > DECODE_MAX_ROWS:
@@ -568,15 +572,15 @@ class Engine:
                 self._capture = self._attention.capture = None
 
     def _logits(self, arguments: dict[str, Any], keep: torch.Tensor) -> torch.Tensor:
-        """A forward; the logits of the rows in `keep`."""
+        """Run the model; return the logits of the rows in `keep`."""
         if "logits_to_keep" in parameters_of(self.model):
             return self.model(logits_to_keep=keep, **arguments).logits[0]  # type: ignore[no-any-return]
         return self.model(**arguments).logits[0, keep]  # type: ignore[no-any-return]
 
-    # -- what the model's modules call ----------------------------------------------------------------------------
+    # -- called by the model's modules ----------------------------------------------------------------------------
 
     def _linear(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
-        """The product of a linear; with the first of a step come those of the others, on the same activations."""
+        """A linear's output. The first linear of a step computes those of all its linears, on the same activations."""
         ready = self._pending.pop(linear, None)
         if ready is None:
             self._compute(linear, x)
@@ -590,7 +594,7 @@ class Engine:
         assert isinstance(step, LinearStep)
         tensors = step.tensors
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        # The head is given only the rows that need logits: few, so all of them are invariant, even if they are all rows of the pass.
+        # The head gets only the few rows that need logits: all are row-invariant, even if they are all rows of the pass.
         invariant = self._invariant_rows if rows.shape[0] == self._rows and linear is not self._head else rows.shape[0]
         empty = rows.new_empty if self._capture is None else self._capture.empty
         outputs = [empty((rows.shape[0], tensor.outputs)) for tensor in tensors]
@@ -603,8 +607,8 @@ class Engine:
             self._pending[member] = (x, _assembled(member.matrix, found).reshape(*x.shape[:-1], -1))
 
     def _multiply(self, step: LinearStep, rows: torch.Tensor, outputs: Sequence[torch.Tensor], invariant: int) -> None:
-        """The visit of a step: products with what is pinned and with what comes."""
-        rows = rows.view(rows.shape)  # the kernels keep what they make of activations as long as these live
+        """Run a step's matmuls with its pinned and its streamed weights."""
+        rows = rows.view(rows.shape)  # the kernels cache converted activations as long as this tensor lives
         chunks = self._chunks if invariant < rows.shape[0] else ()
         self._use_weights(step, lambda slices: self.kernels.matmul(rows, slices, outputs, invariant, chunks))
         if self._inspects:
@@ -612,16 +616,16 @@ class Engine:
                 self._inspect(tensor.name, rows, [output])
 
     def place(self, step: LinearStep) -> tuple[WeightStream, int]:
-        """The stream that a step's weights come from, and its visit there."""
+        """The stream of a step's weights, and the index of its weight group there."""
         return self._places[step]
 
     def record_fused(self, steps: Sequence[LinearStep], start: float, end: float) -> None:
-        """These steps were computed in one call."""
+        """Record steps that were computed in one fused call."""
         self._kernel_s += end - start
         if self.trace is not None:
             self.trace.add("compute", steps[0].tensors[0].name, start, end)
         for _ in steps:
-            self._tell()
+            self._report_progress()
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._of_rows(self.kernels.rms_norm, x, weight, eps)
@@ -630,7 +634,7 @@ class Engine:
         return self._of_rows(self.kernels.silu, x)
 
     def _of_rows(self, function: Callable[..., None], x: torch.Tensor, *others: Any) -> torch.Tensor:
-        """What one of the kernels makes of every row of x: (..., columns), fp32."""
+        """Apply a kernel to every row of x: (..., columns), fp32."""
         rows = x.float().reshape(-1, x.shape[-1])
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
@@ -644,19 +648,19 @@ class Engine:
         return out.view(x.shape)
 
     def _use_weights(self, step: LinearStep, use: Callable[[Batch], None]) -> None:
-        """`use` the weights of a step, batch after batch as they come."""
-        stream, visit = self._places[step]
-        for slices in stream.weights_of(visit):
+        """Call `use` with each batch of a step's weights as it arrives."""
+        stream, group = self._places[step]
+        for slices in stream.weights_of(group):
             start = time.perf_counter()
             use(slices)
             end = time.perf_counter()
             self._kernel_s += end - start
             if self.trace is not None:
                 self.trace.add("compute", step.tensors[0].name, start, end)
-        self._tell()
+        self._report_progress()
 
-    def _tell(self) -> None:
-        """Another step of the pass is done."""
+    def _report_progress(self) -> None:
+        """Report another finished step of the pass."""
         self._steps_done += 1
         if self.on_progress is not None:
             self.on_progress(self._steps_done, len(self._order))
@@ -664,7 +668,7 @@ class Engine:
     def _unexpanded(
         self, layer: Any, vectors: torch.Tensor, rotated: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes the place of a layer's `expand_kv`: its attention is given the vectors as they are kept, and the matrix."""
+        """Replacement of an MLA layer's `expand_kv`: attention gets the cached latents and the dequantised `kv_b_proj`."""
         linear: PackedLinear = layer.kv_b_proj
         if self._tracer is not None:
             linear(vectors)
@@ -685,7 +689,7 @@ class Engine:
     def _experts(
         self, module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *_: Any, **__: Any
     ) -> torch.Tensor:
-        """Called by transformers where a layer's experts are."""
+        """Experts of a layer, called by transformers."""
         packed: PackedExperts = module.packed
         if self._tracer is not None:
             return self._tracer.experts(packed, hidden)
@@ -704,14 +708,14 @@ class Engine:
         out = self.experts(*arguments)
         if self._inspects:
             self._inspect(f"experts of layer {arguments[0].index}", arguments[1], [out])
-        self._tell()
+        self._report_progress()
         return out
 
-    def _choose(self, forward: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
-        """A router's forward, for exact rows one by one, for the others chunk by chunk: torch adds up one row in another order
-        than several.
+    def _route(self, forward: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
+        """A router's forward, row by row for row-invariant rows and chunk by chunk for the others.
 
-        `others` are what some routers take besides: token ids, of which each row has its own, or corrections for all.
+        torch sums one row in another order than several. `others` are further arguments of some routers: token ids, one for
+        each row, or corrections for all.
         """
         rows = hidden.shape[-2]
         invariant = min(self._invariant_rows, rows)
@@ -733,7 +737,7 @@ class Engine:
         return tuple(torch.cat(one, -2) for one in zip(*parts, strict=True))
 
     def _next_step(self, called: PackedLinear | PackedExperts) -> LinearStep | ExpertStep:
-        """The step that begins with this linear, or is of these experts."""
+        """The next step, which must start with this linear or be of these experts."""
         step = self._order[self._step] if self._step < len(self._order) else None
         self._step += 1
         if step is None or called is not (step.linears[0] if isinstance(step, LinearStep) else step.experts):
@@ -749,7 +753,7 @@ class Engine:
             self._attention.layers, self._attention.unknown_arguments = {}, set()
 
     def _attention_modes(self, model: PreTrainedModel) -> Iterator[AttentionMode]:
-        """Ways to run attention, the best first: each layer's on our caches, on all of them joined, the model's own."""
+        """Attention modes, best first: packed (on each KV cache), concatenated (on all of them as one), native."""
         if not has_recurrent_state(model) and not sees_chunks(model):
             layers = [module for module in model.modules() if is_mla(module)]
             for layer in layers:
@@ -772,7 +776,7 @@ class Engine:
         return self.kernels.repack(weight_slice, tensor.columns, options.repack_in_place)
 
     def _unpack(self, tensor: Tensor) -> torch.Tensor:
-        """A small tensor read whole, in its shape: fp32, or the whole numbers that are stored."""
+        """A small tensor, read completely, in its shape: fp32, or integers as stored."""
         data = self._read(tensor.path, tensor.offset, tensor.nbytes)
         if tensor.k_splits:
             plain = self._to_plain(tensor, data).view(tensor.k_splits, tensor.outputs, tensor.columns)
@@ -780,7 +784,7 @@ class Engine:
         return self._to_plain(tensor, data).view(tensor.shape)
 
     def _gather(self, tensor: Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Rows of a table, (tokens, columns): one short read each."""
+        """Rows of an embedding table, (tokens, columns): one short read each."""
         return self._fetch(tensor, tokens) if self._capture is None else self._capture.call(self._fetch, tensor, tokens)
 
     def _fetch(self, tensor: Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -796,7 +800,7 @@ class Engine:
         return found
 
     def _row(self, tensor: Tensor, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """One row of a table, packed. The last ones stay: a text says most of its words again."""
+        """One packed row of an embedding table. The latest rows stay cached: most words of a text recur."""
         row = self._rows_read.pop((tensor.name, index), None)
         if row is None:
             row = self._read(tensor.path, tensor.offset + index * tensor.row_bytes, tensor.row_bytes)
@@ -825,7 +829,7 @@ def _has_non_finite(value: torch.Tensor) -> bool:
 
 
 def _starts(batch: Sequence[Rows]) -> list[int]:
-    """The position of each entry's first row: those of one sequence follow one another."""
+    """The position of each entry's first row; entries of one sequence follow one another."""
     taken = Counter[int]()
     starts = []
     for rows in batch:
@@ -835,7 +839,7 @@ def _starts(batch: Sequence[Rows]) -> list[int]:
 
 
 class _Threads:
-    """How many threads torch had before the first of all engines that are open."""
+    """Number of threads that torch had before the first open engine; restored after the last."""
 
     def __init__(self) -> None:
         self._engines = self._usual = 0
@@ -855,7 +859,7 @@ _THREADS = _Threads()
 
 
 def _positions() -> Iterator[dict[str, Any]]:
-    """Arguments of the forward in which the order is recorded."""
+    """Arguments of the traced forward."""
     ids = torch.zeros((1, 2), dtype=torch.long)
     yield {"input_ids": ids, "position_ids": ids}
 
@@ -870,7 +874,7 @@ def _is_of_rows(value: Any, rows: int) -> bool:
 
 
 class _Counted(NamedTuple):
-    """Counters of both streams at one moment."""
+    """Counters of all streams at one moment."""
 
     read_bytes: int
     stall_s: float
@@ -879,7 +883,7 @@ class _Counted(NamedTuple):
 
 
 def _assembled(matrix: Matrix, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The product with a matrix from those with its tensors: (rows, outputs)."""
+    """Matmul results of a matrix from those of its tensors: (rows, outputs)."""
     parts = [
         found[part.tensor.name] if part.whole else found[part.tensor.name][:, part.first : part.first + part.rows]
         for part in matrix.slices

@@ -1,9 +1,8 @@
 """A layer's routed experts, as one function that transformers calls in place of each model's own.
 
-The router has chosen; nothing of any expert has been touched yet. Rows are grouped by expert, so an expert is read once
-however many rows chose it, and products run in the order in which experts arrive. What a row gets does not depend on that
-order, nor on the rows beside it: every (row, expert) pair has its place, and a row's pairs are added up in the order of its
-choices.
+The router has chosen; no expert has been touched yet. Rows are grouped by expert, so an expert is read once for all
+its rows. Matmuls run in the order in which experts arrive. A row's result depends neither on that order nor on the rows
+beside it. Every (row, expert) pair has its place, and a row's pairs are added up in the order of its choices.
 """
 
 import time
@@ -27,7 +26,7 @@ from headrace.stream.readers import Spans
 
 
 class ExpertRunner:
-    """Multiplies the experts of one engine."""
+    """Runs the routed experts of one engine."""
 
     def __init__(
         self,
@@ -41,7 +40,7 @@ class ExpertRunner:
         self.kernel_s = 0.0
         self._kernels = kernels
         self._spans = spans
-        self._plain: dict[int, ExpertShapes | None] = {}  # by layer, where `_of_one_row` will do
+        self._plain: dict[int, ExpertShapes | None] = {}  # shapes for `_of_one_row`, by layer; None: unsupported
 
     def __call__(
         self,
@@ -57,18 +56,18 @@ class ExpertRunner:
         Args:
             packed: the layer's experts.
             hidden: activations (rows, hidden), fp32.
-            ids: which experts each row chose, (rows, chosen).
-            weights: of the choices, (rows, chosen).
-            invariant_rows: so many rows, from the first on, are row-invariant.
-            chunks: rows of each chunk of a prompt after them, whose results depend on the chunk alone.
+            ids: experts that each row chose, (rows, chosen).
+            weights: router weights of the choices, (rows, chosen).
+            invariant_rows: number of row-invariant rows, which come first.
+            chunks: rows of each prompt chunk behind them, whose results depend on the chunk alone.
 
         Returns:
             (rows, hidden).
         """
         rows, chosen = ids.shape
         hidden = hidden.contiguous()
-        if rows == 1 and (form := self._plain_shapes(packed)) is not None:
-            return self._of_one_row(packed, form, hidden, ids[0].numpy(), weights)
+        if rows == 1 and (shapes := self._plain_shapes(packed)) is not None:
+            return self._of_one_row(packed, shapes, hidden, ids[0].numpy(), weights)
         order = ids.reshape(-1).argsort(stable=True)  # pairs of a row and an expert, expert after expert
         sizes = _counted(packed, ids.reshape(-1).numpy())
         owners = order // chosen  # the row of each pair
@@ -116,12 +115,12 @@ class ExpertRunner:
     def _of_one_row(
         self,
         packed: PackedExperts,
-        form: ExpertShapes,
+        shapes: ExpertShapes,
         hidden: torch.Tensor,
         chosen: npt.NDArray[np.int64],
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The same for a single row, which chooses no expert twice: of each group one call."""
+        """The same for a single row, which chooses no expert twice: one call for each group."""
         assert isinstance(self._kernels, Kernels)
         sizes = _counted(packed, chosen)
         pairs = hidden.new_empty((len(chosen), hidden.shape[1]))
@@ -137,7 +136,7 @@ class ExpertRunner:
             for first in range(0, len(ready), EXPERTS_PER_CALL):
                 some = ready[first : first + EXPERTS_PER_CALL]
                 addresses = [[address + offset for offset in bundles[expert].offsets] for expert, address in some]
-                self._kernels.expert_mlp(hidden, form, addresses, [results[expert] for expert, _ in some])
+                self._kernels.expert_mlp(hidden, shapes, addresses, [results[expert] for expert, _ in some])
             end = time.perf_counter()
             self.kernel_s += end - start
             if self._spans is not None:
@@ -147,7 +146,7 @@ class ExpertRunner:
         return pairs.view(1, len(chosen), -1).mul_(weights.unsqueeze(-1)).sum(1)
 
     def _group(self, packed: PackedExperts, members: Sequence["_Member"]) -> None:
-        """Some experts together: up, gate, down."""
+        """Run some experts together: gate_up_proj, activation, down_proj."""
         module = packed.module
         up, down = packed.matrices(members[0].expert)
         split = len(up.slices)
@@ -167,12 +166,10 @@ class ExpertRunner:
             result = member.result if down.order is None else member.result.index_select(1, down.order)
             member.result.copy_(result + module.down_proj_bias[member.expert] if module.has_bias else result)
 
-    def _multiply(
-        self, products: Sequence[tuple["_Member", torch.Tensor, Sequence[WeightSlice], torch.Tensor]]
-    ) -> None:
-        """Each x times the slices of a matrix, which lie one under another: their results side by side."""
+    def _multiply(self, matmuls: Sequence[tuple["_Member", torch.Tensor, Sequence[WeightSlice], torch.Tensor]]) -> None:
+        """Multiply each x with the slices of a matrix, which are stacked by rows; put their results side by side."""
         jobs = []
-        for member, x, slices, result in products:
+        for member, x, slices, result in matmuls:
             column = 0
             for weight_slice in slices:
                 height = weight_slice.k_split_rows or weight_slice.rows
@@ -183,7 +180,7 @@ class ExpertRunner:
 
 
 def _counted(packed: PackedExperts, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How often each expert was chosen, those that only give back what they are given included."""
+    """Number of rows that chose each expert, zero-computation experts included."""
     choices = packed.count + packed.identities
     sizes = np.bincount(chosen, minlength=choices)
     if len(sizes) > choices:
@@ -206,7 +203,7 @@ class _Member(NamedTuple):
 
 
 def _groups(owners: torch.Tensor, invariant_rows: int, chunks: Sequence[int]) -> tuple[int, Sequence[int]]:
-    """Of the rows that chose an expert, in order: how many are invariant, and how many are of each chunk."""
+    """(row-invariant rows, rows of each chunk) among the rows that chose an expert, in order."""
     if not chunks:
         return len(owners), ()
     bounds = np.cumsum([invariant_rows, *chunks])

@@ -1,7 +1,7 @@
-"""Of a tape, runs of calls around products become chains: one call of ggml for each run.
+"""Captured calls around matmuls are fused into ggml graphs: one graph for each run of calls.
 
-A run ends where only Python or torch can go on: experts, an operation that ggml does in another way, a product with weights that
-stream, attention with caps or sinks or on a cache in 8 bits. Where there is none of these, it is the whole pass.
+A run ends where only Python or torch can go on. Those are experts, streamed weights, an operation that ggml computes
+differently, and attention with soft-capping, sinks or an 8-bit cache. Without any of these, the run is the whole pass.
 """
 
 import time
@@ -25,36 +25,36 @@ _COMBINING = {_aten.add.out: "add", _aten.sub.out: "sub", _aten.mul.out: "mul", 
 
 
 class _FusedMatmul(NamedTuple):
-    """A product within a chain: whose weights were where when it was linked."""
+    """A matmul in a fused graph, and the place of its weights at fusion."""
 
     step: LinearStep
     stream: WeightStream
-    place: int  # in the stream
+    place: int  # index of its weight group in the stream
     weights: Batch
 
 
 class WeightOwner(Protocol):
-    """What chains need of the engine."""
+    """The engine's interface for fused graphs."""
 
     def place(self, step: LinearStep) -> tuple[WeightStream, int]:
-        """The stream that a step's weights come from, and its visit there."""
+        """The stream of a step's weights, and the index of its weight group there."""
 
     def record_fused(self, steps: Sequence[LinearStep], start: float, end: float) -> None:
-        """These steps were computed in this time."""
+        """Record steps that were computed in one fused call."""
 
 
 class Fuser:
-    """Makes chains for the tapes of one engine."""
+    """Fuses the captured steps of one engine."""
 
     def __init__(self, kernels: Kernels, attention: PackedAttention, owner: WeightOwner, multiply: Callable[..., None]):
-        """`multiply` is the function of calls that are products: of a step, its activations and its outputs."""
+        """`multiply` is the function of captured matmuls: (step, activations, outputs, invariant rows)."""
         self._kernels = kernels
         self._attention = attention
         self._owner = owner
         self._multiply = multiply
 
     def __call__(self, calls: Sequence[Call]) -> list[Call]:
-        """The same calls, in chains where they can be."""
+        """The same calls, fused where possible."""
         done: list[Call] = []
         for likely, together in groupby(calls, self._is_likely):
             run = list(together)
@@ -62,7 +62,7 @@ class Fuser:
         return done
 
     def _is_likely(self, call: Call) -> bool:
-        """Whether ggml can do it, as far as can be seen without trying."""
+        """True if ggml supports the call, as far as can be seen without trying."""
         function, arguments, _ = call
         if function == self._multiply:
             return self._weights(arguments[0]) is not None
@@ -72,7 +72,7 @@ class Fuser:
         return function in own or function in (*_COMBINING, _aten.neg.out, _aten.cat.out)
 
     def _operations(self, call: Call) -> int:
-        """At most so many of ggml."""
+        """Max ggml operations of the call."""
         function, arguments, _ = call
         if function == self._multiply:
             return sum(len(weights) for weights in [self._weights(arguments[0])] if weights)
@@ -99,7 +99,7 @@ class Fuser:
         return done + run
 
     def _add(self, graph: FusedGraph, call: Call, parts: "FusedInputs") -> bool:
-        """Whether ggml can do it; then it is added."""
+        """Add the call to the graph; False: ggml does not support it."""
         function, arguments, named = call
         if function == self._multiply:
             return self._add_matmul(graph, parts, *arguments)
@@ -167,13 +167,13 @@ class Fuser:
         scale = heads.key_width**-0.5 if scaling is None else scaling
         attending = graph.attend(heads, cache.capacity, scale)
         rows = ((key.data_ptr(), 4 * key.stride(1)), (value.data_ptr(), 4 * value.stride(1)))
-        asked = query.data_ptr(), 4 * query.stride(1)
-        parts.attentions.append(_Attended(attending, self._attention, layer, window, asked, out.data_ptr(), rows))
+        queries = query.data_ptr(), 4 * query.stride(1)
+        parts.attentions.append(_Attended(attending, self._attention, layer, window, queries, out.data_ptr(), rows))
         return True
 
 
 class _Attended(NamedTuple):
-    """An attention within a chain: addresses of rows, and the bytes between their heads."""
+    """Attention in a fused graph: addresses of rows, and the bytes between their heads."""
 
     attending: AttentionNodes
     attention: PackedAttention
@@ -181,10 +181,10 @@ class _Attended(NamedTuple):
     window: int | None
     query: tuple[int, int]
     out: int
-    rows: tuple[tuple[int, int], tuple[int, int]]  # the new key and value
+    rows: tuple[tuple[int, int], tuple[int, int]]  # new key and value
 
     def prepare(self) -> bool:
-        """Say where the cache of this pass lies, and how far it goes. False: the chain was not made for it."""
+        """Set address and length of this pass's cache. False: the graph does not fit it."""
         attending, heads = self.attending, self.attending.heads
         cache = self.attention.cache_of_one_row(self.layer)
         if cache is None or cache.capacity > attending.most:
@@ -201,7 +201,7 @@ class _Attended(NamedTuple):
 
 
 class FusedInputs:
-    """What of a chain is looked at before it is computed."""
+    """Inputs of a fused graph that are checked before it is computed."""
 
     def __init__(self) -> None:
         self.matmuls: list[_FusedMatmul] = []
@@ -209,25 +209,25 @@ class FusedInputs:
 
 
 class FusedCall:
-    """A run of calls as one call."""
+    """A run of calls fused into one."""
 
     def __init__(self, run: Sequence[Call], graph: FusedGraph, parts: FusedInputs, owner: WeightOwner):
         self._run = run
         self._graph = graph
         self._parts = parts
         self._owner = owner
-        self._steps = [visit.step for visit in parts.matmuls]
+        self._steps = [matmul.step for matmul in parts.matmuls]
 
     def __call__(self) -> None:
-        """Do what the run does."""
-        # Weights may have been read again, to be sure that they are whole; a cache may be of another kind.
+        """Compute the graph, or the run call by call if its inputs have moved."""
+        # Weights may have been read again, to be sure that they are intact; a cache may have another type.
         same = all(stream.resident_batch(place) is weights for _, stream, place, weights in self._parts.matmuls)
         if not same or not all(one.prepare() for one in self._parts.attentions):
             for function, arguments, named in self._run:
                 function(*arguments, **named)
             return
         start = time.perf_counter()
-        for visit in self._parts.matmuls:
-            visit.stream.advance(visit.place)
+        for matmul in self._parts.matmuls:
+            matmul.stream.advance(matmul.place)
         self._graph.compute()
         self._owner.record_fused(self._steps, start, time.perf_counter())

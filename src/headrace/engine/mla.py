@@ -1,12 +1,12 @@
-"""Latent attention: of a position a layer keeps one short vector, from which the keys and values of all its heads are made.
+"""MLA uses absorbed projections: a layer caches one latent per position, from which keys and values of all heads derive.
 
-DeepSeek's models and their descendants make both by one matrix, `kv_b_proj`. Kept as they are used, keys and values of
-DeepSeek V3 take 5 MB a position, the vectors that they are made from 70 KB. Nor is the matrix multiplied with the vector of
-every position: with its parts K_h and V_h for head h, the query q and the weights a_i of the positions,
+DeepSeek's models and their descendants derive both by one matrix, `kv_b_proj`. Keys and values of DeepSeek V3 would take
+5 MB a position; the latents take 70 KB. Nor is the matrix multiplied with the latent c_i of every position. With its
+parts K_h and V_h for head h, the query q and the weights a_i of the positions,
 
     (K_h c_i) . q = c_i . (K_h^T q)            sum of a_i (V_h c_i) = V_h (sum of a_i c_i)
 
-so the query of each row is turned instead, and its result.
+so K_h is applied to the query of each row instead, and V_h to its result.
 """
 
 from collections.abc import Mapping
@@ -18,30 +18,30 @@ from torch import nn
 from headrace.model.matrix import Matrix
 from headrace.model.packed import PackedLinear
 
-# Heads are taken together as far as their queries, scores and results have no more numbers than this: 32 MiB of fp32.
+# Max elements in the queries, scores and results of heads that are computed together: 32 MiB of fp32.
 NUMBERS_TOGETHER = 8 << 20
 
 
 class KvBSplit(NamedTuple):
-    """The two parts of a layer's matrix, in fp32: (heads, key width, rank) and (heads, value width, rank)."""
+    """K and V parts of a layer's `kv_b_proj`, in fp32: (heads, key width, rank) and (heads, value width, rank)."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
 def is_mla(module: nn.Module) -> bool:
-    """Whether this layer makes keys and values from latent vectors, as transformers writes it for all such families."""
+    """True if this layer is MLA, as transformers writes it for all such families."""
     return hasattr(type(module), "expand_kv") and isinstance(getattr(module, "kv_b_proj", None), PackedLinear)
 
 
 def split_kv_b(layer: Any, matrix: Matrix, found: Mapping[str, torch.Tensor]) -> KvBSplit:
-    """The parts of a layer's `kv_b_proj` from its tensors, unpacked: each (rows, columns) in fp32."""
+    """The parts of a layer's `kv_b_proj` from its dequantised tensors: each (rows, columns) in fp32."""
     keys, values = layer.qk_nope_head_dim, layer.v_head_dim
     parts = [found[part.tensor.name][part.first : part.first + part.rows] for part in matrix.slices]
     if matrix.k_b_transposed:
-        turned, straight = parts
-        rank = straight.shape[1]
-        return KvBSplit(turned.view(-1, rank, keys).transpose(1, 2), straight.view(-1, values, rank))
+        k_b, v_b = parts
+        rank = v_b.shape[1]
+        return KvBSplit(k_b.view(-1, rank, keys).transpose(1, 2), v_b.view(-1, values, rank))
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
     if matrix.order is not None:
         rows = rows.index_select(0, matrix.order)
@@ -58,16 +58,16 @@ def attend(
     scaling: float | None,
     out: torch.Tensor,
 ) -> None:
-    """Attention of some rows over the positions of one sequence.
+    """Compute MLA of some rows over the positions of one sequence.
 
     Args:
-        query: (heads, rows, key width + rotated width), fp32.
-        vectors: of the positions, (positions, rank), fp32.
-        rotated: what of their keys knows where they are, one for all heads, (positions, rotated width), fp32.
-        kv_b: the layer's.
-        mask: True where a row may look, (rows, positions); None: everywhere.
-        scaling: of the scores; None: one by the root of the query's width.
-        out: (rows, heads, value width), is filled.
+        query: (heads, rows, key width + RoPE width), fp32.
+        vectors: latents of the positions, (positions, rank), fp32.
+        rotated: RoPE part of their keys, one for all heads, (positions, RoPE width), fp32.
+        kv_b: split `kv_b_proj` of the layer.
+        mask: True where a row may attend, (rows, positions); None: everywhere.
+        scaling: factor of the scores; None: one by the root of the query's width.
+        out: result, (rows, heads, value width), filled here.
     """
     heads, rows, width = query.shape
     plain = kv_b.keys.shape[1]
@@ -76,11 +76,11 @@ def attend(
     for first in range(0, heads, together):
         part = slice(first, min(heads, first + together))
         own = query[part]
-        turned = own[..., :plain] @ kv_b.keys[part]
-        scores = turned.flatten(0, 1) @ vectors.T
+        absorbed = own[..., :plain] @ kv_b.keys[part]
+        scores = absorbed.flatten(0, 1) @ vectors.T
         scores += own[..., plain:].flatten(0, 1) @ rotated.T
         scores = scores.mul_(scale).view(len(own), rows, -1)
         if mask is not None:
             scores.masked_fill_(~mask, -torch.inf)
-        seen = (scores.softmax(-1).flatten(0, 1) @ vectors).view(len(own), rows, -1)
-        out[:, part] = (seen @ kv_b.values[part].transpose(1, 2)).transpose(0, 1)
+        mixed = (scores.softmax(-1).flatten(0, 1) @ vectors).view(len(own), rows, -1)
+        out[:, part] = (mixed @ kv_b.values[part].transpose(1, 2)).transpose(0, 1)

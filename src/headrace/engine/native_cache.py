@@ -1,11 +1,11 @@
-"""The memory of one sequence as the model itself keeps it: transformers' own cache, for models beyond keys and values.
+"""The native cache: transformers' cache of one sequence, for models that our KV cache does not cover.
 
-State-space and linear-attention layers sum up what they have seen; other models compute attention in ways of their own
-(position biases, chosen keys, shared layers). They run as transformers would run them, one sequence at a time. What such a
-cache has seen can be forgotten only where every layer keeps plain keys and values; else the sequence is computed again.
+State-space and linear-attention layers keep a recurrent state; other models compute attention differently (position
+biases, chosen keys, shared layers). They run as in transformers, one sequence at a time. Such a cache can be rolled back
+only if every layer keeps plain keys and values. Else the sequence is computed again.
 
-Some models keep their state in their modules, where it is put for each pass and taken from after it. Those that keep nothing
-are given the whole text for each token: weights are read no more often for that, which is what a pass costs.
+Some models keep their state in their modules: it is put there for each pass and taken out after it. Models without a cache
+get the whole text for each token. A pass costs reading the weights, and those are read no more often for that.
 """
 
 import inspect
@@ -18,39 +18,40 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-# What a model calls the memory that it is given, if it takes one.
-_MEMORIES = ("cache_params", "past_key_values", "state")
+# Names of the cache argument of models' forwards.
+_CACHE_ARGUMENTS = ("cache_params", "past_key_values", "state")
 
 
 class NativeCache:
-    """Speaks as `KVCache` does to those who schedule: a length, a capacity, and how to forget."""
+    """A cache with the interface of `KVCache` for scheduling: length, capacity, truncation, rollback."""
 
     def __init__(self, model: PreTrainedModel, capacity: int, decoder_start_tokens: int = 0):
-        """`decoder_start_tokens`: of the first pass so many tokens, its last, are the decoder's, and the others the encoder's; 0: there is
-        none."""
-        self.type = "F32"  # as the model itself keeps it
+        """`decoder_start_tokens`: number of tokens at the end of the first pass that go to the decoder.
+
+        The others go to the encoder. 0 for decoder-only models.
+        """
+        self.type = "F32"  # type of transformers' caches
         self.whole = memory_of(model) is None
-        self.accepts_multiple_rows = self.whole or not has_recurrent_state(
-            model
-        )  # several rows may follow what it has seen
+        # True if several rows may follow the cached ones.
+        self.accepts_multiple_rows = self.whole or not has_recurrent_state(model)
         self.decoder_start_tokens = decoder_start_tokens
-        self.encoded: Any = None  # what the encoder made of its tokens
+        self.encoded: Any = None  # output of the encoder
         self.capacity = capacity
         self.length = 0
         self._make = maker_of(model)
         self.states: Any = self._make()
-        self._tokens = torch.empty((1, 0), dtype=torch.long)  # the decoder's, where it is given all of them again
+        self._tokens = torch.empty((1, 0), dtype=torch.long)  # all decoder tokens, for models without a cache
         self._places = _places_in_modules(model)
         self._in_modules: list[Any] = [None] * len(self._places)
 
     def rows(self, count: int) -> int:
-        """How many rows a pass computes that adds so many tokens; those of a short decoder_start_tokens after an encoder's not counted."""
+        """Number of rows of a pass that adds `count` tokens, without decoder start tokens behind an encoder's."""
         if not self.length:
             return count - self.decoder_start_tokens
         return self._tokens.shape[1] + count if self.whole else count
 
     def given(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the decoder is given in the pass that adds these (1, rows)."""
+        """Decoder input of the pass that adds these tokens (1, rows)."""
         if not self.whole:
             return tokens
         self._tokens = torch.cat([self._tokens, tokens], 1)
@@ -58,7 +59,7 @@ class NativeCache:
 
     @contextmanager
     def state_in_modules(self) -> Iterator[None]:
-        """During a pass, what this sequence has to remember lies in the model's modules, if that is where it belongs."""
+        """Hold this sequence's state in the model's modules during a pass, if the model keeps it there."""
         for (module, name), value in zip(self._places, self._in_modules, strict=True):
             setattr(module, name, value)
         try:
@@ -69,7 +70,7 @@ class NativeCache:
                 setattr(module, name, None)
 
     def truncate(self, length: int) -> None:
-        """Forget every position from `length` on, or everything where that cannot be done."""
+        """Forget every position from `length` on, or everything if the cache cannot be rolled back."""
         assert 0 <= length <= self.length
         if length == self.length:
             return
@@ -84,10 +85,10 @@ class NativeCache:
             self._reset()
 
     def commit(self) -> None:
-        """A pass with rows of this cache has ended well."""
+        """Confirm a successful pass with rows of this cache."""
 
     def rollback(self) -> None:
-        """A pass with rows of this cache has failed: some layers may have seen its rows."""
+        """Clear the cache after a failed pass: some layers may have seen its rows."""
         self._reset()
 
     def _reset(self) -> None:
@@ -96,18 +97,18 @@ class NativeCache:
 
 
 def parameters_of(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
-    """What the model's forward takes."""
+    """Parameters of the model's forward."""
     return inspect.signature(model.forward).parameters
 
 
 def memory_of(model: PreTrainedModel) -> str | None:
-    """What the model calls the memory that it is given; None: it wants the whole text for each token."""
+    """Name of the forward's cache argument; None: the model needs the whole text for each token."""
     known = parameters_of(model)
-    return next((name for name in _MEMORIES if name in known), None)
+    return next((name for name in _CACHE_ARGUMENTS if name in known), None)
 
 
 def _places_in_modules(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
-    """Where modules keep what they have seen: what is empty in those that set up a cache of their own."""
+    """(module, attribute) of state in modules: empty attributes of those that set up a cache of their own."""
     keepers = [one for one in model.modules() if hasattr(one, "_setup_cache") and not isinstance(one, PreTrainedModel)]
     return [
         (module, name)
@@ -119,7 +120,7 @@ def _places_in_modules(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
 
 
 def _rwkv_state(config: PreTrainedConfig) -> list[torch.Tensor]:
-    """RWKV-4's, of all layers: the last inputs of both halves of a layer, and numerator, denominator and largest exponent of
+    """RWKV-4's state of all layers: the last inputs of both halves of a layer, and numerator, denominator and largest exponent of
     its sum."""
     state = [torch.zeros((1, config.hidden_size, config.num_hidden_layers)) for _ in range(5)]
     state[4] -= 1e30
@@ -127,7 +128,7 @@ def _rwkv_state(config: PreTrainedConfig) -> list[torch.Tensor]:
 
 
 def maker_of(model: PreTrainedModel) -> Callable[[], Any]:
-    """Makes empty caches of the class that the model is written for."""
+    """A function that makes empty caches of the class that the model is written for."""
     memory = memory_of(model)
     if memory is None:
         return lambda: None
@@ -150,23 +151,23 @@ def maker_of(model: PreTrainedModel) -> Callable[[], Any]:
 
 
 def _family(model: PreTrainedModel) -> str:
-    """What the classes of the model's family begin with."""
+    """Prefix of the class names of the model's family."""
     return type(model).__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
 
 
 def sees_a_window(model: PreTrainedModel) -> bool:
-    """Whether some layers look only so far back, which one mask for all layers cannot say."""
+    """True if some layers have a sliding window, which one mask for all layers cannot express."""
     config = model.config.get_text_config()
     return bool(getattr(config, "sliding_window", None)) or "local" in getattr(config, "attention_layers", ())
 
 
 def sees_chunks(model: PreTrainedModel) -> bool:
-    """Whether some layers look back to the beginning of a chunk only, which no argument of their attention says."""
+    """True if some layers attend within a chunk only, which no argument of their attention says."""
     return "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
 
 
 def has_recurrent_state(model: PreTrainedModel) -> bool:
-    """Whether some layer has_cache other things than keys and values."""
+    """True if some layer caches other things than keys and values."""
     if memory_of(model) != "past_key_values" or _places_in_modules(model):
         return True
     try:
@@ -180,7 +181,7 @@ def has_recurrent_state(model: PreTrainedModel) -> bool:
 
 
 def arguments_for(model: PreTrainedModel, cache: NativeCache, tokens: torch.Tensor) -> dict[str, Any]:
-    """Arguments of a forward over new tokens (1, rows) of one sequence. An encoder runs here, when the sequence begins."""
+    """Arguments of a forward over new tokens (1, rows) of one sequence. An encoder runs here, when the sequence starts."""
     known, memory = parameters_of(model), memory_of(model)
     arguments: dict[str, Any] = {"use_cache": False} if memory is None else {memory: cache.states, "use_cache": True}
     if cache.decoder_start_tokens and cache.encoded is None:
@@ -196,7 +197,7 @@ def arguments_for(model: PreTrainedModel, cache: NativeCache, tokens: torch.Tens
 
 
 def trial_of(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Arguments of two forwards: the beginning of a text, and its next token."""
+    """Arguments of two forwards: the start of a sequence, and its next token."""
     cache = NativeCache(model, 4, decoder_start_tokens=int(model.config.is_encoder_decoder))
     for count in (3 if cache.decoder_start_tokens else 2, 1):
         yield arguments_for(model, cache, torch.zeros((1, count), dtype=torch.long))

@@ -1,4 +1,4 @@
-"""Small tensors of types that no kernel multiplies: counts, masks, and numbers of double precision."""
+"""Small tensors of types that no kernel multiplies: counts, masks, and values in double precision."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ _WHOLE = {
 
 
 def plain_values(type_name: str, data: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor | None:
-    """The numbers in these bytes, in one dimension; None for the types that kernels unpack.
+    """The values in these bytes, in one dimension; None for the types that kernels unpack.
 
-    Whole numbers stay such, as int64: the multipliers of a hash are larger than fp32 can tell apart.
+    Integers become int64: the multipliers of a hash are larger than fp32 can tell apart.
     """
     if type_name in _WHOLE:
         return torch.from_numpy(data.view(_WHOLE[type_name]).astype(np.int64))

@@ -1,8 +1,8 @@
-"""Large results of a pass lie in memory that earlier results of the pass have left.
+"""Large results of a pass reuse the memory of earlier results of the pass.
 
-The system's allocator either gives large blocks back, and then every result takes its pages anew, for which it waits while
-readers take theirs: 4 to 6 of 26 s for 512 rows of an 8B shape; or it keeps them, and then small tensors among them leave holes
-of hundreds of megabytes. Here blocks are only used for large results, by those that are of about their size.
+The system's allocator may give large blocks back. Then every result takes its pages anew, and waits for them while readers
+take theirs. That takes 4 to 6 of 26 s for 512 rows of an 8B shape. Or the allocator keeps them, and small tensors among them leave
+holes of hundreds of megabytes. Here buffers serve large results of about their size only.
 """
 
 import math
@@ -18,7 +18,7 @@ from headrace.engine.buffer_pool import BufferPool, result_strides
 LARGE_BYTES = 1 << 20
 
 _aten = torch.ops.aten
-# Operations whose result has the shape that their operands broadcast to, and the variant that is given its memory.
+# Operations whose result has the broadcast shape of their operands, and the variant that writes to given memory.
 ELEMENTWISE: dict[Any, Any] = {
     _aten.add.Tensor: _aten.add.out,
     _aten.sub.Tensor: _aten.sub.out,
@@ -35,14 +35,14 @@ ELEMENTWISE: dict[Any, Any] = {
 
 
 class PooledAllocation(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A mode of torch: within it, large tensors in fp32 that operations make come from blocks of its own."""
+    """A dispatch mode of torch: large fp32 results of operations within it come from its own buffer pool."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pool = BufferPool()
 
     @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # torch asks whether its compiler is to be kept out, at some us an operation
+    def _should_skip_dynamo(cls) -> bool:  # saves some us an operation: torch asks if its compiler is to skip the mode
         return False
 
     def __torch_dispatch__(
@@ -96,7 +96,7 @@ def rms_norm_into(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | Non
 
 
 def buffer_for_elementwise(pool: BufferPool, args: Sequence[Any], least_bytes: int = 0) -> torch.Tensor | None:
-    """A place for the result of an elementwise operation on these; None where torch should find one itself."""
+    """A buffer for the result of an elementwise operation; None: torch should allocate it."""
     operands = [operand for operand in args[:2] if isinstance(operand, torch.Tensor)]
     like = max(operands, key=torch.Tensor.numel)
     if 4 * like.numel() < least_bytes or any(operand.dtype != torch.float32 for operand in operands):
@@ -108,7 +108,7 @@ def buffer_for_elementwise(pool: BufferPool, args: Sequence[Any], least_bytes: i
 
 
 def buffer_for_cat(pool: BufferPool, args: Sequence[Any], least_bytes: int = 0) -> torch.Tensor | None:
-    """The same for tensors that are put one behind another."""
+    """A buffer for the result of a concatenation; None: torch should allocate it."""
     tensors, dim = args[0], args[1] if len(args) > 1 else 0
     shape = list(tensors[0].shape)
     if any(one.dtype != torch.float32 or one.dim() != len(shape) for one in tensors) or not shape:

@@ -13,7 +13,7 @@ from headrace.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn. Temperature 0 takes the likeliest; `seed=None` draws differently every time."""
+    """Sampling options. Temperature 0 takes the likeliest token; `seed=None` draws differently every time."""
 
     temperature: float = 1.0
     top_k: int = 0  # 0: off
@@ -43,7 +43,7 @@ class Sampling:
 
 
 def recommended(found: Mapping[str, object]) -> Sampling:
-    """As a file recommends it, by the names of `Sampling`. What makes no sense there is not followed."""
+    """Sampling options that a file recommends, by the names of `Sampling`; invalid values are ignored."""
     kept: dict[str, Any] = {}
     for name, value in found.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -54,11 +54,11 @@ def recommended(found: Mapping[str, object]) -> Sampling:
 
 
 class Sampler:
-    """Draws the tokens of one sequence. What is drawn depends on the logits, the seed and the position, and on nothing else.
+    """Draws the tokens of one sequence. A draw depends on the logits, the seed and the position alone.
 
-    Each position has random numbers of its own, one per token of the vocabulary, and takes the token with the largest
-    p / -log(u): an exact draw from p (the exponential race, or Gumbel-max). So a draft that is drawn with the same numbers
-    mostly hits the same token, and a verified answer is the very one that plain decoding gives
+    Each position has its own random numbers, one per token of the vocabulary, and takes the token with the largest
+    p / -log(u). This is an exact draw from p (the exponential race, or Gumbel-max). So a draft token drawn with the same
+    numbers is mostly the same token, and verified tokens are exactly those of plain decoding
     (Daliri, Musco, Suresh: Coupling without Communication and Drafter-Invariant Speculative Decoding, 2024).
     """
 

@@ -1,13 +1,13 @@
 """Chooses the rows of each pass: prompt chunks, decoded tokens and draft tokens of all running sequences.
 
 A sequence is a list of tokens; the KV cache holds a prefix of it. Each pass computes the uncomputed rest: a prompt in chunks,
-a decoded token as one row, and draft tokens behind it. The pass yields the accepted draft tokens and one more token. So
+a decoded token as one row, draft tokens behind it. The pass yields the accepted draft tokens and one more token. So
 prefill, decode and verification are the same code, for one sequence as for many. Sequences come and go between passes.
 
-A prompt is cut into chunks at the same positions whatever else is computed, and a chunk's results depend on its sequence
-alone. Only whole chunks of prompts are reused. So the same prompt gives the same tokens, whatever was asked before and
-whoever shares its passes. The price: a chunk that a prompt shares in part is computed again, and so is an sequence that has
-become part of a prompt, because decode kernels round differently. `deterministic=False` reuses both.
+Chunk boundaries do not depend on other work, and a chunk's results depend on its sequence alone. Only whole chunks of
+prompts are reused. So the same prompt gives the same tokens after any earlier work and beside any other sequences.
+The price: a chunk that a prompt shares in part is computed again. So are generated tokens that have become part of a
+prompt, because decode kernels round differently. `deterministic=False` reuses both.
 """
 
 import time
@@ -25,27 +25,27 @@ from headrace.engine.speculation import Speculation
 from headrace.kernels import DECODE_MAX_ROWS
 from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS
 
-# A shared beginning shorter than this is computed again rather than waited for.
+# Min length of a common prefix to wait for; a shorter one is computed again.
 MIN_SHARED_PREFIX_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Where prompts are cut: at multiples of `first` up to position `tokens`, then at multiples of `tokens`.
+    """Prompts are cut into chunks at multiples of `first` up to position `tokens`, then at multiples of `tokens`.
 
-    `first` divides `tokens`, so that `whole` is always where a chunk ends.
+    `first` divides `tokens`, so that `whole` is always the end of a chunk.
     """
 
     first: int
     tokens: int
 
     def end(self, start: int) -> int:
-        """Where the chunk ends that holds position `start`."""
+        """End of the chunk that holds position `start`."""
         step = self.first if start < self.tokens else self.tokens
         return (start // step + 1) * step
 
     def whole(self, count: int) -> int:
-        """Of so many tokens, those in whole chunks."""
+        """Number of the first `count` tokens that lie in whole chunks."""
         step = self.first if count < self.tokens else self.tokens
         return count // step * step
 
@@ -56,12 +56,12 @@ class Slot:
 
     cache: KVCache | NativeCache
     tokens: list[int] = field(default_factory=list)
-    prompt_tokens: int = 0  # of these, how many were computed as a prompt
+    prompt_tokens: int = 0  # number of tokens computed as a prompt
 
     def cached_prefix_len(self, prompt: Sequence[int], chunks: "Chunks | None") -> int:
-        """How many tokens of a prompt, all but its last at most, need not be computed again.
+        """Number of a prompt's tokens that need not be computed again, never its last.
 
-        `chunks`: only whole ones of a prompt are reused; None: all that the cache holds.
+        `chunks`: only whole chunks of a prompt are reused; None: all tokens in the cache.
         """
         if self.is_wide:
             return 0  # a wide cache is not reused by other prompts
@@ -72,7 +72,7 @@ class Slot:
 
     @property
     def is_wide(self) -> bool:
-        """Whether the cache keeps numbers in the type for large ones."""
+        """True if the cache stores keys and values in its wide type."""
         return isinstance(self.cache, KVCache) and self.cache.is_wide
 
     def truncate(self, count: int) -> None:
@@ -84,14 +84,14 @@ class Slot:
 
 @dataclass(eq=False)
 class SequenceState:
-    """One sequence in the making: the prompt and what was generated so far."""
+    """One running sequence: the prompt and the tokens generated so far."""
 
     tokens: list[int]
     prompt_tokens: int
-    max_tokens: int  # to generate
+    max_tokens: int  # max tokens to generate
     sampler: Sampler
     slot: Slot
-    prefix_source: "SequenceState | None" = None  # computes a beginning that both share
+    prefix_source: "SequenceState | None" = None  # sequence that computes the common prefix
     shared_prefix_tokens: int = 0
 
     @property
@@ -116,12 +116,12 @@ class Scheduler:
         max_draft_tokens: int = 0,
         deterministic: bool = True,
     ):
-        """What is fixed for all sequences.
+        """Options are fixed for all sequences.
 
         Args:
             engine: makes the passes.
-            slots: one for each sequence at a time.
-            prefill_rows: the most prompt rows of a pass.
+            slots: one for each concurrent sequence.
+            prefill_rows: max prompt rows of a pass.
             max_draft_tokens: max draft tokens of one sequence in a pass.
             deterministic: reuse nothing whose reuse could change the last bits of a result.
         """
@@ -133,22 +133,22 @@ class Scheduler:
         self._prefill_rows = prefill_rows
         # Small chunks let more of a prefix be reused; they cost nothing where prefill rows share each matmul anyway.
         self._small_chunks = engine.prefill_is_row_invariant and prefill_rows > DECODE_MAX_ROWS
-        # Models with attention of their own take one chunk of a sequence in a pass.
+        # Other attention modes take one chunk of a sequence in a pass.
         tokens = min(CHUNK_ROWS, prefill_rows) if engine.attention_mode == "packed" else prefill_rows
         if self._small_chunks:
             self._chunks = Chunks(SMALL_CHUNK_ROWS, tokens // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS)
         else:
             self._chunks = Chunks(tokens, tokens)
         self._reused_chunks = self._chunks if deterministic else None
-        self._most_guesses = max_draft_tokens
+        self._max_draft_tokens = max_draft_tokens
 
     @property
     def has_room(self) -> bool:
-        """Whether another sequence can be added."""
+        """True if another sequence can be added."""
         return bool(self._free)
 
     def add(self, prompt: list[int], max_tokens: int, sampler: Sampler) -> SequenceState:
-        """Begin an sequence. What its prompt shares with what a cache holds is not computed again."""
+        """Start a sequence. A prefix of its prompt that a cache holds is not computed again."""
         slot = max(self._free, key=lambda slot: slot.cached_prefix_len(prompt, self._reused_chunks))
         own = slot.cached_prefix_len(prompt, self._reused_chunks)
         sequence = SequenceState(
@@ -167,12 +167,12 @@ class Scheduler:
         return sequence
 
     def _shareable_prefix(self, prefix_source: SequenceState, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt another sequence has computed or will compute, as far as they may be reused."""
+        """Number of a prompt's reusable tokens that another sequence has computed or will compute."""
         common = common_length(prefix_source.tokens, prompt[:-1])
         return common if self._reused_chunks is None else self._chunks.whole(min(common, prefix_source.prompt_tokens))
 
     def reset(self) -> None:
-        """Free all slots, whatever was interrupted where; the caches of unfinished sequences are dropped."""
+        """Free all slots after any interruption; the caches of unfinished sequences are dropped."""
         for slot in self._slots:
             if slot not in self._free:
                 slot.cache.rollback()
@@ -181,22 +181,22 @@ class Scheduler:
         self._free = list(self._slots)
 
     def remove(self, sequence: SequenceState) -> None:
-        """End an sequence, finished or not. Its cache is kept for what comes next. Safe to call twice."""
+        """End a sequence, finished or not. Its cache is kept for prefix caching. Safe to call twice."""
         if sequence not in self.sequences:
             return
         self.sequences.remove(sequence)
         for other in self.sequences:
             if other.prefix_source is sequence:
-                other.prefix_source = None  # it computes the beginning itself
+                other.prefix_source = None  # the other one computes the prefix itself
         sequence.slot.truncate(min(sequence.slot.cache.length, len(sequence.tokens)))
         self._free.append(sequence.slot)
         if self.speculation is not None:
             self.speculation.forget(sequence.tokens)
 
     def step(self) -> list[tuple[SequenceState, list[int]]]:
-        """One pass over the weights for all sequences that can go on; the new tokens of those whose prompt is computed."""
+        """Run one pass for all sequences that can go on; return new tokens of those whose prompt is computed."""
         start = time.perf_counter()
-        loads = not self.engine.passes  # the first pass reads what will be pinned
+        loads = not self.engine.passes  # the first pass reads the pinned weights
         try:
             chunks = self._pending_chunks()
             drafts = [Draft(sequence.tokens, sequence.sampler) for sequence, _ in chunks]
@@ -214,7 +214,9 @@ class Scheduler:
                 self._widen(overflow.cache)
                 return []
             logits = torch.split(found, [1 + len(draft.draft_tokens) for draft in drafts])
-        except BaseException:  # before the pass as well: some caches may already count on what others are to compute
+        except (
+            BaseException
+        ):  # before the pass as well: some caches may already count on a prefix that others are to compute
             for sequence in self.sequences:
                 sequence.slot.cache.rollback()
             raise
@@ -247,24 +249,24 @@ class Scheduler:
         cache.widen()
 
     def _pending_chunks(self) -> list[tuple[SequenceState, list[list[int]]]]:
-        """What of each sequence is computed in this pass, in order of arrival: whole chunks, as many as there is room for.
+        """Chunks of each sequence to compute in this pass, in order of arrival: whole chunks, as many as fit.
 
-        A row of each sequence has room in any case.
+        A row of each sequence fits in any case.
         """
-        room = self._prefill_rows - 1
+        budget = self._prefill_rows - 1
         chunks: list[tuple[SequenceState, list[list[int]]]] = []
         computed: dict[SequenceState, int] = {}  # positions after this pass
         for sequence in self.sequences:
             start, prefix_source = sequence.slot.cache.length, sequence.prefix_source
             if prefix_source is not None:
                 if computed.get(prefix_source, prefix_source.slot.cache.length) < sequence.shared_prefix_tokens:
-                    continue  # the prefix_source's prompt takes several passes
+                    continue  # the source's prompt takes several passes
                 if prefix_source.slot.cache.type == sequence.slot.cache.type:
                     start = sequence.shared_prefix_tokens
             own: list[list[int]] = []
             taken = 0
             for chunk in self._cut(sequence, start):
-                if taken + len(chunk) > 1 + room and (own or chunks):
+                if taken + len(chunk) > 1 + budget and (own or chunks):
                     break
                 own.append(chunk)
                 taken += len(chunk)
@@ -276,13 +278,13 @@ class Scheduler:
                 assert isinstance(theirs, KVCache)
                 mine.copy_prefix(theirs, start)
             sequence.prefix_source = None
-            room = max(0, room - (taken - 1))
+            budget = max(0, budget - (taken - 1))
             chunks.append((sequence, own))
             computed[sequence] = start + taken
         return chunks
 
     def _cut(self, sequence: SequenceState, start: int) -> Iterator[list[int]]:
-        """The tokens of an sequence from `start` on in chunks, which end at multiples of their size and where the prompt ends."""
+        """Chunks of a sequence's tokens from `start` on. They end at multiples of their size and at the end of the prompt."""
         tokens = sequence.tokens
         if not sequence.slot.cache.accepts_multiple_rows:
             yield tokens[start:]
@@ -295,10 +297,10 @@ class Scheduler:
             start = end
 
     def _rows(self, sequence: SequenceState, chunks: Sequence[list[int]], draft: Draft) -> Iterator[Rows]:
-        """The chunks of a sequence, with its draft tokens behind the last. Only that one's last rows need logits."""
+        """The chunks of a sequence, with its draft tokens behind the last chunk, whose last rows alone need logits."""
         cache, draft_tokens = sequence.slot.cache, [draft_token.token for draft_token in draft.draft_tokens]
-        # With small chunks the length of the prompt decides between decode and prefill kernels, not that of the chunk: whatever
-        # may be reused is of the prefill kernels.
+        # With small chunks the prompt's length, not the chunk's, decides between decode and prefill kernels. So all reusable
+        # rows come from the prefill kernels.
         prefill = self._small_chunks and not sequence.generated and sequence.prompt_tokens >= self._chunks.first
         row_invariant = False if prefill else None
         for chunk in chunks[:-1]:
@@ -315,17 +317,17 @@ class Scheduler:
     ) -> None:
         prefills = self._small_chunks and any(not sequence.generated for sequence, _ in chunks)
         if prefills or any(len(chunk) > DECODE_MAX_ROWS for _, own in chunks for chunk in own):
-            return  # a prompt is on its way: the pass is long as it is, and rates are not those of decoding
+            return  # a prompt is computed: the pass is long anyway, and rates are not those of decoding
         limits = []
         for (sequence, own), draft in zip(chunks, drafts, strict=True):
             ready = sum(map(len, own)) == len(sequence.uncomputed)
-            room = sequence.slot.cache.capacity - len(sequence.tokens)
-            most = min(self._most_guesses, sequence.max_tokens - sequence.generated - 1, room) if ready else 0
-            limits.append((draft, most))
+            free = sequence.slot.cache.capacity - len(sequence.tokens)
+            limit = min(self._max_draft_tokens, sequence.max_tokens - sequence.generated - 1, free) if ready else 0
+            limits.append((draft, limit))
         speculation.propose(limits, sum(len(chunk) for _, own in chunks for chunk in own))
 
     def _verify(self, sequence: SequenceState, draft: Draft, logits: torch.Tensor) -> list[int]:
-        """Draw from the logits of each row while the draft tokens agree; truncate the cache behind them."""
+        """Sample from each row's logits while the draft tokens agree; truncate the cache behind them."""
         new: list[int] = []
         for row, draft_token in enumerate([*draft.draft_tokens, None]):
             new.append(sequence.sampler.draw(logits[row], len(sequence.tokens) + row))

@@ -20,7 +20,7 @@ from headrace.plan.cost import PassCost
 
 # Weight of the past against one new observation: the last twenty count.
 _MEMORY = 0.95
-# Draft tokens that are accepted less often are dropped, whatever a row costs.
+# Draft tokens that are accepted less often are dropped, even if rows are free.
 _MIN_PROBABILITY = 0.02
 
 
@@ -31,7 +31,7 @@ class _Count:
 
 
 class Acceptance:
-    """Acceptance rates, given that all draft tokens before were accepted: per confidence bucket, and per position for the report."""
+    """Acceptance rates by confidence bucket, and by position for the report, if all draft tokens before were accepted."""
 
     def __init__(self) -> None:
         self._buckets: dict[ConfidenceBucket, _Count] = {}
@@ -145,12 +145,12 @@ class Speculation:
             self.acceptance.record(position, draft_token.confidence, position < accepted)
 
     def forget(self, tokens: Sequence[int]) -> None:
-        """The sequence with this list of tokens has ended."""
+        """Tell the draft model that the sequence with this list of tokens has ended."""
         if self._model is not None:
             self._model.forget(tokens)
 
     def _look_up(self, one: _Open) -> bool:
-        """DraftToken by prompt lookup, unless the draft model's guess is worth more even less its price."""
+        """Propose by prompt lookup, unless the draft model's token is worth more even less its price."""
         if self._lookup is None or not self._lookup.propose(one.draft):
             return False
         if self._model is not None:

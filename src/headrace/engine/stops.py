@@ -1,7 +1,7 @@
 """Stop strings in streamed text: a possible prefix of one is held back until it is decided.
 
-Text is looked at with the spellings of control tokens in it, which are never shown: so they can be stop strings, or part of
-one. In what a model thinks, only stop strings with control tokens are looked for.
+Text is searched with the spellings of its control tokens, which are never shown. So they can be stop strings or part of
+one. Reasoning is searched only for stop strings with control tokens.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,7 +12,7 @@ _MASK = "\ud800"  # stands for reasoning, so that plain stop strings do not matc
 
 
 class StopScanner:
-    """Give it segments with `push`; it returns what is safe to show, and whether a stop string was found."""
+    """Takes segments by `push`; returns those that are safe to show, and True once a stop string was found."""
 
     def __init__(self, stops: Sequence[str], hidden: Collection[str] = ()):
         """`stops` may be empty; `hidden` are the control tokens in them."""
@@ -23,7 +23,7 @@ class StopScanner:
         self._held: list[Segment] = []
 
     def push(self, segments: Sequence[Segment]) -> tuple[list[Segment], bool]:
-        """(what to show now, whether a stop string was met); the stop string and all after it are never shown."""
+        """(segments to show now, True if a stop string was met). The stop string and all after it are never shown."""
         self._held += segments
         if not self._longest:
             return self.rest(), False
@@ -40,12 +40,12 @@ class StopScanner:
         return self._take(len(texts[True]) - undecided), False
 
     def rest(self) -> list[Segment]:
-        """What was held back, when no more text comes."""
+        """Segments that were held back, when no more text comes."""
         rest, self._held = self._held, []
         return [segment for segment in rest if segment[0] is not Part.HIDDEN]
 
     def _take(self, count: int) -> list[Segment]:
-        """The first `count` characters of what is held, without those that are never shown."""
+        """The first `count` characters of the held segments, without those that are never shown."""
         shown: list[Segment] = []
         while self._held and count:
             part, text = self._held[0]
@@ -60,7 +60,7 @@ class StopScanner:
 
 
 def _undecided(text: str, stops: Sequence[str], longest: int) -> int:
-    """The length of the longest end of a text that begins a stop string."""
+    """Length of the longest suffix of a text that is a prefix of a stop string."""
     for size in range(min(longest - 1, len(text)), 0, -1):
         end = text[-size:]
         if any(stop.startswith(end) for stop in stops):

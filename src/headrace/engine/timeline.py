@@ -1,4 +1,4 @@
-"""What a run did: one record per pass, and, if asked for, every span of time as a Chrome trace."""
+"""Records of a run: one per pass, and on request every span of time as a Chrome trace."""
 
 import json
 import threading
@@ -17,21 +17,21 @@ class PassStats:
     rows: int
     start_s: float  # by time.perf_counter
     seconds: float
-    read_bytes: int  # that arrived during the pass, for this pass or the next
-    stall_s: float  # compute waited for the disk
-    kernel_s: float  # products with packed weights
-    draft_s: float = 0.0  # before the pass
+    read_bytes: int  # bytes that arrived during the pass, for this pass or the next
+    stall_s: float  # time that compute waited for the disk
+    kernel_s: float  # time of matmuls with packed weights
+    draft_s: float = 0.0  # drafting time before the pass
     drafted: int = 0  # draft tokens among its rows
-    accepted: int = 0  # of those
-    expert_read_bytes: int = 0  # of `read_bytes`
+    accepted: int = 0  # accepted draft tokens
+    expert_read_bytes: int = 0  # part of `read_bytes` for experts
     expert_hits: int = 0  # experts that a layer needed and found in memory
-    expert_prefetched: int = 0  # that were read ahead
+    expert_prefetched: int = 0  # needed experts that were prefetched
     expert_misses: int = 0
-    expert_wasted_bytes: int = 0  # read ahead and not needed
+    expert_wasted_bytes: int = 0  # bytes prefetched and not needed
 
     @property
     def bound_by(self) -> str:
-        """What the pass waited for most: disk, compute or drafting."""
+        """Bottleneck of the pass: disk, compute or drafting."""
         waited = {"disk": self.stall_s, "drafting": self.draft_s, "compute": 0.0}
         # A pass that hardly waited for the disk was as long as its compute.
         if self.stall_s < 0.1 * self.seconds:
@@ -49,18 +49,18 @@ class PassLog(Sequence[PassStats]):
         self._dropped = 0
 
     def append(self, stats: PassStats) -> None:
-        """One more."""
+        """Add a pass."""
         self._kept.append(stats)
         if len(self._kept) >= 2 * self.MOST:
             self._dropped += len(self._kept) - self.MOST
             del self._kept[: -self.MOST]
 
     def replace_last(self, stats: PassStats) -> None:
-        """Say more of the latest."""
+        """Replace the record of the latest pass."""
         self._kept[-1] = stats
 
     def __len__(self) -> int:
-        """How many there were."""
+        """Number of passes since loading."""
         return self._dropped + len(self._kept)
 
     @overload
@@ -70,7 +70,7 @@ class PassLog(Sequence[PassStats]):
     def __getitem__(self, which: slice) -> list[PassStats]: ...
 
     def __getitem__(self, which: int | slice) -> PassStats | list[PassStats]:
-        """By number; of a slice those that are kept."""
+        """A pass by its number; for a slice, those that are kept."""
         if isinstance(which, slice):
             first, last, step = which.indices(len(self))
             assert step == 1
@@ -81,7 +81,7 @@ class PassLog(Sequence[PassStats]):
         return self._kept[place]
 
     def __iter__(self) -> Iterator[PassStats]:
-        """Those that are kept."""
+        """The passes that are kept."""
         return iter(self._kept)
 
 

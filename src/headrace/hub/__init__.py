@@ -1,8 +1,8 @@
-"""Models of the Hugging Face hub by name: which files are needed, fetching them, where they lie, reading headers from afar.
+"""Models of the Hugging Face hub by name: file selection, download, cache, and headers by range requests.
 
-`huggingface_hub` speaks to the hub, keeps the cache and draws the bars; it is imported when something is asked of it, so
-that `--help` and `plan` start fast. This room never imports torch, never writes outside of the hub's cache, and never
-loads what it fetches.
+`huggingface_hub` sends the requests, keeps the cache and draws the progress bars. It is imported on first use, so that
+`--help` and `plan` start fast. This package never imports torch, never writes outside the hub's cache, and never loads
+downloaded files.
 """
 
 from headrace.hub.cache import CachedModel, Removal, cached_models, local_path, removal

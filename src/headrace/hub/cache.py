@@ -1,4 +1,4 @@
-"""Models as they lie in the hub's cache: which are complete, where, how large, and how to remove them. No network.
+"""Models in the hub's cache: completeness, path, size and removal. No network.
 
 The cache is `huggingface_hub`'s, shared with every program that uses it. Only its own strategy deletes from it.
 """
@@ -31,7 +31,7 @@ class CachedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Removal:
-    """What would be deleted, and how many bytes that frees."""
+    """A planned deletion, and the bytes that it frees."""
 
     what: str
     nbytes: int
@@ -43,12 +43,12 @@ class Removal:
 
 
 def local_path(reference: Reference) -> str | None:
-    """The path to open if all files that are needed are in the cache, else None. Asks nobody."""
+    """Path to open if the cache holds all needed files, else None. Sends no request."""
     folder = _snapshot(reference)
     if folder is None:
         return None
     try:
-        selection = files_needed(_listed(reference) or _lying_in(folder), reference.file)
+        selection = files_needed(_listed(reference) or _files_in(folder), reference.file)
     except HeadraceError:
         return None
     if not all((folder / file.name).is_file() for file in selection.files):
@@ -57,7 +57,7 @@ def local_path(reference: Reference) -> str | None:
 
 
 def opened(folder: Path, selection: Selection) -> str:
-    """The path to open of a selection that lies in this folder."""
+    """Path to open of a selection in this folder."""
     return str(folder / selection.opened) if selection.opened else str(folder)
 
 
@@ -68,14 +68,14 @@ def _snapshot(reference: Reference) -> Path | None:
     with explained(reference):
         try:
             return Path(snapshot_download(reference.repo, revision=reference.revision, local_files_only=True))
-        except IncompleteSnapshotError as partial:  # of the whole repository, which nobody wants
+        except IncompleteSnapshotError as partial:  # incomplete as a whole repository; a part suffices
             return Path(partial.snapshot_path)
         except LocalEntryNotFoundError:
             return None
 
 
 def _listed(reference: Reference) -> list[RemoteFile]:
-    """The whole repository, if it was listed when a part of it was fetched."""
+    """All files of the repository, if an earlier download listed them."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -86,7 +86,7 @@ def _listed(reference: Reference) -> list[RemoteFile]:
     return [RemoteFile(name=file.path, size=file.size) for file in tree]
 
 
-def _lying_in(folder: Path) -> list[RemoteFile]:
+def _files_in(folder: Path) -> list[RemoteFile]:
     found = [path for path in folder.rglob("*") if path.is_file()]
     return [RemoteFile(name=path.relative_to(folder).as_posix(), size=path.stat().st_size) for path in found]
 
@@ -151,31 +151,31 @@ def _cached_model(
 
 
 def removal(reference: Reference) -> Removal:
-    """What removing a repository, a revision or a GGUF model of it would delete. Nothing is deleted yet.
+    """Plan the removal of a repository, a revision or a GGUF model of it. Nothing is deleted yet.
 
     Raises:
         HubError: it is not in the cache.
-        UsageError: several files could be meant.
+        UsageError: several files match.
     """
     cache = _scan()
     repos = cache.repos if cache is not None else ()
     repo = next((repo for repo in repos if repo.repo_id == reference.repo and repo.repo_type == "model"), None)
-    revisions = [] if repo is None else _meant(repo, reference)
+    revisions = [] if repo is None else _matching_revisions(repo, reference)
     if cache is None or not revisions:
         raise HubError(f"{reference} is not in the cache", hint="`headrace list` shows what is")
     if reference.file is None:
         strategy = cache.delete_revisions(*(revision.commit_hash for revision in revisions))
     else:
         strategy = cache.delete_files(*_chosen(revisions, reference))
-    # What interrupted downloads left goes with the repository; the library does not count it.
-    left = [
+    # Partial downloads are deleted with the repository; the library does not count them.
+    partial_files = [
         file for file in cache.incomplete_files if any(file.file_path.is_relative_to(repo) for repo in strategy.repos)
     ]
-    nbytes = strategy.expected_freed_size + sum(file.size_on_disk for file in left)
+    nbytes = strategy.expected_freed_size + sum(file.size_on_disk for file in partial_files)
     return Removal(what=str(reference), nbytes=nbytes, strategy=strategy)
 
 
-def _meant(repo: "CachedRepoInfo", reference: Reference) -> "list[CachedRevisionInfo]":
+def _matching_revisions(repo: "CachedRepoInfo", reference: Reference) -> "list[CachedRevisionInfo]":
     wanted = reference.revision
     return [r for r in repo.revisions if wanted is None or wanted in r.refs or wanted == r.commit_hash]
 

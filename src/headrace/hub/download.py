@@ -1,9 +1,9 @@
-"""Fetching what is missing of a model into the hub's cache, so that nothing is fetched twice.
+"""Downloads a model's missing files into the hub's cache; nothing is fetched twice.
 
-`huggingface_hub` keeps no part of a file whose download was interrupted. Of a model of 40 GB that is too much to lose, so
-files are fetched by its `http_get` into `blobs/CHECKSUM.incomplete`, which stays; the next call asks for the rest. Length and
-checksum are compared with the hub's list before a file gets the name under which the cache looks for it, and no answer's header
-becomes part of a path. Only files larger than the library fetches over HTTP are left to `snapshot_download`.
+`huggingface_hub` discards an interrupted download, too much to lose of a model of 40 GB. So its `http_get` writes to
+`blobs/CHECKSUM.incomplete`, which stays; the next call requests the rest. A file gets its final name in the cache once length
+and checksum match the hub's list. No response header becomes part of a path. Only files larger than the library fetches over
+HTTP are left to `snapshot_download`.
 """
 
 import glob
@@ -25,19 +25,19 @@ from headrace.text import printable
 from headrace.units import gigabytes
 
 RETRIES = 5
-_LONGEST_NAME = 255  # bytes of a part of a path
-SPARE_BYTES = 1 << 24  # room for links, locks and lists
+_LONGEST_NAME = 255  # max bytes of a path component
+SPARE_BYTES = 1 << 24  # reserve for links, locks and lists
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Blob:
-    """A file: its place in the cache and its expected hash."""
+    """A file, its path in the cache and its expected hash."""
 
     file: RemoteFile
-    sha256: str | None  # of large files
-    git_id: str | None  # of the others; neither: a mirror's list lacks it
+    sha256: str | None  # hash of a large file
+    git_id: str | None  # hash of a small file; both are None if a mirror's list lacks them
     path: Path
 
     @property
@@ -46,17 +46,17 @@ class _Blob:
 
     @property
     def have(self) -> int:
-        """Bytes that an earlier attempt left."""
+        """Bytes left by an earlier attempt."""
         return self.partial.stat().st_size if self.partial.exists() else 0
 
 
 def pull(reference: Reference, *, say: Say | None) -> str:
-    """Fetch what is missing; the path to open: the .gguf file (its first part), or the folder.
+    """Fetch missing files and return the path to open: the .gguf file (its first part), or the folder.
 
-    `say` is told what is chosen and fetched. Where the network is switched off, what is cached must be complete.
+    `say` receives messages on the choice and the downloads. With the network off, the cached model must be complete.
 
     Raises:
-        HubError: the hub refuses, cannot be reached, breaks off, or there is no room.
+        HubError: the hub refuses, cannot be reached or breaks off, or the disk is too small.
         UsageError, CheckpointError, UnsupportedError: as `files_needed`.
     """
     from huggingface_hub import constants
@@ -84,7 +84,7 @@ def pull(reference: Reference, *, say: Say | None) -> str:
 
 
 def _check_names(files: Sequence[RemoteFile]) -> None:
-    """Raise `HubError` for a name that is no path inside of the snapshot."""
+    """Raise `HubError` for a name that is no path inside the snapshot."""
     for file in files:
         parts = file.name.split("/")
         sound = all(
@@ -98,7 +98,7 @@ def _check_names(files: Sequence[RemoteFile]) -> None:
 
 
 def _is_here(path: Path, file: RemoteFile) -> bool:
-    """Whether a file lies in the snapshot. One of another length is deleted, to be fetched again."""
+    """True if the snapshot holds the file. A file of another length is deleted, to be fetched again."""
     if not path.is_file():
         return False
     if path.stat().st_size == file.size:
@@ -119,13 +119,13 @@ def _folder(reference: Reference) -> Path:
 
 
 def _fetch_and_link(reference: Reference, listing: Listing, missing: Sequence[RemoteFile], say: Say) -> None:
-    """Fetch them and link them, if there is room for all."""
+    """Fetch and link the missing files, if the disk has space for all."""
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
 
     blobs = [_blob(reference, listing, file) for file in missing if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]
-    held = sum(blob.file.size if blob.path.exists() else min(blob.have, blob.file.size) for blob in blobs)
-    _check_address_space(reference, sum(file.size for file in missing) - held)
+    present = sum(blob.file.size if blob.path.exists() else min(blob.have, blob.file.size) for blob in blobs)
+    _check_disk_space(reference, sum(file.size for file in missing) - present)
     large = [blob for blob in blobs if blob.sha256 is not None and not blob.path.exists()]
     for blob in blobs:
         if blob in large:
@@ -158,7 +158,7 @@ def _link(link: Path, blob: Path) -> None:
 
 
 def _write_ref(reference: Reference, commit: str) -> None:
-    """Keep which commit the branch is at, as the library does."""
+    """Record the commit of the branch, as the library does."""
     if reference.revision == commit:
         return
     refs = _folder(reference) / "refs"
@@ -169,7 +169,7 @@ def _write_ref(reference: Reference, commit: str) -> None:
     target.write_text(commit)
 
 
-def _check_address_space(reference: Reference, needed: int) -> None:
+def _check_disk_space(reference: Reference, needed: int) -> None:
     folder = next(path for path in _folder(reference).parents if path.exists())
     free = shutil.disk_usage(folder).free
     if needed and needed + SPARE_BYTES > free:
@@ -180,12 +180,12 @@ def _check_address_space(reference: Reference, needed: int) -> None:
 
 
 def _complete(reference: Reference, commit: str, blob: _Blob, say: Say) -> None:
-    """Fetch the rest of a file, under the lock that the library itself takes for it."""
+    """Fetch the rest of a file, under the library's own lock for it."""
     from huggingface_hub.utils import WeakFileLock
 
     folder = _folder(reference)
     lock = folder.parent / ".locks" / folder.name / f"{blob.path.name}.lock"
-    # The snapshot's folder too: without one the library's scan takes the repository for damaged and cannot delete it.
+    # The snapshot's folder too: without it the library's scan takes the repository for damaged and cannot delete it.
     for path in (blob.path.parent, lock.parent, folder / "snapshots" / commit):
         path.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
@@ -204,7 +204,7 @@ def _complete(reference: Reference, commit: str, blob: _Blob, say: Say) -> None:
 
 
 def _download(reference: Reference, commit: str, blob: _Blob) -> None:
-    """`http_get` tries again by itself after most failures, but not after a reset connection."""
+    """Fetch with retries: `http_get` itself retries after most failures, but not after a reset connection."""
     import httpx2
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -252,7 +252,7 @@ def _check_content(blob: _Blob) -> None:
 
 
 def _differs(blob: _Blob, how: str) -> HubError:
-    """Nothing can be made of the partial file: it goes."""
+    """Delete the unusable partial file, and return the error."""
     blob.partial.unlink(missing_ok=True)
     return HubError(
         f"{blob.file.name} is not what the hub lists: {how}",
@@ -261,7 +261,7 @@ def _differs(blob: _Blob, how: str) -> HubError:
 
 
 def _register_snapshot(reference: Reference, commit: str, files: Sequence[RemoteFile]) -> None:
-    """The library fetches what is left, and keeps the listing. Bars only for what takes long."""
+    """Let the library fetch the rest and store the listing. Progress bars only for large files."""
     from huggingface_hub import ResolvedRevision, constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 

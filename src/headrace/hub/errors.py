@@ -1,6 +1,6 @@
-"""What went wrong at the hub, in our words: which repository, what the hub said, what to do.
+"""Errors of the hub in headrace's form: repository, the hub's response, hint.
 
-The hub's own messages name URLs and Python options; people need the next command.
+The hub's own messages name URLs and Python options; users need the next command.
 """
 
 import errno
@@ -21,7 +21,7 @@ RESUME = "the same command goes on where it was"
 
 @contextmanager
 def explained(reference: Reference) -> Iterator[None]:
-    """Turn what `huggingface_hub` raises within into a `HubError`."""
+    """Turn exceptions of `huggingface_hub` into a `HubError`."""
     import httpx2
     from huggingface_hub.errors import RevisionResolutionError
 
@@ -32,7 +32,7 @@ def explained(reference: Reference) -> Iterator[None]:
 
 
 def _root(error: Exception) -> Exception:
-    """Under the library's `not in the cache either` lies what the hub said."""
+    """The hub's own error, under the library's `not in the cache either`."""
     from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
 
     cause = error.__cause__
@@ -45,7 +45,7 @@ def _explanation(reference: Reference, error: Exception) -> HubError:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
-        return _answer(reference, error)
+        return _http_error(reference, error)
     if isinstance(error, OfflineModeIsEnabled):
         return offline(reference)
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
@@ -65,7 +65,7 @@ def _explanation(reference: Reference, error: Exception) -> HubError:
     return HubError(f"{endpoint()} does not answer as the hub does: {first[0]}", hint="check HF_ENDPOINT and proxies")
 
 
-def _answer(reference: Reference, error: "HfHubHTTPError") -> HubError:
+def _http_error(reference: Reference, error: "HfHubHTTPError") -> HubError:
     from huggingface_hub import errors
 
     repo, status = reference.repo, error.response.status_code
@@ -100,7 +100,7 @@ def _when(error: "HfHubHTTPError") -> str:
 
 
 def offline(reference: Reference) -> HubError:
-    """The network is switched off, and the model is not all here."""
+    """Error for a model that is incomplete in the cache while the network is off."""
     return HubError(
         f"{reference} is not complete in the cache, and HF_HUB_OFFLINE keeps the network off",
         hint=f"HF_HUB_OFFLINE=0 headrace pull {reference}",
@@ -108,7 +108,7 @@ def offline(reference: Reference) -> HubError:
 
 
 def endpoint() -> str:
-    """Where the hub is."""
+    """URL of the hub."""
     from huggingface_hub import constants
 
     return constants.ENDPOINT

@@ -1,6 +1,6 @@
 """A repository at one commit, as the hub lists it: files with sizes and checksums. One request.
 
-The hub, or who answers in its place, is not trusted: a commit or a file's name becomes part of a path.
+The hub, or a server in its place, is untrusted: commits and file names become parts of paths.
 """
 
 import re
@@ -15,17 +15,17 @@ from headrace.hub.selection import RemoteFile
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What is there. Large files have a SHA-256."""
+    """Files of a repository at one commit. Large files have a SHA-256."""
 
     commit: str
     files: tuple[RemoteFile, ...]
     sha256: dict[str, str]
-    git_ids: dict[str, str]  # of the other files: the SHA-1 that git knows their content by
+    git_ids: dict[str, str]  # git's SHA-1 of the other files' contents
     license: str | None
 
 
 def list_repository(reference: Reference) -> Listing:
-    """Ask the hub. Raises `HubError`."""
+    """Request the listing from the hub. Raises `HubError`."""
     from huggingface_hub import HfApi, constants
 
     with explained(reference):
@@ -36,7 +36,7 @@ def list_repository(reference: Reference) -> Listing:
                 files_metadata=True,
                 timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             )
-        except (KeyError, TypeError, AttributeError) as error:  # what the library takes for granted is not there
+        except (KeyError, TypeError, AttributeError) as error:  # the response lacks a field that the library needs
             raise ValueError(f"its listing of {reference.repo} lacks {error}") from error
     commit, siblings = info.sha, info.siblings or []
     if (

@@ -1,7 +1,7 @@
-"""What a user types for a model of the hub: `org/repo`, `org/repo:file-or-quantisation`, `org/repo@revision:file`.
+"""Names of hub models as users type them: `org/repo`, `org/repo:file-or-quantisation`, `org/repo@revision:file`.
 
-A path that exists is never a reference: callers look at the disk first. What looks like a path that is merely missing
-(`./x`, `~/x`, `folder/model.gguf`) must not become a question to the network.
+A path that exists is never a reference: callers check the disk first. Text that looks like a missing path (`./x`, `~/x`,
+`folder/model.gguf`) must not cause a network request.
 """
 
 import re
@@ -28,7 +28,7 @@ class Reference:
 
 
 def parse_reference(text: str) -> Reference | None:
-    """The reference that this text is; None if it cannot be one."""
+    """The reference that a text names; None if it is none."""
     match = _REFERENCE.fullmatch(text)
     if match is None:
         return None
@@ -41,5 +41,5 @@ def parse_reference(text: str) -> Reference | None:
 
 
 def _leaves(path: str | None) -> bool:
-    """Whether a path inside a repository would lead out of it."""
+    """True if a path leads out of its repository, or is blank."""
     return path is not None and (path.startswith("/") or ".." in path.split("/") or not path.strip())

@@ -1,7 +1,7 @@
-"""Headers of a model that is still at the hub: a `Source` that answers `pread` by HTTP range requests.
+"""Headers of a model at the hub: a `Source` that implements `pread` by HTTP range requests.
 
-Only what is asked for is fetched, in blocks that are kept; while blocks are asked for in a row, each request takes twice as
-many as the one before. A server that ignores the range is left before its body is read: nobody wants 40 GB for a header.
+Only requested blocks are fetched, and they are cached. While requests are consecutive, each fetches twice as many blocks as
+the one before. If a server ignores the range, its body is not read: a header must not cost 40 GB.
 """
 
 import errno
@@ -28,14 +28,14 @@ Fetch = Callable[[int, int], bytes]  # (first byte, count) to bytes
 
 
 class RemoteSource:
-    """A file of the hub. `fetch` brings a range of its bytes."""
+    """A file of the hub. `fetch` returns a range of its bytes."""
 
     def __init__(self, path: str, size: int, fetch: Fetch):
         self.path = path
         self.size = size
         self._fetch = fetch
         self._blocks: dict[int, bytes] = {}
-        self._expected, self._run = 0, 1  # the block after the last request, and how many that should bring
+        self._next_block, self._run = 0, 1  # block after the last request; blocks per request
 
     def pread(self, count: int, offset: int) -> bytes:
         """See `Source.pread`. Raises `HubError`."""
@@ -47,22 +47,22 @@ class RemoteSource:
         return self._blocks[number][start : start + count]
 
     def _read(self, number: int) -> None:
-        self._run = min(2 * self._run, MAX_READ_AHEAD) if number == self._expected and self._blocks else 1
+        self._run = min(2 * self._run, MAX_READ_AHEAD) if number == self._next_block and self._blocks else 1
         first = number * BLOCK_BYTES
         data = self._fetch(first, min(self._run * BLOCK_BYTES, self.size - first))
         if len(self._blocks) + self._run > MAX_BLOCKS:
             self._blocks.clear()
         for at in range(0, len(data), BLOCK_BYTES):
             self._blocks[number + at // BLOCK_BYTES] = data[at : at + BLOCK_BYTES]
-        self._expected = number + self._run
+        self._next_block = number + self._run
 
     def close(self) -> None:
-        """Nothing is held but blocks, and the next one to open it wants those."""
+        """Keep the blocks: the next caller that opens the file needs them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteModel:
-    """A model at the hub: the path to open, and what opens it. Hand both to `open_checkpoint`."""
+    """A model at the hub: the path to open, and the function that opens it. `open_checkpoint` takes both."""
 
     path: str
     selection: Selection
@@ -78,9 +78,9 @@ class RemoteModel:
 
 
 def remote_sources(reference: Reference) -> RemoteModel:
-    """The model as the hub lists it now. One request; what is read later is read from the same commit.
+    """The model as the hub lists it now, by one request. Later reads use the same commit.
 
-    Raises `HubError`, and what `files_needed` raises.
+    Raises `HubError`, and the errors of `files_needed`.
     """
     listing = list_repository(reference)
     selection = files_needed(listing.files, reference.file)
@@ -121,7 +121,7 @@ def _range(reference: Reference, commit: str, name: str, size: int, first: int, 
         headers={**build_hf_headers(), **wanted},
         timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
         retry_on_status_codes=BUSY,
-        retry_on_exceptions=(),  # it cannot retry what breaks while the body is read
+        retry_on_exceptions=(),  # it cannot retry failures while the body is read
     ) as response:
         hf_raise_for_status(response)
         whole = first == 0 and count == size and response.status_code == 200
@@ -132,8 +132,8 @@ def _range(reference: Reference, commit: str, name: str, size: int, first: int, 
                 hint=f"headrace pull {reference} fetches the whole file",
             )
         data = bytearray()
-        for piece in response.iter_bytes():
-            data += piece
+        for chunk in response.iter_bytes():
+            data += chunk
             if len(data) > count:
                 break
     if len(data) != count:

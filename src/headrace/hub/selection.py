@@ -1,7 +1,7 @@
-"""Which files of a repository are a model that can be opened. Names and sizes in, files out: nothing is asked or read.
+"""Selects the files of a repository that form a model. Names and sizes in, files out: no request, no read.
 
-A repository is untrusted: a split or a set of shards of which the listing lacks a part is an error here, before the first
-byte is fetched. Pickled weights (*.bin, *.pt) are never chosen.
+Repositories are untrusted: a split or a set of shards with a missing part is an error here, before the first byte is
+fetched. Pickled weights (*.bin, *.pt) are never chosen.
 """
 
 import re
@@ -35,7 +35,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The files that are needed, the one to open (the folder if None), and why it is these."""
+    """Needed files, the one to open (the folder if None), and the reason for the choice."""
 
     format: Literal["gguf", "safetensors"]
     files: tuple[RemoteFile, ...]
@@ -49,11 +49,11 @@ class Selection:
 
 
 def files_needed(files: Sequence[RemoteFile], wanted: str | None) -> Selection:
-    """Choose what to fetch. `wanted` is a GGUF file or a quantisation such as `Q4_K_M`.
+    """Choose the files to fetch. `wanted` is a GGUF file or a quantisation such as `Q4_K_M`.
 
     Raises:
-        UsageError: nothing is called `wanted`, or several could be meant.
-        CheckpointError: a part of what would be chosen is not in the repository.
+        UsageError: `wanted` matches no model, or several match.
+        CheckpointError: the repository lacks a part of the chosen model.
         UnsupportedError: neither GGUF nor safetensors weights.
     """
     if wanted is None:
@@ -66,7 +66,7 @@ def files_needed(files: Sequence[RemoteFile], wanted: str | None) -> Selection:
 
 
 def choose_gguf(files: Sequence[RemoteFile], wanted: str | None) -> tuple[tuple[RemoteFile, ...], str]:
-    """The parts that are there of one GGUF model, complete or not, and why this one. Errors as `files_needed`."""
+    """The listed parts of one GGUF model, complete or not, and the reason for the choice. Errors as `files_needed`."""
     models = gguf_models(files)
     if not models:
         raise _no_weights(files, wanted)
@@ -75,7 +75,7 @@ def choose_gguf(files: Sequence[RemoteFile], wanted: str | None) -> tuple[tuple[
 
 
 def gguf_models(files: Sequence[RemoteFile]) -> dict[str, tuple[RemoteFile, ...]]:
-    """GGUF models by name, each with all of its parts; without projectors (mmproj) and importance matrices."""
+    """GGUF models by name, each with all its parts. Projectors (mmproj) and importance matrices are left out."""
     models: dict[str, list[RemoteFile]] = {}
     for file in sorted(files, key=lambda file: file.name):
         if file.name.lower().endswith(".gguf") and not _NO_MODEL.fullmatch(file.name[: -len(".gguf")]):
@@ -106,7 +106,7 @@ def _choose(models: dict[str, tuple[RemoteFile, ...]], wanted: str | None) -> tu
 
 
 def _called(models: dict[str, tuple[RemoteFile, ...]], wanted: str) -> list[str]:
-    """Models of that name, else of that file name in any folder, else of that quantisation."""
+    """Models with that name, else with that file name in any folder, else with that quantisation."""
     whole = _whole_name(wanted).lower()
     exact = [name for name in models if name.lower() in (whole, f"{whole}.gguf")]
     same_file = [name for name in models if name.lower().rsplit("/", 1)[-1] in (whole, f"{whole}.gguf")]
@@ -134,7 +134,7 @@ def _check_parts(files: Sequence[RemoteFile]) -> None:
 
 
 def _safetensors(files: Sequence[RemoteFile]) -> Selection | None:
-    """The model in the repository's own folder. What lies in subfolders (original/, fp32/) is another copy of it."""
+    """The model in the repository's top folder. Subfolders (original/, fp32/) hold other copies of it."""
     here = sorted((file for file in files if "/" not in file.name), key=lambda file: file.name)
     shards = _shards(here)
     if not shards or all(file.name != CONFIG for file in here):

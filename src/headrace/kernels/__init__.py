@@ -1,8 +1,8 @@
-"""How packed weights multiply: rows of activations times rows of weights that stay in their file's own format.
+"""Matmuls with packed weights: rows of activations times rows of weights that stay in their file's own format.
 
-Three paths behind one call. Few rows: ggml's dot products on the packed blocks; a row's result does not depend on the
-rows beside it. Many rows: ggml's tiles, which unpack some weights for all rows at once, for the formats in which that was
-measured to be faster; of the others blocks of weights are unpacked and multiplied by torch, which is not row-invariant.
+Three paths behind one call. Decode rows: ggml's dot-product kernel on the packed blocks; a row's result does not depend on
+the rows beside it. Prefill rows: ggml's tile kernel, which unpacks some weights for all rows at once, for the formats in
+which it measured faster. Other formats: blocks of weights are unpacked and multiplied by torch, which is not row-invariant.
 `torch_reference` is the slow twin of all.
 """
 
@@ -24,7 +24,7 @@ __all__ = ["DECODE_MAX_ROWS", "Kernels", "ReferenceKernels", "WeightSlice", "mak
 def make_kernels(
     threads: int, bf16_many_rows: bool = True, row_invariant: bool = True, tiled: Collection[str] = ()
 ) -> "tuple[Kernels | ReferenceKernels, str]":
-    """(kernels, why these): ggml's, or the slow twin where no build of ggml runs. Arguments as for `Kernels`."""
+    """(kernels, reason): ggml's, or the slow twin where no build of ggml runs. Arguments as for `Kernels`."""
     check_threads(threads)
     try:
         from headrace.kernels.matmul import Kernels
@@ -37,7 +37,7 @@ def make_kernels(
 
 
 def __getattr__(name: str) -> Any:
-    """`Kernels` and its slow twin are imported when used: the planner only needs the limits."""
+    """Import `Kernels` and its slow twin when used: the planner only needs the thresholds."""
     if name == "Kernels":
         from headrace.kernels.matmul import Kernels
 

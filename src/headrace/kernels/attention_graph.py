@@ -1,8 +1,8 @@
 """Attention of one row over the positions of one sequence, as operations of a ggml graph: all in fp32.
 
-Keys and values may be given in fp32, or in fp16 as caches hold them: then the row's own are put there first, and all are
-widened, which is exact. So both ways give the same bits. In torch the same takes some twenty calls, 100 us when they are warm and
-200 to 300 within a pass, after products have turned the caches of the processor over.
+K and V are given in fp32, or in fp16 as caches hold them. In fp16 the row's own K and V are written first and all are
+widened, which is exact: both give the same bits. Torch takes some twenty calls for it: 100 us when they are warm, 200 to 300
+within a pass, after matmuls have evicted the processor's caches.
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ from headrace.kernels.ggml_graph import Graph, Workers
 
 
 class Heads(NamedTuple):
-    """Numbers of a layer's attention: heads that ask, heads that are kept, numbers of a key and of a value."""
+    """Shape of a layer's attention: query heads, KV heads, elements of a key and of a value."""
 
     queries: int
     kv: int
@@ -23,19 +23,19 @@ class Heads(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Heads that ask the same kept one."""
+        """Query heads per KV head."""
         return self.queries // self.kv
 
 
 class Positions(NamedTuple):
-    """Where keys or values of a layer lie: the first that is seen, and the bytes from one head to the next."""
+    """Address of a layer's first visible key or value, and the bytes from one head to the next."""
 
     address: int
     head_bytes: int
 
 
 class AttentionNodes:
-    """One attention in a graph. `set` says where everything lies before the graph is computed."""
+    """The nodes of one attention in a graph. `set` gives the addresses before the graph is computed."""
 
     OPERATIONS = 7
 
@@ -48,39 +48,39 @@ class AttentionNodes:
         packed: bool,
         scratch: np.ndarray[Any, np.dtype[np.float32]],
     ):
-        """What is fixed.
+        """Add the nodes to a graph.
 
         Args:
-            graph: that it is a part of.
-            heads: their numbers.
-            most: positions at most.
-            scale: of the scores.
-            packed: whether keys and values are given in fp16.
-            scratch: `scratch_numbers` or more, which others may use before and after.
+            graph: the graph they are part of.
+            heads: shape of the attention.
+            most: max positions.
+            scale: scale of the scores.
+            packed: K and V are given in fp16.
+            scratch: at least `scratch_numbers` elements, which others may use before and after.
         """
         self.heads, self.most = heads, most
         self.results: list[Any] = []
         self._graph = graph
-        self._most_rows = _counting(most)
+        self._indices = _position_indices(most)
         self._sources: list[Any] = []
-        self._own: list[tuple[Any, Any, Any]] = []  # new row, its place in the cache, the copying
-        self._rows = graph.tensor("I32", most, heads.kv)  # all, in order, the same for each head
-        self._rows.contents.data = self._most_rows.ctypes.data
+        self._own: list[tuple[Any, Any, Any]] = []  # (new row, its place in the cache, the copy)
+        self._rows = graph.tensor("I32", most, heads.kv)  # all positions in order, the same for each head
+        self._rows.contents.data = self._indices.ctypes.data
         _strides(self._rows.contents, 4, 0, 0, 0)
         keys, values = (self._positions(width, packed) for width in (heads.key_width, heads.value_width))
         query = graph.tensor("F32", heads.key_width, heads.groups, heads.kv)
         scores = graph.add("mul_mat", keys, query)
-        chances = graph.add("soft_max_ext", scores, None, scale, 0.0)
-        turned = graph.tensor("F32", heads.groups, most, heads.kv)
-        out = graph.add("out_prod", values, turned)
-        self.results += [scores, chances, out]
+        probabilities = graph.add("soft_max_ext", scores, None, scale, 0.0)
+        transposed = graph.tensor("F32", heads.groups, most, heads.kv)
+        out = graph.add("out_prod", values, transposed)
+        self.results += [scores, probabilities, out]
         self._scratch = scratch
-        named = (keys, values, query, scores, chances, turned, out)
-        self._keys, self._values, self._query, self._scores, self._chances, self._turned, self._out = (
+        named = (keys, values, query, scores, probabilities, transposed, out)
+        self._keys, self._values, self._query, self._scores, self._probabilities, self._transposed, self._out = (
             one.contents for one in named
         )
         self._scores.data = self._scratch.ctypes.data
-        self._chances.data = self._turned.data = self._scratch.ctypes.data + 2 * scratch_numbers(heads, most)
+        self._probabilities.data = self._transposed.data = self._scratch.ctypes.data + 2 * scratch_numbers(heads, most)
 
     def _positions(self, width: int, packed: bool) -> Any:
         """The tensor of keys or values in fp32."""
@@ -97,7 +97,7 @@ class AttentionNodes:
         return wide
 
     def set(self, count: int, query: tuple[int, int], out: int, keys: Positions, values: Positions) -> None:
-        """Attend to so many positions in fp32; `query` and `out` are addresses, the former with the bytes between heads."""
+        """Attend to `count` positions in fp32. `query` and `out` are addresses, the former with the bytes between heads."""
         heads = self.heads
         for tensor, where, width in (
             (self._keys, keys, heads.key_width),
@@ -110,17 +110,19 @@ class AttentionNodes:
         self._query.data, self._out.data = address, out
         _strides(self._query, 4, stride, stride * heads.groups, stride * heads.queries)
         row, group = 4 * count, 4 * count * heads.groups
-        for tensor in (self._scores, self._chances):
+        for tensor in (self._scores, self._probabilities):
             tensor.ne[0] = count
             _strides(tensor, 4, row, group, group * heads.kv)
-        self._turned.ne[1] = count
-        _strides(self._turned, row, 4, group, group * heads.kv)
+        self._transposed.ne[1] = count
+        _strides(self._transposed, row, 4, group, group * heads.kv)
 
     def set_packed(
         self, count: int, new: tuple[tuple[int, int], tuple[int, int]], keys: Positions, values: Positions
     ) -> None:
-        """Where the row's own key and value are, in fp32 (addresses, and the bytes between heads), and those of all positions in
-        fp16, the row's own place being the last of `count`."""
+        """Attend to `count` positions in fp16, the last of which is the row's own place.
+
+        `new`: the row's own key and value in fp32 (addresses, and the bytes between heads).
+        """
         self._rows.contents.ne[0] = count
         widths = self.heads.key_width, self.heads.value_width
         for own, held, (address, stride), where, width in zip(
@@ -140,7 +142,7 @@ class AttentionNodes:
 
 
 class AttentionGraph(Graph):
-    """A graph of nothing else, over keys and values in fp32."""
+    """A graph with attention alone, over K and V in fp32."""
 
     def __init__(self, workers: Workers, heads: Heads, most: int, scale: float, dots: bool):
         super().__init__(workers, AttentionNodes.OPERATIONS)
@@ -149,18 +151,18 @@ class AttentionGraph(Graph):
         self.plan(self.attending.results, dots)
 
     def __call__(self, count: int, query: tuple[int, int], out: int, keys: Positions, values: Positions) -> None:
-        """As `AttentionNodes.set`."""
+        """Set the addresses as `AttentionNodes.set` does, then compute."""
         self.attending.set(count, query, out, keys, values)
         self.compute()
 
 
 def scratch_numbers(heads: Heads, most: int) -> int:
-    """For scores and what softmax makes of them."""
+    """Elements of scratch for the scores and their softmax."""
     return 2 * heads.queries * most
 
 
 @cache
-def _counting(most: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+def _position_indices(most: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     return np.arange(most, dtype=np.int32)
 
 

@@ -1,7 +1,7 @@
-"""Packed rows from one format to another, in the calling thread. Used by readers, so it holds no state.
+"""Convert packed rows from one format to another, in the calling thread. Used by readers, so it holds no state.
 
-ggml's own quantiser searches for the best scales of a Q4_K block and takes 14 million weights a second. A copy that only
-drafts does not need the best: scales from the smallest and the largest weight come at ten times that speed.
+ggml's own quantiser searches for the best scales of a Q4_K block and converts 14 million weights/s. A self-speculation
+draft does not need the best: scales from the smallest and the largest weight come at ten times that speed.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ def convert(source_type: str, source: int, target_type: str, target: int, rows: 
 
 
 def q4_k_blocks(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """BufferPool of Q4_K, (weights / 256, 144) bytes: 8 x 32 weights of 4 bits, each 32 with a scale and a minimum of 6 bits.
+    """Blocks of Q4_K, (weights / 256, 144) bytes: 8 x 32 weights of 4 bits, each 32 with a scale and a minimum of 6 bits.
 
     A weight is d * scale * q - dmin * minimum (ggml's `block_q4_K`).
     """
@@ -60,7 +60,7 @@ def q4_k_blocks(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     blocks = np.empty((len(x), 144), np.uint8)
     blocks[:, 0:2] = d[:, None].view(np.uint8)
     blocks[:, 2:4] = dmin[:, None].view(np.uint8)
-    # Six bits of the first four scales and minima, whose upper two bits hold those of the last four.
+    # Six bits of the first four scales and minima; the upper two bits of their bytes belong to the last four.
     blocks[:, 4:8] = scales[:, :4] | (scales[:, 4:] >> 4) << 6
     blocks[:, 8:12] = minima[:, :4] | (minima[:, 4:] >> 4) << 6
     blocks[:, 12:16] = scales[:, 4:] & 15 | minima[:, 4:] << 4

@@ -1,9 +1,9 @@
-"""Operations that follow one another on fixed places, done by ggml in one graph.
+"""One ggml graph for consecutive operations on fixed addresses.
 
-Between the products of a layer lie some twenty small operations: a norm, biases, the turning of queries and keys, a gate,
-sums. Each takes torch 4 to 70 us for one row, most of it to be called, and the next product starts its threads anew. In one
-graph they are done by the threads of the products. Sums and products of two numbers are rounded as torch rounds them; norms
-and gates are ggml's everywhere (`Kernels.rms_norm`, `Kernels.silu`): so results are the same, bit for bit.
+A layer has some twenty small operations between its matmuls: a norm, biases, RoPE, a gate, sums. Torch takes 4 to 70 us for
+each on one row, mostly call overhead, and the next matmul starts its threads anew. In one graph the matmuls' threads compute
+them. Elementwise sums and multiplications are rounded as torch rounds them. Norms and gates are ggml's everywhere
+(`Kernels.rms_norm`, `Kernels.silu`): so results are the same, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from headrace.kernels.ggml_graph import Graph, MatmulPointers, MatmulShape, Work
 from headrace.kernels.repack import Repacking
 
 _MOST_DIMENSIONS = 4
-_LANES = 16  # numbers that ggml's gates take at a time; what is left over is rounded in another way
-_SHARED_NUMBERS = 2048  # from so many on, threads share an operation on one row
+_LANES = 16  # elements that ggml's gates compute at a time; a remainder is rounded differently
+_SHARED_ELEMENTS = 2048  # min elements of an operation on one row that threads share
 
 
 class FusedGraph(Graph):
-    """A graph that is put together operation by operation, then computed as often as needed.
+    """A graph that is built operation by operation, then computed as often as needed.
 
-    Every method adds an operation whose operands and result lie where these tensors lie now, and says whether ggml can do it.
+    Every method adds an operation on its tensors' current addresses, and returns whether ggml can compute it.
     """
 
     def __init__(self, workers: Workers, most: int, repacking: Repacking):
@@ -32,15 +32,15 @@ class FusedGraph(Graph):
         self._threads = workers.threads
         self._repacking = repacking
         self._results: list[Any] = []
-        self._scratch = np.empty(0, np.float32)  # of all attentions
-        self._kept: list[torch.Tensor] = []  # what lies nowhere else
+        self._scratch = np.empty(0, np.float32)  # shared by all attention nodes
+        self._owned: list[torch.Tensor] = []  # operands that nothing else keeps alive
 
     def finalize(self, dots: bool) -> None:
-        """Nothing more is added. `dots` as for `MatmulGraph`."""
+        """Plan the graph; no operation may be added after it. `dots` as for `MatmulGraph`."""
         self.plan(self._results, dots)
 
     def matmul(self, parts: Sequence[MatmulShape], operands: Sequence[MatmulPointers]) -> bool:
-        """MatmulGraph of single rows."""
+        """Matmuls of single rows."""
         for part, at in zip(parts, operands, strict=True):
             weight, x, result = self.add_matmul(part, 1, self._repacking)
             weight.contents.data, x.contents.data, result.contents.data = at.weight, at.x, at.result
@@ -60,10 +60,10 @@ class FusedGraph(Graph):
         return True
 
     def combine(self, name: str, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor | float) -> bool:
-        """a + b, a - b, a * b or a / b, by torch's name for it; b as broadcast to the shape of a and `out`."""
+        """a + b, a - b, a * b or a / b, by torch's name for it; b is broadcast to the shape of a and `out`."""
         if not isinstance(b, torch.Tensor):
             b = torch.tensor([b], dtype=torch.float32)
-            self._kept.append(b)
+            self._owned.append(b)
         if a.shape != out.shape and name in ("add", "mul"):
             a, b = b, a
         if a.shape != out.shape or not all(map(_is_plain, (a, b, out))):
@@ -77,7 +77,7 @@ class FusedGraph(Graph):
         return True
 
     def copy(self, out: torch.Tensor, x: torch.Tensor) -> bool:
-        """x to `out`, of one shape."""
+        """Copy x to `out`, of the same shape."""
         if not (_is_plain(x) and _is_plain(out)):
             return False
         out, x = _without_ones(out, x)
@@ -87,20 +87,20 @@ class FusedGraph(Graph):
         return True
 
     def select(self, out: torch.Tensor, x: torch.Tensor, order: torch.Tensor) -> bool:
-        """The numbers of x, a single row, in another order."""
+        """The elements of x, a single row, in another order."""
         if x.numel() != x.shape[-1] or not (_is_plain(x) and x.is_contiguous() and out.is_contiguous()):
             return False
         order = order.to(torch.int32)
-        self._kept.append(order)
-        numbers, places = self.tensor("F32", 1, x.numel()), self.tensor("I32", order.numel())
-        numbers.contents.data, places.contents.data = x.data_ptr(), order.data_ptr()
-        node = self.add("get_rows", numbers, places)
+        self._owned.append(order)
+        elements, places = self.tensor("F32", 1, x.numel()), self.tensor("I32", order.numel())
+        elements.contents.data, places.contents.data = x.data_ptr(), order.data_ptr()
+        node = self.add("get_rows", elements, places)
         node.contents.data = out.data_ptr()
         self._results.append(node)
         return True
 
     def attend(self, heads: Heads, most: int, scale: float) -> AttentionNodes:
-        """Attention of a row over at most so many positions that lie in fp16, to which its own is added."""
+        """Attention of a row over at most `most` positions in fp16, to which its own is added."""
         if self._scratch.size < scratch_numbers(heads, most):
             self._scratch = np.empty(scratch_numbers(heads, most), np.float32)
         attending = AttentionNodes(self, heads, most, scale, True, self._scratch)
@@ -108,10 +108,10 @@ class FusedGraph(Graph):
         return attending
 
     def _shared(self, *tensors: torch.Tensor) -> list[torch.Tensor] | None:
-        """All of them with a row for each thread, where there are many numbers without a gap."""
+        """The tensors with a row for each thread, if they are contiguous and large enough."""
         count = tensors[0].numel()
         if (
-            count < _SHARED_NUMBERS
+            count < _SHARED_ELEMENTS
             or count % (_LANES * self._threads)
             or not all(one.is_contiguous() for one in tensors)
         ):
@@ -119,18 +119,18 @@ class FusedGraph(Graph):
         return [one.view(self._threads, -1) for one in tensors]
 
     def _add(self, node: Any, place: torch.Tensor) -> None:
-        self._put(node.contents, place)
+        self._set_address(node.contents, place)
         self._results.append(node)
 
     def _tensor(self, like: torch.Tensor) -> Any:
-        """A leaf that lies where this tensor lies."""
+        """A leaf at this tensor's address."""
         sizes = [*reversed(like.shape), 1, 1, 1, 1][:_MOST_DIMENSIONS]
         leaf = self._ggml.ggml_new_tensor_4d(self._context, 0, *sizes)
-        self._put(leaf.contents, like)
+        self._set_address(leaf.contents, like)
         return leaf
 
     @staticmethod
-    def _put(tensor: Any, place: torch.Tensor) -> None:
+    def _set_address(tensor: Any, place: torch.Tensor) -> None:
         strides = [4 * stride for stride in reversed(place.stride())]
         beyond = strides[-1] * place.shape[0]
         for i in range(_MOST_DIMENSIONS):
@@ -147,7 +147,7 @@ def _has_rows(tensor: torch.Tensor) -> bool:
 
 
 def _without_ones(out: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
-    """All of them without the dimensions in which `out` has a single number."""
+    """The tensors without the dimensions in which `out` has size 1."""
     kept = [i for i, size in enumerate(out.shape) if size > 1] or [0]
     return [
         one.as_strided([one.shape[i] for i in kept], [one.stride(i) for i in kept], one.storage_offset())

@@ -1,8 +1,8 @@
-"""The functions of ggml that we call, bound to the build at hand that suits this processor best.
+"""Bindings of the ggml functions that we call, to the available build that suits this processor best.
 
 A build is a folder of shared libraries: one with ggml's tensors, and one or several with its kernels, each for some
-instruction set. It comes with the package transcribe-cpp-native, which carries kernels for a dozen processors and needs no
-compiler, else with ggml-python, which is compiled on installation; HEADRACE_GGML names a folder of one's own.
+instruction set. The package transcribe-cpp-native carries kernels for a dozen processors and needs no compiler. Otherwise
+ggml-python, which is compiled on installation, has a build. HEADRACE_GGML names a folder of one's own.
 """
 
 import ctypes
@@ -20,11 +20,11 @@ from headrace.errors import HeadraceError
 
 # Packages that carry a build, and the folders in them.
 _PACKAGES = (("transcribe_cpp_native", "_native"), ("ggml", "lib"))
-_OBJECT_BYTES = 32  # what ggml puts before a tensor in a context
+_OBJECT_BYTES = 32  # ggml's header before a tensor in a context
 
 
 class InitParams(ctypes.Structure):
-    """Of a context: its memory for bookkeeping; `no_alloc`: none for the tensors' data."""
+    """Parameters of a context: its memory for bookkeeping; `no_alloc`: none for the tensors' data."""
 
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
@@ -52,7 +52,7 @@ GgmlTensor._fields_ = [
 
 
 class GgmlPlan(ctypes.Structure):
-    """How a graph is computed: with what scratch, on which threads."""
+    """Plan of a graph's computation: its scratch and its threads."""
 
     _fields_ = [
         ("work_size", c_size_t),
@@ -83,7 +83,7 @@ ToFloat = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)
 
 
 class TypeTraits(ctypes.Structure):
-    """Of a quantisation: numbers and bytes of a block, and the function that unpacks a row."""
+    """Layout of a quantisation: elements and bytes of a block, and the function that unpacks a row."""
 
     _fields_ = [
         ("type_name", c_char_p),
@@ -97,7 +97,7 @@ class TypeTraits(ctypes.Structure):
 
 
 class KernelTraits(ctypes.Structure):
-    """Of a quantisation: the format in which its dot products take activations."""
+    """Kernels of a quantisation, and the format in which its dot products take activations."""
 
     _fields_ = [("from_float", c_void_p), ("vec_dot", c_void_p), ("vec_dot_type", c_int), ("nrows", c_int64)]
 
@@ -152,7 +152,7 @@ _KERNELS: _Functions = {
 
 
 class Library:
-    """The functions, as attributes; `folder` is where they come from."""
+    """ggml's functions as attributes, loaded from `folder`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -188,7 +188,7 @@ def type_number(name: str) -> int:
 
 
 def takes_super_blocks(type_name: str) -> bool:
-    """Whether products with this format take activations in blocks of 256, as those through tiles do."""
+    """True if matmuls with this format take activations in blocks of 256, as the tile kernel does."""
     traits = library().ggml_get_type_traits_cpu(type_number(type_name)).contents
     return bool(traits.vec_dot_type == type_number("Q8_K"))
 
@@ -229,6 +229,6 @@ def _libraries(folder: Path, name: str) -> list[Path]:
 
 
 def _score(kernels: ctypes.CDLL) -> int:
-    """How well it suits this processor; 0: not at all. A single library, made for it, says nothing."""
+    """Score of a library on this processor; 0: it does not run. A single library, made for it, has no score of its own."""
     score = getattr(kernels, "ggml_backend_score", None)
     return int(score()) if score is not None else 1

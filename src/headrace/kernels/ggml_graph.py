@@ -1,4 +1,4 @@
-"""ggml called in place: a graph is built once per shape, then only its pointers and its number of rows change.
+"""ggml graphs over the caller's memory: each is built once per shape, then only its pointers and number of rows change.
 
 Building a graph costs about 30 us through ctypes, setting pointers and computing about 5 us. A model has some twenty
 shapes, so the graphs are kept. The weights, activations, results and the workspace belong to the caller.
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from headrace.kernels.ggml import GgmlTensor, InitParams, library, type_number
 from headrace.kernels.repack import Repacking
 
-# Of ggml's bookkeeping: for a graph, and for each product in it (three tensors, one node, two leaves).
+# Bytes of ggml's bookkeeping: for a graph, and for each matmul in it (three tensors, one node, two leaves).
 _GRAPH_BYTES = 16 << 10
 _MATMUL_BYTES = 2 << 10
 # How long threads without work spin before they sleep, in ggml's measure of some 2 ms.
@@ -19,10 +19,10 @@ _SPIN = 1
 
 
 class Workers:
-    """The threads that compute, and the scratch they ask for: shared by graphs that run one after another.
+    """Compute threads and their scratch, shared by graphs that run one after another.
 
-    Those that `spin` start at once, where waking takes some 30 us; but they are in the way of torch's threads, and of the
-    disk where a virtual machine's reads are made by the host on the same cores.
+    Threads that `spin` start at once, where waking takes some 30 us. But they compete with torch's threads, and with disk
+    reads that a virtual machine's host makes on the same cores.
     """
 
     def __init__(self, threads: int, spin: bool) -> None:
@@ -37,7 +37,7 @@ class Workers:
         self._address = ctypes.addressof(self._scratch)
 
     def scratch(self, nbytes: int) -> int:
-        """The address of so many bytes."""
+        """The address of at least `nbytes` of scratch."""
         if len(self._scratch) < nbytes:
             self._reserve(nbytes)
         return self._address
@@ -64,7 +64,7 @@ class Graph:
         return self._ggml.ggml_new_tensor_2d(self._context, type_number(type_name), columns, rows)
 
     def tensor(self, type_name: str, *sizes: int) -> Any:
-        """The same with up to four sizes, innermost first."""
+        """A new tensor with up to four sizes, innermost first, whose data pointer is set later."""
         padded = [*sizes, 1, 1, 1][:4]
         return self._ggml.ggml_new_tensor_4d(self._context, type_number(type_name), *padded)
 
@@ -73,7 +73,7 @@ class Graph:
         return getattr(self._ggml, f"ggml_{name}")(self._context, *operands)
 
     def add_matmul(self, part: "MatmulShape", rows: int, repacking: Repacking) -> tuple[Any, Any, Any]:
-        """A new product: the tensors of its weight, of so many rows of x and of its result."""
+        """Add a matmul; returns the tensors of its weight, of `rows` rows of x and of its result."""
         x = self.leaf(part.x_type, part.columns, rows)
         weight = self.leaf(part.type, part.columns, part.rows)
         if part.repacked:
@@ -85,7 +85,7 @@ class Graph:
         return weight, x, result
 
     def plan(self, outputs: Sequence[Any], dots: bool = False) -> None:
-        """Fix the outputs; `dots`: every product by dot products, whatever the number of rows."""
+        """Fix the outputs; `dots`: every matmul uses the dot-product kernel, whatever the number of rows."""
         for output in outputs:
             self._ggml.ggml_build_forward_expand(self._graph, output)
         self._plan = self._ggml.ggml_graph_plan(self._graph, self._workers.threads, self._workers.pool)
@@ -106,7 +106,7 @@ class Graph:
 
 
 class MatmulShape(NamedTuple):
-    """One product: the weight's format, rows and columns, x's format, the bytes between rows of x and of the result."""
+    """One matmul: the weight's format, rows and columns, x's format, the bytes between rows of x and of the result."""
 
     type: str
     rows: int
@@ -118,7 +118,7 @@ class MatmulShape(NamedTuple):
 
 
 class MatmulPointers(NamedTuple):
-    """Where the operands of one product lie now, and how many rows x has."""
+    """Current addresses of one matmul's operands, and the number of rows of x."""
 
     weight: int
     x: int
@@ -129,7 +129,7 @@ class MatmulPointers(NamedTuple):
 class MatmulGraph(Graph):
     """x @ w.T for several packed `w`, each with an x of its own: results of shape (rows of x, rows of w) in fp32.
 
-    With `dots` a row's result does not depend on the number of rows.
+    With `dots` it is row-invariant: a row's result does not depend on the number of rows.
     """
 
     def __init__(
@@ -137,14 +137,14 @@ class MatmulGraph(Graph):
     ):
         super().__init__(workers, len(parts))
         self.parts = tuple(parts)
-        products = [self.add_matmul(part, most_rows, repacking) for part in parts]
-        self._parts = [tuple(tensor.contents for tensor in product) for product in products]
+        matmuls = [self.add_matmul(part, most_rows, repacking) for part in parts]
+        self._tensors = [tuple(tensor.contents for tensor in tensors) for tensors in matmuls]
         self._rows = [most_rows] * len(parts)
-        self.plan([result for _, _, result in products], dots)
+        self.plan([result for _, _, result in matmuls], dots)
 
     def __call__(self, operands: Sequence[MatmulPointers]) -> None:
-        """Multiply what lies at these addresses."""
-        for i, ((weight, x, result), at) in enumerate(zip(self._parts, operands, strict=True)):
+        """Run the matmuls on these addresses."""
+        for i, ((weight, x, result), at) in enumerate(zip(self._tensors, operands, strict=True)):
             weight.data, x.data, result.data = at.weight, at.x, at.result
             if self._rows[i] != at.rows:
                 self._rows[i] = at.rows
@@ -155,7 +155,7 @@ class MatmulGraph(Graph):
 
 
 class RowFunction(Graph):
-    """What is done to each row of fp32 by itself: `silu`, or `rms_norm` times a weight."""
+    """A function of each fp32 row by itself: `silu`, or `rms_norm` times a weight."""
 
     def __init__(self, name: str, columns: int, workers: Workers, eps: float = 0.0):
         super().__init__(workers, 2)
@@ -171,7 +171,7 @@ class RowFunction(Graph):
         self._tensors: list[GgmlTensor] = [tensor.contents for tensor in (self._x, *self._results)]
 
     def __call__(self, x: int, x_stride: int, rows: int, result: int, weight: int = 0) -> None:
-        """Of the rows at `x`, so many bytes from one to the next, to `result`, where they lie side by side."""
+        """Apply it to the rows at `x`, `x_stride` bytes apart, and write them contiguously to `result`."""
         strides = [x_stride] + [4 * self._tensors[0].ne[0]] * len(self._results)
         for tensor, at, stride in zip(self._tensors, [x] + [result] * len(self._results), strides, strict=True):
             tensor.data = at
@@ -184,7 +184,7 @@ class RowFunction(Graph):
 
 
 class Cast(Graph):
-    """Rows in one format to another, on several threads."""
+    """Conversion of rows to another format, on several threads."""
 
     def __init__(self, source_type: str, target_type: str, columns: int, rows: int, workers: Workers):
         super().__init__(workers)

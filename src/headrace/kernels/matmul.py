@@ -1,8 +1,8 @@
-"""Choose and run the kernel for one product: packed rows at an address, times the activations' rows.
+"""Choose and run the kernel for one matmul: packed rows at an address, times the activations' rows.
 
-On two cores of an AMD EPYC ggml multiplies Q4_K at 40 to 48 giga-weights/s for one row (the memory's speed) and is bound by its
-dot products from two rows on (4.8 at 16 rows); through tiles it reaches 10 at 16 rows and 0.56 at 512. Unpacking runs at 6.6,
-torch's products in bf16 at 0.36 for 512 rows.
+On two cores of an AMD EPYC ggml multiplies Q4_K at 40 to 48 giga-weights/s for one row (the memory's speed). From two rows on
+its dot products are the limit (4.8 at 16 rows). The tile kernel reaches 10 at 16 rows and 0.56 at 512. Unpacking runs at 6.6,
+torch's bf16 GEMM at 0.36 for 512 rows.
 """
 
 import ctypes
@@ -32,15 +32,16 @@ from headrace.kernels.thresholds import (
 from headrace.kernels.unpacking import ToHalf, unpack_slices
 from headrace.kernels.weight_slice import WeightSlice
 
-# Scratch for unpacked weights, which keeps torch's products wide; and the rows of them that oneDNN likes multiples of: with
-# 292 of 14336 columns bf16 products ran at 348 GFLOP/s, with 256 at 401, with 512 at 418. With 16 MiB a prompt of 512 rows of an
-# 8B shape took 14.9 to 17.8 s on a Xeon with AMX, with 8 MiB 12.6 to 15.4, with 4 MiB 17.0 to 18.9.
+# Scratch for unpacked weights, which keeps torch's GEMMs wide. A prompt of 512 rows of an 8B shape on a Xeon with AMX took
+# 14.9 to 17.8 s with 16 MiB, 12.6 to 15.4 s with 8 MiB, 17.0 to 18.9 s with 4 MiB.
 UNPACK_BYTES = 8 << 20
+# Unpacked rows come in multiples of this, which oneDNN prefers: bf16 GEMMs over 14336 columns ran at 348 GFLOP/s with 292 rows,
+# at 401 with 256, at 418 with 512.
 UNPACKED_ROWS = 256
 
 
 class Kernels:
-    """Runs products on `threads` cores. Owns ggml's graphs and the scratch for unpacked weights."""
+    """Runs matmuls on `threads` cores. Owns ggml's graphs and the scratch for unpacked weights."""
 
     def __init__(
         self,
@@ -50,17 +51,17 @@ class Kernels:
         tiled: Collection[str] = (),
         pad_decode_rows_to_tiles: bool = False,
     ):
-        """What is fixed for all products.
+        """Choose the kernels of all matmuls.
 
         Args:
             threads: cores to use.
-            bf16_many_rows: whether torch multiplies quantised weights in bf16 (fp32 sums, rounded to bf16) where rows are
-                many; only done where the processor can.
-            row_invariant: an exact row's result must not depend on the number of rows. Kernels that are faster for one
-                row, or for many, break this in the last bits.
-            tiled: the formats of which many rows go through ggml's tiles, in 8 bits, and not through torch.
-            pad_decode_rows_to_tiles: how exact rows of these stay independent: all go through tiles, however few, instead of through
-                dot products, however many.
+            bf16_many_rows: torch multiplies quantised weights of prefill in bf16 (fp32 sums, rounded to bf16), where the
+                processor can.
+            row_invariant: the result of a decode row must not depend on the number of rows. Kernels that are faster for
+                one row, or for many, break this in the last bits.
+            tiled: formats whose prefill rows go through ggml's tile kernel, in 8 bits, and not through torch.
+            pad_decode_rows_to_tiles: for the formats in `tiled`, run row-invariant rows through the tile kernel (padded),
+                instead of one dot product per row. Both are row-invariant but differ in the last bits.
         """
         self.threads = threads
         self.bf16_many_rows = bf16_many_rows and _multiplies_bf16()
@@ -73,30 +74,30 @@ class Kernels:
         self._casts: dict[tuple[str, str, int, bool], Cast] = {}
         self._one_worker = Workers(1, spin=False)
         self._row_functions: dict[tuple[str, int, float, bool], RowFunction] = {}
-        self._gated: dict[tuple[int, ExpertShapes, int], ExpertMlp] = {}
+        self._expert_mlps: dict[tuple[int, ExpertShapes, int], ExpertMlp] = {}
         self._attentions: dict[tuple[Heads, int, float], AttentionGraph] = {}
         self._fused_graphs: list[FusedGraph] = []
         self._scratch: torch.Tensor | None = None
         self._half: torch.Tensor | None = None  # unpacked weights
         self._to_half = ToHalf(threads)
-        self._activations_half = _Prepared()
-        self._activations_8 = _Prepared()
+        self._activations_bf16 = _CachedActivations()
+        self._activations_q8 = _CachedActivations()
         self._padded_results = torch.empty(0)
         self._copies: list[torch.Tensor] = []
         self._cached_matmuls: dict[tuple[int, ...], _CachedMatmul] = {}
         self._last: tuple[MatmulGraph, list[MatmulPointers]] | None = (
-            None  # all that the product in progress consists of
+            None  # graph and operands of the matmul in progress
         )
 
     def spin(self) -> None:
-        """From now on threads start at once on products of few rows. Before the first of them, and only if nothing is read."""
+        """From now on threads start at once on decode rows. Call before the first of them, and only if nothing is streamed."""
         if self.decode_workers is self._many_workers:
             self.decode_workers = Workers(self.threads, spin=True)
 
     def repack(self, weight_slice: WeightSlice, columns: int, in_place: bool = False) -> WeightSlice:
-        """The same weight_slice with a repacked copy, where ggml has that layout for it. The copy lives as long as this.
+        """The same slice with a repacked copy, where ggml has that layout for it. The copy lives as long as this.
 
-        `in_place` overwrites the weight_slice: then all matmuls with it are row-invariant, those of prompts too.
+        `in_place` overwrites the slice: then all matmuls with it are row-invariant, those of prefill too.
         """
         if weight_slice.k_split_rows or not self.repacking.takes(weight_slice.type, weight_slice.rows):
             return weight_slice
@@ -111,7 +112,7 @@ class Kernels:
 
     def _overwrite(self, weight_slice: WeightSlice, columns: int) -> None:
         stride = row_bytes(weight_slice.type, columns)
-        step = max(repack.ROWS, _K_SPLIT_BYTES // stride // repack.ROWS * repack.ROWS)
+        step = max(repack.ROWS, _REPACK_BYTES // stride // repack.ROWS * repack.ROWS)
         block = (ctypes.c_uint8 * (step * stride))()
         for first in range(0, weight_slice.rows, step):
             rows = min(step, weight_slice.rows - first)
@@ -127,35 +128,35 @@ class Kernels:
         invariant_rows: int | None = None,
         chunks: Sequence[int] = (),
     ) -> None:
-        """For every (i, weight_slice), fill `outputs[i][:, first : first + rows]` with x times the weight_slice.
+        """For every (i, weight_slice), fill `outputs[i][:, first : first + rows]` with x times the slice.
 
-        Of a tensor in k_splits, slices are whole k_splits and come in order; each is added to what those before have given.
+        K-splits of a tensor are whole and come in order; each is added to the sum of those before.
 
         Args:
             x: fp32 activations, contiguous, (rows, columns).
-            slices: packed weights with that many columns, each with the index of its output. A tuple is taken for one that
-                will come again: a product with a single row is remembered by it.
+            slices: packed weights with the columns of x, each with the index of its output. A tuple is taken for one that
+                will come again: a matmul with a single row is cached by it.
             outputs: fp32, contiguous, (rows, total rows of the tensor).
-            invariant_rows: so many rows, from the first on, are computed independently of each other; None: all of them if
-                they are few. The others may go through torch's products.
-            chunks: rows of each prompt chunk after the exact rows; a result depends on its own chunk alone. Empty: the others
-                are one chunk, or row_invariant if they are few.
+            invariant_rows: number of rows, from the first on, computed independently of each other; None: all of them, up
+                to `DECODE_MAX_ROWS`. The others may go through torch's GEMM.
+            chunks: rows of each prompt chunk after the row-invariant rows; a result depends on its own chunk alone. Empty:
+                the others are one chunk, or row-invariant up to `DECODE_MAX_ROWS`.
         """
-        called = None
+        key = None
         if type(slices) is tuple and x.shape[0] == 1:
-            called = _called(x, slices, outputs)
-            cached = self._cached_matmuls.get(called)
+            key = _matmul_key(x, slices, outputs)
+            cached = self._cached_matmuls.get(key)
             if cached is not None and cached.slices is slices:
                 cached.graph(cached.operands)
                 return
         self._last = None
-        self._multiply(x, slices, outputs, invariant_rows, chunks)
-        if called is not None and self._last is not None and len(self._last[1]) == len(slices):
+        self._matmul(x, slices, outputs, invariant_rows, chunks)
+        if key is not None and self._last is not None and len(self._last[1]) == len(slices):
             if len(self._cached_matmuls) >= _MAX_CACHED_MATMULS:
                 self._cached_matmuls.clear()
-            self._cached_matmuls[called] = _CachedMatmul(slices, *self._last)
+            self._cached_matmuls[key] = _CachedMatmul(slices, *self._last)
 
-    def _multiply(
+    def _matmul(
         self,
         x: torch.Tensor,
         slices: "_Slices",
@@ -170,22 +171,22 @@ class Kernels:
             if repacked:
                 self._decode_rows(x, repacked, outputs)
             slices = [(i, weight_slice) for i, weight_slice in slices if not weight_slice.repacked_in_place]
-            tiled, others = self._divide(slices, row_invariant=False)
+            tiled, others = self._split_tiled(slices, row_invariant=False)
             if tiled:
                 self._tiles(x, range(invariant_rows, len(x)), tiled, outputs)
             for i, weight_slice in others:
-                many = self._activations(x, invariant_rows, weight_slice.type)
-                self._prefill_rows(many, weight_slice, outputs[i][invariant_rows:], chunks)
+                activations = self._activations(x, invariant_rows, weight_slice.type)
+                self._prefill_rows(activations, weight_slice, outputs[i][invariant_rows:], chunks)
         if invariant_rows and slices:
             if self.pad_decode_rows_to_tiles if self.row_invariant else invariant_rows >= TILE_ROWS:
-                tiled, slices = self._divide(slices, row_invariant=True)
+                tiled, slices = self._split_tiled(slices, row_invariant=True)
                 if tiled:
                     self._tiles(x, range(invariant_rows), tiled, outputs)
             if slices:
                 self._decode_rows(x[:invariant_rows], slices, [output[:invariant_rows] for output in outputs])
 
-    def _divide(self, slices: "_Slices", row_invariant: bool) -> tuple["_Slices", "_Slices"]:
-        """(those that go through tiles, the others)."""
+    def _split_tiled(self, slices: "_Slices", row_invariant: bool) -> tuple["_Slices", "_Slices"]:
+        """(slices for the tile kernel, the others)."""
         tiled = [
             (i, p)
             for i, p in slices
@@ -194,7 +195,7 @@ class Kernels:
         return tiled, [pair for pair in slices if pair not in tiled] if tiled else slices
 
     def matmul_each(self, jobs: Sequence["ExpertMatmul"]) -> None:
-        """As `multiply`, for slices that each have activations and an output of their own: those of experts."""
+        """As `matmul`, for slices that each have activations and an output of their own: those of experts."""
         dots: list[_Job] = []
         others: list[_Job] = []
         for x, weight_slice, output, invariant_rows, chunks in jobs:
@@ -212,35 +213,35 @@ class Kernels:
             elif weight_slice.type in self.tiled:
                 self._tiles(x, range(invariant_rows, x.shape[0]), [(0, weight_slice)], [output])
             else:
-                many, first = [], invariant_rows
+                unpacked, first = [], invariant_rows
                 for count in chunks:
                     part = slice(first, first + count)
                     if count <= EXPERT_DECODE_MAX_ROWS:
                         (dots if self.row_invariant else others).append(_job(x[part], weight_slice, output[part]))
                     else:
-                        many.append(part)
+                        unpacked.append(part)
                     first += count
-                if many:
-                    self._unpacked(self._activations(x, 0, weight_slice.type), weight_slice, output, many)
+                if unpacked:
+                    self._unpacked(self._activations(x, 0, weight_slice.type), weight_slice, output, unpacked)
         for some, by_dots in ((dots, True), (others, False)):
-            for start in range(0, len(some), _MOST_PARTS):
-                self._run(some[start : start + _MOST_PARTS], by_dots)
+            for start in range(0, len(some), _MAX_MATMULS):
+                self._run(some[start : start + _MAX_MATMULS], by_dots)
 
     def expert_mlp(
         self, x: torch.Tensor, form: ExpertShapes, experts: Sequence[Sequence[int]], outputs: Sequence[int]
     ) -> None:
-        """For one row the experts whose gate is SiLU.
+        """Compute experts whose gate is SiLU for one row.
 
         Args:
             x: fp32, contiguous, (1, columns).
-            form: that all of the experts have.
-            experts: of each the addresses of the slices that lead up to gate and up, then of those that lead down.
+            form: shapes of every expert.
+            experts: for each expert the addresses of its gate_up_proj slices, then of its down_proj slices.
             outputs: for each expert the address of a row, in fp32.
         """
         key = x.shape[1], form, len(experts)
-        graph = self._gated.get(key)
+        graph = self._expert_mlps.get(key)
         if graph is None:
-            graph = self._gated[key] = ExpertMlp(
+            graph = self._expert_mlps[key] = ExpertMlp(
                 form, len(experts), x.shape[1], self.row_invariant, self.decode_workers, self.repacking
             )
         split = len(form.up)
@@ -263,10 +264,10 @@ class Kernels:
             self._last = self._run([_job(x, p, outputs[i], 4 * p.first) for i, p in whole], self.row_invariant)
 
     def _tiles(self, x: torch.Tensor, which: range, slices: "_Slices", outputs: Sequence[torch.Tensor]) -> None:
-        """These rows of x, padded to as many as ggml takes for tiles."""
+        """Run these rows of x through the tile kernel, padded to at least `TILE_ROWS`."""
         rows = max(len(which), TILE_ROWS)
-        pads = len(which) < rows  # then results lie apart first
-        packed, x_stride = self._eight_bits(x, which, rows)
+        pads = len(which) < rows  # then results go to a buffer first
+        packed, x_stride = self._quantise_activations(x, which, rows)
         sizes = [rows * p.rows if pads else 0 for _, p in slices]
         if self._padded_results.numel() < sum(sizes):
             self._padded_results = torch.empty(sum(sizes))
@@ -275,27 +276,27 @@ class Kernels:
         for (i, p), result in zip(slices, padded, strict=True):
             stride = 4 * (p.rows if pads else outputs[i].stride(0))
             to = result.data_ptr() if pads else outputs[i].data_ptr() + which.start * stride + 4 * p.first
-            part = MatmulShape(p.type, p.rows, x.shape[1], _ROWS_8_BITS, x_stride, stride, repacked=False)
+            part = MatmulShape(p.type, p.rows, x.shape[1], _TILE_ACTIVATIONS, x_stride, stride, repacked=False)
             jobs.append((part, MatmulPointers(p.address, packed, to, rows)))
         self._run(jobs, dots=False)
         if pads:
             for (i, p), result in zip(slices, padded, strict=True):
                 outputs[i][which.start : which.stop, p.first : p.first + p.rows] = result.view(rows, -1)[: len(which)]
 
-    def _eight_bits(self, x: torch.Tensor, which: range, rows: int) -> tuple[int, int]:
-        """(address, bytes a row) of these rows of x as ggml's tiles take them, with room for `rows`."""
+    def _quantise_activations(self, x: torch.Tensor, which: range, rows: int) -> tuple[int, int]:
+        """(address, bytes per row) of these rows of x in the tile kernel's format, in a buffer for `rows`."""
         columns = x.shape[1]
-        stride = row_bytes(_ROWS_8_BITS, columns)
-        kept = self._activations_8
-        if not kept.are_of(x, which.start):
-            buffer = kept.room(rows * stride, torch.uint8)
-            cast = self._cast("F32", _ROWS_8_BITS, columns, len(which) > DECODE_MAX_ROWS)
+        stride = row_bytes(_TILE_ACTIVATIONS, columns)
+        cached = self._activations_q8
+        if not cached.are_of(x, which.start):
+            buffer = cached.reserve(rows * stride, torch.uint8)
+            cast = self._cast("F32", _TILE_ACTIVATIONS, columns, len(which) > DECODE_MAX_ROWS)
             cast(x.data_ptr() + 4 * which.start * columns, buffer.data_ptr(), len(which))
-            kept.keep(x, which.start, buffer)
-        return kept.value.data_ptr(), stride
+            cached.keep(x, which.start, buffer)
+        return cached.value.data_ptr(), stride
 
     def _run(self, jobs: Sequence["_Job"], dots: bool) -> tuple[MatmulGraph, list[MatmulPointers]]:
-        """Compute products in one graph, kept by their shapes."""
+        """Compute matmuls in one graph, cached by their shapes."""
         parts = tuple([part for part, _ in jobs])
         most_rows = 1 << (max([operands.rows for _, operands in jobs]) - 1).bit_length()
         key = (most_rows, dots, parts)
@@ -303,7 +304,9 @@ class Kernels:
         if graph is None:
             workers = self._many_workers if most_rows > DECODE_MAX_ROWS else self.decode_workers
             nbytes = sum([part.rows * row_bytes(part.type, part.columns) for part in parts])
-            if nbytes * most_rows <= _OF_ONE and self.decode_workers is self._many_workers:  # none that spin
+            if (
+                nbytes * most_rows <= _SINGLE_THREAD_BYTES and self.decode_workers is self._many_workers
+            ):  # no thread spins
                 workers = self._one_worker
             graph = self._matmul_graphs[key] = MatmulGraph(parts, most_rows, dots, workers, self.repacking)
         operands = [operands for _, operands in jobs]
@@ -319,19 +322,19 @@ class Kernels:
         return cast
 
     def _k_splits(self, x: torch.Tensor, weight_slice: WeightSlice, output: torch.Tensor) -> None:
-        """MatmulGraph with the slabs of a weight_slice, added up one after another: the sum does not depend on the cuts."""
+        """Multiply with a slice's K-splits and add them up in order: the sum does not depend on where slices end."""
         width = weight_slice.k_split_columns
-        for index, slab in enumerate(weight_slice.k_splits()):
+        for index, split in enumerate(weight_slice.k_splits()):
             number = weight_slice.first // weight_slice.k_split_rows + index
             part = output if number == 0 else torch.empty_like(output)
-            self._run([_job(x[:, number * width : (number + 1) * width], slab, part)], self.row_invariant)
+            self._run([_job(x[:, number * width : (number + 1) * width], split, part)], self.row_invariant)
             if number:
                 output += part
 
     def _padded(
         self, x: torch.Tensor, missing: int, slices: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]
     ) -> None:
-        """Interleaved weights have one kernel for rows by the four and another for the rest: so no row is left over."""
+        """Pad the rows to a multiple of `ACTIVATION_ROWS`: repacked weights have another kernel for a remainder."""
         rows = x.shape[0]
         padded = [output.new_empty((rows + missing, output.shape[1])) for output in outputs]
         self._decode_rows(torch.cat([x, x.new_zeros((missing, x.shape[1]))]), slices, padded)
@@ -346,9 +349,9 @@ class Kernels:
         parts = parts or [slice(None)]
         if weight_slice.k_split_rows:
             width = weight_slice.k_split_columns
-            for index, slab in enumerate(weight_slice.k_splits()):
+            for index, split in enumerate(weight_slice.k_splits()):
                 number = weight_slice.first // weight_slice.k_split_rows + index
-                self._unpacked(x[:, number * width : (number + 1) * width], slab, output, parts, add=number > 0)
+                self._unpacked(x[:, number * width : (number + 1) * width], split, output, parts, add=number > 0)
         else:
             self._unpacked(x, weight_slice, output, parts)
 
@@ -360,7 +363,7 @@ class Kernels:
         parts: Sequence[slice],
         add: bool = False,
     ) -> None:
-        """Unpack some rows of weights at a time and let torch multiply them: of x each of these parts by itself."""
+        """Unpack some rows of weights at a time; torch multiplies each of these parts of x by itself."""
         columns = x.shape[1]
         stride = row_bytes(weight_slice.type, columns)
         half = x.dtype == torch.bfloat16
@@ -371,18 +374,18 @@ class Kernels:
             plain = self.plain(weight_slice.type, weight_slice.address + start * stride, rows, columns, half)
             target = output[:, weight_slice.first + start : weight_slice.first + start + rows]
             for part in parts:
-                product = torch.mm(x[part], plain.T)
-                target[part].add_(product) if add else target[part].copy_(product)
+                result = torch.mm(x[part], plain.T)
+                target[part].add_(result) if add else target[part].copy_(result)
 
     def _activations(self, x: torch.Tensor, first: int, type_name: str) -> torch.Tensor:
-        """The rows of x from `first` on as torch multiplies them with such weights: in bf16 made once for all slices."""
+        """The rows of x from `first` on in torch's format for these weights; bf16 is made once for all slices."""
         if not self.bf16_many_rows or type_name in PRECISE_TYPES:
             return x[first:]
-        kept = self._activations_half
-        if not kept.are_of(x, first):
-            rows = kept.room((len(x) - first) * x.shape[1], torch.bfloat16).view(-1, x.shape[1])
-            kept.keep(x, first, rows.copy_(x[first:]))
-        return kept.value
+        cached = self._activations_bf16
+        if not cached.are_of(x, first):
+            rows = cached.reserve((len(x) - first) * x.shape[1], torch.bfloat16).view(-1, x.shape[1])
+            cached.keep(x, first, rows.copy_(x[first:]))
+        return cached.value
 
     def plain(self, type_name: str, address: int, rows: int, columns: int, half: bool) -> torch.Tensor:
         """Packed rows at an address as (rows, columns), in fp32 or bf16. The result is scratch: valid until the next call."""
@@ -411,7 +414,7 @@ class Kernels:
 
         Args:
             out: fp32, contiguous, (rows, columns); it may be x.
-            x: fp32, (rows, columns), the numbers of a row side by side.
+            x: fp32, (rows, columns), the elements of a row contiguous.
             weight: fp32, (columns,).
             eps: added to the mean square.
         """
@@ -427,15 +430,15 @@ class Kernels:
         """Attention of one row over the positions of one sequence, all in fp32.
 
         Args:
-            query: (heads, key width).
-            keys: (kept heads, positions, key width), those of a head without a gap.
-            values: (kept heads, positions, value width), as the keys.
-            scale: of the scores.
-            out: (heads, value width), contiguous.
+            query: (query heads, key width).
+            keys: (KV heads, positions, key width), each head contiguous.
+            values: (KV heads, positions, value width), as the keys.
+            scale: scale of the scores.
+            out: (query heads, value width), contiguous.
         """
         count = keys.shape[1]
         heads = Heads(query.shape[0], keys.shape[0], keys.shape[2], values.shape[2])
-        most = max(_LEAST_POSITIONS, 1 << (count - 1).bit_length())
+        most = max(_MIN_POSITIONS, 1 << (count - 1).bit_length())
         graph = self._attentions.get((heads, most, scale))
         if graph is None:
             graph = AttentionGraph(self.decode_workers, heads, most, scale, self.row_invariant)
@@ -453,25 +456,25 @@ class Kernels:
         return function
 
     def fused_graph(self, most: int) -> FusedGraph:
-        """An empty one for at most so many operations. It lives as long as this."""
+        """An empty graph for at most `most` operations. It lives as long as this."""
         graph = FusedGraph(self.decode_workers, most, self.repacking)
         self._fused_graphs.append(graph)
         return graph
 
     def quantise_q8(self, weight: torch.Tensor) -> tuple[WeightSlice, object]:
-        """A matrix (rows, columns) in fp32 rounded to 8 bits, or as it is where its rows are not whole blocks; its owner."""
+        """An fp32 matrix (rows, columns) in 8 bits, or unchanged where its rows are not whole blocks; its memory's owner."""
         rows, columns = weight.shape
-        if columns % block_of(_SHORT)[0]:
+        if columns % block_of(_QUANTISED)[0]:
             return WeightSlice("F32", rows, weight.data_ptr(), 0), weight
-        packed = torch.empty((rows, row_bytes(_SHORT, columns)), dtype=torch.uint8)
-        self._cast("F32", _SHORT, columns, many=True)(weight.data_ptr(), packed.data_ptr(), rows)
-        return WeightSlice(_SHORT, rows, packed.data_ptr(), 0), packed
+        packed = torch.empty((rows, row_bytes(_QUANTISED, columns)), dtype=torch.uint8)
+        self._cast("F32", _QUANTISED, columns, many=True)(weight.data_ptr(), packed.data_ptr(), rows)
+        return WeightSlice(_QUANTISED, rows, packed.data_ptr(), 0), packed
 
     def cached_matmul(
         self, x: torch.Tensor, slices: "_Slices", outputs: Sequence[torch.Tensor]
     ) -> "_CachedMatmul | None":
-        """A product with one row that was done before."""
-        cached = self._cached_matmuls.get(_called(x, slices, outputs))
+        """The cached matmul of one row with these operands, if there is one."""
+        cached = self._cached_matmuls.get(_matmul_key(x, slices, outputs))
         return cached if cached is not None and cached.slices is slices else None
 
     def unpack_all(self, slices: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]) -> None:
@@ -479,24 +482,24 @@ class Kernels:
         unpack_slices(self.unpack, slices, outputs)
 
     def release(self) -> None:
-        """Give up the scratch for unpacked weights, until they are many again."""
+        """Free the scratch for unpacked weights, until the next prefill."""
         self._scratch = self._half = None
         self._padded_results = torch.empty(0)
-        self._activations_half, self._activations_8 = _Prepared(), _Prepared()
+        self._activations_bf16, self._activations_q8 = _CachedActivations(), _CachedActivations()
 
     def close(self) -> None:
         """Free ggml's graphs and the copies."""
         small = (
             *self._casts.values(),
             *self._row_functions.values(),
-            *self._gated.values(),
+            *self._expert_mlps.values(),
             *self._attentions.values(),
         )
         for graph in (*self._matmul_graphs.values(), *small, *self._fused_graphs):
             graph.close()
         self._matmul_graphs.clear()
         self._row_functions.clear()
-        self._gated.clear()
+        self._expert_mlps.clear()
         self._attentions.clear()
         self._fused_graphs.clear()
         self._cached_matmuls.clear()
@@ -510,9 +513,9 @@ class Kernels:
 
 
 class ExpertMatmul(NamedTuple):
-    """A product of an expert: x (rows, columns) times a weight_slice to output (rows, rows of the weight_slice), fp32, rows contiguous.
+    """A matmul of an expert: x (rows, columns) times a slice to output (rows, rows of the slice), fp32, rows contiguous.
 
-    As in `Kernels.multiply`, `invariant_rows` are computed independently, and those of a chunk depend on that chunk alone.
+    As in `Kernels.matmul`, `invariant_rows` are computed independently, and those of a chunk depend on that chunk alone.
     """
 
     x: torch.Tensor
@@ -523,44 +526,44 @@ class ExpertMatmul(NamedTuple):
 
 
 class _CachedMatmul(NamedTuple):
-    """A product that is done again with the same operands."""
+    """A matmul that is repeated with the same operands."""
 
     slices: "_Slices"
     graph: MatmulGraph
     operands: list[MatmulPointers]
 
 
-def _called(x: torch.Tensor, slices: "_Slices", outputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
+def _matmul_key(x: torch.Tensor, slices: "_Slices", outputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
     return (id(slices), x.data_ptr(), *[output.data_ptr() for output in outputs])
 
 
-class _Prepared:
+class _CachedActivations:
     """Activations in another format, made once for all slices that multiply them."""
 
     def __init__(self) -> None:
         self._source: weakref.ref[torch.Tensor] | None = None
         self._first = 0
-        self._room = torch.empty(0)
-        self.value = self._room
+        self._buffer = torch.empty(0)
+        self.value = self._buffer
 
     def are_of(self, x: torch.Tensor, first: int) -> bool:
-        """Whether they are those of x from this row on."""
+        """True if these are the rows of x from `first` on."""
         return self._source is not None and self._source() is x and self._first == first
 
-    def room(self, numbers: int, dtype: torch.dtype) -> torch.Tensor:
-        """Memory for so many numbers, the same as the last time if it is large enough."""
-        if self._room.numel() < numbers:
+    def reserve(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """A buffer for `elements`, the same as the last time if it is large enough."""
+        if self._buffer.numel() < elements:
             self._source, self.value = None, torch.empty(0)
-            self._room = torch.empty(numbers, dtype=dtype)
-        return self._room[:numbers]
+            self._buffer = torch.empty(elements, dtype=dtype)
+        return self._buffer[:elements]
 
     def keep(self, x: torch.Tensor, first: int, value: torch.Tensor) -> None:
-        """Remember what they were made of."""
+        """Remember the source of these rows."""
         self._source, self._first, self.value = weakref.ref(x), first, value
 
 
 def _job(x: torch.Tensor, weight_slice: WeightSlice, output: torch.Tensor, to: int = 0) -> "_Job":
-    """x times the weight_slice to `output`, which begins so many bytes further."""
+    """The matmul of x and a slice, to the address of `output` plus `to` bytes."""
     rows = weight_slice.k_split_rows or weight_slice.rows
     part = MatmulShape(
         weight_slice.type,
@@ -579,18 +582,18 @@ def _job(x: torch.Tensor, weight_slice: WeightSlice, output: torch.Tensor, to: i
 _Job: TypeAlias = tuple[MatmulShape, MatmulPointers]
 _Slices: TypeAlias = Sequence[tuple[int, WeightSlice]]
 
-_OF_ONE = 640 << 10  # bytes of weights times rows that one thread has multiplied before another wakes
-_SHORT = "Q8_0"
-_ROWS_8_BITS = "Q8_K"  # in which ggml's tiles take activations
-_LEAST_POSITIONS = 64  # that a graph of attention is made for
-_MOST_PARTS = 32  # products in one graph
+_SINGLE_THREAD_BYTES = 640 << 10  # max bytes of weights times rows for one thread: it ends before another wakes
+_QUANTISED = "Q8_0"
+_TILE_ACTIVATIONS = "Q8_K"  # ggml's tile kernel takes activations in it
+_MIN_POSITIONS = 64  # min positions of an attention graph
+_MAX_MATMULS = 32  # max matmuls in one graph
 _MAX_CACHED_MATMULS = 4096
 _ALIGNMENT = 64
-_K_SPLIT_BYTES = 1 << 20
+_REPACK_BYTES = 1 << 20
 
 
 def _multiplies_bf16() -> bool:
-    """Whether oneDNN has products in bf16 here. Where it has none, torch's own take hundreds of times as long."""
+    """True if oneDNN has bf16 matmuls here. Where it has none, torch's own take hundreds of times as long."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return bool(torch._C._has_mkldnn and supported is not None and supported())
 

@@ -1,11 +1,11 @@
-"""ggml's repacked layout: blocks of eight rows repacked together, so that one load of activations serves eight dot products.
+"""ggml's repacked layout: blocks of eight rows stored together, so that one load of activations serves eight dot products.
 
-On AVX-512 it multiplies Q4_K 1.03 to 1.4 times as fast for one row and 1.3 to 2.3 times for several. It is a copy: for
-weights that stay in memory, where there is room for both. The copy holds the same numbers; sums are added in another
-order, so results differ from the plain layout's in the last bits.
+On AVX-512 matmuls with Q4_K are 1.03 to 1.4 times as fast for one row, 1.3 to 2.3 times for several. The layout is a copy,
+for pinned weights where memory holds both. It has the same values; sums are added in another order, so results differ from
+the plain layout's in the last bits.
 
-ggml only repacks tensors in a buffer type of its own. What it looks at is two fields of the tensor, so a tiny tensor
-in such a buffer lends them to tensors over memory of ours.
+ggml only repacks tensors in a buffer type of its own, which it recognises by two fields of the tensor. A tiny tensor in such
+a buffer supplies both fields for tensors over our own memory.
 """
 
 import ctypes
@@ -13,8 +13,8 @@ from typing import Any
 
 from headrace.kernels.ggml import InitParams, library, type_number
 
-ROWS = 8  # that are repacked together
-# Formats that ggml repacks on some processor; which ones here is asked of ggml.
+ROWS = 8  # rows repacked together
+# Formats that ggml repacks on some processor; ggml says which of them it repacks here.
 _CANDIDATES = ("Q4_K", "Q4_0", "IQ4_NL", "Q2_K")
 
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -22,10 +22,10 @@ _silent = _Log(lambda level, text, data: None)
 
 
 class Repacking:
-    """What this processor can repack. One for each `Kernels`."""
+    """The formats that this processor can repack. One for each `Kernels`."""
 
     def __init__(self) -> None:
-        self._lent: dict[str, tuple[int, int]] = {}  # by type: the fields `buffer` and `extra`
+        self._repacked_fields: dict[str, tuple[int, int]] = {}  # (`buffer`, `extra`) of a repacked tensor, by type
         kind = _buffer_type()
         self._buffer = None
         self._context = None
@@ -38,20 +38,20 @@ class Repacking:
         self._buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(self._context, kind)
         for name, tensor in tensors.items():
             if self._buffer and tensor.contents.extra:
-                self._lent[name] = (tensor.contents.buffer, tensor.contents.extra)
+                self._repacked_fields[name] = (tensor.contents.buffer, tensor.contents.extra)
 
     def takes(self, type_name: str, rows: int) -> bool:
-        """Whether so many rows of this format can be repacked."""
-        return type_name in self._lent and rows % ROWS == 0
+        """True if `rows` rows of this format can be repacked."""
+        return type_name in self._repacked_fields and rows % ROWS == 0
 
     @property
     def types(self) -> frozenset[str]:
         """The formats that can be repacked here."""
-        return frozenset(self._lent)
+        return frozenset(self._repacked_fields)
 
     def mark(self, type_name: str, tensor: Any) -> None:
-        """Tell ggml that what this tensor points to is repacked."""
-        tensor.buffer, tensor.extra = self._lent[type_name]
+        """Tell ggml that this tensor's data is repacked."""
+        tensor.buffer, tensor.extra = self._repacked_fields[type_name]
 
     def copy(self, type_name: str, rows: int, columns: int, source: int, target: int) -> None:
         """Write the repacked form of packed rows at `source` to `target`; both take the same bytes."""
@@ -64,11 +64,11 @@ class Repacking:
         ggml.ggml_free(context)
 
     def close(self) -> None:
-        """Free what was lent."""
+        """Free ggml's buffer and context."""
         if self._buffer:
             library().ggml_backend_buffer_free(self._buffer)
             library().ggml_free(self._context)
-        self._buffer, self._lent = None, {}
+        self._buffer, self._repacked_fields = None, {}
 
 
 def _buffer_type() -> int | None:

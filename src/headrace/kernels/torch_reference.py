@@ -1,6 +1,6 @@
-"""The slow twin: the same products through the `gguf` package's own dequantisation and torch, nothing shared with ggml.
+"""The slow twin: the same matmuls through the `gguf` package's own dequantisation and torch, nothing shared with ggml.
 
-Tests compare the fast kernels with it, and it runs where ggml is not installed: exact in fp32, and tens of times slower.
+Tests compare the fast kernels with it. It runs where ggml is not installed: exact in fp32, and tens of times slower.
 """
 
 import ctypes
@@ -38,10 +38,10 @@ class ReferenceKernels:
 
     def __init__(self, threads: int):
         self.threads = threads
-        self.pad_decode_rows_to_tiles = False  # every row is computed alike anyway
+        self.pad_decode_rows_to_tiles = False  # one kernel for any number of rows
 
     def spin(self) -> None:
-        """As `Kernels.spin`: torch's threads wait as they are told to elsewhere."""
+        """As `Kernels.spin`: nothing to do, torch's threads are configured elsewhere."""
 
     def repack(self, weight_slice: WeightSlice, columns: int, in_place: bool = False) -> WeightSlice:
         """As `Kernels.repack`: there is no other layout here."""
@@ -55,7 +55,7 @@ class ReferenceKernels:
         invariant_rows: int | None = None,
         chunks: Sequence[int] = (),
     ) -> None:
-        """As `Kernels.multiply`, in fp32."""
+        """As `Kernels.matmul`, in fp32."""
         if chunks and invariant_rows is not None:
             parts = torch.split(x, [1] * invariant_rows + list(chunks))
             targets = zip(*(torch.split(output, [len(part) for part in parts]) for output in outputs), strict=True)
@@ -79,7 +79,7 @@ class ReferenceKernels:
             self.matmul(x, [(0, weight_slice)], [output], invariant_rows, chunks)
 
     def quantise_q8(self, weight: torch.Tensor) -> tuple[WeightSlice, object]:
-        """As `Kernels.shortened`, but as it is."""
+        """As `Kernels.quantise_q8`, but unchanged."""
         return WeightSlice("F32", len(weight), weight.data_ptr(), 0), weight
 
     def rms_norm(self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:

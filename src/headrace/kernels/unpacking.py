@@ -1,4 +1,4 @@
-"""Packed weights as plain ones: in bf16, for products of many rows, and where each weight_slice belongs in its matrix."""
+"""Dequantise packed weights: to bf16 for prefill matmuls, and to each slice's place in its matrix."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,7 @@ from headrace.kernels.ggml import library, type_number
 from headrace.kernels.weight_slice import WeightSlice
 
 # Weights that a thread unpacks to fp32 and then rounds: half a MiB, which stays in its core's cache in between. Two cores of a
-# Xeon make 5.0 giga-weights/s of Q4_K so, 3.3 by a quarter of it and 3.8 by twice as many, and 1.1 by ggml's graphs and torch.
+# Xeon unpack 5.0 giga-weights/s of Q4_K, with a quarter of it 3.3, with twice as many 3.8. ggml's graphs and torch reach 1.1.
 CACHED_WEIGHTS = 128 << 10
 
 
@@ -19,7 +19,7 @@ class ToHalf:
 
     def __init__(self, threads: int):
         self._ggml = library()
-        self._scratch = [torch.empty(0) for _ in range(threads)]  # of each thread
+        self._scratch = [torch.empty(0) for _ in range(threads)]  # one buffer per thread
         self._pool = ThreadPoolExecutor(max(1, threads - 1), "headrace-unpack")
 
     def __call__(self, type_name: str, address: int, rows: int, columns: int, target: int) -> None:
@@ -27,17 +27,19 @@ class ToHalf:
         share = -(-rows // len(self._scratch))
         others = [
             self._pool.submit(
-                self._some, number, type_name, address, range(first, min(first + share, rows)), columns, target
+                self._unpack_range, number, type_name, address, range(first, min(first + share, rows)), columns, target
             )
             for number, first in enumerate(range(share, rows, share), 1)
         ]
         try:
-            self._some(0, type_name, address, range(min(share, rows)), columns, target)
-        finally:  # nobody may write there when this has returned
+            self._unpack_range(0, type_name, address, range(min(share, rows)), columns, target)
+        finally:  # no thread may write to `target` after the return
             for other in others:
                 other.result()
 
-    def _some(self, thread: int, type_name: str, address: int, which: range, columns: int, target: int) -> None:
+    def _unpack_range(
+        self, thread: int, type_name: str, address: int, some_rows: range, columns: int, target: int
+    ) -> None:
         to_float = self._ggml.ggml_get_type_traits(type_number(type_name)).contents.to_float
         round_off = self._ggml.ggml_cpu_fp32_to_bf16
         stride = row_bytes(type_name, columns)
@@ -45,8 +47,8 @@ class ToHalf:
         if self._scratch[thread].numel() < step * columns:
             self._scratch[thread] = torch.empty(step * columns)
         plain = self._scratch[thread].data_ptr()
-        for first in range(which.start, which.stop, step):
-            count = min(step, which.stop - first) * columns
+        for first in range(some_rows.start, some_rows.stop, step):
+            count = min(step, some_rows.stop - first) * columns
             to_float(address + first * stride, plain, count)
             round_off(plain, target + 2 * first * columns, count)
 
@@ -64,8 +66,10 @@ def unpack_slices(
     for i, weight_slice in slices:
         if weight_slice.k_split_rows:
             width = weight_slice.k_split_columns
-            for number, slab in enumerate(weight_slice.k_splits(), weight_slice.first // weight_slice.k_split_rows):
-                outputs[i][:, number * width : (number + 1) * width] = unpack(slab.type, slab.address, slab.rows, width)
+            for number, split in enumerate(weight_slice.k_splits(), weight_slice.first // weight_slice.k_split_rows):
+                outputs[i][:, number * width : (number + 1) * width] = unpack(
+                    split.type, split.address, split.rows, width
+                )
         else:
             plain = unpack(weight_slice.type, weight_slice.address, weight_slice.rows, outputs[i].shape[1])
             outputs[i][weight_slice.first : weight_slice.first + weight_slice.rows] = plain

@@ -1,7 +1,7 @@
-"""What the model is: its config, tokenizer and modules, from a checkpoint's header, by way of transformers.
+"""The model: config, tokenizer and modules, built by transformers from a checkpoint's header.
 
-Nothing here rewrites a model's layers. The transformers model is built on meta, its linears are replaced by packed ones,
-its small tensors are filled in, and its own `forward` runs.
+Nothing here rewrites a model's layers. The transformers model is built on meta and its linears are replaced by packed
+ones. Its small tensors are filled in, and its own `forward` runs.
 """
 
 from headrace.model.build import ModelSkeleton, build_skeleton

@@ -1,8 +1,10 @@
-"""The transformers model around the packed weights: built on meta, traced for its order, then filled with small tensors.
+"""The model skeleton: transformers' model, built on meta, traced for the order of its weights, filled with small tensors.
 
-Traps met here (each cost somebody silently wrong text): rotary frequencies are non-persistent buffers, on meta too and in
-no checkpoint; llama's writers permute the rows of q and k; gemma's store their norms plus one; a tied head has no tensor
-of its own; a tensor of the file that finds no place in the model means that the model is a different one.
+Traps met here, each of which cost somebody silently wrong text:
+- RoPE frequencies are non-persistent buffers: on meta too, and in no checkpoint.
+- llama's converters permute the rows of q and k; gemma's store norms plus one.
+- A tied head has no tensor of its own.
+- An unexpected tensor in the file means that the model is a different one.
 """
 
 import re
@@ -25,7 +27,7 @@ from headrace.errors import CheckpointError, HeadraceError, UnsupportedError
 from headrace.limits import explained
 from headrace.model.config import decoder_start_ids, make_config
 from headrace.model.matrix import Matrix, below_one_another
-from headrace.model.moe import ExpertWeights, Mixture, adopt_mixtures, mixture_of
+from headrace.model.moe import ExpertWeights, MoeLayout, moe_layout_of, patch_moe_layers
 from headrace.model.packed import (
     Gate,
     GatheredEmbedding,
@@ -41,31 +43,29 @@ from headrace.model.packed import (
 from headrace.model.trace import ExpertStep, LinearStep, Step, Tracer, record_steps
 from headrace.model.weight_map import WeightMap, names_of, tied_to
 
-_OTHER_WAY = "use a GGUF file of the model with llama.cpp"
-# Tables of embeddings smaller than this are kept; of larger ones the rows at hand are read.
+_USE_GGUF = "use a GGUF file of the model with llama.cpp"
+# Embedding tables smaller than this stay in memory; from larger ones only the needed rows are read.
 _SMALL_TABLE_BYTES = 4 << 20
 
 
-# A way to run attention: its name, what the forwards are given that record the order, and whether these showed it to be right.
+# Attention mode: name, arguments of the traced forwards, and a check after tracing that the model supports it.
 AttentionMode: TypeAlias = tuple[str, Callable[[], Iterator[dict[str, Any]]], Callable[[], bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSkeleton:
-    """A model without its large weights, and the order in which a pass asks for them."""
+    """A model without its large weights, and the order in which a pass uses them."""
 
     model: PreTrainedModel
-    steps: tuple[Step, ...]  # of a pass that begins a text
-    attention_mode: str  # how attention runs, one of those that the engine offered
-    cached: tuple[
-        tuple[int, int], ...
-    ]  # heads and numbers kept of a position, by layer; empty: the model keeps them itself
-    has_cache: bool  # whether a pass that adds tokens computes these alone; False: all anew
-    decoder_start_ids: tuple[
-        int, ...
-    ]  # the tokens of a prompt that are the decoder's, where an encoder reads the others
-    virtual_path: str
-    virtual: Sequence[tuple[Tensor, Encoding]]  # tensors on that path, besides the checkpoint's own
+    steps: tuple[Step, ...]  # steps of the first pass of a sequence, in order
+    attention_mode: str  # name of one of the modes that the engine offered
+    # (KV heads, KV elements per token) by layer; empty in native mode, where the model has its own cache
+    cached: tuple[tuple[int, int], ...]
+    has_cache: bool  # whether a pass computes only its new tokens; False: it recomputes the whole sequence
+    # tokens at the end of a prompt that go to the decoder; the others go to the encoder
+    decoder_start_ids: tuple[int, ...]
+    virtual_path: str  # path of the virtual file
+    virtual: Sequence[tuple[Tensor, Encoding]]  # virtual tensors on that path, besides the checkpoint's own
 
     @property
     def experts(self) -> tuple[PackedExperts, ...]:
@@ -74,7 +74,7 @@ class ModelSkeleton:
 
     @property
     def expert_slices(self) -> tuple[tuple[tuple[Slice, ...], ...], ...]:
-        """What is read for every expert of every layer."""
+        """Slices to read, for every expert of every layer."""
         return tuple(
             tuple(up.slices + down.slices for up, down in zip(packed.up, packed.down, strict=True))
             for packed in self.experts
@@ -82,12 +82,12 @@ class ModelSkeleton:
 
     @property
     def linears(self) -> tuple[Tensor, ...]:
-        """What every pass multiplies, each tensor once."""
+        """Tensors that every pass multiplies, each once."""
         return _tensors(step for step in self.steps if not step.prefill_only)
 
     @property
     def prefill_only_linears(self) -> tuple[Tensor, ...]:
-        """What only a pass multiplies that begins a text."""
+        """Tensors that only the first pass of a sequence multiplies."""
         return _tensors(step for step in self.steps if step.prefill_only)
 
 
@@ -97,34 +97,34 @@ def _tensors(steps: Iterable[Step]) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """How the shell reaches the engine around it."""
+    """Functions of the engine that the model calls."""
 
-    implementation: str  # of attention and experts, as registered with transformers
-    linear: LinearFunction  # multiplies a packed linear
-    read: Callable[[Tensor], torch.Tensor]  # a small tensor whole, in its shape: fp32, or whole numbers
-    gather: Callable[[Tensor, torch.Tensor], torch.Tensor]  # rows of a table
+    implementation: str  # name under which the engine's attention and experts are registered with transformers
+    linear: LinearFunction  # matmul of a packed linear
+    read: Callable[[Tensor], torch.Tensor]  # reader of a small tensor, in its shape: fp32 or integers
+    gather: Callable[[Tensor, torch.Tensor], torch.Tensor]  # reader of single rows of a table
     norm: Norm
     silu: Gate
-    record: Callable[[Tracer | None], None]  # while the order is recorded, experts go to this tracer
-    attention_modes: Callable[[PreTrainedModel], Iterator[AttentionMode]]  # to run attention, the best first
-    # Of each layer whose attention came to the engine while the order was recorded: heads and numbers kept of a position.
+    record: Callable[[Tracer | None], None]  # setter of the tracer that receives expert calls during tracing
+    attention_modes: Callable[[PreTrainedModel], Iterator[AttentionMode]]  # modes that may fit the model, best first
+    # (KV heads, KV elements per token) of each layer whose attention reached the engine during tracing
     cached: Callable[[], tuple[tuple[int, int], ...]]
-    has_cache: Callable[[PreTrainedModel], bool]  # whether a model that runs in its own way takes a memory
+    has_cache: Callable[[PreTrainedModel], bool]  # check for native mode: does the model accept a cache?
 
 
 def build_skeleton(checkpoint: Checkpoint, hooks: Hooks) -> ModelSkeleton:
-    """Build the model of a checkpoint.
+    """Build the model skeleton of a checkpoint.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the model.
-        UnsupportedError: transformers has no such language model, or the file holds tensors that it has no place for.
+        UnsupportedError: transformers has no such language model, or the file holds unexpected tensors.
     """
     config = make_config(checkpoint, lambda name: [float(x) for x in hooks.read(_find(checkpoint, name)).flatten()])
     config.use_cache = False
-    with _blaming(checkpoint):
+    with _as_checkpoint_error(checkpoint):
         model = _on_meta(checkpoint, config, hooks.implementation).eval().requires_grad_(False)
         _check_size(checkpoint, model)
-        adopt_mixtures(model, hooks.implementation)
+        patch_moe_layers(model, hooks.implementation)
         _refuse_what_would_go_wrong(checkpoint, model)
         weight_map = names_of(checkpoint, model)
         tied = tied_to(model)
@@ -150,14 +150,14 @@ def build_skeleton(checkpoint: Checkpoint, hooks: Hooks) -> ModelSkeleton:
 
 
 @contextmanager
-def _blaming(checkpoint: Checkpoint) -> Iterator[None]:
-    """Sizes that make no model end in all kinds of errors in transformers' code; whose fault they are is clear."""
+def _as_checkpoint_error(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn any error from transformers' code into `CheckpointError`: impossible sizes in the config cause all kinds of them."""
     try:
         yield
     except (HeadraceError, ImportError, OSError, MemoryError):
         raise
     except Exception as error:
-        problem = explained(error)  # torch says by a RuntimeError that there is no more memory
+        problem = explained(error)  # torch raises RuntimeError when memory runs out
         if problem is not None:
             raise problem from error
         raise CheckpointError(
@@ -167,7 +167,7 @@ def _blaming(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _check_size(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """A model far larger than its checkpoint is another one, and computing with its sizes could take any memory."""
+    """Refuse a model far larger than its checkpoint: it is another model, and its sizes could take any amount of memory."""
     asked = sum(parameter.numel() for parameter in model.parameters())
     asked += max((buffer.numel() for buffer in model.buffers()), default=0)
     stored = sum(tensor.rows * tensor.columns for tensor in checkpoint.tensors.values())
@@ -178,18 +178,15 @@ def _check_size(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         )
 
 
-_SLACK = 256 << 20  # parameters: what is derived, masks of long contexts, or shared by many
+_SLACK = 256 << 20  # parameters: derived ones, masks of long contexts, shared ones
 
 
 def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": implementation}
     kind = AutoModelForSeq2SeqLM if checkpoint.has_encoder else AutoModelForCausalLM
     with torch.device("meta"):
-        for attention in (
-            implementation,
-            "sdpa",
-            "eager",
-        ):  # some models look their attention up in a table of their own
+        # Some models look attention up in a table of their own, which lacks the engine's.
+        for attention in (implementation, "sdpa", "eager"):
             try:
                 return kind.from_config(config, attn_implementation=attention, trust_remote_code=False, **options)
             except (KeyError, ValueError) as error:
@@ -200,14 +197,17 @@ def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: s
     )
 
 
-# What models of images and sound are given.
+# Main inputs of models for images and sound.
 _NOT_TEXT = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values"})
 
 
 def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """A model that multiplies its experts by itself would run and be huge; one for images would run and be blind."""
+    """Refuse models that would run and be wrong.
+
+    With its own expert matmul, a model would hold all experts in memory. An image model would ignore its images.
+    """
     kind = model.config.model_type
-    packed = _of_experts(model)
+    packed = _expert_parameter_ids(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.main_input_name in _NOT_TEXT:
             raise UnsupportedError(
@@ -225,22 +225,22 @@ def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) 
             own
             and "Expert" in type(module).__name__
             and "Shared" not in type(module).__name__
-            and not mixture_of(module)
+            and not moe_layout_of(module)
         ):
             raise UnsupportedError(
                 f"{checkpoint.path}: the {kind} model multiplies its experts in a way of its own"
                 f" (`{type(module).__name__}`), which is not supported",
-                hint=_OTHER_WAY,
+                hint=_USE_GGUF,
             )
 
 
-def _of_experts(model: nn.Module) -> set[int]:
-    """Identities of the parameters of routed experts in a model or a part of it."""
+def _expert_parameter_ids(model: nn.Module) -> set[int]:
+    """The `id()` of each routed-expert parameter in a module."""
     return {
         id(module.get_parameter(parameter))
         for module in model.modules()
-        if (mixture := mixture_of(module)) is not None
-        for stack in mixture.stacks
+        if (layout := moe_layout_of(module)) is not None
+        for stack in layout.stacks
         for parameter in stack.parameters
     }
 
@@ -257,12 +257,12 @@ def _find(checkpoint: Checkpoint, name: str) -> Tensor:
 def _pack_linears(
     model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[str, str], linear_function: LinearFunction
 ) -> dict[PackedLinear, tuple[str, nn.Module]]:
-    """Replace every linear; what was there before is returned by what took its place."""
+    """Replace every linear. Returns the original module and its path for each replacement."""
     before: dict[PackedLinear, tuple[str, nn.Module]] = {}
-    mixtures = ((name, mixture_of(module)) for name, module in model.named_modules())
-    routers = [_router(model, name, mixture) for name, mixture in mixtures if mixture is not None]
+    layouts = ((name, moe_layout_of(module)) for name, module in model.named_modules())
+    routers = [_router(model, name, layout) for name, layout in layouts if layout is not None]
     kept = {found[0] for found in routers if found is not None}
-    experts = _of_experts(model)
+    experts = _expert_parameter_ids(model)
     for name, module in list(model.named_modules()):
         kind: Any = type(module)
         if module in kept or id(module._parameters.get("weight")) in experts:
@@ -281,7 +281,7 @@ def _pack_linears(
 
 @cache
 def _multiplies(kind: type[nn.Module]) -> bool:
-    """Whether modules of this class are linears, whatever they are called: by what one of them computes."""
+    """Test by computing whether modules of this class are linears, whatever their name."""
     if not issubclass(kind, nn.Linear) or kind.forward is nn.Linear.forward:
         return issubclass(kind, nn.Linear)
     x = torch.randn((2, 3), generator=torch.Generator().manual_seed(0))
@@ -293,15 +293,15 @@ def _multiplies(kind: type[nn.Module]) -> bool:
         return False
 
 
-def _router(model: PreTrainedModel, name: str, mixture: Mixture) -> tuple[nn.Module, nn.Module] | None:
-    """Of a module of experts: (what holds one row of weights for each expert, the module around both). It is kept in memory."""
+def _router(model: PreTrainedModel, name: str, layout: MoeLayout) -> tuple[nn.Module, nn.Module] | None:
+    """(router of an experts module, module around both). The router has one row of weights per expert and stays in memory."""
     module, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    experts = _of_experts(module)
+    experts = _expert_parameter_ids(module)
     for candidate in (*module.modules(), *owner.modules()):
         weight = candidate._parameters.get("weight")
         if weight is None or id(weight) in experts:
             continue
-        if weight.dim() == 2 and weight.shape[0] == mixture.choices:
+        if weight.dim() == 2 and weight.shape[0] == layout.choices:
             return candidate, owner
     return None
 
@@ -312,19 +312,19 @@ def _owner(parameter: str, weight_map: WeightMap, tied: Mapping[str, str]) -> st
 
 
 def _pack_experts(model: PreTrainedModel, weight_map: WeightMap) -> set[str]:
-    """Tell every module of routed experts where its matrices lie. Its parameters stay on meta, untouched; returns their names."""
+    """Give every module of routed experts the places of its matrices. Its parameters stay on meta; returns their names."""
     count, taken = 0, set()
     for name, module in model.named_modules():
-        mixture = mixture_of(module)
-        if mixture is None:
+        layout = moe_layout_of(module)
+        if layout is None:
             continue
-        *ups, down = (_matrices(weight_map, name, one, mixture.identities) for one in mixture.stacks)
+        *ups, down = (_matrices(weight_map, name, one, layout.identities) for one in layout.stacks)
         up = ups[0] if len(ups) == 1 else tuple(below_one_another(parts) for parts in zip(*ups, strict=True))
-        found = _router(model, name, mixture)
+        found = _router(model, name, layout)
         module.packed = PackedExperts(
-            count, module, up, down, None if found is None else Router(*found), mixture.identities
+            count, module, up, down, None if found is None else Router(*found), layout.identities
         )
-        taken |= {f"{name}.{parameter}" for one in mixture.stacks for parameter in one.parameters}
+        taken |= {f"{name}.{parameter}" for one in layout.stacks for parameter in one.parameters}
         count += 1
     return taken
 
@@ -339,39 +339,37 @@ def _matrices(weight_map: WeightMap, module: str, stack: ExpertWeights, spare: i
 def _record(
     model: PreTrainedModel, before: Mapping[PackedLinear, tuple[str, nn.Module]], hooks: Hooks
 ) -> tuple[tuple[Step, ...], str]:
-    """The steps of a pass and the way in which attention runs. A linear whose weight is looked at becomes an ordinary one
-    again, kept in memory."""
+    """(steps of a pass, attention mode), by tracing. A linear whose weight is accessed becomes an ordinary one again."""
     refused: Exception | None = None
-    for name, arguments, right in hooks.attention_modes(model):
+    for name, arguments, supported in hooks.attention_modes(model):
         while True:
             tracer = Tracer()
             hooks.record(tracer)
             try:
                 steps = record_steps(model, tracer, arguments)
-            except WeightAskedError as asked:
-                path, module = before[asked.linear]
+            except WeightAskedError as accessed:
+                path, module = before[accessed.linear]
                 model.set_submodule(path, module)
                 continue
             except (HeadraceError, ImportError, OSError):
                 raise
-            except Exception as error:  # of whatever transformers' code is made to compute
+            except Exception as error:  # anything from transformers' code
                 refused = error
                 break
             finally:
                 hooks.record(None)
-            if right():
+            if supported():
                 return steps, name
             break
     raise UnsupportedError(
         f"the {model.config.model_type} model cannot be traced: {str(refused).partition('. ')[0][:200]}",
-        hint=_OTHER_WAY,
+        hint=_USE_GGUF,
     )
 
 
 @torch.inference_mode()
 def _replace_small(model: PreTrainedModel, hooks: Hooks) -> None:
-    """Norms and gates go to the engine. Norms written as six operations cost 25 us each at one row, and there are two to six
-    in a layer."""
+    """Let the engine compute norms and gates. A layer has two to six norms; as six operations each costs 25 us at one row."""
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear) or list(module.children()):
             continue
@@ -382,11 +380,11 @@ def _replace_small(model: PreTrainedModel, hooks: Hooks) -> None:
 
 
 def _fill_derived(model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[str, str]) -> set[str]:
-    """Compute what is in no checkpoint by the model's own initialisation: rotary frequencies, scales, and what the model
-    says may be missing (sines of positions, biases that are zero). Returns the names of the latter.
+    """Compute tensors that no checkpoint stores, by the model's own initialisation.
 
-    A module's buffers may be filled by one that it lies in, so all those above are asked as well; each by the innermost
-    model around it, which is the one that knows it.
+    These are RoPE frequencies, scales, and parameters that the model says may be missing (sinusoidal positions, zero
+    biases). Returns the names of the latter. A module's buffers may be filled by a module around it, so all of those are
+    initialised as well. `_init_weights` is called on the innermost model around each, which knows the module.
     """
     may_be_missing = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     persistent = set(model.state_dict())
@@ -420,7 +418,7 @@ def _within(module: str, key: str) -> str:
 
 
 def _scale_frequencies(checkpoint: Checkpoint, model: PreTrainedModel, read: Callable[[Tensor], torch.Tensor]) -> None:
-    """Llama 3 stores one factor per rotary frequency in GGUF files, computed by the file's writer."""
+    """Divide the RoPE frequencies by the factors that converters store in Llama 3's GGUF files, one per frequency."""
     if "rope_freqs.weight" not in checkpoint.tensors:
         return
     factors = read(checkpoint.tensors["rope_freqs.weight"]).flatten()
@@ -436,7 +434,7 @@ def _scale_frequencies(checkpoint: Checkpoint, model: PreTrainedModel, read: Cal
 def _gather_tables(
     model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[str, str], derived: set[str], hooks: Hooks
 ) -> None:
-    """Of the token embedding and other large tables, rows are read as they are needed."""
+    """Read the rows of the token embedding and other large tables as they are needed."""
     main = model.get_input_embeddings().weight
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding) or f"{name}.weight" in derived:
@@ -445,7 +443,7 @@ def _gather_tables(
             continue
         matrix = weight_map.matrix(_owner(f"{name}.weight", weight_map, tied), tuple(module.weight.shape), False)
         module.padding_idx = None  # only training uses it, and it indexes the whole table
-        empty = torch.empty((0, module.embedding_dim))  # some models ask the table where it lies
+        empty = torch.empty((0, module.embedding_dim))  # some models read the table's device
         module._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
         module.register_forward_pre_hook(GatheredEmbedding(_rows_of(matrix, hooks)))
 
@@ -463,9 +461,9 @@ def _rows_of(matrix: Matrix, hooks: Hooks) -> Callable[[torch.Tensor], torch.Ten
 def _fill(
     model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[str, str], elsewhere: set[str], hooks: Hooks
 ) -> None:
-    """Read every small tensor: all parameters but those elsewhere, packed or derived, and buffers that checkpoints hold.
+    """Read every small tensor: stored buffers, and all parameters but those in `elsewhere` (packed or derived).
 
-    Those that are not on meta too: some models draw numbers in a way that the meta device does not catch.
+    This includes parameters that are not on meta: some models draw random values in a way the meta device does not catch.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module._forward_pre_hooks:

@@ -1,7 +1,7 @@
 """Renders a conversation to text with the checkpoint's Jinja chat template, as transformers does.
 
-A template is a program from an untrusted file. It runs in a process of its own (`template_worker.py`), which is ended when it
-takes more than a few seconds or megabytes, and started again for the next conversation.
+A template is a program from an untrusted file. It runs in a process of its own (`template_worker.py`). The process is ended when
+it takes more than a few seconds or megabytes, and started again for the next conversation.
 """
 
 import json
@@ -21,9 +21,9 @@ from typing import Any
 from headrace.errors import CheckpointError, HeadraceError, UsageError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
-_WAIT_S = 60.0  # for an answer, whatever the process is doing
-_MOST_BYTES = 256 << 20  # of an answer
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names of one thing
+_WAIT_S = 60.0  # timeout of a reply
+_MAX_BYTES = 256 << 20  # size limit of a reply
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names of the same field
 _END_OF_CONTENT = "END-OF-THE-LAST-CONTENT"
 _RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
@@ -32,7 +32,7 @@ class ChatTemplate:
     """One template; its process starts with `start`, or with the first conversation."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any], path: str):
-        """`special_tokens` are variables of the template, such as `bos_token`; `path` is whose template it is, for messages."""
+        """`special_tokens` are variables of the template, such as `bos_token`; `path` is the checkpoint's, for messages."""
         self.source = source
         self._special_tokens = dict(special_tokens)
         self._path = path
@@ -40,7 +40,7 @@ class ChatTemplate:
         self._process: _Process | None = None
 
     def start(self) -> None:
-        """Start the process, which reads the template while others go on. What fails is told by the first conversation."""
+        """Start the process, which parses the template in the background. Errors are raised by the first conversation."""
         with self._lock, suppress(HeadraceError):
             self._process = _Process()
             self._process.send({"template": self.source})
@@ -75,8 +75,8 @@ class ChatTemplate:
         Args:
             messages: with `role`, `content` and whatever else the template knows.
             add_generation_prompt: append the header of the assistant's turn.
-            continue_final_message: end with the last message's content, which the answer goes on with.
-            variables: what else the template is told.
+            continue_final_message: end with the last message's content, which the answer continues.
+            variables: further variables of the template.
 
         Raises:
             CheckpointError: the template is broken.
@@ -102,15 +102,15 @@ class ChatTemplate:
         return text
 
     def tail(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
-        """What the template writes after the last message's content, up to where the answer begins."""
+        """The text that the template writes between the last message's content and the answer."""
         content = messages[-1].get("content") if messages else None
         if isinstance(content, str):
             marked = [*messages[:-1], {**messages[-1], "content": content + _END_OF_CONTENT}]
             _, found, tail = self.render(marked, variables=variables).rpartition(_END_OF_CONTENT)
             if found:
                 return tail
-        whole = self.render(messages, variables=variables)
-        return whole.removeprefix(self.render(messages, add_generation_prompt=False, variables=variables))
+        text = self.render(messages, variables=variables)
+        return text.removeprefix(self.render(messages, add_generation_prompt=False, variables=variables))
 
     def _rendered(
         self, messages: Sequence[Mapping[str, Any]], generation: bool, variables: Mapping[str, Any] | None
@@ -127,7 +127,7 @@ class ChatTemplate:
         return checked_text(str(answer["text"]), "what the model's chat template writes")
 
     def _started(self) -> "_Process":
-        """The process, which has read the template."""
+        """The process, after it has parsed the template."""
         process = self._process
         if process is None or not process.is_usable:
             self._process = process = _Process()
@@ -145,10 +145,10 @@ class ChatTemplate:
 
 
 def checked_text(text: str, what: str = "the prompt") -> str:
-    """The text, with pairs of surrogates as the characters that they stand for.
+    """The text, with surrogate pairs combined into characters.
 
     Raises:
-        UsageError: half a pair stands for no character.
+        UsageError: the text has an unpaired surrogate.
     """
     if not any("\ud800" <= char <= "\udfff" for char in text):
         return text
@@ -173,16 +173,16 @@ def _with_reasoning_aliases(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Process:
-    """The template's subprocess. An answer over the limit of time or size ends it."""
+    """The template's subprocess. A reply over the time or size limit ends it."""
 
-    variables: Sequence[str] | None = None  # None: the template's own answer has not been read
+    variables: Sequence[str] | None = None  # names of the template's variables; None: not received yet
 
     def __init__(self) -> None:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_WORKER)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for this process
+                start_new_session=True,  # Ctrl-C reaches only this process
             )  # fmt: skip
         except OSError as error:
             raise HeadraceError(
@@ -194,16 +194,16 @@ class _Process:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it still answers, to this process."""
+        """True if the subprocess runs and belongs to this process."""
         return os.getpid() == self._owner and self._process.poll() is None
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer; `refused` where there is none. Whatever interrupts this ends the process: its answer is never read late."""
+        """The reply; `refused` if there is none. An interrupt ends the subprocess, so a late reply is never read."""
         refused = self.send(question)
         return self.answer() if refused is None else {"refused": refused}
 
     def send(self, question: Mapping[str, Any]) -> str | None:
-        """Put a question; why that cannot be done."""
+        """Send a request. Returns the reason if it cannot be sent."""
         assert self._process.stdin is not None
         try:
             line = json.dumps(question, default=lambda value: f"<{type(value).__name__}>").encode() + b"\n"
@@ -213,14 +213,14 @@ class _Process:
             self._process.stdin.write(line)
             self._process.stdin.flush()
         except (OSError, ValueError):
-            self.close()  # as its answer will say
+            self.close()  # `answer` reports it
         except BaseException:
             self.close()
             raise
         return None
 
     def answer(self) -> dict[str, Any]:
-        """The answer to what was sent."""
+        """The reply to the last request."""
         try:
             found = self._line()
         except (OSError, ValueError):
@@ -242,7 +242,7 @@ class _Process:
         until, parts, size = time.monotonic() + _WAIT_S, list[bytes](), 0
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            while size < _MOST_BYTES and (left := until - time.monotonic()) > 0:
+            while size < _MAX_BYTES and (left := until - time.monotonic()) > 0:
                 if not selector.select(left):
                     continue
                 part = os.read(self._process.stdout.fileno(), 1 << 20)
@@ -257,7 +257,7 @@ class _Process:
 
 def _stop(process: "subprocess.Popen[bytes]", owner: int) -> None:
     if os.getpid() != owner:
-        return  # a fork's copy
+        return  # in a forked child
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):

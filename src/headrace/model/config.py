@@ -1,8 +1,8 @@
 """A transformers config: a folder's own, or one made from GGUF metadata.
 
-Of GGUF metadata transformers maps most keys (`GGUF_CONFIG_MAPPING`) but leaves out what its test models did not need:
-rotary widths and scalings, soft caps, biases, Falcon's and GPT-2's own names. `_corrections` adds those, one function per
-family where the file's facts have to be derived, each value from the file itself.
+transformers maps most GGUF keys (`GGUF_CONFIG_MAPPING`), but leaves out those that its test models did not need: RoPE
+widths and scalings, logit soft-capping, biases, Falcon's and GPT-2's own names. `_corrections` adds them, with one
+function per family where values must be derived. Each value comes from the file itself.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ MODEL_TYPES = {
     "command-r": "cohere",
     "ernie4_5-moe": "ernie4_5_moe",
     "exaone-moe": "exaone_moe",
-    "glm-dsa": "deepseek_v3",  # with an indexer, which chooses positions where there are many; here all are seen
+    "glm-dsa": "deepseek_v3",  # its sparse attention indexer is left out: here attention covers all positions
     "glm4moe": "glm4_moe",
     "gpt-oss": "gpt_oss",
     "granitehybrid": "granitemoehybrid",
@@ -46,7 +46,7 @@ MODEL_TYPES = {
     "qwen3vl": "qwen3",
     "qwen3vlmoe": "qwen3_moe",
 }
-# Types that transformers has a class with a language head for, and that cannot write texts from left to right as others do.
+# Types that have a class with a language head in transformers, but do not generate text from left to right.
 _ENCODER = "an encoder, which sees what follows a token"
 _DECODER_HALF = "the decoder of a model with an encoder"
 _OTHERS = {
@@ -75,15 +75,15 @@ _OTHERS = {
 }  # fmt: skip
 _OTHERS_WITH_ENCODER = {
     "fsmt": "a model with a vocabulary for each of two languages",
-    "nllb-moe": "a mixture that transformers computes with the first two experts of each layer, whatever its router says",
-    "prophetnet": "a model of which transformers computes a token in another way when more tokens follow it",
+    "nllb-moe": "a MoE that transformers computes with the first two experts of each layer, whatever its router says",
+    "prophetnet": "a model whose tokens transformers computes differently when more tokens follow",
     "seamless_m4t": "a model of speech",
     "seamless_m4t_v2": "a model of speech",
 }
-# The 27B sizes scale queries by hidden_size / heads, the others by head_dim; no metadata says so (llama.cpp goes by the
-# number of layers as well).
+# The 27B sizes scale queries by hidden_size / heads, the others by head_dim. No metadata says so; llama.cpp also goes by
+# the number of layers.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
-_SOFTMAX, _SIGMOID = 1, 2  # of a router's scores, `expert_gating_func`
+_SOFTMAX, _SIGMOID = 1, 2  # values of `expert_gating_func`, the function of a router's scores
 
 
 def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> PreTrainedConfig:
@@ -91,7 +91,7 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
 
     Args:
         checkpoint: an open header of a supported architecture.
-        read_floats: reads a small tensor of the file by name, for scalings that are stored as tensors.
+        read_floats: reader of a small tensor by name, for scalings that are stored as tensors.
 
     Raises:
         CheckpointError: metadata that the architecture needs is missing or impossible.
@@ -103,7 +103,7 @@ def make_config(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]
             f"{checkpoint.path}: the metadata says {checkpoint.layers} layers, of {len(checkpoint.tensors)} tensors",
             hint=_BROKEN,
         )
-    return _made(checkpoint, lambda: _of_gguf(checkpoint, read_floats))
+    return _checked_config(checkpoint, lambda: _of_gguf(checkpoint, read_floats))
 
 
 _FOLDER = "use the model's folder, or llama.cpp"
@@ -116,7 +116,7 @@ def _of_gguf(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) 
     architecture = checkpoint.architecture
     mapped = architecture if architecture in GGUF_CONFIG_MAPPING else MODEL_TYPES.get(architecture, architecture)
     values: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(mapped, {}))
-    for key, renamed in GGUF_CONFIG_MAPPING.get(mapped, GGUF_CONFIG_MAPPING["qwen3"]).items():  # words for any decoder
+    for key, renamed in GGUF_CONFIG_MAPPING.get(mapped, GGUF_CONFIG_MAPPING["qwen3"]).items():  # keys for any decoder
         value = checkpoint.get(key)
         if renamed is not None and value is not None:
             values[renamed] = value
@@ -133,7 +133,7 @@ def _of_gguf(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) 
 
 
 def _by_transformers(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """The config of an architecture for which transformers derives all of it."""
+    """The config of an architecture whose whole config transformers derives."""
     metadata: dict[str, Any] = {
         key: checkpoint.array(key) if isinstance(value, ArrayRef) and not key.startswith("tokenizer.") else value
         for key, value in checkpoint.metadata.items()
@@ -143,7 +143,7 @@ def _by_transformers(checkpoint: Checkpoint) -> PreTrainedConfig:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def _made(checkpoint: Checkpoint, make: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
+def _checked_config(checkpoint: Checkpoint, make: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
     try:
         return make()
     except (HeadraceError, ImportError, OSError):
@@ -156,28 +156,30 @@ def _made(checkpoint: Checkpoint, make: Callable[[], PreTrainedConfig]) -> PreTr
 
 
 def _model_type(checkpoint: Checkpoint) -> str:
-    """transformers' name for what GGUF calls the architecture. Mixtral's files call themselves llama and have experts, OLMo 3's
-    olmo2 and have a window."""
+    """transformers' name for a GGUF architecture.
+
+    Mixtral's files call themselves llama and have experts; OLMo 3's call themselves olmo2 and have a window.
+    """
     if checkpoint.architecture == "llama" and checkpoint.number("expert_count", 0):
         return "mixtral"
     if checkpoint.architecture == "deepseek2":
-        gating = checkpoint.number("expert_gating_func", 0)  # GLM 4.7 Flash's files do not say it
+        gating = checkpoint.number("expert_gating_func", 0)  # missing in GLM 4.7 Flash's files
         corrected = not gating and any(".exp_probs_b." in name for name in checkpoint.tensors)
         return "deepseek_v3" if gating == _SIGMOID or corrected else "deepseek_v2"
     if checkpoint.architecture == "mistral3" and checkpoint.get("rope.scaling.type") != "yarn":
-        return "mistral"  # Mistral Small 3.1 and what is like it
+        return "mistral"  # Mistral Small 3.1 and similar models
     if checkpoint.architecture == "olmo2" and checkpoint.number("attention.sliding_window", 0):
         return "olmo3"
     if checkpoint.architecture == "t5" and "enc.blk.1.attn_rel_b.weight" in checkpoint.tensors:
-        return "umt5"  # biases of positions in every layer
+        return "umt5"  # relative position biases in every layer
     return MODEL_TYPES.get(checkpoint.architecture, checkpoint.architecture)
 
 
 def decoder_start_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The tokens that a decoder begins with when an encoder reads the prompt; none where there is no encoder.
+    """The decoder's first tokens when an encoder reads the prompt; none for decoder-only models.
 
     Raises:
-        CheckpointError: nothing says what they are.
+        CheckpointError: no config or metadata gives them.
     """
     if not checkpoint.has_encoder:
         return ()
@@ -202,7 +204,7 @@ def decoder_start_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def check_model_type(checkpoint: Checkpoint) -> None:
-    """Raise `UnsupportedError` for a folder of a model that transformers has no language model for, or that is refused."""
+    """Raise `UnsupportedError` for a folder whose model has no language model in transformers, or is refused."""
     values = checkpoint.config
     if values is None:
         return
@@ -227,7 +229,7 @@ def check_model_type(checkpoint: Checkpoint) -> None:
 
 
 def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config as it is written, if transformers has a language model for it."""
+    """The folder's config as it is, if transformers has a language model for it."""
     check_model_type(checkpoint)
     kind = values["model_type"]
     given = {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
@@ -239,11 +241,10 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
             hint="the config is damaged, or of another version of transformers",
         ) from error
     if hasattr(config, "rescale_every"):
-        config.rescale_every = (
-            0  # keeps RWKV's numbers within half precision, by changing its weights; here they are fp32
-        )
+        # It keeps RWKV's values within half precision by changing its weights; here they are fp32.
+        config.rescale_every = 0
     if kind == "bigbird_pegasus":
-        config.attention_type = "original_full"  # it changes to that by itself for a short text, and not back
+        config.attention_type = "original_full"  # for a short text it changes to that by itself, and not back
     return config
 
 
@@ -256,7 +257,7 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
     if architecture == "gemma4":
         return values | {"rope_parameters": _gemma4_rope(checkpoint, read_floats)}
     rope = _rope(checkpoint, read_floats)
-    if architecture in ("deepseek2", "glm-dsa"):  # rotated is a part of a head that has a width of its own
+    if architecture in ("deepseek2", "glm-dsa"):  # the RoPE part of a head has a width of its own
         rope.pop("partial_rotary_factor", None)
         logarithm = checkpoint.get("rope.scaling.yarn_log_multiplier")
         if rope["rope_type"] == "yarn" and isinstance(logarithm, float):
@@ -279,7 +280,7 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
 _WITHOUT_ROTATION = ("bloom", "granitehybrid", "mamba", "nemotron_h", "nemotron_h_moe", "t5")
 
 
-# How the routers of these turn scores into weights; files may say it.
+# Function from scores to weights in these families' routers; files may give it.
 _GATED = {
     **dict.fromkeys(
         ("afmoe", "dots1", "exaone-moe", "glm-dsa", "glm4moe", "lfm2moe", "minimax-m2", "nemotron_h_moe"), _SIGMOID
@@ -291,7 +292,7 @@ _GATED = {
 
 
 def _check_router(checkpoint: Checkpoint) -> None:
-    """Refuse a file whose router is said to work otherwise than the model's."""
+    """Refuse a file whose router uses another gating function than the model's."""
     usual = _GATED.get(checkpoint.architecture)
     if usual is not None and checkpoint.number("expert_gating_func", usual) not in (0, usual):
         raise UnsupportedError(
@@ -310,7 +311,7 @@ def _head_dim(checkpoint: Checkpoint) -> int:
     return width
 
 
-# What Phi-3.5-MoE's config says of a context 32 times as long; files hold what a formula makes of that, 1.19.
+# mscale in Phi-3.5-MoE's config for a context 32 times as long; files store a formula's value instead, 1.19.
 _PHI_MOE_FACTOR, _PHI_MOE_SCALE = 32, 1.243163121016122
 
 
@@ -354,17 +355,17 @@ def _rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> 
 
 
 def _gemma4_rope(checkpoint: Checkpoint, read_floats: Callable[[str], list[float]]) -> dict[str, Any]:
-    """Frequencies that full attention leaves alone have an infinite factor in `rope_freqs.weight`; other layers turn all."""
+    """RoPE of Gemma 4. Frequencies that full attention does not rotate have an infinite factor in `rope_freqs.weight`."""
     factors = read_floats("rope_freqs.weight")
-    turned = [factor for factor in factors if factor == 1.0]
-    if factors[: len(turned)] != turned or any(factor < 1e20 for factor in factors[len(turned) :]):
+    rotated = [factor for factor in factors if factor == 1.0]
+    if factors[: len(rotated)] != rotated or any(factor < 1e20 for factor in factors[len(rotated) :]):
         raise UnsupportedError(
             f"{checkpoint.path}: `rope_freqs.weight` scales frequencies, which is not supported", hint=_FOLDER
         )
     return {
         "full_attention": {
             "rope_type": "proportional",
-            "partial_rotary_factor": len(turned) / max(1, len(factors)),
+            "partial_rotary_factor": len(rotated) / max(1, len(factors)),
             "rope_theta": checkpoint.get("rope.freq_base") or 1e6,
         },
         "sliding_attention": {"rope_type": "default", "rope_theta": checkpoint.get("rope.freq_base_swa") or 1e4},
@@ -385,8 +386,8 @@ def _llama(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _mixture(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Widths of experts: `expert_feed_forward_length`, or of older files the tensors' own."""
+def _moe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Expert widths from `expert_feed_forward_length`; in older files from the tensors."""
     down = checkpoint.tensors.get("blk.0.ffn_down_exps.weight")
     width = checkpoint.number("expert_feed_forward_length", down.columns if down is not None else 0)
     values = {"head_dim": _head_dim(checkpoint), "moe_intermediate_size": width}
@@ -412,7 +413,7 @@ def _gemma(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _of_layers(checkpoint: Checkpoint, key: str) -> list[Any]:
-    """A value of every layer, where the file may give one for all of them."""
+    """A value for every layer; the file may have one for all layers."""
     layers, values = checkpoint.number("block_count"), checkpoint.array(key)
     if not values and layers <= len(checkpoint.tensors):
         return [checkpoint.number(key)] * layers
@@ -425,7 +426,7 @@ def _of_layers(checkpoint: Checkpoint, key: str) -> list[Any]:
 
 
 def _gemma4(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Layers see a window or everything, with heads of their own each; the last ones may use the keys of earlier ones."""
+    """Gemma 4: sliding and full layers have different heads; the last layers may share the K/V of earlier ones."""
     sliding = _of_layers(checkpoint, "attention.sliding_window_pattern")
     if not any(sliding) or all(sliding):
         raise UnsupportedError(
@@ -490,7 +491,7 @@ def _starcoder2(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _glm4moe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Multi-token prediction heads are stored as further layers."""
+    """GLM 4.5. Multi-token prediction heads are stored as further layers."""
     head_dim, experts = _head_dim(checkpoint), checkpoint.number("expert_count")
     return {
         "num_hidden_layers": checkpoint.layers,
@@ -512,7 +513,7 @@ def _glm4moe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _deepseek2(checkpoint: Checkpoint) -> dict[str, Any]:
-    """DeepSeek V2 and V3, and what is built like them. Newer files tell the widths of heads apart from those of what is kept."""
+    """DeepSeek V2, V3 and similar models. Newer files give the head widths in keys of their own, beside the cached widths."""
     rotated = checkpoint.number("rope.dimension_count")
     keys = checkpoint.number("attention.key_length_mla", _head_dim(checkpoint))
     groups = checkpoint.number("expert_group_count", 1)
@@ -541,7 +542,7 @@ def _deepseek2(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _llama4(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Scout and Maverick. That Scout normalises queries and keys, no metadata says."""
+    """Llama 4 Scout and Maverick. Scout normalises queries and keys, which no metadata says."""
     experts = checkpoint.number("expert_count", 0)
     if not experts or checkpoint.get("attention.sliding_window") == 0:
         raise UnsupportedError(
@@ -559,14 +560,12 @@ def _llama4(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-_LLAMA4_WITHOUT_NORMS = 128  # experts, as Maverick has
+_LLAMA4_WITHOUT_NORMS = 128  # number of experts in Maverick
 
 
 def _granite(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.get("rope.scaling.finetuned") is False:
-        raise UnsupportedError(
-            f"{checkpoint.path}: attention of a granite model knows no positions, which is not supported", hint=_FOLDER
-        )
+        raise UnsupportedError(f"{checkpoint.path}: a granite model without RoPE is not supported", hint=_FOLDER)
     return _llama(checkpoint) | {name: checkpoint.get(key) or 1.0 for name, key in _GRANITE_SCALES.items()}
 
 
@@ -584,10 +583,10 @@ def _granitemoe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _granitehybrid(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Attention, in the layers that have heads for keys, knows no positions."""
+    """Granite 4 hybrid. Layers with KV heads are attention, without RoPE."""
     if checkpoint.get("rope.scaling.finetuned") is not False:
         raise UnsupportedError(
-            f"{checkpoint.path}: a hybrid granite model that knows positions is not supported", hint="use its folder"
+            f"{checkpoint.path}: a hybrid granite model with RoPE is not supported", hint="use its folder"
         )
     kv_heads, heads = _of_layers(checkpoint, "attention.head_count_kv"), checkpoint.number("ssm.time_step_rank")
     width = checkpoint.number("expert_shared_feed_forward_length", 0)
@@ -609,7 +608,7 @@ def _granitehybrid(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _nemotron_h(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a layer is, its widths tell: heads for keys, an MLP or experts, or neither."""
+    """Nemotron-H. Widths give each layer's type: KV heads, an MLP or experts, or neither (Mamba)."""
     layers = checkpoint.layers
     kv_heads, widths = (
         _of_layers(checkpoint, key)[:layers] for key in ("attention.head_count_kv", "feed_forward_length")
@@ -652,7 +651,7 @@ def _mistral3(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _cohere(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Command R, and with a window (in three layers of four, which no metadata says) Command R7B and A."""
+    """Command R; with a window Command R7B and A, in three of four layers, which no metadata says."""
     window = checkpoint.number("attention.sliding_window", 0)
     return {
         "logit_scale": checkpoint.get("logit_scale") or 1.0,
@@ -663,7 +662,7 @@ def _cohere(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _windowed(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where there is a window, the file says which layers have it."""
+    """Models whose metadata lists the layers with a sliding window."""
     window = checkpoint.number("attention.sliding_window", 0)
     layers = checkpoint.layers
     values = {"head_dim": _head_dim(checkpoint), "num_hidden_layers": layers, "sliding_window": window or None}
@@ -719,10 +718,10 @@ def _qwen3(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _qwen3next(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Every so many layers one with full attention, the others with linear attention."""
+    """Qwen3-Next: linear attention, with full attention in every `full_attention_interval`-th layer."""
     layers, interval = checkpoint.layers, checkpoint.number("full_attention_interval", 4)
     value_heads = checkpoint.number("ssm.time_step_rank")
-    return _mixture(checkpoint) | {
+    return _moe(checkpoint) | {
         "num_hidden_layers": layers,
         "layer_types": ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)],
         "linear_conv_kernel_dim": checkpoint.number("ssm.conv_kernel"),
@@ -737,7 +736,7 @@ def _qwen3next(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _lfm2moe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Layers without heads for keys are convolutions."""
+    """LFM2 with experts. Layers without KV heads are convolutions."""
     kv_heads = _of_layers(checkpoint, "attention.head_count_kv")
     return {
         "num_key_value_heads": max(kv_heads),
@@ -783,7 +782,7 @@ def _exaone_moe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _afmoe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Every fourth layer sees everything, which no metadata says; embeddings are scaled, weights of experts add up to one."""
+    """AFMoE. No metadata says that every fourth layer has full attention; embeddings are scaled, expert weights sum to one."""
     if checkpoint.get("expert_weights_norm") is False:
         raise UnsupportedError(
             f"{checkpoint.path}: weights of experts that do not add up to one are not supported", hint="use its folder"
@@ -829,7 +828,7 @@ def _ernie4_5_moe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _glm4(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What is multimodal (GLM 4V, GLM-OCR) goes by the same name, turned another way round."""
+    """GLM 4. Multimodal models (GLM 4V, GLM-OCR) have the same name, but another RoPE."""
     if checkpoint.array("rope.dimension_sections") or checkpoint.get("rope.dimension_sections") is not None:
         raise UnsupportedError(
             f"{checkpoint.path}: positions of a glm4 model with several axes are not supported",
@@ -839,7 +838,7 @@ def _glm4(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _hunyuan(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The base of its frequencies is stored scaled."""
+    """Hunyuan. Files store the RoPE base already scaled."""
     values = {"head_dim": _head_dim(checkpoint), "attention_bias": "blk.0.attn_q.bias" in checkpoint.tensors}
     experts = checkpoint.number("expert_count", 0)
     if not experts:
@@ -876,7 +875,7 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "glm-dsa": _deepseek2,
     "glm4": _glm4,
     "glm4moe": _glm4moe,
-    "gpt-oss": _mixture,
+    "gpt-oss": _moe,
     "gpt2": _gpt2,
     "granite": _granite,
     "granitehybrid": _granitehybrid,
@@ -886,7 +885,7 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "lfm2moe": _lfm2moe,
     "llama": _llama,
     "llama4": _llama4,
-    "minimax-m2": _mixture,
+    "minimax-m2": _moe,
     "mistral3": _mistral3,
     "nemotron": _nemotron,
     "nemotron_h": _nemotron_h,
@@ -895,12 +894,12 @@ _FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "olmoe": _olmoe,
     "phi3": _phi3,
     "phimoe": _phimoe,
-    "qwen2moe": _mixture,
+    "qwen2moe": _moe,
     "qwen3": _qwen3,
-    "qwen3moe": _mixture,
+    "qwen3moe": _moe,
     "qwen3next": _qwen3next,
     "qwen3vl": _qwen3,
-    "qwen3vlmoe": _mixture,
+    "qwen3vlmoe": _moe,
     "seed_oss": _seed_oss,
     "smollm3": _llama,
     "stablelm": _stablelm,

@@ -12,19 +12,19 @@ from headrace.errors import UsageError
 from headrace.model.chat_template import REASONING_FIELDS, ChatTemplate
 
 _ALWAYS = frozenset({"role", "content", "tool_calls", "tool_call_id"})
-_EMPTY: tuple[Any, ...] = ("", [], {})  # of fields that say nothing so
+_EMPTY: tuple[Any, ...] = ("", [], {})  # values of empty fields
 
 
 def template_variables(
     template: ChatTemplate, told: Mapping[str, Any], effort: str | None, documents: Sequence[Any] | None
 ) -> dict[str, Any]:
-    """What a template is told beside the conversation.
+    """The variables of a template beside the conversation.
 
     Args:
-        template: the model's.
+        template: the model's chat template.
         told: `chat_template_kwargs`.
         effort: `reasoning_effort`. "none" sets `enable_thinking` to False if the template knows only that.
-        documents: for templates that have a place for them.
+        documents: documents for templates that use them.
 
     Raises:
         UsageError: the template has no such variable.
@@ -57,7 +57,7 @@ def template_variables(
 def checked_messages(
     template: ChatTemplate, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The messages as the template renders them whole: arguments of tool calls as objects where it takes them so.
+    """The messages in a form that the template renders completely, with tool call arguments as objects if it takes them.
 
     Raises:
         UsageError: the template would leave out a tool call or a field.
@@ -69,7 +69,7 @@ def checked_messages(
     if not any(message.get("tool_calls") for message in found):
         return found
     parsed = [_with_objects(message) for message in found]
-    # Some templates render calls only beside a content that is null, others only beside a text.
+    # Some templates render calls only beside a null content, others only beside a text.
     empty = [
         [
             {**message, "content": content} if message.get("tool_calls") and not message.get("content") else message
@@ -88,7 +88,7 @@ def checked_messages(
 
 
 def without_empty(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without fields that say nothing; a content may be empty, or null beside tool calls."""
+    """Drop empty fields; a content may be empty, or null beside tool calls."""
     return {
         name: value
         for name, value in message.items()
@@ -97,14 +97,14 @@ def without_empty(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_written(template: ChatTemplate, message: dict[str, Any]) -> dict[str, Any]:
-    """A content in parts as one text, for templates that only know texts."""
+    """Join a content in parts to one text, for templates that only take text."""
     content = message.get("content")
     if not isinstance(content, list) or _TAKES_PARTS.search(template.source):
         return message
     return {**message, "content": "".join(part if isinstance(part, str) else str(part["text"]) for part in content)}
 
 
-# A loop over a content, or a test of what kind it is.
+# A loop over a content, or a test of its type.
 _TAKES_PARTS = re.compile(
     r"in\s+[\w.]*(\[['\"])?content\b|content(['\"]\])?\s+is\s+(not\s+)?(string|iterable|sequence|mapping)"
 )
@@ -125,7 +125,7 @@ def _check_fields(template: ChatTemplate, message: Mapping[str, Any]) -> None:
 
 
 def _check_names(template: ChatTemplate, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> None:
-    """A template may know `name` of something else, a function say: so each is looked for in the text."""
+    """Search the rendered text for each `name`: a template may use the word only for something else, such as a function."""
     marks = {
         i: f"named{i:04d}here" for i, message in enumerate(messages) if "name" in message and message["role"] != "tool"
     }
@@ -169,7 +169,7 @@ def _calls_a_function(call: Any) -> bool:
 
 
 def _renders_calls(template: ChatTemplate, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> bool:
-    """Whether every tool call is rendered; each gets a unique name to search for."""
+    """True if every tool call is rendered; each gets a unique name to search for."""
     marks: list[str] = []
 
     def marked(call: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tokens that end an answer, by the spellings that published models give them; metadata often names only one of them."""
+"""Tokens that end an answer, by their texts in published models; metadata often names only one of them."""
 
 from collections.abc import Callable
 
@@ -25,12 +25,12 @@ END_TOKENS = (
     "_<EOT>",
     "[EOT]",
     "[e~[",
-    # After these, code models would start another file.
+    # After these, code models start another file.
     "<|fim_pad|>",
     "<|repo_name|>",
     "<|file_sep|>",
 )
-# Delimiters of gpt-oss's messages; where `<|end|>` only ends one message of several, it is one of them.
+# Delimiters of gpt-oss's messages; `<|end|>` is one if it ends only one message of several.
 MESSAGE_MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>")
 _MESSAGE_END = "<|end|>"
 _RETURN, _CALLS, _FLUSH = "<|return|>", ("<|call|>", "<|calls|>"), "<|flush|>"

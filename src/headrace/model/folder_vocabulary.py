@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder, by way of transformers; no code of the folder runs."""
+"""The tokenizer of a Hugging Face folder, loaded by transformers; no code of the folder runs."""
 
 import math
 import os
@@ -71,9 +71,9 @@ class FolderVocabulary:
         return self._ids(text, False)
 
     def raw(self, text: str) -> list[int]:
-        """As `Vocabulary.raw`: with all that the tokenizer puts before a text."""
+        """As `Vocabulary.raw`, with the prefix that the tokenizer adds."""
         ids = self._ids(text, True)
-        if self.adds_bos and ids[:2] == [self.bos_id, self.bos_id]:  # the text has one of its own
+        if self.adds_bos and ids[:2] == [self.bos_id, self.bos_id]:  # the text has a BOS token of its own
             ids = ids[1:]
         return ids[:-1] if self._adds_eos else ids
 
@@ -96,7 +96,7 @@ class FolderVocabulary:
             return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
     def stream(self, before: Sequence[int] = (), *, strip_space: bool = False) -> TextStream:
-        """As `Vocabulary.stream`: decoders strip the space where nothing is before it."""
+        """As `Vocabulary.stream`: decoders strip a space at the very start."""
         return WindowStream(self.decode, () if strip_space else before[-_CONTEXT_TOKENS:], self._byte_ids.get)
 
     def _added_id(self, token: str) -> int | None:
@@ -190,7 +190,7 @@ def _check_expansion(path: str) -> None:
 
 
 def _growth(step: Any, depth: int = 0) -> float:
-    """By what factor a normaliser, pre-tokenizer or decoder can make a text longer."""
+    """Max factor by which a normaliser, pre-tokenizer or decoder makes a text longer."""
     if not isinstance(step, dict) or depth > 16:
         return 1.0 if depth <= 16 else math.inf
     inner: list[Any] = next(
@@ -207,7 +207,7 @@ def _growth(step: Any, depth: int = 0) -> float:
 
 
 def _copies(step: dict[str, Any], depth: int = 0) -> int:
-    """How often a post-processor repeats the text."""
+    """Number of times a post-processor repeats the text."""
     processors = step.get("processors") if depth < 16 else None
     inner = [one for one in processors if isinstance(one, dict)] if isinstance(processors, list) else []
     single = step.get("single")

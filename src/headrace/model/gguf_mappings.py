@@ -1,7 +1,7 @@
-"""What tensors of GGUF files become in the model, for architectures that transformers has no mapping of.
+"""Conversion mappings from GGUF tensors to the model, for architectures for which transformers has none.
 
-Written as transformers writes its own (`integrations.gguf.gguf_conversion_mapping`), with its operations: names first, then what
-llama.cpp's converter has done to the values, undone.
+They have the form of transformers' own (`integrations.gguf.gguf_conversion_mapping`) and use its operations. Each maps names
+first, then undoes the changes that llama.cpp's converter made to the values.
 """
 
 from collections.abc import Callable
@@ -30,14 +30,14 @@ def mapping_of(architecture: str, config: PreTrainedConfig) -> Mapping | None:
     return _MAPPINGS[architecture](config) if architecture in _MAPPINGS else None
 
 
-# What llama.cpp's converter may write, and transformers' mappings of its files do not know.
+# Tensors that llama.cpp's converter may write and transformers' mappings lack.
 _ALSO_IN_FILES = (WeightRenaming(r"\.ffn_gate_up_exps\.weight", ".mlp.experts.gate_up_proj"),)
 
 
 class GroupedByKeyHead(ConversionOps):  # type: ignore[misc]  # transformers tells no types
-    """Queries, keys, values and gates of all heads one after another become those of each key head together.
+    """Group the rows of queries, keys, values and gates by key head; files store them one after another for all heads.
 
-    Rows of two tensors, (heads x (2 key width + value width), ...) and (heads x value width, ...).
+    The inputs are two tensors, (heads x (2 key width + value width), ...) and (heads x value width, ...).
     """
 
     supports_packed = True
@@ -49,7 +49,7 @@ class GroupedByKeyHead(ConversionOps):  # type: ignore[misc]  # transformers tel
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
     ) -> dict[str, torch.Tensor]:
-        """The rows of both, head after head."""
+        """The rows of both tensors, head after head."""
         tensors = (input_dict[pattern] for pattern in source_patterns)
         joined, gates = (found[0] if isinstance(found, list) else found for found in tensors)
         queries, keys, values = joined.split([self._keys, self._keys, len(joined) - 2 * self._keys])
@@ -58,19 +58,19 @@ class GroupedByKeyHead(ConversionOps):  # type: ignore[misc]  # transformers tel
 
 
 class Flat(ConversionOps):  # type: ignore[misc]  # transformers tells no types
-    """A vector that files hold as a column, or in groups."""
+    """Flattens a vector that files store as a column, or in groups."""
 
     @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
     ) -> dict[str, torch.Tensor]:
-        """The same numbers in one dimension."""
+        """The same values in one dimension."""
         (found,) = input_dict.values()
         return {target_patterns[0]: (found[0] if isinstance(found, list) else found).flatten()}
 
 
 def _converted(target: str, *operations: ConversionOps) -> WeightConverter:
-    """What a name has become, by these operations."""
+    """These operations on a tensor that already has its new name."""
     return WeightConverter(target, target, operations=list(operations))
 
 
@@ -79,7 +79,7 @@ def _renamed(names: dict[str, str]) -> Mapping:
 
 
 def _norms_less_one(**names: str) -> Mapping:
-    """Norms around one, which files hold whole."""
+    """Norm weights minus one: the model adds one, files store the sum."""
     return [
         WeightConverter(rf"\.{stored}\.weight", f".{target}.weight", operations=[SubtractOne()])
         for stored, target in names.items()
@@ -87,7 +87,7 @@ def _norms_less_one(**names: str) -> Mapping:
 
 
 def _of_experts(block: str, router: str = "gate") -> Mapping:
-    """Stacks of routed experts, gates and ups apart or in one."""
+    """Stacked routed experts, with gate and up in two tensors or one."""
     return [
         WeightRenaming(r"\.ffn_gate_inp\.", f".{block}.{router}."),
         WeightRenaming(r"\.ffn_down_exps\.weight", f".{block}.experts.down_proj"),
@@ -101,7 +101,7 @@ def _of_experts(block: str, router: str = "gate") -> Mapping:
 
 
 def _of_mamba2(block: str) -> Mapping:
-    """A state-space layer of the second kind."""
+    """A Mamba-2 layer."""
     names = {r"\.ssm_(in|out)\.": rf".{block}.\1_proj.", r"\.ssm_(conv1d|norm)\.": rf".{block}.\1."}
     vectors = {r"\.ssm_dt\.bias": f".{block}.dt_bias", r"\.ssm_a$": f".{block}.A_log", r"\.ssm_d$": f".{block}.D"}
     return [
@@ -114,10 +114,10 @@ def _of_mamba2(block: str) -> Mapping:
 
 
 def _qwen3next(config: Any) -> Mapping:
-    """Qwen3-Next: as Qwen 3.5, but value heads lie as in the model, and its two products make four and two things each."""
+    """Qwen3-Next: like Qwen 3.5, but value heads are in the model's order, and its two matmuls yield four and two outputs."""
     renamed = {
         r"\.ssm_ba\.": ".linear_attn.in_proj_ba.",
-        r"\.ssm_in\.": ".linear_attn.in_proj_qkvz.",  # older files hold it as the model does
+        r"\.ssm_in\.": ".linear_attn.in_proj_qkvz.",  # older files store it as in the model
         r"\.ssm_conv1d\.": ".linear_attn.conv1d.",
         r"\.ssm_norm\.": ".linear_attn.norm.",
         r"\.ssm_out\.": ".linear_attn.out_proj.",
@@ -151,7 +151,7 @@ def _qwen3next(config: Any) -> Mapping:
 
 
 def _lfm2moe(config: Any) -> Mapping:
-    """LFM2 with experts, whose router has a bias that only chooses."""
+    """LFM2 with experts. Its router's bias affects only the choice of experts, not their weights."""
     return [
         *GGUF_ARCHS["lfm2"](config),
         WeightRenaming(r"\.exp_probs_b\.bias", ".feed_forward.expert_bias"),
@@ -160,7 +160,7 @@ def _lfm2moe(config: Any) -> Mapping:
 
 
 def _nemotron_h(config: Any) -> Mapping:
-    """Nemotron-H and Nemotron 3: every layer is one thing, a state space, attention, an MLP or experts without gates."""
+    """Nemotron-H and Nemotron 3: every layer is one of Mamba-2, attention, an MLP or experts without gates."""
     names = {
         r"^token_embd\.": "model.embeddings.",
         r"^output_norm\.": "model.norm_f.",
@@ -181,7 +181,7 @@ def _nemotron_h(config: Any) -> Mapping:
 
 
 def _granite(config: Any) -> Mapping:
-    """Granite with experts, a shared MLP, and in the hybrid state spaces. Queries and keys are permuted as llama's."""
+    """Granite with experts, a shared MLP, and in the hybrid Mamba-2 layers. Queries and keys are permuted as llama's."""
     names = {
         r"^output_norm\.": "model.norm.",
         r"\.attn_norm\.": ".input_layernorm.",
@@ -210,7 +210,7 @@ def _granite(config: Any) -> Mapping:
 
 
 def _by_halves(config: Any, heads: int) -> torch.Tensor:
-    """Rows of heads whose two halves take turns in files."""
+    """The row order that puts each head's halves one after another; in files their rows alternate."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return torch.arange(heads * width, device="cpu").view(heads, -1, 2).swapaxes(1, 2).flatten()
 

@@ -1,6 +1,6 @@
 """The tokenizer that a GGUF file's metadata describes, by `tokenizer.ggml.model`:
 
-gpt2    byte-level BPE; `tokenizer.ggml.pre` says how text is cut into words (`cuts.py`)
+gpt2    byte-level BPE; `tokenizer.ggml.pre` names the pre-tokenizer (`pre_tokenizers.py`)
 llama   SentencePiece's BPE
 gemma4  BPE over characters, spaces written as SentencePiece writes them
 t5      SentencePiece's unigram model
@@ -39,7 +39,7 @@ _KEEP_WHITE_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 # Tokens that begin every prompt of GLM-4.
 _GLM_PREFIX, _GLM_PRE_TOKENIZERS = ("[gMASK]", "<sop>"), ("chatglm-bpe", "glm4")
 _NAMED = {"unk": "unknown", "pad": "padding"}
-_ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # whose keys name tokens that end an answer
+_ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # keys of tokens that end an answer
 _SENTINELS, _PADDING = 100, re.compile(r"\[PAD\d+\]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACES, _LINE_ENDS = re.compile(" +"), re.compile("(\n+)")
@@ -66,7 +66,7 @@ class GgufVocabulary:
         self._types = _types(checkpoint, len(tokens))
         if kind == "t5":
             self._rename_sentinels(tokens)
-        ids = {token: i for i, token in reversed([*enumerate(tokens)])}  # the first of equal ones
+        ids = {token: i for i, token in reversed([*enumerate(tokens)])}  # the first of equal tokens
         self._tokens = TokenTexts(tokens)
         self.bos_id, self._eos_id = self._named(checkpoint, "bos_token_id"), self._named(checkpoint, "eos_token_id")
         self.end_ids = self._ends(checkpoint, ids)
@@ -75,7 +75,7 @@ class GgufVocabulary:
         self._merges_spaces = kind == "llama" and _flag(checkpoint, "remove_extra_whitespaces", False)
         self._space_first = kind in ("llama", "t5") and _flag(checkpoint, "add_space_prefix", kind == "llama")
         self.adds_bos = self.bos_id is not None and (
-            kind == "gemma4" or _flag(checkpoint, "add_bos_token", _begins(kind, pre))
+            kind == "gemma4" or _flag(checkpoint, "add_bos_token", _adds_bos(kind, pre))
         )
         # The end token is added only to encoder input; a decoder continues its prompt.
         self._adds_eos = _flag(checkpoint, "add_eos_token", kind == "t5")
@@ -108,7 +108,7 @@ class GgufVocabulary:
         return found
 
     def rendered(self, text: str) -> list[int]:
-        """As `Vocabulary.rendered`: llama.cpp adds a beginning token where the template left it out."""
+        """As `Vocabulary.rendered`: llama.cpp adds a BOS token if the template did not."""
         return self._begun(self.plain(text))
 
     def raw(self, text: str) -> list[int]:
@@ -145,7 +145,7 @@ class GgufVocabulary:
         return ByteStream(self.bytes_of, strip_space=self._space_first and strip_space)
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes that a token stands for, none of a control token."""
+        """The bytes of a token; none for a control token."""
         if not 0 <= token < len(self._tokens):
             return b""
         text, kind = self._tokens[token], self._types[token]
@@ -171,7 +171,7 @@ class GgufVocabulary:
         return next((one for one in (token, usual) if isinstance(one, int) and 0 <= one < len(self._tokens)), None)
 
     def _ends(self, checkpoint: Checkpoint, ids: Mapping[str, int]) -> frozenset[int]:
-        """The tokens that end an answer, by the metadata and, of special tokens, by their spelling."""
+        """The tokens that end an answer, by the metadata, and special tokens by their spelling."""
         ends = {self._named(checkpoint, f"{name}_token_id") for name in _ENDS}
         special = {token for token, i in ids.items() if self._types[i] in (_CONTROL, _USER_DEFINED)}
         spelled, marks = find_end_tokens(special.__contains__)
@@ -192,33 +192,33 @@ class GgufVocabulary:
             ]
         )
 
-    # -- how the text between special tokens is encoded: (text, whether it begins the text or follows a special token) -----
+    # -- encoders of the text between special tokens: (text, is it at the start or after a special token?) to ids ----------
 
     def _byte_level(self, checkpoint: Checkpoint, pre: str, ids: dict[str, int]) -> Callable[[str, bool], list[int]]:
         words = pre_tokenizer(pre)
         if words is None:
             raise UnsupportedError(
-                f"{checkpoint.path}: its text is cut into words in a way that is not known here, `{pre}`",
-                hint="use the model's folder from the hub, whose tokenizer.json says how",
+                f"{checkpoint.path}: the pre-tokenizer `{pre}` is not supported",
+                hint="use the model's folder from the hub, whose tokenizer.json describes it",
             )
         merges = _merges(checkpoint)
         if not merges:  # as in tiktoken: the rank of a merge is the id of its result
-            pieces = SentencePieceBpe(ids, [-i for i in range(len(self._tokens))], {}, None)
-            return lambda text, _: [i for word, _ in words.pre_tokenize_str(text) for i in pieces.encode(word)]
+            bpe = SentencePieceBpe(ids, [-i for i in range(len(self._tokens))], {}, None)
+            return lambda text, _: [i for word, _ in words.pre_tokenize_str(text) for i in bpe.encode(word)]
         backend = Tokenizer(BPE(ids, merges, ignore_merges=pre in IGNORE_MERGES))
         backend.pre_tokenizer = words
         return lambda text, _: list(backend.encode(text, add_special_tokens=False).ids)
 
     def _sentencepiece(self, checkpoint: Checkpoint, _: str, ids: dict[str, int]) -> Callable[[str, bool], list[int]]:
         scores = _scores(checkpoint, len(self._tokens))
-        pieces = SentencePieceBpe(ids, scores, self._byte_ids(), self._named(checkpoint, "unknown_token_id"))
+        bpe = SentencePieceBpe(ids, scores, self._byte_ids(), self._named(checkpoint, "unknown_token_id"))
         normalise = _normaliser(checkpoint)
 
         def encode(text: str, after_special: bool) -> list[int]:
             text = normalise(text)
             if self._space_first and after_special:
                 text = " " + text
-            return pieces.encode(text.replace(" ", SPACE))
+            return bpe.encode(text.replace(" ", SPACE))
 
         return encode
 
@@ -263,7 +263,7 @@ _ENCODERS: Mapping[str, Any] = {
 }
 
 
-def _begins(kind: str, pre: str) -> bool:
+def _adds_bos(kind: str, pre: str) -> bool:
     return kind == "llama" or (kind == "gpt2" and pre in ADD_BOS)
 
 
@@ -275,7 +275,7 @@ def _flag(checkpoint: Checkpoint, name: str, usual: bool) -> bool:
 
 
 def _types(checkpoint: Checkpoint, count: int) -> list[int]:
-    """One for each token; all are normal if the file does not tell."""
+    """The type of each token; all are normal if the file has no types."""
     found = checkpoint.array("tokenizer.ggml.token_type")
     if found and (len(found) != count or not all(isinstance(kind, int) for kind in found)):
         raise CheckpointError(

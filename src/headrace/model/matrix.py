@@ -1,8 +1,8 @@
-"""Where the rows of a model's matrix lie in the tensors of a checkpoint.
+"""The place of each row of a model's matrix in the tensors of a checkpoint.
 
-A checkpoint stores what its writer found handy: q, k and v in one tensor or in three, experts one by one or stacked, rows
-in another order. What transformers does to such weights is done here to row numbers instead: a conversion that copies
-rows about says by it where each row of the model's matrix comes from, and no weight is read.
+Checkpoints differ: q, k and v in one tensor or in three, experts one by one or stacked, rows in another order.
+transformers' weight conversion runs here on row indices instead of weights. Its result says where each row of the
+model's matrix is stored, and no weight is read.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from headrace.checkpoint.tensor import Slice
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """An (outputs, inputs) matrix made of slices one under another, then put in order."""
+    """An (outputs, inputs) matrix: slices stacked by rows, then reordered."""
 
     slices: tuple[Slice, ...]
-    order: torch.Tensor | None = None  # which row of the slices each output is; None: as they come
-    input_order: torch.Tensor | None = None  # which activation each column of the slices takes; None: as they come
-    # Of latent attention: two slices, what makes keys, head by head with inputs as rows, and what makes values.
+    order: torch.Tensor | None = None  # row of the stacked slices for each output; None: in order
+    input_order: torch.Tensor | None = None  # activation for each column of the slices; None: in order
+    # MLA's kv_b_proj as two slices: its key half (k_b), transposed per head, and its value half (v_b)
     k_b_transposed: bool = False
 
     @property
@@ -43,20 +43,20 @@ class Matrix:
 
 
 def matrix_of(
-    numbers: npt.NDArray[np.int64],
+    indices: npt.NDArray[np.int64],
     tensors: Sequence[Tensor],
     bases: Sequence[int],
     input_order: torch.Tensor | None = None,
 ) -> Matrix:
-    """The matrix whose row i is row `numbers[i]` of the tensors, counted through from the ascending `bases`."""
-    owners = np.searchsorted(np.asarray(bases), numbers, side="right") - 1
+    """The matrix whose row i is row `indices[i]` of the tensors; `bases` are the ascending indices of their first rows."""
+    owners = np.searchsorted(np.asarray(bases), indices, side="right") - 1
     slices: list[Slice] = []
-    places = np.empty(len(numbers), np.int64)
+    places = np.empty(len(indices), np.int64)
     height = 0
     seen, firsts = np.unique(owners, return_index=True)
     for owner in seen[np.argsort(firsts)]:
         mine = owners == owner
-        rows = numbers[mine] - bases[owner]
+        rows = indices[mine] - bases[owner]
         first, count = int(rows.min()), int(rows.max() - rows.min()) + 1
         places[mine] = rows - first + height
         slices.append(Slice(tensors[owner], first, count))
@@ -66,12 +66,12 @@ def matrix_of(
 
 
 def below_one_another(matrices: Sequence[Matrix]) -> Matrix:
-    """Matrices of the same inputs as one, none of them in another order than it is stored."""
+    """One matrix of several with the same inputs, stacked by rows. None of them may be reordered."""
     return Matrix(tuple(part for matrix in matrices for part in matrix.slices))
 
 
 def part_of(tensor: Tensor, index: int, count: int) -> Tensor:
-    """One of `count` equal matrices that lie one after another in a tensor."""
+    """One of `count` equal matrices, stored one after another in a tensor."""
     shape = tensor.shape[1:] if len(tensor.shape) > 2 else (tensor.shape[0] // count, tensor.shape[1])
     size = tensor.nbytes // count
     return replace(

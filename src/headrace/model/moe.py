@@ -1,7 +1,7 @@
-"""Where the routed experts of a model are, and how their matrices are stored.
+"""The routed experts of MoE models: where they are, and how their matrices are stored.
 
 transformers calls one function for the routed experts of nearly all families. A few multiply theirs in code of their own;
-they are given here the forward that they would have with that function. Weights keep their names and places.
+their forward is patched here to call that function. Weights keep their names and places.
 """
 
 from collections.abc import Callable
@@ -17,64 +17,64 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """The matrices of all experts of a layer, in one parameter or one for each."""
+    """One matrix of every expert of a layer, in one parameter for all or in one each."""
 
-    parameter: str  # its name below the module of experts; with {} for an expert's number, where each has its own
+    parameter: str  # name below the experts module; with {} for the expert's number, where each has its own
     shape: tuple[int, ...]  # (experts, outputs, inputs)
     outputs_last: bool = False  # the shape is (experts, inputs, outputs)
-    interleaved: bool = False  # gates and ups take turns
+    interleaved: bool = False  # rows of gate and up alternate
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The names of all."""
+        """The names of all parameters."""
         count = self.shape[0] if "{}" in self.parameter else 1
         return tuple(self.parameter.format(i) for i in range(count))
 
 
 @dataclass(frozen=True, slots=True)
-class Mixture:
-    """The routed experts of a layer."""
+class MoeLayout:
+    """The layout of a layer's routed experts."""
 
-    up: tuple[ExpertWeights, ...]  # what leads up to the gate, one under another
+    up: tuple[ExpertWeights, ...]  # gate_up_proj, or gate_proj and up_proj, stacked
     down: ExpertWeights
-    identities: int = 0  # further experts, after the others, that give back what they are given
+    identities: int = 0  # number of zero-computation experts, after the others: they return their input
 
     @property
     def stacks(self) -> tuple[ExpertWeights, ...]:
-        """All of them."""
+        """Up and down."""
         return (*self.up, self.down)
 
     @property
     def choices(self) -> int:
-        """How many experts a router chooses among."""
+        """Number of experts that a router chooses among."""
         return self.down.shape[0] + self.identities
 
 
-def mixture_of(module: nn.Module) -> Mixture | None:
-    """How the routed experts of this module are stored; None: it has none that can be multiplied where they lie."""
-    found: Any = getattr(module, "mixture", None)
+def moe_layout_of(module: nn.Module) -> MoeLayout | None:
+    """The layout of this module's routed experts; None: it has none that can stay packed."""
+    found: Any = getattr(module, "moe_layout", None)
     if found is not None:
-        return found if isinstance(found, Mixture) else None
+        return found if isinstance(found, MoeLayout) else None
     if not (hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")):
-        return None  # transformers' interface was not put around its class
+        return None  # transformers has not put its experts interface around the class
     stacks = {
         key: ExpertWeights(key, tuple(parameter.shape), bool(module.is_transposed), not module.is_concatenated)
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() == 3
     }
     up, down = stacks.get("gate_up_proj") or stacks.get("up_proj"), stacks.get("down_proj")
-    return Mixture((up,), down) if up is not None and down is not None and len(stacks) == 2 else None
+    return MoeLayout((up,), down) if up is not None and down is not None and len(stacks) == 2 else None
 
 
-def adopt_mixtures(model: PreTrainedModel, implementation: str) -> None:
-    """Give the experts that are multiplied in code of the model's own to `implementation`, as registered with transformers."""
+def patch_moe_layers(model: PreTrainedModel, implementation: str) -> None:
+    """Patch experts with a matmul of their own to use `implementation`, as registered with transformers."""
     for module in list(model.modules()):
-        adopt = _OWN.get(type(module).__name__)
-        if adopt is not None:
-            adopt(module, partial(_multiply, implementation))
+        patch = _OWN.get(type(module).__name__)
+        if patch is not None:
+            patch(module, partial(_multiply, implementation))
 
 
-# Multiplies hidden (rows, hidden) with the experts of a module, ids and weights (rows, chosen).
+# Computes the experts of a module on hidden (rows, hidden), with ids and weights (rows, top_k).
 Multiply = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -86,27 +86,27 @@ def _multiply(
 
 
 def _describe(
-    module: Any, mixture: Mixture, activation: Callable[[torch.Tensor], torch.Tensor], gated: bool = True
+    module: Any, layout: MoeLayout, activation: Callable[[torch.Tensor], torch.Tensor], gated: bool = True
 ) -> None:
-    """Tell of a module without biases what transformers' interface would."""
+    """Set the attributes of transformers' experts interface on a module without biases."""
 
-    def apply_gate(raised: torch.Tensor) -> torch.Tensor:
-        gate, up = raised.chunk(2, dim=-1)
+    def apply_gate(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
         return activation(gate) * up
 
-    module.mixture = mixture
-    module.num_experts = mixture.down.shape[0]
+    module.moe_layout = layout
+    module.num_experts = layout.down.shape[0]
     module.has_gate, module.has_bias, module.has_post_expert_norm = gated, False, False
     module._apply_gate, module.act_fn = apply_gate, activation
 
 
 def _llama4(block: Any, multiply: Multiply) -> None:
-    """Llama 4 multiplies every row with every expert, most of them by zero; its weights are of what goes in."""
+    """Llama 4 computes every expert for every row, most scaled by zero; its routing weights scale the experts' input."""
     experts = block.experts
     up, down = (
         ExpertWeights(name, tuple(getattr(experts, name).shape), True) for name in ("gate_up_proj", "down_proj")
     )
-    _describe(experts, Mixture((up,), down), experts.act_fn)
+    _describe(experts, MoeLayout((up,), down), experts.act_fn)
 
     def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = hidden.reshape(-1, block.hidden_dim)
@@ -120,13 +120,13 @@ def _llama4(block: Any, multiply: Multiply) -> None:
 
 
 def _dbrx(experts: Any, multiply: Multiply) -> None:
-    """DBRX keeps all experts under one another, and what leads down from the gate with its inputs as rows."""
+    """DBRX stacks all experts in one matrix, and stores down_proj transposed [in, out]."""
     shape = experts.num_experts, experts.ffn_hidden_size, experts.hidden_size
-    mixture = Mixture(
+    layout = MoeLayout(
         (ExpertWeights("mlp.w1", shape), ExpertWeights("mlp.v1", shape)),
         ExpertWeights("mlp.w2", shape, outputs_last=True),
     )
-    _describe(experts, mixture, experts.mlp.activation_fn)
+    _describe(experts, layout, experts.mlp.activation_fn)
 
     def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return multiply(experts, hidden.reshape(-1, experts.hidden_size), ids, weights).view_as(hidden)
@@ -135,7 +135,7 @@ def _dbrx(experts: Any, multiply: Multiply) -> None:
 
 
 def _longcat_flash(experts: Any, multiply: Multiply) -> None:
-    """LongCat-Flash lets a router choose experts that do nothing. They have no weights, though a parameter has room for them."""
+    """LongCat-Flash has zero-computation experts. They have no weights, though a parameter has space for them."""
     if experts.gate_up_proj is None:
         return
     count, (_, *shape) = experts.num_routed_experts, experts.gate_up_proj.shape
@@ -143,14 +143,14 @@ def _longcat_flash(experts: Any, multiply: Multiply) -> None:
         ExpertWeights("gate_up_proj", (count, *shape)),
         ExpertWeights("down_proj", tuple(experts.down_proj.shape)),
     )
-    _describe(experts, Mixture((up,), down, identities=experts.zero_expert_num), experts.act_fn)
+    _describe(experts, MoeLayout((up,), down, identities=experts.zero_expert_num), experts.act_fn)
     experts.forward = partial(multiply, experts)
 
 
 def _jetmoe(block: Any, multiply: Multiply) -> None:
-    """JetMoe sorts rows by expert, of which it asks for the counts."""
+    """JetMoe sorts rows by expert and reads the counts."""
     up, down = (ExpertWeights(f"{one}.weight", tuple(getattr(block, one).weight.shape)) for one in _JETMOES)
-    _describe(block, Mixture((up,), down), block.activation)
+    _describe(block, MoeLayout((up,), down), block.activation)
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.reshape(-1, block.input_size)
@@ -162,28 +162,27 @@ def _jetmoe(block: Any, multiply: Multiply) -> None:
 
 
 def _jetmoe_attention(block: Any, _: Multiply) -> None:
-    """JetMoe also chooses what makes its queries, and what is made of the heads. Here all of that is computed, as one product,
-    and what was not chosen is left."""
+    """JetMoe also routes its query and output projections. Here one matmul computes all of them; the routed ones are gathered."""
     for name in _JETMOES:
         experts = getattr(block, name)
         with torch.device("meta"):
             one = nn.Linear(experts.input_size, block.num_experts * experts.output_size, bias=False)
         setattr(block, name, one.requires_grad_(False))
 
-    def chosen(linear: nn.Module, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """(rows, inputs), (rows, chosen) to (rows, chosen, outputs)."""
+    def routed(linear: nn.Module, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """(rows, inputs), (rows, top_k) to (rows, top_k, outputs)."""
         found: torch.Tensor = linear(rows).view(len(rows), block.num_experts, -1)
         return found.gather(1, ids.unsqueeze(-1).expand(-1, -1, found.shape[-1]))
 
     def queries(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         rows = hidden.reshape(-1, block.input_size)
         scores, ids = block.router.layer(rows).topk(block.top_k, dim=-1)
-        found = chosen(block.input_linear, rows, ids)
+        found = routed(block.input_linear, rows, ids)
         return found.view(*hidden.shape[:-1], *found.shape[1:]), scores, (ids, scores.softmax(-1))
 
-    def reduced(heads: torch.Tensor, chose: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        ids, weights = chose
-        found = chosen(block.output_linear, heads.reshape(-1, heads.shape[-1]), ids.view(-1, 1))
+    def reduced(heads: torch.Tensor, routing: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        ids, weights = routing
+        found = routed(block.output_linear, heads.reshape(-1, heads.shape[-1]), ids.view(-1, 1))
         summed: torch.Tensor = block.bias + (found.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(1)
         return summed.view(*heads.shape[:-2], -1)
 
@@ -194,14 +193,14 @@ _JETMOES = "input_linear", "output_linear"
 
 
 def _switch(block: Any, multiply: Multiply) -> None:
-    """Switch Transformers have a module for each expert, and leave out rows for which an expert has no more room."""
+    """Switch Transformers have a module for each expert, and drop rows beyond an expert's capacity."""
     experts, router = block.experts, block.router
     first = experts["expert_0"]
     up, down = (
         ExpertWeights(f"expert_{{}}.{one}.weight", (experts.num_experts, *getattr(first, one).weight.shape))
         for one in ("wi", "wo")
     )
-    _describe(experts, Mixture((up,), down), first.act, gated=False)
+    _describe(experts, MoeLayout((up,), down), first.act, gated=False)
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         weights, ids = router.classifier(hidden).softmax(-1).max(-1, keepdim=True)

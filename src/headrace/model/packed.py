@@ -1,4 +1,4 @@
-"""Modules whose weights never become tensors of the model: they are multiplied where they lie."""
+"""Modules whose weights stay packed: the kernels multiply them as stored, they never become tensors of the model."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -13,12 +13,12 @@ from headrace.kernels.expert_mlp import ExpertShapes
 from headrace.kernels.thresholds import DECODE_MAX_ROWS
 from headrace.model.matrix import Matrix
 
-# Multiplies activations (..., inputs) with the packed matrix of a linear: (..., outputs), fp32.
+# Matmul of activations (..., inputs) with the packed matrix of a linear: (..., outputs), fp32.
 LinearFunction: TypeAlias = Callable[["PackedLinear", torch.Tensor], torch.Tensor]
 
 
 class WeightAskedError(Exception):
-    """A module looked at the weight of a linear instead of calling it, so it must have one."""
+    """A module accessed the weight of a linear instead of calling it, so the linear must have one."""
 
     def __init__(self, linear: "PackedLinear"):
         super().__init__("the weight of a packed linear was asked for")
@@ -26,7 +26,7 @@ class WeightAskedError(Exception):
 
 
 class AbsentWeight:
-    """Stands where a packed linear would have its weight. It says what it would be; asked for numbers, it raises."""
+    """Placeholder for the weight of a packed linear. It answers `dtype` and `device`; any other access raises."""
 
     dtype = torch.float32
     device = torch.device("cpu")
@@ -43,7 +43,7 @@ class AbsentWeight:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight stays in the checkpoint. `linear_function` is set by whoever delivers the weights."""
+    """A linear layer whose weight stays in the checkpoint. The engine sets `linear_function`."""
 
     def __init__(self, matrix: Matrix, linear_function: LinearFunction, bias: nn.Parameter | None):
         super().__init__()
@@ -53,7 +53,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = matrix.inputs, matrix.outputs
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., inputs) to (..., outputs). Called two hundred times a token, so past nn.Module's own call with its hooks."""
+        """(..., inputs) to (..., outputs). Called two hundred times a token, so it bypasses nn.Module's call with its hooks."""
         if self.matrix.input_order is not None:
             x = x.index_select(-1, self.matrix.input_order)
         out = self.linear_function(self, x)
@@ -63,7 +63,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> AbsentWeight:
-        """There is none: whoever wants more than its type meets `WeightAskedError`."""
+        """Placeholder: access to more than dtype and device raises `WeightAskedError`."""
         return AbsentWeight(self)
 
     def extra_repr(self) -> str:
@@ -73,10 +73,10 @@ class PackedLinear(nn.Module):
 
 
 class Router:
-    """What chooses the experts of a layer, as far as it can be asked for scores beforehand."""
+    """The router of a layer, in the form that expert prefetch needs to predict its scores."""
 
     def __init__(self, module: nn.Module, owner: nn.Module):
-        """`module` holds the weight (experts, hidden), `owner` lies around it and the experts."""
+        """`module` holds the weight (experts, hidden), `owner` contains it and the experts."""
         self.module, self._owner = module, owner
 
     @property
@@ -91,7 +91,7 @@ class Router:
 
     @property
     def correction(self) -> torch.Tensor | None:
-        """(experts,), added to the sigmoid of the scores before the best are chosen."""
+        """(experts,), added to the sigmoid of the scores before top-k."""
         for module in (self.module, self._owner):
             found = getattr(module, "e_score_correction_bias", None)
             if isinstance(found, torch.Tensor):
@@ -100,7 +100,7 @@ class Router:
 
 
 class PackedExperts:
-    """The routed experts of one layer: for each the matrices that lead up to the gate, and down from it."""
+    """The routed experts of one layer: gate_up_proj and down_proj of each."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class PackedExperts:
     ):
         """`index` counts layers with experts; `module` is transformers' own, which has the gate and the biases.
 
-        A router may choose so many `identities` besides: further experts that give back what they are given.
+        `identities` is the number of zero-computation experts, which return their input.
         """
         self.index = index
         self.module = module
@@ -124,13 +124,15 @@ class PackedExperts:
 
     @property
     def count(self) -> int:
-        """How many experts there are."""
+        """Number of experts with weights."""
         return len(self.up)
 
     @property
     def plain_shapes(self) -> ExpertShapes | None:
-        """That of every expert, where all are alike and no more than down(silu(gate) * up), without biases, rows and columns in
-        order."""
+        """The shapes that all experts share; None if they differ, or compute other than down(silu(gate) * up).
+
+        Biases, reordered rows or columns, and K-splits also make it None.
+        """
         module = self.module
         if (
             module.has_bias
@@ -140,23 +142,24 @@ class PackedExperts:
             return None
         matrices = (*self.up, *self.down)
         plain = all(one.order is None and not any(part.tensor.k_splits for part in one.slices) for one in matrices)
-        forms = {ExpertShapes(_pieces_of(up), _pieces_of(down)) for up, down in zip(self.up, self.down, strict=True)}
-        return forms.pop() if plain and len(forms) == 1 and isinstance(module.act_fn, Silu) else None
+        shapes = {
+            ExpertShapes(_slice_types(up), _slice_types(down)) for up, down in zip(self.up, self.down, strict=True)
+        }
+        return shapes.pop() if plain and len(shapes) == 1 and isinstance(module.act_fn, Silu) else None
 
     def matrices(self, expert: int) -> tuple[Matrix, Matrix]:
         """Up and down of one expert."""
         return self.up[expert], self.down[expert]
 
 
-def _pieces_of(matrix: Matrix) -> tuple[tuple[str, int], ...]:
+def _slice_types(matrix: Matrix) -> tuple[tuple[str, int], ...]:
     return tuple([(part.tensor.type, part.rows) for part in matrix.slices])
 
 
 class GatheredEmbedding:
-    """A forward hook for a table of embeddings: fetches just the rows of the tokens at hand.
+    """A forward hook of an embedding table that reads only the rows of the tokens in this call.
 
-    The module's own forward still runs (some scale their rows), on a table of the fetched rows and the token ids
-    numbered anew.
+    The module's own forward still runs (some scale their rows), on a table of the rows read and renumbered token ids.
     """
 
     def __init__(self, gather: Callable[[torch.Tensor], torch.Tensor]):
@@ -166,7 +169,7 @@ class GatheredEmbedding:
     def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Replace the table and the ids of this call."""
         ids = arguments[0]
-        if ids.numel() <= DECODE_MAX_ROWS:  # not worth looking for equal ones
+        if ids.numel() <= DECODE_MAX_ROWS:  # not worth a search for duplicates
             unique, numbered = ids.reshape(-1), torch.arange(ids.numel()).view(ids.shape)
         else:
             unique, numbered = torch.unique(ids, return_inverse=True)
@@ -175,7 +178,7 @@ class GatheredEmbedding:
 
 
 class RmsNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in one call where models spell it out in six."""
+    """x / sqrt(mean(x^2) + eps) * weight, in one call instead of the six operations in models' code."""
 
     def __init__(self, weight: torch.Tensor, eps: float, function: "Norm"):
         super().__init__()
@@ -191,18 +194,18 @@ class RmsNorm(nn.Module):
 
     @classmethod
     def equal_to(cls, module: nn.Module, function: "Norm") -> "RmsNorm | None":
-        """The same norm as `module`, or None if it is none. Decided by what it computes, not by its name."""
+        """The same norm as `module`, or None if it is no RMSNorm. Decided by computing it, not by its name."""
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         weight = module._parameters.get("weight")
         if not isinstance(eps, float) or weight is None or len(module._parameters) > 1 or weight.dim() != 1:
             return None
         if len(signature(module.forward).parameters) > 1:
-            return None  # it may be given a gate besides
+            return None  # its forward may take a gate as well
         x = torch.randn((3, weight.shape[0]), generator=torch.Generator().manual_seed(0))
         try:
             expected = module(x)
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
-            return None  # it takes more than activations
+            return None  # its forward takes more than activations
         for scale in (weight.data, weight.data + 1):
             if torch.allclose(torch.rms_norm(x, scale.shape, scale, eps), expected, rtol=1e-5, atol=1e-5):
                 return cls(scale, eps, function)
@@ -217,11 +220,11 @@ class Silu(nn.Module):
         self._function = function
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Of any shape."""
+        """Any shape to the same shape."""
         return self._function(x)
 
     forward = __call__
 
 
-Norm: TypeAlias = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # of activations, by weight and eps
+Norm: TypeAlias = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # (activations, weight, eps)
 Gate: TypeAlias = Callable[[torch.Tensor], torch.Tensor]

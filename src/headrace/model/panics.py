@@ -1,4 +1,4 @@
-"""Panics of libraries written in Rust, which are no `Exception` in Python."""
+"""Handles panics of Rust libraries, which are not an `Exception` in Python."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

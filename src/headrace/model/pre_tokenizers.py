@@ -1,8 +1,8 @@
-"""How text is cut into words before their bytes are merged, by the names that converters to GGUF give to the ways.
+"""Pre-tokenizers, which split text into words before BPE merges, by the names that GGUF converters give them.
 
-A way is known to transformers, or here: like one that transformers knows, at every digit first, by patterns one after
-another, or as GPT-2 does. Text that is cut in another way than the merges were learned becomes tokens that the model has
-hardly seen, without any error; so a name that nobody knows is refused.
+transformers knows some. Others are defined here: like one of transformers', split at every digit first, by patterns one
+after another, or as GPT-2's. With a pre-tokenizer other than the one of training, text becomes tokens that the model has
+hardly seen, without any error. An unknown name is therefore refused.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ _ENDING, _SPACES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _BETWEEN_MARKS = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 _OF_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _MARKS = r"[\p{P}\$\+<=>\^~\|]+"
-_BY: dict[str, tuple[str, ...]] = {  # one after another
+_PATTERNS: dict[str, tuple[str, ...]] = {  # patterns applied one after another
     "bloom": (_BETWEEN_MARKS,),
     "default": (_MARKS, _OF_GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, r"\p{N}"),
@@ -57,25 +57,25 @@ _BY: dict[str, tuple[str, ...]] = {  # one after another
     "tiny_aya": (r"\d{1,3}(?=(?:\d{3})*\b)", GGUF_PRE_TOKENIZER_SPLITS["gpt-4o"]),
     "viking": (_BETWEEN_MARKS, r"\p{N}"),
 }  # fmt: skip
-_BY |= dict.fromkeys(("gpt3-finnish", "poro-chat"), _BY["bloom"])
-_BY |= dict.fromkeys(("hunyuan-dense", "joyai-llm", "hy_v4"), _BY["deepseek-v3"])
-_BY |= {"cohere2moe": _BY["tiny_aya"]}
+_PATTERNS |= dict.fromkeys(("gpt3-finnish", "poro-chat"), _PATTERNS["bloom"])
+_PATTERNS |= dict.fromkeys(("hunyuan-dense", "joyai-llm", "hy_v4"), _PATTERNS["deepseek-v3"])
+_PATTERNS |= {"cohere2moe": _PATTERNS["tiny_aya"]}
 
-# Of files that do not say so: their texts begin with a beginning token, and a word that is a token is not merged from parts.
+# Defaults for files that do not say: prompts get a BOS token (ADD_BOS), a word that is a token needs no merges (IGNORE_MERGES).
 _AS_LLAMA3 = {name for name, split in GGUF_PRE_TOKENIZER_SPLITS.items() if split == GGUF_PRE_TOKENIZER_SPLITS["llama3"]}
 ADD_BOS = frozenset(_AS_LLAMA3 - {"dbrx", "smaug-bpe"} | {"tekken", "chameleon"})
 IGNORE_MERGES = frozenset(_AS_LLAMA3 - {"dbrx", "smaug-bpe"} | {"tekken", "glm4", "glm5", "youtu"})
 
 
 def pre_tokenizer(name: str) -> Any:
-    """What cuts text into words by the way of this name, and spells their bytes; None: nobody knows the way."""
+    """The pre-tokenizer of this name: it splits text into words and maps them to bytes. None: the name is unknown."""
     if name in _AS_GPT2:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if name in _AT_DIGITS:
         first: Any = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    patterns = _BY.get(name) or (GGUF_PRE_TOKENIZER_SPLITS.get(LIKE.get(name, name)),)
+    patterns = _PATTERNS.get(name) or (GGUF_PRE_TOKENIZER_SPLITS.get(LIKE.get(name, name)),)
     if patterns == (None,):
         return None
-    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
-    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

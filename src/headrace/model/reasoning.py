@@ -5,7 +5,7 @@ channels (gpt-oss). The `analysis` channel and tool calls are reasoning; all oth
 
     <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>
 
-Nothing that the model writes is lost: text in a header that never becomes a message is shown when the header ends.
+No output is lost: text in a header that never becomes a message is shown when the header ends.
 """
 
 import re
@@ -27,11 +27,11 @@ _THOUGHT_IN, _CONSTRAINT = "analysis", "<|constrain|>"
 
 
 class Part(Enum):
-    """What a text is a part of."""
+    """The part of the output to which a text belongs."""
 
     ANSWER = "answer"
     REASONING = "thought"
-    HIDDEN = "hidden"  # the spelling of a token that is not shown, where a stop string holds it
+    HIDDEN = "hidden"  # text of a token that is not shown but is part of a stop string
 
 
 Segment: TypeAlias = tuple[Part, str]
@@ -39,7 +39,7 @@ Segment: TypeAlias = tuple[Part, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Marks:
-    """The tokens with which a model marks what it thinks; none where it does not."""
+    """The delimiter tokens of a model's reasoning; empty if it has none."""
 
     opening: frozenset[int] = frozenset()
     closing: frozenset[int] = frozenset()
@@ -50,7 +50,7 @@ class Marks:
 
     @classmethod
     def among(cls, token_id: Callable[[str], int | None]) -> "Marks":
-        """Those that exist, given the number of a token that is never cut, or None."""
+        """The delimiters that exist. `token_id` gives the id of a special token, or None."""
         pairs = [(token_id(first), token_id(last)) for first, last in _PAIRS]
         found = [(first, last) for first, last in pairs if first is not None and last is not None]
         start, channel, message = map(token_id, (_START, _CHANNEL, _MESSAGE))
@@ -65,11 +65,11 @@ class Marks:
         )
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """True if the model has delimiters."""
         return bool(self.opening) or self.start is not None
 
     def __contains__(self, token: int) -> bool:
-        """Whether this token is one of them."""
+        """True if this token is a delimiter."""
         return (
             token in self.opening
             or token in self.closing
@@ -85,7 +85,7 @@ class _Header:
         self.in_channel = False
 
     def add(self, text: str) -> None:
-        """More of it."""
+        """Append text to the channel or the role."""
         if self.in_channel:
             self.channel += text
         else:
@@ -93,22 +93,22 @@ class _Header:
 
     @property
     def part(self) -> Part:
-        """What its message is."""
+        """The part to which the header's message belongs."""
         channel = self.channel.split()
-        # A recipient may stand without `to=`, but not in the channel that is for the user.
+        # A recipient may come without `to=`, but not in the user's channel `final`.
         named = channel[1:] if channel[:1] != ["final"] else [word for word in channel[1:] if word.startswith("to=")]
-        called = _RECIPIENT.search(self.role) or any(not word.startswith(_CONSTRAINT) for word in named)
-        return Part.REASONING if called or channel[:1] == [_THOUGHT_IN] else Part.ANSWER
+        has_recipient = _RECIPIENT.search(self.role) or any(not word.startswith(_CONSTRAINT) for word in named)
+        return Part.REASONING if has_recipient or channel[:1] == [_THOUGHT_IN] else Part.ANSWER
 
     @property
     def text(self) -> str:
-        """What is no part of a header: before the channel."""
+        """Text before the channel that does not belong in a header."""
         found = self.role.strip()
         found = found[len("assistant") :] if found.startswith("assistant") else found
         return _RECIPIENT.sub("", found).lstrip()
 
     def as_message(self) -> Segment:
-        """Text of a header that no message followed."""
+        """The segment of a header without a message."""
         name, space, rest = self.channel.lstrip().partition(" ")
         part = Part.REASONING if name == _THOUGHT_IN else Part.ANSWER
         return part, self.text + (rest if name in _CHANNELS else name + space + rest)
@@ -119,7 +119,7 @@ _RECIPIENT = re.compile(r"\bto=\S*")
 
 
 class AnswerStream:
-    """Answer and thoughts from tokens that come one by one."""
+    """Splits one output into answer and reasoning, token by token."""
 
     def __init__(
         self,
@@ -128,13 +128,13 @@ class AnswerStream:
         tail: Iterable[int] = (),
         hidden: Mapping[int, str] | None = None,
     ):
-        """A stream of one answer.
+        """Start at the end of a prompt.
 
         Args:
-            marks: the model's.
+            marks: the model's delimiters.
             stream: makes a decoder for each part.
-            tail: what the chat template wrote after the conversation: it may open a part.
-            hidden: spellings of tokens that are not shown, where stop strings look for them.
+            tail: tokens that the chat template wrote after the conversation; they may open a part.
+            hidden: texts of tokens that are not shown but are part of stop strings.
         """
         self._marks = marks
         self._new_stream = stream
@@ -148,11 +148,11 @@ class AnswerStream:
                 self._header.add(self._stream.step(token))
 
     _part: Part
-    _header: _Header | None  # while one is written
+    _header: _Header | None  # header in progress
 
     @property
     def hidden_texts(self) -> Collection[str]:
-        """Spellings of tokens that are not shown, as stop strings hold them."""
+        """Texts of tokens that are not shown but are part of stop strings."""
         return self._hidden.values()
 
     def step(self, token: int) -> list[Segment]:
@@ -164,22 +164,22 @@ class AnswerStream:
             elif self._header is not None and token == self._marks.message and self._header.text:
                 found.append((Part.ANSWER, self._header.text))
             self._go_on(token)
-        elif token in self._hidden:  # no character goes on after it
+        elif token in self._hidden:  # a character cannot span it
             found = self._shown(self._stream.flush())
         else:
             found = self._shown(self._stream.step(token))
         return found + self._spelled(token)
 
     def end(self, token: int) -> list[Segment]:
-        """What is left at a token that ends the answer."""
+        """The remaining segments at a token that ends the answer."""
         return [*self.flush(), *self._spelled(token)]
 
     def flush(self) -> list[Segment]:
-        """What is left where the answer ends without one."""
+        """The remaining segments if the answer ends without an end token."""
         return self._shown(self._stream.flush()) + self._released()
 
     def _released(self) -> list[Segment]:
-        """Of a header that no message follows: what was written all the same."""
+        """The text of a header that no message followed."""
         header, self._header = self._header, None
         segment = (Part.ANSWER, "") if header is None else header.as_message()
         return [segment] if segment[1] else []
@@ -197,7 +197,7 @@ class AnswerStream:
         return [(Part.HIDDEN, self._hidden[token])] if token in self._hidden else []
 
     def _go_on(self, token: int) -> None:
-        """The part that a mark begins."""
+        """Switch to the part that a delimiter opens."""
         marks, header = self._marks, self._header
         if token in (marks.start, marks.channel):
             if header is None or token == marks.start:

@@ -1,15 +1,15 @@
-"""SentencePiece's BPE, from the pieces and scores that a GGUF file holds.
+"""SentencePiece's BPE, from the pieces and scores in a GGUF file.
 
-Neighbours are merged as long as a piece of the vocabulary results: the one with the highest score first, of equal ones the
-leftmost. This is the algorithm of sentencepiece and llama.cpp; merges by rank, as the tokenizers library has them, differ
-where scores are equal, and have to be derived first, which takes seconds for a large vocabulary.
+Neighbours are merged as long as the result is a piece of the vocabulary. The highest score goes first; among equal
+scores, the leftmost. sentencepiece and llama.cpp use this algorithm. Merges by rank, as in the tokenizers library, differ
+for equal scores. They would also have to be derived first, which takes seconds for a large vocabulary.
 """
 
 import heapq
 import re
 from collections.abc import Mapping, Sequence
 
-SPACE = "\u2581"  # how a space is written in pieces
+SPACE = "\u2581"  # form of a space in pieces
 _MAX_CACHED_WORDS = 1 << 16
 _WORDS = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 
@@ -24,13 +24,13 @@ class SentencePieceBpe:
         byte_ids: Mapping[int, int],
         unknown_id: int | None,
     ):
-        """What the vocabulary holds.
+        """Build the encoder from a vocabulary.
 
         Args:
-            ids: of every piece.
-            scores: by id.
+            ids: id of every piece.
+            scores: scores by id.
             byte_ids: tokens of single bytes, for characters that are no piece.
-            unknown_id: for characters that neither are a piece nor have bytes.
+            unknown_id: token for characters that have neither a piece nor byte tokens.
         """
         self._ids = ids
         self._scores = scores
@@ -57,7 +57,7 @@ class SentencePieceBpe:
     def _merged(self, text: str) -> list[int]:
         ids, scores = self._ids, self._scores
         pieces: list[str] = list(text)
-        after = list(range(1, len(pieces) + 1))  # the place of the next piece
+        after = list(range(1, len(pieces) + 1))  # index of the next piece
         before = list(range(-1, len(pieces) - 1))
         heap: list[tuple[float, int, int, str]] = []
 

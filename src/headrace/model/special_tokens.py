@@ -1,7 +1,7 @@
-"""Special tokens in a text: control, user-defined and unknown tokens are matched whole before the rest is tokenised.
+"""Splits a text at special tokens: control, user-defined and unknown tokens are matched before the rest is tokenised.
 
-As in llama.cpp: the longest token first, each from left to right, by its spelling in the file. Some strip the white space
-beside them.
+As in llama.cpp, the longest token is matched first, each from left to right, by its text in the file. Some strip the white
+space beside them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,12 @@ _WHITE_SPACE = " \t\n\v\f\r"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialToken:
-    """A token that is matched whole."""
+    """A token that is matched as a whole."""
 
     token_id: int
     text: str
-    strips_left: bool = False  # white space before it is part of it
-    strips_right: bool = False  # and after it
+    strips_left: bool = False  # white space before the token is part of it
+    strips_right: bool = False  # white space after the token is part of it
 
 
 class SpecialTokens:
@@ -27,13 +27,11 @@ class SpecialTokens:
         self._tokens = sorted((one for one in tokens if one.text), key=lambda one: -len(one.text.encode()))
 
     def split(self, text: str) -> list[int | str]:
-        """A text as ids of special tokens and the texts between them, none of which is empty."""
+        """The ids of special tokens and the non-empty texts between them."""
         parts: list[int | str] = [text] if text else []
         for token in self._tokens:
             if token.text in text:
-                parts = [
-                    piece for part in parts for piece in ([part] if isinstance(part, int) else _split(part, token))
-                ]
+                parts = [one for part in parts for one in ([part] if isinstance(part, int) else _split(part, token))]
         return parts
 
 

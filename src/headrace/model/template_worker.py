@@ -1,8 +1,8 @@
-"""Renders one chat template, in a process of its own whose time and memory are bounded: templates are programs from a file.
+"""Renders one chat template in a process of its own with limits on time and memory: templates are programs from a file.
 
-Run as a script by `chat_template.py`. One line of JSON in, one line of JSON out: first the template, then one conversation after
-another. The environment is that of transformers' `apply_chat_template`; its sandbox keeps a template from everything but its
-variables, the bounds keep it from taking the machine's time and memory.
+`chat_template.py` runs it as a script. Each line of JSON gets one line of JSON in reply: first the template, then the
+conversations. The environment is that of transformers' `apply_chat_template`. Its sandbox limits a template to its
+variables; the limits protect the machine's time and memory.
 """
 
 import json
@@ -20,8 +20,8 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-CPU_S = 5  # for one conversation
-MEMORY_BYTES = 256 << 20  # beside what the interpreter has
+CPU_S = 5  # CPU time limit of one conversation
+MEMORY_BYTES = 256 << 20  # memory limit, beyond the interpreter's own
 MOST_CHARACTERS = 16 << 20
 
 
@@ -31,7 +31,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 (jinja's own way)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """What the mark encloses."""
+        """Parse the enclosed block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_enclosed"), [], [], body).set_lineno(line)
@@ -82,7 +82,7 @@ def _refuse(message: str) -> None:
 
 
 def environment() -> Environment:
-    """As transformers has it."""
+    """The Jinja environment of transformers."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     made.filters["tojson"] = _tojson
     made.globals["raise_exception"] = _refuse
@@ -105,7 +105,7 @@ def _bound_memory() -> None:
 
 
 def _bound_time() -> None:
-    """For the next conversation: the process is ended when it has used as much."""
+    """Set the CPU time limit for the next conversation; the system ends a process beyond it."""
     try:
         import resource
 
@@ -126,7 +126,7 @@ def _said(error: BaseException) -> str:
 
 
 def _answer(line: bytes, template: Any, made: Environment) -> tuple[Any, dict[str, Any]]:
-    """(the template from now on, the answer)."""
+    """(the current template, the reply)."""
     try:
         given = json.loads(line)
         if "template" in given:
@@ -140,12 +140,12 @@ def _answer(line: bytes, template: Any, made: Environment) -> tuple[Any, dict[st
         if len(text) > MOST_CHARACTERS:
             return template, {"refused": f"it writes more than {MOST_CHARACTERS} characters"}
         return template, {"text": text}
-    except Exception as error:  # whatever a program from a file provokes
+    except Exception as error:  # anything that a program from a file can cause
         return template, {"broken" if template is None else "refused": _said(error)[:2000]}
 
 
 def main() -> None:
-    """Answer lines until there are no more."""
+    """Reply to lines until the input ends."""
     made, template = environment(), None
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     _bound_memory()

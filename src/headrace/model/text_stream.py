@@ -1,4 +1,4 @@
-"""Text from tokens that come one by one: a character split over tokens is held back until it is whole."""
+"""Decodes tokens one by one: a character split over tokens is held back until it is complete."""
 
 import codecs
 from collections.abc import Callable, Sequence
@@ -6,17 +6,17 @@ from typing import Protocol
 
 
 class TextStream(Protocol):
-    """Give it tokens with `step`, and call `flush` when no more come."""
+    """Incremental decoder: `step` takes a token, `flush` ends the text."""
 
     def step(self, token: int) -> str:
-        """The text that this token completes, possibly none."""
+        """The text that this token completes, possibly empty."""
 
     def flush(self) -> str:
-        """What was held back: bytes that are no whole character become U+FFFD."""
+        """The text that was held back; bytes of an incomplete character become U+FFFD."""
 
 
 class ByteStream:
-    """For vocabularies that say which bytes each token stands for."""
+    """Decoder for vocabularies that give the bytes of each token."""
 
     def __init__(self, bytes_of: Callable[[int], bytes], strip_space: bool = False):
         """`strip_space`: leave out the space that SentencePiece puts before the first word of a text."""
@@ -40,10 +40,10 @@ class ByteStream:
 
 
 class WindowStream:
-    """For tokenizers that only decode whole lists of tokens: a short window is decoded again with each new token.
+    """Decoder for tokenizers that only decode lists of tokens: it decodes a short window again with each new token.
 
-    Text that ends with U+FFFD is held back, since the next token may complete a character. Tokens that are single bytes go their
-    own way: decoders make U+FFFD of all bytes of a run if one of them is wrong.
+    Text that ends with U+FFFD is held back, since the next token may complete a character. Byte tokens are decoded
+    separately: decoders turn all bytes of a run into U+FFFD if one of them is wrong.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class WindowStream:
         before: Sequence[int] = (),
         byte_of: Callable[[int], int | None] = lambda _: None,
     ):
-        """`decode` gives the text of tokens, `byte_of` the byte of a token that is one; the text goes on after `before`."""
+        """`decode` gives the text of tokens, `byte_of` the byte of a token that is one; the text continues after `before`."""
         self._decode = decode
         self._byte_of = byte_of
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._tokens = list(before)
-        self._shown = len(self._tokens)  # of these, how many are shown
+        self._shown = len(self._tokens)  # number of these that are shown
 
     def step(self, token: int) -> str:
         """As `TextStream.step`."""
@@ -78,7 +78,7 @@ class WindowStream:
             return ""
         if len(after) <= len(before) or (after.endswith("\ufffd") and not final):
             return ""
-        # The tokens shown last stay as context: decoders treat the first token of a text in ways of their own.
+        # The tokens shown last stay as context: decoders treat the first token of a text specially.
         self._tokens = self._tokens[self._shown if self._shown < len(self._tokens) else 0 :]
         self._shown = len(self._tokens)
         return after[len(before) :]

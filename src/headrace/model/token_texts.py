@@ -7,7 +7,7 @@ from typing import overload
 
 
 class TokenTexts(Sequence[str]):
-    """The text of each token id, as one string of UTF-8 and where each text ends in it."""
+    """The text of each token id, stored as one UTF-8 string and the end of each text in it."""
 
     def __init__(self, texts: Sequence[str]):
         """`texts` must be valid Unicode: no surrogates."""

@@ -1,4 +1,4 @@
-"""Text to tokens and back, by the tokenizer and chat template in the checkpoint's metadata."""
+"""Encodes and decodes text with the tokenizer and chat template of the checkpoint."""
 
 import gc
 from collections.abc import Mapping, Sequence
@@ -19,23 +19,23 @@ Prompt: TypeAlias = str | Sequence[Message]
 
 
 class Vocabulary(Protocol):
-    """How a checkpoint writes text as tokens."""
+    """Interface of the two tokenizer implementations: GGUF metadata and Hugging Face folder."""
 
     end_ids: frozenset[int]
     bos_id: int | None
     adds_bos: bool
-    template: str | None  # how a conversation is written, in Jinja
-    template_names: tuple[str, ...]  # of templates for other purposes
+    template: str | None  # chat template, in Jinja
+    template_names: tuple[str, ...]  # names of templates for other purposes
 
     @property
     def special_token_texts(self) -> Mapping[str, Any]:
-        """How special tokens are spelled, by the names that templates know them by: `bos_token` and others."""
+        """The texts of special tokens, by their names in templates: `bos_token` and others."""
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text, with nothing before or after it."""
 
     def rendered(self, text: str) -> list[int]:
-        """Token ids of what a chat template wrote."""
+        """Token ids of a text that a chat template rendered."""
 
     def raw(self, text: str) -> list[int]:
         """Token ids of a text that is to be continued."""
@@ -44,10 +44,10 @@ class Vocabulary(Protocol):
         """Token ids of a text that is complete, as encoders read it."""
 
     def special_id(self, token: str) -> int | None:
-        """The id of a token that is matched whole in a text; None: it is not."""
+        """The id of a special token that is matched whole in a text; None for other tokens."""
 
     def special_tokens(self, text: str) -> dict[int, str]:
-        """The special tokens in a text, and how they are spelled."""
+        """The special tokens in a text, with their texts."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without control tokens."""
@@ -62,7 +62,7 @@ class Vocabulary(Protocol):
 
 
 class Tokenizer:
-    """Encodes and decodes for one model. Memory is that of the tokenizers library, about 350 bytes per token."""
+    """Encodes and decodes for one model. Most memory is the tokenizers library's, about 350 bytes per token."""
 
     def __init__(self, checkpoint: Checkpoint):
         """Raises `CheckpointError` where the checkpoint describes no tokenizer."""
@@ -79,14 +79,14 @@ class Tokenizer:
         gc.collect()
 
     def close(self) -> None:
-        """End what runs beside this process. Safe to call twice."""
+        """End the chat template's process. Safe to call twice."""
         if "chat_template" in vars(self):
             self.chat_template.close()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text to be continued, with what the model wants before it unless not `special`.
+        """Token ids of a text to be continued, with the tokenizer's prefix if `special`.
 
-        What an encoder reads is complete: it gets all that its tokenizer puts around a text, its end too.
+        An encoder's input is a complete text: it also gets the end token.
         """
         text = checked_text(text)
         if not special:
@@ -109,13 +109,13 @@ class Tokenizer:
     def answer(
         self, prompt: Sequence[int], *, raw: bool = False, tail: Sequence[int] = (), stops: Sequence[str] = ()
     ) -> AnswerStream:
-        """A decoder for what follows a prompt.
+        """A decoder for the output after a prompt.
 
         Args:
-            prompt: its tokens.
-            raw: thoughts are not told from the answer.
-            tail: what the chat template wrote after the conversation.
-            stops: stop strings, which may hold tokens that are not shown.
+            prompt: the prompt's tokens.
+            raw: do not split reasoning from the answer.
+            tail: the tokens that the chat template wrote after the conversation.
+            stops: stop strings, which may contain tokens that are not shown.
         """
         marks = Marks() if raw else self._marks
         hidden = self._hidden(stops, marks)
@@ -124,7 +124,7 @@ class Tokenizer:
         return AnswerStream(marks, lambda: self.stream(strip_space=True), tail, hidden)
 
     def _hidden(self, stops: Sequence[str], marks: Marks) -> dict[int, str]:
-        """The tokens of stop strings that are not shown, and how they are spelled."""
+        """The tokens of stop strings that are not shown, with their texts."""
         found: dict[int, str] = {}
         for stop in stops:
             found |= self._vocabulary.special_tokens(stop)
@@ -137,7 +137,7 @@ class Tokenizer:
     def prompt(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt. A text is one user message where the model has a chat template, unless `raw`.
 
-        After what an encoder reads come the tokens that its decoder begins with.
+        With an encoder, the decoder start tokens follow its input.
         """
         if not isinstance(prompt, str):
             return self.chat(prompt)
@@ -148,7 +148,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the file says how a conversation is written. For an encoder there are no conversations, only texts."""
+        """True if the checkpoint has a chat template. Models with an encoder take texts, not conversations."""
         return self._vocabulary.template is not None and not self.decoder_start_ids
 
     def check_chat(self) -> None:
@@ -186,7 +186,7 @@ class Tokenizer:
         return self._vocabulary.rendered(text)
 
     def tail(self, prompt: Prompt, *, raw: bool = False, variables: Mapping[str, Any] | None = None) -> list[int]:
-        """Of a prompt's tokens those that the chat template wrote after the conversation: they may open what is thought."""
+        """The prompt's tokens that the chat template wrote after the conversation; they may open the reasoning."""
         if raw or not self.has_chat_template or not self._marks:
             return []
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -194,5 +194,5 @@ class Tokenizer:
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """How a conversation is written; there is one only if `has_chat_template`."""
+        """The chat template; valid only if `has_chat_template`."""
         return ChatTemplate(str(self._vocabulary.template), self._vocabulary.special_token_texts, self._path)

@@ -1,7 +1,7 @@
-"""In which order a pass asks for weights: recorded in one forward over two tokens, in which zeros stand for all weights.
+"""Traces the order in which a pass uses weights, in one forward over two tokens with zeros for all weights.
 
-Linears that are called one after another with the same activations are one step. The order is not known from any list of
-families, and the engine sees to it at run time that it holds.
+Consecutive linears with the same activations are one step. No list of families gives the order; the engine checks at run
+time that it holds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +23,12 @@ class LinearStep:
     """Linears that share their activations."""
 
     linears: tuple[PackedLinear, ...]
-    # Asked for when a text begins, and not when it goes on: an encoder, and what is made of its results.
+    # used only in the first pass of a sequence: an encoder, and the decoder's cross-attention K/V projections
     prefill_only: bool = False
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is multiplied, each tensor once though several linears may be cut from it."""
+        """Tensors of the linears, each once even if several linears are slices of it."""
         found = {tensor.name: tensor for linear in self.linears for tensor in linear.matrix.tensors}
         return tuple(found.values())
 
@@ -45,7 +45,7 @@ Step: TypeAlias = LinearStep | ExpertStep
 
 
 class Tracer:
-    """Takes the place of products and experts while the order is recorded."""
+    """Stands in for matmuls and experts during tracing."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[PackedLinear | PackedExperts, torch.Tensor | None]] = []
@@ -56,12 +56,12 @@ class Tracer:
         return x.new_zeros((*x.shape[:-1], linear.matrix.outputs))
 
     def experts(self, packed: PackedExperts, hidden: torch.Tensor) -> torch.Tensor:
-        """Record that a layer's experts were asked for."""
+        """Record a call of a layer's experts; the result is zeros."""
         self.calls.append((packed, None))
         return torch.zeros_like(hidden)
 
     def take(self) -> tuple[Step, ...]:
-        """The calls since the last time, those on the same activations together."""
+        """The steps recorded since the last `take`; linears on the same activations form one step."""
         calls, self.calls = self.calls, []
         steps: list[list[PackedLinear] | PackedExperts] = []
         last: Any = None
@@ -79,31 +79,31 @@ class Tracer:
 def record_steps(
     model: PreTrainedModel, tracer: Tracer, forwards: Callable[[], Iterator[dict[str, Any]]]
 ) -> tuple[Step, ...]:
-    """The steps of a pass that begins a text.
+    """The steps of the first pass of a sequence.
 
-    `forwards` gives the arguments of one forward, or of a second as well that takes up the text, as decoding does: it must
-    go the same way, but for steps that only the beginning asks for.
+    `forwards` yields the arguments of one forward, or also of a second that continues the sequence, as decoding does. The
+    second must take the same steps in the same order; steps missing from it are marked `prefill_only`.
 
     Raises:
-        WeightAskedError: a module wants the weight of a packed linear itself.
-        RuntimeError: the second forward asks for weights in another order.
+        WeightAskedError: a module accesses the weight of a packed linear.
+        RuntimeError: the second forward uses weights in another order.
     """
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     with (
         _replaced_linears(linears, tracer.linear),
-        _stood_in_for(model),
-        _kept_attributes(model),
+        _zero_weights(model),
+        _restored_attributes(model),
         torch.inference_mode(),
     ):
         passes = []
         for given in forwards():
             model(**{"use_cache": False, **given})
             passes.append(tracer.take())
-    return passes[0] if len(passes) == 1 else _told_apart(*passes)
+    return passes[0] if len(passes) == 1 else _marked_prefill_only(*passes)
 
 
-def _told_apart(first: Sequence[Step], later: Sequence[Step]) -> tuple[Step, ...]:
-    """The steps of the first pass; those that the later one leaves out are marked."""
+def _marked_prefill_only(first: Sequence[Step], later: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps of the first pass; those missing from the later one are marked `prefill_only`."""
     found: list[Step] = []
     left = [_members(step) for step in reversed(later)]
     for step in first:
@@ -112,7 +112,7 @@ def _told_apart(first: Sequence[Step], later: Sequence[Step]) -> tuple[Step, ...
         if again:
             left.pop()
     if left:
-        raise RuntimeError("it asks for its weights in another order when it takes up a text")
+        raise RuntimeError("it uses its weights in another order when it continues a sequence")
     return tuple(found)
 
 
@@ -135,9 +135,11 @@ def _replaced_linears(
 
 
 @contextmanager
-def _stood_in_for(model: nn.Module) -> Any:
-    """Zeros stand for all weights that are on meta, ones for whole numbers: of each a single number, which is repeated
-    without taking memory. Numbers that depend on the tokens and their positions alone are then what they would be."""
+def _zero_weights(model: nn.Module) -> Any:
+    """Replace weights on meta by zeros, and integers by ones: one element each, expanded without taking memory.
+
+    Values that depend only on tokens and positions are then the real ones.
+    """
     tables: list[dict[str, Any]] = [
         table for module in model.modules() for table in (module._buffers, module._parameters)
     ]
@@ -148,8 +150,8 @@ def _stood_in_for(model: nn.Module) -> Any:
         if tensor is not None and tensor.is_meta
     ]
     for table, key, tensor in held:
-        number = torch.full((), not tensor.is_floating_point(), dtype=tensor.dtype).expand(tensor.shape)
-        table[key] = nn.Parameter(number, requires_grad=False) if isinstance(tensor, nn.Parameter) else number
+        filled = torch.full((), not tensor.is_floating_point(), dtype=tensor.dtype).expand(tensor.shape)
+        table[key] = nn.Parameter(filled, requires_grad=False) if isinstance(tensor, nn.Parameter) else filled
     try:
         yield
     finally:
@@ -158,8 +160,8 @@ def _stood_in_for(model: nn.Module) -> Any:
 
 
 @contextmanager
-def _kept_attributes(model: nn.Module) -> Any:
-    """Whatever modules remember of a forward (frequencies for a length, states) is forgotten: it came of zeros."""
+def _restored_attributes(model: nn.Module) -> Any:
+    """Restore attributes that modules set in a forward (RoPE frequencies for a length, states): they were computed from zeros."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
         yield

@@ -1,12 +1,12 @@
-"""SentencePiece's unigram model, from the pieces and scores that a GGUF file holds, by the sentencepiece library itself."""
+"""SentencePiece's unigram model, from the pieces and scores in a GGUF file, run by the sentencepiece library itself."""
 
 import struct
 from collections.abc import Sequence
 
 from sentencepiece import SentencePieceProcessor
 
-_UNIGRAM = 1  # the type of a model
-_UNKNOWN, _CONTROL = 2, 3  # types of pieces
+_UNIGRAM = 1  # model type
+_UNKNOWN, _CONTROL = 2, 3  # piece types
 
 
 class UnigramModel:
@@ -23,19 +23,19 @@ class UnigramModel:
         space_first: bool,
         merges_spaces: bool,
     ):
-        """What the vocabulary holds; `types` are numbered alike in GGUF and sentencepiece.
+        """Build the model from a vocabulary; `types` have the same numbers in GGUF and sentencepiece.
 
         Args:
-            pieces: the tokens, whose ids are their places.
-            scores: logarithms of their probabilities.
+            pieces: token texts, in the order of their ids.
+            scores: logarithms of the pieces' probabilities.
             types: normal, unknown, control, user-defined, unused, byte.
             unknown_id: the token for characters that are in no piece.
-            charsmap: how characters are normalised.
-            space_first: whether a space is put before the text.
-            merges_spaces: whether several spaces are one, and those around the text none.
+            charsmap: normalisation table of characters.
+            space_first: put a space before the text.
+            merges_spaces: merge several spaces into one, and strip those around the text.
         """
         kinds = list(types)
-        if unknown_id is not None:  # sentencepiece wants one; what else is called unknown stands in no text
+        if unknown_id is not None:  # sentencepiece takes exactly one; other unknown tokens occur in no text
             kinds = [_CONTROL if kind == _UNKNOWN else kind for kind in types]
             kinds[unknown_id] = _UNKNOWN
         model = b"".join(

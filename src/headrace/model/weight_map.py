@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint make up each parameter of the model: one way for GGUF files, one for Hugging Face folders.
+"""The weight map: the tensors of a checkpoint that make up each parameter, for GGUF files and Hugging Face folders.
 
-Both let transformers' own conversion say it, by feeding it row numbers in place of weights (`matrix`), or small tensors
-themselves (`value`). No list of families stands here.
+Both classes run transformers' own conversion, on row indices in place of weights (`matrix`) or on small tensors
+(`value`). No list of families is needed.
 """
 
 import re
@@ -33,63 +33,65 @@ from headrace.errors import CheckpointError, UnsupportedError
 from headrace.model.gguf_mappings import mapping_of
 from headrace.model.matrix import Matrix, matrix_of, part_of
 
-Read = Callable[[Tensor], torch.Tensor]  # a small tensor whole, in its shape: fp32, or whole numbers
+Read = Callable[[Tensor], torch.Tensor]  # reader of a small tensor, in its shape: fp32 or integers
 
 
 class WeightMap(Protocol):
     """Finds the stored form of a model's parameters, by the parameters' names."""
 
     virtual_path: str
-    virtual: list[tuple[Tensor, Encoding]]  # tensors on that path, made from stored ones when they are read
+    virtual: list[
+        tuple[Tensor, Encoding]
+    ]  # virtual tensors on that path, transcoded from stored ones when they are read
 
     def __contains__(self, parameter: str) -> bool:
-        """Whether the checkpoint has it."""
+        """True if the checkpoint has this parameter."""
 
     def matrix(self, parameter: str, shape: Sequence[int], outputs_last: bool) -> Matrix:
-        """The matrix of a linear. `shape` is the parameter's, `outputs_last` says that it is (inputs, outputs)."""
+        """The matrix of a linear. `shape` is the parameter's; with `outputs_last` it is (inputs, outputs)."""
 
     def stack(
         self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool, spare: int = 0
     ) -> tuple[Matrix, ...]:
-        """The matrices of all experts. `interleaved`: gates and ups take turns in the model, where the file has two tensors.
+        """The matrices of all experts. `interleaved`: rows of gate and up alternate in the model, the file has two tensors.
 
-        `spare`: for so many further experts, which have no weights, there may be room.
+        `spare`: number of zero-computation experts for which the stored tensor may have unused rows.
         """
 
     def value(self, parameter: str, shape: Sequence[int], read: Read) -> torch.Tensor:
-        """A small parameter itself: fp32, or the whole numbers that are stored."""
+        """The value of a small parameter: fp32, or the stored integers."""
 
     def unexpected(self) -> list[str]:
-        """Tensors that have no place in the model."""
+        """Names of unexpected tensors: those that no parameter of the model uses."""
 
 
 def names_of(checkpoint: Checkpoint, model: PreTrainedModel) -> WeightMap:
-    """The names of a checkpoint in a model that is still as transformers built it."""
+    """The weight map of a checkpoint, for a model that is still as transformers built it."""
     if checkpoint.config is not None:
         return ConvertedNames(checkpoint, model, get_model_conversion_mapping(model))
     mapping = mapping_of(checkpoint.architecture, model.config)
     return GgufNames(checkpoint, model) if mapping is None else ConvertedNames(checkpoint, model, mapping)
 
 
-class _Made:
-    """Tensors stored with their inputs as rows, made into slabs when they are read."""
+class _VirtualTensors:
+    """Adds virtual tensors for matrices stored transposed [in, out]: they are read as K-splits."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
         self.virtual_path = f"{checkpoint.path}[transposed]"
         self.virtual: list[tuple[Tensor, Encoding]] = []
-        self._made: dict[tuple[str, int], Tensor] = {}
+        self._virtual_of: dict[tuple[str, int], Tensor] = {}
         self._offset = 0
 
     def _transposed(self, tensor: Tensor) -> Matrix:
         key = (tensor.path, tensor.offset)
-        if key not in self._made:
-            made, encoding = transposed(tensor, self.virtual_path, self._offset)
-            self.virtual.append((made, encoding))
-            self._offset += -(-made.nbytes // 4096) * 4096
-            self._made[key] = made
-        made = self._made[key]
-        return Matrix((Slice(made, 0, made.outputs),))
+        if key not in self._virtual_of:
+            virtual, encoding = transposed(tensor, self.virtual_path, self._offset)
+            self.virtual.append((virtual, encoding))
+            self._offset += -(-virtual.nbytes // 4096) * 4096
+            self._virtual_of[key] = virtual
+        virtual = self._virtual_of[key]
+        return Matrix((Slice(virtual, 0, virtual.outputs),))
 
     def _contradiction(self, parameter: str, stored: Sequence[int], expected: Sequence[int]) -> CheckpointError:
         return CheckpointError(
@@ -107,15 +109,17 @@ class _Made:
 
 @dataclass(eq=False)
 class _Group:
-    """Tensors that one conversion takes together."""
+    """Tensors that one conversion combines."""
 
     converter: WeightConverter | None
-    target: str  # the parameter, or the first of several
-    members: list[tuple[str, str]] = field(default_factory=list)  # (pattern of the converter, name in the checkpoint)
+    target: str  # name of the parameter, or of the first of several
+    members: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # pairs of (the converter's pattern, name in the checkpoint)
 
 
-class ConvertedNames(_Made):
-    """WeightMap by a conversion mapping of transformers: of Hugging Face folders, and of the GGUF files that it has one for."""
+class ConvertedNames(_VirtualTensors):
+    """WeightMap by transformers' conversion mapping: for Hugging Face folders, and GGUF files that have such a mapping."""
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, mapping: Sequence[Any]):
         super().__init__(checkpoint)
@@ -123,7 +127,7 @@ class ConvertedNames(_Made):
         self._tensors = checkpoint.tensors
         self._of: dict[str, _Group] = {}
         self._converted: tuple[_Group | None, dict[str, npt.NDArray[np.int64]]] = (None, {})
-        self._homeless: list[tuple[str, str]] = []  # name in the checkpoint, and what the mapping made of it
+        self._unexpected: list[tuple[str, str]] = []  # (name in the checkpoint, name after the mapping)
         self._known = model.state_dict()
         self._assign(mapping)
         self._find_targets()
@@ -142,7 +146,7 @@ class ConvertedNames(_Made):
             if target not in self._known and name in self._known:
                 target, pattern = name, None
             if target not in self._known:
-                self._homeless.append((name, target))
+                self._unexpected.append((name, target))
                 continue
             converter = by_pattern[pattern] if pattern is not None else None
             group = self._of.setdefault(target, _Group(converter, target))
@@ -155,17 +159,17 @@ class ConvertedNames(_Made):
             group.members.append((pattern or name, name))
 
     def _find_targets(self) -> None:
-        """Parameters that a conversion makes besides the one that its tensors are collected under."""
+        """Register the further parameters of conversions that make several from one group."""
         for group in list(self._of.values()):
             if group.converter is not None and len(group.converter.target_patterns) > 1:
-                for target in self._numbers(group):
+                for target in self._row_indices_of(group):
                     self._of[target] = group
 
     def _convert(self, group: _Group, value: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         if group.converter is None:
             return {group.target: value(group.members[0][1])}
         converter = deepcopy(group.converter)
-        converter.operations = [one for one in converter.operations if not _is_of_inputs(one)]
+        converter.operations = [one for one in converter.operations if not _reorders_inputs(one)]
         for pattern, name in group.members:
             converter.add_tensor(group.target, name, pattern, partial(value, name))
         try:
@@ -178,19 +182,19 @@ class ConvertedNames(_Made):
             ) from error
         return {name: one[0] if isinstance(one, list) else one for name, one in found.items()}
 
-    def _numbers(self, group: _Group) -> dict[str, npt.NDArray[np.int64]]:
-        """Row numbers of the group's tensors, counted through, as the conversion arranges them."""
+    def _row_indices_of(self, group: _Group) -> dict[str, npt.NDArray[np.int64]]:
+        """Row indices of the group's tensors, as the conversion arranges them; they count through all tensors."""
         if self._converted[0] is not group:
             bases = dict(zip((name for _, name in group.members), self._bases(group), strict=True))
-            found = self._convert(group, lambda name: _row_numbers(self._tensors[name], bases[name]))
+            found = self._convert(group, lambda name: _row_indices(self._tensors[name], bases[name]))
             self._converted = group, {name: rows.numpy() for name, rows in found.items()}
         return self._converted[1]
 
     def _input_order(self, group: _Group) -> torch.Tensor | None:
-        """Which activation each column in the file takes; None: as they come."""
+        """The activation for each column in the file; None: in order."""
         if group.converter is None:
             return None
-        orders = [one.input_permutation for one in group.converter.operations if _is_of_inputs(one)]
+        orders = [one.input_permutation for one in group.converter.operations if _reorders_inputs(one)]
         return orders[0] if orders else None
 
     def _bases(self, group: _Group) -> list[int]:
@@ -204,29 +208,29 @@ class ConvertedNames(_Made):
     def stack(
         self, parameter: str, shape: Sequence[int], outputs_last: bool, interleaved: bool, spare: int = 0
     ) -> tuple[Matrix, ...]:
-        """See `WeightMap.stack`. Folders store gates and ups as the model has them, or transformers' conversion makes them so."""
+        """See `WeightMap.stack`. In folders gate and up are stored as in the model, or the conversion arranges them so."""
         return self._matrices(parameter, shape[0], shape[1:], outputs_last, spare)
 
     def _matrices(
         self, parameter: str, count: int, shape: Sequence[int], outputs_last: bool, spare: int = 0
     ) -> tuple[Matrix, ...]:
-        """The matrices of a parameter of `count` times this shape, and perhaps `spare` more, which nobody uses."""
+        """The `count` matrices of this shape in a parameter. It may have `spare` more, which are unused."""
         group = self._of.get(parameter)
         if group is None:
             raise self._missing(parameter)
         tensors = [self._tensors[name] for _, name in group.members]
         outputs, inputs = reversed(shape) if outputs_last else shape
-        numbers, columns = self._numbers(group)[parameter], {tensor.inputs for tensor in tensors}
-        if spare and len(numbers) == count + spare:
-            numbers = numbers[:count]
+        indices, columns = self._row_indices_of(group)[parameter], {tensor.inputs for tensor in tensors}
+        if spare and len(indices) == count + spare:
+            indices = indices[:count]
         if (
-            numbers.size == count * outputs
+            indices.size == count * outputs
             and columns == {inputs}
-            and self._outputs_are_rows(tensors, numbers, shape, outputs_last)
+            and self._outputs_are_rows(tensors, indices, shape, outputs_last)
         ):
             bases, order = self._bases(group), self._input_order(group)
-            return tuple(matrix_of(one, tensors, bases, order) for one in numbers.reshape(count, outputs))
-        if numbers.size == count * inputs and columns == {outputs}:
+            return tuple(matrix_of(one, tensors, bases, order) for one in indices.reshape(count, outputs))
+        if indices.size == count * inputs and columns == {outputs}:
             if len(tensors) == count and all(len(tensor.shape) == 2 for tensor in tensors):
                 return tuple(self._transposed(tensor) for tensor in tensors)
             if len(tensors) == 1:
@@ -240,13 +244,13 @@ class ConvertedNames(_Made):
 
     @staticmethod
     def _outputs_are_rows(
-        tensors: Sequence[Tensor], numbers: npt.NDArray[np.int64], shape: Sequence[int], outputs_last: bool
+        tensors: Sequence[Tensor], indices: npt.NDArray[np.int64], shape: Sequence[int], outputs_last: bool
     ) -> bool:
-        """Which way a square matrix lies: blocks run along the inputs; else the model's own dimensions tell."""
+        """True if the stored rows are outputs. In a square matrix blocks run along the inputs; else the conversion tells."""
         if shape[0] != shape[1] or any(tensor.k_splits or block_of(tensor.type)[0] > 1 for tensor in tensors):
             return True
-        turned = numbers.ndim > 1 and numbers.shape[-1] != 1  # the conversion transposes
-        return turned == outputs_last
+        is_transposed = indices.ndim > 1 and indices.shape[-1] != 1  # by the conversion
+        return is_transposed == outputs_last
 
     def value(self, parameter: str, shape: Sequence[int], read: Read) -> torch.Tensor:
         """See `WeightMap.value`."""
@@ -261,7 +265,7 @@ class ConvertedNames(_Made):
         return found.contiguous()
 
     def unexpected(self) -> list[str]:
-        """See `WeightMap.unexpected`; what transformers itself drops is not counted."""
+        """See `WeightMap.unexpected`. Tensors that transformers itself drops are not counted."""
         patterns = [*(self._model._keys_to_ignore_on_load_unexpected or ()), *_DROPPED]
         layers = getattr(self._model.config.get_text_config(), "num_hidden_layers", 0) or 0
 
@@ -270,10 +274,10 @@ class ConvertedNames(_Made):
                 return True  # multi-token prediction heads are stored as further layers
             return any(re.search(pattern, name) for pattern in patterns)
 
-        return [name for name, target in self._homeless if not dropped(name) and not dropped(target)]
+        return [name for name, target in self._unexpected if not dropped(name) and not dropped(target)]
 
 
-# Buffers of older versions of transformers, computed anew today, and scales for activations.
+# Buffers that older versions of transformers stored and newer ones compute, and activation scales.
 _DROPPED = (
     r"rotary_emb\.inv_freq",
     r"(^|\.)position_ids$",
@@ -285,13 +289,13 @@ _DROPPED = (
 )
 
 
-def _is_of_inputs(operation: Any) -> bool:
-    """Whether a conversion arranges columns. Those are left as they are stored: the activations are arranged instead."""
+def _reorders_inputs(operation: Any) -> bool:
+    """True if a conversion reorders columns. They stay as stored; the activations are reordered instead."""
     return hasattr(operation, "input_permutation")
 
 
-def _row_numbers(tensor: Tensor, base: int) -> torch.Tensor:
-    """The numbers of a tensor's rows in its shape, with one column; of a vector: of its elements."""
+def _row_indices(tensor: Tensor, base: int) -> torch.Tensor:
+    """The indices of a tensor's rows in its shape, with one column; for a vector, of its elements."""
     if len(tensor.shape) < 2:
         return torch.arange(base, base + prod(tensor.shape)).view(tensor.shape)
     shape = (tensor.outputs,) if tensor.k_splits else tensor.shape[:-1]
@@ -299,17 +303,17 @@ def _row_numbers(tensor: Tensor, base: int) -> torch.Tensor:
 
 
 def _height(tensor: Tensor) -> int:
-    """Rows of the matrices in a tensor; of a vector: its elements."""
+    """Number of rows of the matrices in a tensor; for a vector, of its elements."""
     return prod(tensor.shape) if len(tensor.shape) < 2 else tensor.outputs
 
 
-class GgufNames(_Made):
-    """WeightMap of a GGUF file, by transformers' GGUF mapping and its processors of tensors."""
+class GgufNames(_VirtualTensors):
+    """WeightMap of a GGUF file, by transformers' GGUF name mapping and tensor processors."""
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel):
         super().__init__(checkpoint)
-        alike = _ALIKE.get(checkpoint.architecture, checkpoint.architecture)
-        self._processor = TENSOR_PROCESSORS.get(alike, TensorProcessor)(config=model.config.to_dict())
+        family = _PROCESSED_LIKE.get(checkpoint.architecture, checkpoint.architecture)
+        self._processor = TENSOR_PROCESSORS.get(family, TensorProcessor)(config=model.config.to_dict())
         self._mapped = _gguf_names(checkpoint, model, self._processor)
         self._ignored = _ignored_names(checkpoint, model)
         self._of: dict[str, Tensor] = {}
@@ -324,7 +328,7 @@ class GgufNames(_Made):
                 hint="the file is incomplete; get it from another source",
             )
         self._of.setdefault("lm_head.weight", embedding)
-        self._halves = {  # what makes keys and what makes values of latent vectors, where they are stored apart
+        self._kv_b_halves = {  # MLA's kv_b_proj, where its key half (k_b) and value half (v_b) are stored apart
             parameter: tuple(checkpoint.tensors[name.replace("kv_b", half)] for half in ("k_b", "v_b"))
             for name, parameter in self._mapped.items()
             if name.endswith(".attn_kv_b.weight")
@@ -334,7 +338,7 @@ class GgufNames(_Made):
         self._used: set[str] = set()
 
     def __contains__(self, parameter: str) -> bool:
-        known = parameter in self._of or parameter in self._halves
+        known = parameter in self._of or parameter in self._kv_b_halves
         return known or bool(self._expert_tensors(parameter) or self._single_experts(parameter))
 
     def _find(self, parameter: str) -> Tensor:
@@ -345,18 +349,18 @@ class GgufNames(_Made):
         return tensor
 
     def matrix(self, parameter: str, shape: Sequence[int], outputs_last: bool) -> Matrix:
-        """See `WeightMap.matrix`. Converters to GGUF store every matrix with its outputs as rows, but for the keys' half of one."""
-        if parameter in self._halves:
-            return self._of_halves(parameter, shape)
+        """See `WeightMap.matrix`. GGUF converters store outputs as rows in every matrix except MLA's `attn_k_b`."""
+        if parameter in self._kv_b_halves:
+            return self._split_kv_b(parameter, shape)
         tensor = self._find(parameter)
         expected = (shape[1], shape[0]) if outputs_last else tuple(shape)
         if (tensor.rows, tensor.columns) != expected:
             raise self._contradiction(parameter, tensor.shape, expected)
         return Matrix((Slice(tensor, 0, tensor.rows),), self._row_order(tensor))
 
-    def _of_halves(self, parameter: str, shape: Sequence[int]) -> Matrix:
-        """(heads, rank, key width) and (heads, value width, rank) as one matrix."""
-        keys, values = halves = self._halves[parameter]
+    def _split_kv_b(self, parameter: str, shape: Sequence[int]) -> Matrix:
+        """k_b (heads, rank, key width) and v_b (heads, value width, rank) as one matrix."""
+        keys, values = halves = self._kv_b_halves[parameter]
         self._used.update(tensor.name for tensor in halves)
         fits = len(keys.shape) == len(values.shape) == 3 and keys.shape[0] == values.shape[0]
         if not fits or (keys.shape[0] * (keys.shape[2] + values.shape[1]), keys.shape[1]) != tuple(shape):
@@ -364,19 +368,19 @@ class GgufNames(_Made):
         return Matrix(tuple(Slice(tensor, 0, tensor.rows) for tensor in halves), k_b_transposed=True)
 
     def _row_order(self, tensor: Tensor) -> torch.Tensor | None:
-        """Where each output row lies in the file: what transformers does to the weight, done to the row numbers."""
-        numbers = np.arange(tensor.rows)[:, None]
+        """The row in the file of each output, by transformers' weight conversion of row indices."""
+        indices = np.arange(tensor.rows)[:, None]
         try:
-            placed = self._processor.process(numbers, tensor.name, parsed_parameters={"tensors": {}}).weights
-        except ValueError:  # bloom's wants all columns; it arranges the bias of these rows alike
+            placed = self._processor.process(indices, tensor.name, parsed_parameters={"tensors": {}}).weights
+        except ValueError:  # bloom's needs all columns; it reorders the bias in the same way
             bias = tensor.name.replace("weight", "bias")
-            placed = self._processor.process(numbers[:, 0], bias, parsed_parameters={"tensors": {}}).weights[:, None]
-        if placed is None or placed.shape != numbers.shape or np.array_equal(placed, numbers):
-            return None  # untouched, or only transposed for a module that multiplies from the other side
+            placed = self._processor.process(indices[:, 0], bias, parsed_parameters={"tensors": {}}).weights[:, None]
+        if placed is None or placed.shape != indices.shape or np.array_equal(placed, indices):
+            return None  # unchanged, or only transposed for a module with (inputs, outputs) weights
         return torch.from_numpy(np.ascontiguousarray(placed[:, 0]))
 
     def _expert_tensors(self, parameter: str) -> list[Tensor]:
-        """`blk.N.ffn_{gate,up,down}_exps`, whatever the model calls them: of gate_up first the gates."""
+        """The `blk.N.ffn_{gate,up,down}_exps` of a parameter of any model; for gate_up, gate comes first."""
         match = re.search(r"\.layers\.(\d+)\..*\b(gate_up|up|down)_proj(_bias)?$", parameter)
         if match is None:
             return []
@@ -389,7 +393,7 @@ class GgufNames(_Made):
         return found if len(found) == len(kinds) else []
 
     def _single_experts(self, parameter: str) -> list[list[Tensor]]:
-        """`blk.N.ffn_{gate,up,down}.E.weight`, as the first converters wrote Mixtral: of each expert its tensors."""
+        """The `blk.N.ffn_{gate,up,down}.E.weight` of each expert, as the first converters wrote Mixtral."""
         match = re.search(r"\.layers\.(\d+)\..*\b(gate_up|up|down)_proj$", parameter)
         if match is None:
             return []
@@ -412,7 +416,7 @@ class GgufNames(_Made):
             expected = (outputs // len(parts[0]), inputs)
             if tuple(tensor.shape) != expected:
                 raise self._contradiction(parameter, tensor.shape, expected)
-        order = _turns(outputs) if interleaved and len(parts[0]) == 2 else None
+        order = _alternating(outputs) if interleaved and len(parts[0]) == 2 else None
         return tuple(Matrix(tuple(Slice(tensor, 0, tensor.rows) for tensor in one), order) for one in parts)
 
     def stack(
@@ -431,7 +435,7 @@ class GgufNames(_Made):
             expected = (count, outputs // len(tensors), inputs)
             if tuple(tensor.shape) != expected:
                 raise self._contradiction(parameter, tensor.shape, expected)
-        order = _turns(outputs) if interleaved and len(tensors) == 2 else None
+        order = _alternating(outputs) if interleaved and len(tensors) == 2 else None
         return tuple(
             Matrix(tuple(Slice(one, 0, one.rows) for one in (part_of(t, i, count) for t in tensors)), order)
             for i in range(count)
@@ -443,7 +447,7 @@ class GgufNames(_Made):
         if experts:
             self._used.update(tensor.name for tensor in experts)
             found = torch.cat([read(tensor) for tensor in experts], -1)
-            return found[:, _turns(shape[-1])] if len(experts) == 2 else found
+            return found[:, _alternating(shape[-1])] if len(experts) == 2 else found
         tensor = self._find(parameter)
         value = self._processor.process(read(tensor).numpy(), tensor.name, parsed_parameters={"tensors": {}}).weights
         if value.size == prod(shape):
@@ -468,29 +472,29 @@ def _table(checkpoint: Checkpoint) -> gguf.TensorNameMap:
 
 
 def _ignored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
-    """What files hold and transformers' model has no use for, such as the keys of layers that use those of others."""
+    """Tensors in files that transformers' model does not use, such as the keys of layers that share KV with others."""
     table = _table(checkpoint)
     names = {table.get_name(f"model.{name}") for name in model._keys_to_ignore_on_load_unexpected or ()}
     return {name for name in names if name is not None}
 
 
 def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
-    """The parameter of every tensor name. transformers' own function asks for the whole table of names once per module."""
+    """The parameter of every tensor name. transformers' own function builds the whole name table once per module."""
     table = _table(checkpoint)
     found: dict[str, str] = {}
     for parameter in model.state_dict():
         path = processor.preprocess_name(parameter).split(".")
         suffix = f".{path.pop()}" if path[-1] in ("weight", "bias") else ""
-        if path[-1] == "e_score_correction_bias":  # a buffer of the block in the model, in files the bias of a name
+        if path[-1] == "e_score_correction_bias":  # a buffer of the block in the model, stored as a bias
             path[-1], suffix = "e_score_correction", ".bias"
             path = [word for word in path if word != "gate" or "moe_statics" not in path]
         if path[-1] == "expert_bias":
             suffix = ".bias"
-        if path[-2:] == ["router", "scale"]:  # of the router's input; files count scales to the matrices beside them
+        if path[-2:] == ["router", "scale"]:  # scale of the router's input; files store it beside the router's matrix
             path[-1], suffix = "proj", ".scale"
         if path[-2:] == ["router", "per_expert_scale"]:
             path[-2:], suffix = ["experts", "down_proj"], ".scale"
-        # Some files were converted from the model without its head, whose names lack the first word.
+        # Some files were converted from the model without its head; their names lack the first word.
         names = (table.get_name(".".join(path[start:])) for start in range(len(path)))
         name = next((name for name in names if name is not None), None)
         if name is not None:
@@ -498,21 +502,20 @@ def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: Tenso
     return found
 
 
-# Converters do to these what they do to another: permute q and k, or add one to norms.
-_ALIKE = {"arcee": "llama", "mistral3": "llama", "gemma": "gemma2", "granite": "llama", "smollm3": "llama"}
+# Families whose tensors are converted like another's: q and k permuted, or one added to norms.
+_PROCESSED_LIKE = {"arcee": "llama", "mistral3": "llama", "gemma": "gemma2", "granite": "llama", "smollm3": "llama"}
 EMBEDDING = "token_embd.weight"
-_UNUSED_BIAS = re.compile(
-    r"^dec\.blk\.\d+\.cross_attn_rel_b\.weight$"
-)  # the first T5s have one, and no program uses it
-# Read for the config, or derived from it; not weights of a module.
+# The first T5s store this bias, and no program uses it.
+_UNUSED_BIAS = re.compile(r"^dec\.blk\.\d+\.cross_attn_rel_b\.weight$")
+# Tensors read for the config, or derived from it; no module has them as weights.
 _NOT_WEIGHTS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
 
-def _turns(outputs: int) -> torch.Tensor:
-    """The order in which the first and the second half take turns."""
+def _alternating(outputs: int) -> torch.Tensor:
+    """The row order that alternates the first and the second half."""
     return torch.arange(outputs).view(2, -1).T.reshape(-1)
 
 
 def tied_to(model: PreTrainedModel) -> Mapping[str, str]:
-    """Parameters that have no tensor of their own, and whose tensor they share."""
+    """Tied parameters, mapped to the parameter whose tensor they share."""
     return dict(model.all_tied_weights_keys)

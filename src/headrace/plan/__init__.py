@@ -1,4 +1,4 @@
-"""What it will cost: how much memory there is, what is pinned, what a pass takes. Pure arithmetic, no torch."""
+"""Predicted cost of a run: available memory, pinned weights, seconds per pass. Pure arithmetic, no torch."""
 
 from headrace.plan.budget import Budget, budget_of, detect_budget, given_budget
 from headrace.plan.choices import choose_drafting, choose_sequences, make_plan

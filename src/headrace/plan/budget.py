@@ -1,4 +1,4 @@
-"""How much memory the process may have: what the user says, or what cgroup and free memory leave, with a margin."""
+"""The memory budget of the process: the user's, or the smaller of cgroup limit and free memory less a margin."""
 
 import re
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from pathlib import Path
 from headrace.cgroup import groups, lines_of
 from headrace.units import gib, parse_bytes
 
-# Left to the system when nobody says how much to take: page cache, other programs, our own errors.
+# Share of memory left to the system without --memory: page cache, other programs, our own errors.
 MARGIN = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A ceiling for the whole process in bytes, and why it is that; and one for pinned weights alone, if wanted."""
+    """Max bytes of the whole process, the reason for it, and optionally max bytes of pinned weights."""
 
     nbytes: int
     reason: str
@@ -21,22 +21,22 @@ class Budget:
 
 
 def given_budget(nbytes: int) -> Budget:
-    """The ceiling that the user asked for."""
+    """Budget from --memory."""
     return Budget(nbytes=nbytes, reason=f"--memory {gib(nbytes)}")
 
 
 def budget_of(memory: str | int | Budget | None) -> Budget:
-    """The ceiling for the process: what is given, as a size or ready made, else what the system leaves."""
+    """Budget from a size or a ready `Budget`; None detects it."""
     if isinstance(memory, Budget):
         return memory
     return detect_budget() if memory is None else given_budget(parse_bytes(memory))
 
 
 def detect_budget(root: Path = Path("/")) -> Budget:
-    """The smaller of what the cgroup and the free memory leave, less the margin. `root` is for tests."""
+    """The smaller of free memory and cgroup headroom, less the margin. `root` is for tests."""
     free = _available(root)
     source = f"{gib(free)} of memory is available"
-    limit = _cgroup_room(root)
+    limit = _cgroup_free_bytes(root)
     if limit is not None and limit < free:
         free, source = limit, f"the cgroup leaves {gib(limit)}"
     return Budget(nbytes=int(free * (1 - MARGIN)), reason=f"no --memory; {source}, less {MARGIN:.0%}")
@@ -48,18 +48,18 @@ def _available(root: Path) -> int:
     return int(match.group(1)) * 1024 if match else 0
 
 
-def _cgroup_room(root: Path) -> int | None:
-    """What the tightest cgroup above this process leaves; None without a limit."""
-    rooms = []
+def _cgroup_free_bytes(root: Path) -> int | None:
+    """Free bytes under the tightest cgroup above this process; None without a limit."""
+    candidates = []
     for group, unified in groups(root, "memory"):
         limit, used = ("memory.max", r"^anon (\d+)") if unified else ("memory.limit_in_bytes", r"^total_rss (\d+)")
-        room = _room(group, limit, used)
-        if room is not None:
-            rooms.append(room)
-    return min(rooms, default=None)
+        free_bytes = _group_free_bytes(group, limit, used)
+        if free_bytes is not None:
+            candidates.append(free_bytes)
+    return min(candidates, default=None)
 
 
-def _room(group: Path, limit_name: str, used_pattern: str) -> int | None:
+def _group_free_bytes(group: Path, limit_name: str, used_pattern: str) -> int | None:
     lines = lines_of(group / limit_name)
     if not lines or not lines[0].isdigit() or int(lines[0]) >= 1 << 60:
         return None

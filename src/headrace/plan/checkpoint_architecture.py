@@ -1,4 +1,4 @@
-"""A model whose header can be read, as a forecast for other machines sees it."""
+"""Converts a checkpoint's header into the `Architecture` of a forecast for other machines."""
 
 from headrace.checkpoint import Checkpoint
 from headrace.forecast.architecture import Architecture
@@ -6,18 +6,18 @@ from headrace.plan.shape import Shape, shape_of
 
 
 def architecture_of(checkpoint: Checkpoint) -> Architecture:
-    """The sizes of a file or folder, counted as the plan counts them. Of an encoder-decoder a pass is one of the decoder.
+    """The sizes of a file or folder, counted as the plan counts them. For an encoder-decoder, a pass is the decoder's.
 
     Raises:
         UnsupportedError: the architecture does not run.
-        CheckpointError: the metadata makes no sense.
+        CheckpointError: the metadata is inconsistent.
     """
     shape = shape_of(checkpoint)
     heads = max(1, checkpoint.number("attention.head_count", 1))
     experts = shape.experts
     table = 0 if shape.tied else checkpoint.vocab_size * shape.hidden
     params = float(shape.weights_count + table)
-    idle = 0.0 if experts is None else sum(experts.weights.values()) * (1 - experts.per_token / experts.count)
+    unrouted = 0.0 if experts is None else sum(experts.weights.values()) * (1 - experts.per_token / experts.count)
     return Architecture(
         name=checkpoint.name,
         params=params,
@@ -30,7 +30,7 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
         vocab=checkpoint.vocab_size,
         tied=shape.tied,
         context=checkpoint.number("context_length", 0) or None,
-        active_params=None if experts is None else params - idle,
+        active_params=None if experts is None else params - unrouted,
         experts=0 if experts is None else experts.count,
         experts_per_token=0 if experts is None else experts.per_token,
         expert_feed_forward=None if experts is None else experts.width,
@@ -44,6 +44,6 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
 
 
 def _stored_bytes(shape: Shape) -> float:
-    """Bytes of the weights as the file holds them: other programs multiply them so."""
+    """Bytes of the weights as stored in the file: other programs multiply them in that form."""
     experts = 0.0 if shape.experts is None else shape.experts.nbytes * shape.experts.read_share
     return shape.weights_bytes * shape.read_share + shape.prefill_only_bytes + experts

@@ -1,4 +1,4 @@
-"""Choices between plans: how to draft, how many sequences together, and what the user could change."""
+"""Choices between plans: drafting method, number of concurrent sequences, and suggestions to the user."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,9 +15,9 @@ from headrace.plan.request import Request
 from headrace.plan.shape import Built, shape_of
 from headrace.units import MIB, gigabytes, option, seconds
 
-SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # that may run together in a batch
+SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of sequences tried for a batch
 
-# Bits per weight of whole files as llama.cpp's quantiser makes them.
+# Bits per weight of whole files from llama.cpp's quantiser.
 USUAL_FILES = (("Q8_0", 8.5), ("Q6_K", 6.56), ("Q4_K_M", 4.85), ("Q3_K_M", 3.9), ("Q2_K", 3.16))
 
 
@@ -34,15 +34,15 @@ def make_plan(
 
     Args:
         checkpoint: the header of a model.
-        profile: what the machine can do.
-        budget: the ceiling for the whole process.
-        request: what is asked; None: one answer to a prompt of 512 tokens.
-        runtime_bytes: what the process takes without weights, if it is already known; else the profile's word.
-        built: what the built model asks for, if it is already there; else the header's word.
+        profile: measured rates of the machine.
+        budget: max memory of the whole process.
+        request: prompt, context and sequences; None: one sequence with a prompt of 512 tokens.
+        runtime_bytes: memory of the process without weights, if already known; None: the profile's value.
+        built: facts from the built model, if it exists; None: from the header.
 
     Raises:
         UnsupportedError: the architecture does not run.
-        BudgetError: the budget is below the floor, which the message names.
+        BudgetError: the budget is below the floor, given in the message.
         ContextError: the context is longer than the model's.
     """
     request = request or Request()
@@ -53,7 +53,7 @@ def make_plan(
 def choose_drafting(
     checkpoint: Checkpoint, profile: Profile, budget: Budget, request: Request, options: Sequence[Drafting]
 ) -> tuple[Drafting, str]:
-    """(the best way to draft, the comparison in words). The first option must fit; a later one must gain a twentieth."""
+    """(the best drafting method, the comparison in words). The first option must fit; a later one must gain 5 %."""
     if len(options) > 1 and shape_of(checkpoint).single_sequence:
         options = options[:1]  # recurrent states cannot be rolled back
     best, least = options[0], float("inf")
@@ -66,11 +66,11 @@ def choose_drafting(
                 raise
             words.append(f"{drafting.name} does not fit")
             continue
-        answers = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
-        found = plan.decode_prediction.s_per_token + drafting.prepare_s / answers
-        words.append(f"{drafting.name} {seconds(found)}")
-        if found < 0.95 * least:
-            best, least = drafting, found
+        output_tokens = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
+        s_per_token = plan.decode_prediction.s_per_token + drafting.prepare_s / output_tokens
+        words.append(f"{drafting.name} {seconds(s_per_token)}")
+        if s_per_token < 0.95 * least:
+            best, least = drafting, s_per_token
     return best, f"draft {best.name}, from predicted time per token: {', '.join(words)}"
 
 
@@ -82,7 +82,7 @@ def choose_sequences(
     options: Sequence[Drafting],
     most: int,
 ) -> Request:
-    """The request with as many sequences and the way to draft that bring the most tokens per second.
+    """The request with the number of sequences and the drafting method that give the most tokens per second.
 
     More sequences share a pass; their caches take memory from pinned weights, and their rows take compute.
     """
@@ -96,9 +96,9 @@ def choose_sequences(
                 raise
             break
         wanted = replace(wanted, drafting=drafting)
-        found = plan_for(checkpoint, profile, budget, wanted, None).decode_prediction.s_per_token
-        if found < 0.98 * least:
-            best, least = wanted, found
+        s_per_token = plan_for(checkpoint, profile, budget, wanted, None).decode_prediction.s_per_token
+        if s_per_token < 0.98 * least:
+            best, least = wanted, s_per_token
     assert best is not None
     return best
 
@@ -111,9 +111,9 @@ def _changes(
     runtime_bytes: int | None,
     built: Built | None,
 ) -> tuple[Suggestion, ...]:
-    """The three changes that save most time per token, each by planning again with it."""
+    """The three changes that save the most time per token, each predicted by a new plan."""
     now = plan.decode_prediction.s_per_token
-    # With memory for everything no buffer is cut short, so its sum is what is enough.
+    # With memory for everything no buffer is reduced, so the sum of the buffers is the memory needed.
     roomy = plan_for(checkpoint, profile, Budget(nbytes=1 << 50, reason="what if"), request, runtime_bytes, built)
     parts = roomy.runtime_bytes + roomy.kv_bytes + roomy.draft_bytes + roomy.activation_bytes
     parts += roomy.weights_bytes + roomy.expert_bytes + MARGIN_BYTES
@@ -145,23 +145,23 @@ def _changes(
 
 
 def _smaller_files(plan: Plan) -> list[Suggestion]:
-    """The next smaller quantisations: the same budget holds a larger share of fewer bytes. They need no low-bit copy."""
+    """The next smaller quantisations: the same budget pins a larger share of them. They need no low-bit draft copy."""
     smaller = [(name, bits) for name, bits in USUAL_FILES if bits < 0.92 * plan.type_bits][:2]
     expected = plan.decode_prediction
-    cost, tokens, draft_s, room = plan.decode, expected.tokens_per_pass, expected.draft_s, plan.held_bytes
+    cost, tokens, draft_s, pinned_bytes = plan.decode, expected.tokens_per_pass, expected.draft_s, plan.held_bytes
     if plan.drafting.name == "self":
         cost, tokens, draft_s = plan.cost(plan.sequences), float(plan.sequences), 0.0
-        room += plan.draft_bytes
+        pinned_bytes += plan.draft_bytes
     changes = []
     for name, bits in smaller:
         share = bits / plan.type_bits
-        read = max(0.0, plan.shape.weights_bytes * share - room)
+        read = max(0.0, plan.shape.weights_bytes * share - pinned_bytes)
         if plan.experts is not None:
-            held = plan.experts.with_cached(int(plan.expert_slots / share))
-            read += share * held.missed_bytes(plan.decode_rows)
-        # Kernels of two to four bits are bound by their arithmetic: fewer bytes do not make them faster.
+            cached = plan.experts.with_cached(int(plan.expert_slots / share))
+            read += share * cached.missed_bytes(plan.decode_rows)
+        # 2- to 4-bit kernels are compute-bound: fewer bytes do not make them faster.
         compute_s = cost.compute_s * (share if plan.type_bits > 9 else 1.0)
-        found = replace(cost, disk_s=read / plan.disk_bytes_per_s, compute_s=compute_s).seconds + draft_s
+        pass_s = replace(cost, disk_s=read / plan.disk_bytes_per_s, compute_s=compute_s).seconds + draft_s
         size = gigabytes(plan.shape.all_bytes * share)
-        changes.append(Suggestion(what=f"the same model as {name} ({size})", s_per_token=found / tokens))
+        changes.append(Suggestion(what=f"the same model as {name} ({size})", s_per_token=pass_s / tokens))
     return changes

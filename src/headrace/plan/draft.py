@@ -1,11 +1,11 @@
-"""What drafting is worth: tokens per pass from how often guesses are right, and the best number of guesses.
+"""Gain of drafting: tokens per pass from the acceptance rate, and the best number of draft tokens.
 
-With every guess right with the same acceptance_rate `a`, given that all before it were, a pass with `k` guesses yields
+Each draft token is accepted with probability `a`, given that all before it were. A pass with `k` draft tokens yields
 
     E(k) = 1 + a + a^2 + ... + a^k                        (Leviathan, Kalman, Matias 2023, equation 1)
 
-tokens and takes `k * guess` and what `cost` says of 1 + k rows. The `a` below are fits of E to published tokens per pass at 4, 8
-and 16 guesses over chat prompts of code and prose; the engine replaces them by what it counts while it runs.
+tokens and takes `k * draft_token_s + cost(1 + k rows)`. The rates below are fits of E to published tokens per pass at 4, 8 and
+16 draft tokens, over chat prompts of code and prose. At run time the engine replaces them by its own counts.
 """
 
 from collections.abc import Callable
@@ -19,26 +19,27 @@ from headrace.forecast.predict import SMALLER_MODEL_ACCEPTANCE_RATE
 from headrace.paths import exists
 from headrace.plan.cost import PassCost
 
-# Max draft tokens of one sequence in a pass: beyond, even a perfect copy gains little, and rows cost memory.
+# Max draft tokens of one sequence in a pass: beyond it even a perfect draft gains little, and rows cost memory.
 MAX_DRAFT_TOKENS = 24
-# (max bits per weight, acceptance rate) of a low-bit copy: Q2_K, Q3_K_M, Q4_0. E at 4 / 8 / 16 draft tokens of Q4_0: 4.4 / 6.8 / 10.8.
+# (max bits per weight, acceptance rate) of a low-bit copy: Q2_K, Q3_K_M, Q4_0.
+# E of Q4_0 at 4 / 8 / 16 draft tokens: 4.4 / 6.8 / 10.8.
 COPY_ACCEPTANCE_RATES = ((3.6, 0.80), (4.4, 0.92), (32.0, 0.94))
-# A copy of a model with fewer bits than this saves too little.
+# Min bits per weight of a model whose low-bit copy saves enough.
 LEAST_BITS = 8.0
-COPIED_WEIGHTS_PER_S = 150e6  # measured with two readers
+COPIED_WEIGHTS_PER_S = 150e6  # quantising on load, measured with two readers
 # Acceptance rate of prompt lookup in free text; far higher where text is edited.
 LOOKUP_ACCEPTANCE_RATE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drafting:
-    """One way to draft. `checkpoint` is the draft model's, if there is one; it stays in memory."""
+    """A drafting method. `checkpoint` is the draft model's, if any; it stays in memory."""
 
-    name: str  # none, prompt, self or the file's name
-    acceptance_rate: float  # of a draft token, given that all before it were accepted
+    name: str  # none, prompt, self or a file name
+    acceptance_rate: float  # acceptance probability of a draft token, given that all before it were accepted
     max_draft_tokens: int
     lookup: bool = False
-    prepare_s: float = 0.0  # to make the draft model, once
+    prepare_s: float = 0.0  # one-time seconds to make the draft model
     checkpoint: Checkpoint | None = None
 
 
@@ -47,20 +48,20 @@ LOOKUP = Drafting(name="prompt", acceptance_rate=LOOKUP_ACCEPTANCE_RATE, max_dra
 
 
 def drafting_options(checkpoint: Checkpoint, name: str) -> list[Drafting]:
-    """What `--draft NAME` leaves to choose from, plain decoding first where that is allowed.
+    """Drafting methods that `--draft NAME` allows, plain decoding first if allowed.
 
     Args:
         checkpoint: the model that verifies.
         name: none, prompt, self, auto, or the path of a draft model.
 
     Raises:
-        UsageError: no such file, another vocabulary, or nothing to make a smaller copy of.
+        UsageError: missing file, other vocabulary, or a model with too few bits for a low-bit copy.
         CheckpointError: the draft model's file is damaged.
     """
     if checkpoint.has_encoder:
         if name not in ("none", "auto"):
             raise UsageError(
-                f"{checkpoint.name} has an encoder: its decoder keeps a cache of its own, which cannot be rolled back after a rejected draft token",
+                f"{checkpoint.name} has an encoder: its native cache cannot be rolled back after a rejected draft token",
                 hint="use --draft none",
             )
         return [NO_DRAFT]
@@ -95,7 +96,7 @@ def _model(checkpoint: Checkpoint, path: str) -> Drafting:
     draft = open_checkpoint(path)
     if draft.has_encoder:
         raise UsageError(
-            f"{path} has an encoder: it cannot go on with what another model writes",
+            f"{path} has an encoder: it cannot continue another model's text",
             hint="use a model that only decodes",
         )
     ours, theirs = checkpoint.tokens(), draft.tokens()
@@ -110,7 +111,7 @@ def _model(checkpoint: Checkpoint, path: str) -> Drafting:
 
 
 def _with_model(checkpoint: Checkpoint, name: str, acceptance_rate: float) -> Drafting:
-    """Prompt lookup goes with every draft model: it costs nothing."""
+    """A draft model combined with prompt lookup, which is free."""
     return Drafting(
         name=name,
         acceptance_rate=acceptance_rate,
@@ -135,39 +136,39 @@ class DecodePrediction:
     """Predicted decode pass with the best number of draft tokens."""
 
     draft_tokens: int
-    tokens_per_pass: float  # of all sequences together
+    tokens_per_pass: float  # sum over all sequences
     cost: PassCost
-    draft_token_s: float  # of one draft token for each sequence
+    draft_token_s: float  # seconds of one draft token for every sequence
 
     @property
     def draft_s(self) -> float:
-        """Drafting before a pass."""
+        """Seconds of drafting before a pass."""
         return self.draft_tokens * self.draft_token_s
 
     @property
     def seconds(self) -> float:
-        """Drafting and the pass."""
+        """Seconds of drafting and the pass."""
         return self.cost.seconds + self.draft_s
 
     @property
     def s_per_token(self) -> float:
-        """Seconds for each token of the pass."""
+        """Seconds per token of the pass."""
         return self.seconds / self.tokens_per_pass
 
     @property
     def binding(self) -> str:
-        """What most of the time goes to."""
+        """The largest share of the time: drafting, disk or compute."""
         return "drafting" if self.draft_s > self.cost.seconds else self.cost.binding
 
 
 def predict_decode(
     acceptance_rate: float, max_draft_tokens: int, sequences: int, draft_token_s: float, cost: Callable[[int], PassCost]
 ) -> DecodePrediction:
-    """The decode pass with the number of draft tokens that gives the least seconds per token.
+    """The decode pass with the number of draft tokens that minimises seconds per token.
 
     Args:
-        acceptance_rate: of a draft token, given that all before it were accepted.
-        max_draft_tokens: of a sequence in a pass.
+        acceptance_rate: probability that a draft token is accepted, given that all before it were.
+        max_draft_tokens: max per sequence in a pass.
         sequences: sequences in a pass.
         draft_token_s: seconds of one more draft token for all sequences.
         cost: cost of a pass by its rows.

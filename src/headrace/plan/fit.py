@@ -1,11 +1,11 @@
-"""Learn from runs: how much slower or faster than the probe's rates this machine was, by resource.
+"""Learn from runs: measured over probed rates of this machine, by resource.
 
-    seconds = max(D, C + reading * D)       D = disk * predicted disk seconds
+    seconds = max(D, C + io_cpu * D)        D = disk * predicted disk seconds
                                             C = kernel * predicted kernel seconds + layer * predicted layer seconds
 
-Four factors for a machine, the same for every model on it. They are found by a pattern search on their logarithms,
-which minimises the mean of a robust error over models, not over passes: a model that ran often says no more than one
-that ran once. A weak pull towards what was believed before keeps a factor still where no run says anything about it.
+A machine has four factors, the same for every model. A pattern search on their logarithms minimises the mean of a robust
+error over models, not over passes. A model that ran often therefore weighs no more than one that ran once. A weak prior
+keeps a factor unchanged where no run constrains it.
 """
 
 import math
@@ -17,13 +17,13 @@ from headrace.plan.profile import IO_CPU_SHARE, Profile
 from headrace.plan.record import PassGroup, RunRecord
 
 FACTORS = {"disk": 1.0, "kernel": 1.0, "layer": 1.0, "io_cpu": IO_CPU_SHARE}
-PULL = 0.01  # of a factor's squared logarithm, beside a mean error of about a tenth
+PULL = 0.01  # weight of the prior on a factor's squared logarithm; the mean error is about a tenth
 LEAST_GROUPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Factors, how well they describe the runs, and how many there were. `spread`: measured / predicted of the middle 80 %."""
+    """Factors, their error on the runs, and the number of runs. `spread`: measured / predicted, middle 80 %."""
 
     factors: Mapping[str, float]
     spread: tuple[float, float]
@@ -39,9 +39,9 @@ def fit_runs(
 
     Args:
         records: runs, of any machine.
-        machine: whose runs count.
-        probed_at: only those that were predicted with the rates of this probe; None: whichever.
-        reading: what the probe found that reading costs the cores, from where the search starts.
+        machine: only its runs count.
+        probed_at: only runs predicted with the rates of this probe count; None: all.
+        io_cpu: measured I/O CPU share, where the search starts.
 
     Raises:
         UsageError: too few passes of this machine to learn from.
@@ -84,7 +84,7 @@ def fit_runs(
 
 
 def pass_seconds(record: RunRecord, group: PassGroup, factors: Mapping[str, float]) -> float:
-    """Predicted seconds of a pass under other factors than those that predicted it."""
+    """Predicted seconds of a pass under other factors than the recorded ones."""
     was = FACTORS | dict(record.factors)
     disk_s = group.disk_s * factors["disk"] / was["disk"]
     kernel_s = group.kernel_s * factors["kernel"] / was["kernel"]
@@ -93,7 +93,7 @@ def pass_seconds(record: RunRecord, group: PassGroup, factors: Mapping[str, floa
 
 
 def apply_fit(profile: Profile, fit: Fit) -> Profile:
-    """The profile with its rates as the runs showed them; what an earlier fit did to it is undone first."""
+    """The profile with rates scaled to the fit; the factors of an earlier fit are undone first."""
     was = FACTORS | dict(profile.factors)
     ratio = {name: value / was[name] for name, value in fit.factors.items()}
 
@@ -119,7 +119,7 @@ def apply_fit(profile: Profile, fit: Fit) -> Profile:
 
 
 def minimise(loss: Callable[[Mapping[str, float]], float], start: Mapping[str, float]) -> dict[str, float]:
-    """The positive numbers of least loss: a pattern search (Hooke, Jeeves 1961), one number at a time, by factors that shrink."""
+    """The positive numbers of least loss, by pattern search (Hooke, Jeeves 1961): one number at a time, shrinking steps."""
     best, least, step = dict(start), loss(start), 1.5
     while step > 1.001:
         before = least
@@ -134,7 +134,7 @@ def minimise(loss: Callable[[Mapping[str, float]], float], start: Mapping[str, f
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """The number below which this share of them lies, between two by proportion."""
+    """The quantile `share` of sorted numbers, interpolated linearly."""
     at = share * (len(ordered) - 1)
     low = int(at)
     high = min(low + 1, len(ordered) - 1)
@@ -142,5 +142,5 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def _robust(error: float) -> float:
-    """Absolute for large errors, square for small ones: a run that was disturbed should not decide."""
+    """Error that is absolute when large and quadratic when small: a disturbed run should not dominate."""
     return math.sqrt(error * error + 0.01**2)

@@ -1,4 +1,4 @@
-"""How the memory of the process is divided, so that it adds up to the budget:
+"""The memory plan: parts of the process's memory, whose sum is the budget:
 
 budget = runtime + small tensors + KV caches + draft model + activations + ring + margin + pinned weights
 """
@@ -19,50 +19,50 @@ from headrace.units import MIB, gib, option
 
 UNIT_BYTES = 2 * MIB
 RING_SLOTS = 16
-PROMPT_SLOTS = 8  # while rows are many: then reads are not waited for
-MOST_RING_SLOTS = 48  # where they take no more than this share of the memory for weights (docs/LEARNED.md)
-RING_SHARE = 1 / 16
+PROMPT_SLOTS = 8  # ring slots during prefill, which is compute-bound
+MOST_RING_SLOTS = 48  # max ring slots (docs/LEARNED.md)
+RING_SHARE = 1 / 16  # max share of the memory for weights, above `RING_SLOTS`
 LEAST_SLOTS = 3
 LEAST_EXPERT_SLOTS = 4
 READERS = 4
-# A tensor whose streamed rest would be smaller than this is pinned whole: a read has a price beside its bytes.
+# Min streamed bytes of a tensor; below it the tensor is fully pinned, because each read has a fixed cost.
 SMALLEST_READ_BYTES = 512 << 10
 TOKENIZER_BYTES_PER_TOKEN = 450
-# While the tokenizer is built from the metadata, before any weights: 1400 bytes were measured for Gemma's 262,144 tokens.
+# Memory to build the tokenizer from the metadata, before any weights: 1400 bytes measured for Gemma's 262,144 tokens.
 TOKENIZER_BUILD_BYTES_PER_TOKEN = 1500
-DRAFT_PROMPT_ROWS = 128  # of a prompt in one pass of a draft model
+DRAFT_PROMPT_ROWS = 128  # prompt rows in one pass of a draft model
 DRAFT_RUNTIME_BYTES = 24 * MIB  # modules of a draft model and its first passes
-PREFILL_SCRATCH_BYTES = 64 * MIB  # unpacked weights, oneDNN's copies and code, what the allocator keeps
-SCORES_BYTES = 32 * MIB  # of heads whose scores are computed together
-KEPT_BYTES = 32 * MIB  # of what prompts took, the allocator and oneDNN keep so much
+PREFILL_SCRATCH_BYTES = 64 * MIB  # dequantised weights, oneDNN's copies and code, memory retained by the allocator
+SCORES_BYTES = 32 * MIB  # attention scores of heads that are computed together
+KEPT_BYTES = 32 * MIB  # prefill memory that the allocator and oneDNN retain
 MARGIN_BYTES = 24 * MIB
 MARGIN_SHARE = 0.01
 ROW_CHUNK = 64
-ROW_MULTIPLE = 16  # of pinned rows: what kernels take together
+ROW_MULTIPLE = 16  # multiple of pinned rows: kernels process these together
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes by purpose, and what they decide: rows of a prompt in a pass, slots of the ring, pinned rows of every tensor."""
+    """Bytes by purpose, and the sizes they imply: prefill rows per pass, ring slots, pinned rows of every tensor."""
 
     floor: int
-    runtime: int  # small tensors of the model included
+    runtime: int  # includes the model's small tensors
     kv: int
     draft: int
     activations: int
     prefill_rows: int
     slots: int
-    decode_only_slots: int  # of these, in the memory of prompts
-    prefill_only_slots: int  # of a ring for what is multiplied once for a prompt
+    decode_only_slots: int  # ring slots in reused prefill memory, part of `slots`
+    prefill_only_slots: int  # ring slots of the prefill-only weights
     slot: int
     pinned_rows: Mapping[str, int]
     pinned: int
-    decode_pinned_rows: Mapping[str, int]  # behind the pinned ones, in the memory of prompts while there is none
+    decode_pinned_rows: Mapping[str, int]  # rows after the pinned ones, in prefill memory reused during decode
     decode_pinned: int
-    streamed: int  # per pass that decodes
-    prefill_only_streamed: int  # once for a prompt
+    streamed: int  # bytes per decode pass
+    prefill_only_streamed: int  # bytes once per prompt
     expert_slots: int
-    spare: int  # left over when everything is pinned
+    spare: int  # bytes left when everything is pinned
 
 
 def plan_memory(
@@ -73,10 +73,10 @@ def plan_memory(
     request: Request,
     runtime_bytes: int | None,
 ) -> MemoryPlan:
-    """Divide a budget; weights get what nothing else needs.
+    """Divide a budget; weights get the rest.
 
     Raises:
-        BudgetError: the budget is below the floor, which the message names.
+        BudgetError: the budget is below the floor, given in the message.
     """
     runtime = runtime_bytes or profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BYTES_PER_TOKEN
     kv = shape.kv_bytes(request.context_tokens, request.kv_bits) * request.sequences
@@ -88,8 +88,8 @@ def plan_memory(
     least_rings = LEAST_SLOTS * slot * (2 if shape.prefill_only else 1)
     least = base - margin + MARGIN_BYTES + least_rings + few_experts
     decode_activations = _activations(shape, request, request.verify_rows, row_invariant=True)
-    if shape.single_sequence:  # it takes its prompt whole
-        decode_activations = max(decode_activations, _activations(shape, request, _whole_rows(shape, request)))
+    if shape.single_sequence:  # prefill is a single pass
+        decode_activations = max(decode_activations, _activations(shape, request, _single_pass_rows(shape, request)))
     floor = ceil((least + decode_activations) / (1 - MARGIN_SHARE))
     if runtime_bytes is None:
         floor = max(floor, profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BUILD_BYTES_PER_TOKEN)
@@ -98,15 +98,16 @@ def plan_memory(
             f"the model needs at least {gib(floor)}, the budget is {gib(budget.nbytes)} ({budget.reason})",
             hint=_floor_hint(floor, kv),
         )
-    room = budget.nbytes - base - few_experts
-    rows = _prefill_rows(shape, request, budget.nbytes, room - least_rings)
+    free_bytes = budget.nbytes - base - few_experts
+    rows = _prefill_rows(shape, request, budget.nbytes, free_bytes - least_rings)
     activations = max(decode_activations, _activations(shape, request, rows))
     if budget.pinned_limit_bytes is not None:
-        room = min(room, activations + _slots(budget.pinned_limit_bytes, slot) * slot + budget.pinned_limit_bytes)
-    room -= activations
-    fits = room >= shape.weights_bytes + shape.prefill_only_bytes + shape.page_slack_bytes
-    prefill_only_slots = 0 if fits or not shape.prefill_only else _slots(room // 2, slot)
-    left = room - prefill_only_slots * slot
+        ring_bytes = _slots(budget.pinned_limit_bytes, slot) * slot
+        free_bytes = min(free_bytes, activations + ring_bytes + budget.pinned_limit_bytes)
+    free_bytes -= activations
+    fits = free_bytes >= shape.weights_bytes + shape.prefill_only_bytes + shape.page_slack_bytes
+    prefill_only_slots = 0 if fits or not shape.prefill_only else _slots(free_bytes // 2, slot)
+    left = free_bytes - prefill_only_slots * slot
     slots = 0 if left >= shape.weights_bytes + shape.page_slack_bytes else _slots(left, slot)
     reusable = 0 if shape.prefill_only else max(0, activations - decode_activations - KEPT_BYTES)
     decode_only_slots = min(max(0, slots - PROMPT_SLOTS), reusable // slot)
@@ -120,13 +121,13 @@ def plan_memory(
         if slots and not shape.prefill_only
         else {}
     )
-    lent = sum(decode_pinned_rows.get(tensor.name, 0) * tensor.row_bytes for tensor in shape.linears)
-    # Every pass needs every byte of these, so the encoder gets what they leave.
-    opening_rows = _pin(shape.prefill_only, left - own_ring - pinned - page_slack(shape.linears))
-    opening_pinned = _pinned_bytes(shape.prefill_only, opening_rows)
-    spare = room - pinned - opening_pinned - shape.page_slack_bytes if fits else 0
+    decode_pinned = sum(decode_pinned_rows.get(tensor.name, 0) * tensor.row_bytes for tensor in shape.linears)
+    # Every pass needs all of the dense weights, so prefill-only weights get the rest.
+    prefill_only_rows = _pin(shape.prefill_only, left - own_ring - pinned - page_slack(shape.linears))
+    prefill_only_pinned = _pinned_bytes(shape.prefill_only, prefill_only_rows)
+    spare = free_bytes - pinned - prefill_only_pinned - shape.page_slack_bytes if fits else 0
     expert_slots = 0
-    if shape.experts is not None:  # every pass needs every byte of the trunk, but of the experts only some
+    if shape.experts is not None:  # a pass needs all dense weights but only some experts, so experts come last
         expert_slots = most_slots(shape.experts, few_experts + spare)
         spare = 0
     return MemoryPlan(
@@ -138,23 +139,23 @@ def plan_memory(
         prefill_rows=rows,
         slots=slots,
         decode_only_slots=decode_only_slots,
-        prefill_only_slots=prefill_only_slots if opening_pinned < shape.prefill_only_bytes else 0,
+        prefill_only_slots=prefill_only_slots if prefill_only_pinned < shape.prefill_only_bytes else 0,
         slot=slot,
-        pinned_rows={**opening_rows, **pinned_rows},
-        pinned=pinned + opening_pinned,
+        pinned_rows={**prefill_only_rows, **pinned_rows},
+        pinned=pinned + prefill_only_pinned,
         decode_pinned_rows=decode_pinned_rows,
-        decode_pinned=lent,
-        streamed=shape.weights_bytes - pinned - lent,
-        prefill_only_streamed=shape.prefill_only_bytes - opening_pinned,
+        decode_pinned=decode_pinned,
+        streamed=shape.weights_bytes - pinned - decode_pinned,
+        prefill_only_streamed=shape.prefill_only_bytes - prefill_only_pinned,
         expert_slots=expert_slots,
         spare=spare,
     )
 
 
-def _slots(room: int, slot: int) -> int:
-    """Of a ring in this room."""
-    most = max(RING_SLOTS, min(MOST_RING_SLOTS, int(RING_SHARE * room) // slot))
-    return max(LEAST_SLOTS, min(most, room // slot))
+def _slots(free_bytes: int, slot: int) -> int:
+    """Ring slots that fit into `free_bytes`."""
+    most = max(RING_SLOTS, min(MOST_RING_SLOTS, int(RING_SHARE * free_bytes) // slot))
+    return max(LEAST_SLOTS, min(most, free_bytes // slot))
 
 
 def _pinned_bytes(tensors: Sequence[Tensor], pinned_rows: Mapping[str, int]) -> int:
@@ -162,12 +163,12 @@ def _pinned_bytes(tensors: Sequence[Tensor], pinned_rows: Mapping[str, int]) -> 
 
 
 def _least_experts(experts: Experts | None) -> int:
-    """Bytes of the slots without which no expert could be read while another is multiplied."""
+    """Bytes of the fewest slots that let one expert be read while another is multiplied."""
     return 0 if experts is None else LEAST_EXPERT_SLOTS * experts.slot_bytes
 
 
 def _draft_bytes(draft: Shape, request: Request, known_runtime: bool) -> int:
-    """What a draft model takes: its weights, all of them, its caches and activations; its modules, if not yet built."""
+    """Bytes of a draft model: all its weights, caches and activations; its modules, if not yet built."""
     kv = draft.kv_bytes(request.context_tokens, 16) * request.sequences
     activations = _activations(draft, request, DRAFT_PROMPT_ROWS) - PREFILL_SCRATCH_BYTES
     built = 0 if known_runtime else draft.small_bytes + DRAFT_RUNTIME_BYTES
@@ -175,104 +176,103 @@ def _draft_bytes(draft: Shape, request: Request, known_runtime: bool) -> int:
 
 
 def _activations(shape: Shape, request: Request, rows: int, row_invariant: bool = False) -> int:
-    """The most that a pass of this many rows holds at once, in fp32: the wider of MLP and attention, and logits.
+    """Peak fp32 activation bytes of a pass of `rows` rows: the wider of MLP and attention, and logits.
 
-    Exact rows may all need logits; of a prompt only the last row does, beside which every other sequence has a row of its own.
+    Row-invariant rows may all need logits. In prefill only the prompt's last row and one row of every other sequence do.
     """
     context_tokens = request.context_tokens
     with_logits = rows if row_invariant else request.sequences
     rows += 0 if row_invariant else request.sequences - 1
-    # Alive at once are three of the MLP's width and two or three of the model's; the rest is for the allocator's holes and
-    # oneDNN's copies. Measured and counted, MiB: 512 rows of an 8B shape 181 and 282, of a 1.5B one 165 and 190; 64 rows 53
-    # and 92, 36 and 80.
+    # Three tensors of the MLP's width and two or three of the hidden size are alive at once. The rest covers fragmentation
+    # and oneDNN's copies. Measured and counted MiB: 8B, 512 rows 181 and 282; 1.5B, 512 rows 165 and 190;
+    # 8B, 64 rows 53 and 92; 1.5B, 64 rows 36 and 80.
     narrow = 5 * shape.hidden
-    mlp = 6 * shape.feed_forward + _expert_numbers(shape.experts)
+    mlp = 6 * shape.feed_forward + _expert_elements(shape.experts)
     attention = 10 * shape.attention_width
-    # Keys and values of one layer in fp32, and of latent attention its matrix.
+    # K and V of one layer in fp32; for MLA the latents and its kv_b matrix.
     widths = shape.head_dim if shape.latent_numbers else 2 * shape.kv_heads * shape.head_dim
-    # And a row's scores.
+    # Attention scores of one row.
     heads = shape.attention_width // shape.head_dim
     wide = 4 * (shape.latent_numbers + context_tokens * (widths + 2 * heads))
     copies = 3 if shape.checkpoint.get("final_logit_softcapping") else 1
     logits = (3 + copies * with_logits) * shape.checkpoint.vocab_size * 4
-    if shape.scanned is not None and rows > 1 and not row_invariant:  # in whole chunks, however few there are
-        # Scores, decays, their product and what einsum makes of them; both sides of a state for every head.
+    if shape.scanned is not None and rows > 1 and not row_invariant:  # rows are padded to whole chunks
+        # Scores, decays, scores * decays and einsum's result; both factors of a state for every head.
         padded = ceil(rows / shape.scanned.chunk) * shape.scanned.chunk
         wide += 4 * shape.scanned.heads * padded * (4 * shape.scanned.chunk + 2 * shape.scanned.state)
     if rows <= DECODE_MAX_ROWS or row_invariant:
         return rows * 4 * (narrow + max(mlp, attention)) + logits + wide
-    # Many rows: weights unpacked beside them, and a mask.
+    # Prefill: dequantised weights and a mask in addition.
     masked = wide + rows * context_tokens + (SCORES_BYTES if shape.makes_scores else 0)
-    if (
-        shape.single_sequence and shape.cached_numbers
-    ):  # all rows see each other: biases, scores and their softmax, in fp32
+    if shape.single_sequence and shape.cached_numbers:  # bidirectional attention: biases, scores and softmax, in fp32
         masked += 4 * 4 * rows**2 * heads
-    unpacked = PREFILL_SCRATCH_BYTES if shape.experts is None else 2 * PREFILL_SCRATCH_BYTES  # once left 18 MiB of 5000
-    return rows * 4 * (narrow + max(mlp, attention)) + logits + masked + unpacked
+    # Twice for MoE: the single amount once left 18 MiB of 5000.
+    dequantised = PREFILL_SCRATCH_BYTES if shape.experts is None else 2 * PREFILL_SCRATCH_BYTES
+    return rows * 4 * (narrow + max(mlp, attention)) + logits + masked + dequantised
 
 
-def _expert_numbers(experts: Experts | None) -> int:
-    """Numbers for each row that the experts hold: results twice while they are put in order, and what is worked on.
+def _expert_elements(experts: Experts | None) -> int:
+    """Elements per row held by the experts: results twice while they are reordered, and intermediate activations.
 
-    Rows that are alike choose the same experts, so all their choices may be worked on at a time. Twice that, as below: with
-    once, 400 equal rows of a 30B-A3B shape peaked 4 MiB above a budget of 5000.
+    Equal rows choose the same experts, so all their choices may be computed at a time. The sum is doubled: undoubled, 400
+    equal rows of a 30B-A3B shape peaked 4 MiB above a budget of 5000.
     """
     return 0 if experts is None else experts.per_token * 8 * (experts.hidden + experts.width)
 
 
-def _whole_rows(shape: Shape, request: Request) -> int:
-    """Rows of the largest pass of a model that takes its prompt whole, or, if it has_cache nothing, the answer as well."""
+def _single_pass_rows(shape: Shape, request: Request) -> int:
+    """Rows of the largest pass of a single-sequence model: the prompt, or without a cache the whole context."""
     return max(DECODE_MAX_ROWS, request.prompt_rows if shape.has_cache else request.context_tokens)
 
 
-def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, room: int) -> int:
-    """As many prompt rows per pass as fit into an eighth of the budget: passes cost more than pins until then.
+def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, free_bytes: int) -> int:
+    """Prompt rows per pass that fit into an eighth of the budget; up to there fewer passes save more than more pinning.
 
-    A model that keeps states of its own takes a prompt whole, and so does an encoder.
+    A recurrent model or an encoder computes its prompt in a single pass.
     """
     if shape.single_sequence:
-        return _whole_rows(shape, request)
-    limit = min(room, max(budget_bytes // 8, 192 * MIB))
+        return _single_pass_rows(shape, request)
+    limit = min(free_bytes, max(budget_bytes // 8, 192 * MIB))
     rows = request.prompt_rows
     if rows <= DECODE_MAX_ROWS:
         return DECODE_MAX_ROWS
     while rows > ROW_CHUNK and _activations(shape, request, rows) > limit:
         rows -= ROW_CHUNK
-    rows = max(rows, DECODE_MAX_ROWS)  # the last step down may have gone below
+    rows = max(rows, DECODE_MAX_ROWS)  # the last step may undershoot
     return rows if _activations(shape, request, rows) <= limit else DECODE_MAX_ROWS
 
 
-def _pin(tensors: Sequence[Tensor], room: int) -> dict[str, int]:
-    """Rows to pin by tensor: the same share of each, except that small rests are pinned too."""
+def _pin(tensors: Sequence[Tensor], free_bytes: int) -> dict[str, int]:
+    """Rows to pin by tensor: the same share of each, except that small remainders are pinned too."""
     total = sum(tensor.nbytes for tensor in tensors)
-    room = max(0, room - page_slack(tensors))
-    if room >= total:
+    free_bytes = max(0, free_bytes - page_slack(tensors))
+    if free_bytes >= total:
         return {tensor.name: tensor.rows for tensor in tensors}
-    whole: set[str] = set()
+    full: set[str] = set()
     while True:
-        rest = [tensor for tensor in tensors if tensor.name not in whole]
+        rest = [tensor for tensor in tensors if tensor.name not in full]
         spent = total - sum(tensor.nbytes for tensor in rest)
-        share = max(0.0, (room - spent) / max(1, sum(tensor.nbytes for tensor in rest)))
+        share = max(0.0, (free_bytes - spent) / max(1, sum(tensor.nbytes for tensor in rest)))
         more = {t.name for t in rest if (1 - share) * t.nbytes < SMALLEST_READ_BYTES}
         cost = sum(t.nbytes for t in rest if t.name in more)
-        if not more or spent + cost > room:
+        if not more or spent + cost > free_bytes:
             break
-        whole |= more
-    rows = {tensor.name: _cut(tensor, share) for tensor in rest}
-    return rows | {tensor.name: tensor.rows for tensor in tensors if tensor.name in whole}
+        full |= more
+    rows = {tensor.name: _share_of_rows(tensor, share) for tensor in rest}
+    return rows | {tensor.name: tensor.rows for tensor in tensors if tensor.name in full}
 
 
-def _pin_for_decode(shape: Shape, pinned_rows: Mapping[str, int], room: int) -> dict[str, int]:
-    """Rows behind the pinned ones that fit into so many bytes: the same share of all that streams."""
+def _pin_for_decode(shape: Shape, pinned_rows: Mapping[str, int], free_bytes: int) -> dict[str, int]:
+    """Rows after the pinned ones that fit into `free_bytes`: the same share of every streamed tensor."""
     rest = {tensor.name: tensor.rows - pinned_rows[tensor.name] for tensor in shape.linears}
     streamed = sum(rest[tensor.name] * tensor.row_bytes for tensor in shape.linears)
-    share = min(1.0, max(0, room - shape.page_slack_bytes) / max(1, streamed))
+    share = min(1.0, max(0, free_bytes - shape.page_slack_bytes) / max(1, streamed))
     multiple = {tensor.name: max(ROW_MULTIPLE, tensor.row_multiple) for tensor in shape.linears}
     return {name: int(share * rows) // multiple[name] * multiple[name] for name, rows in rest.items() if rows}
 
 
-def _cut(tensor: Tensor, share: float) -> int:
-    """That share of a tensor's rows, in multiples that can be read and repacked."""
+def _share_of_rows(tensor: Tensor, share: float) -> int:
+    """A share of a tensor's rows, rounded down to a multiple that can be read and repacked."""
     multiple = max(ROW_MULTIPLE, tensor.row_multiple)
     return int(share * tensor.rows) // multiple * multiple
 

@@ -1,7 +1,6 @@
-"""The engine's own schedule in the simulator: every read of a pass, every slice of compute, slots and readers as planned.
+"""The engine's schedule in the simulator: every read and compute slice of a pass, with the planned slots and readers.
 
-What it adds to `cost`: the start of a pass, units that arrive late because a slot was not free, and where in the pass
-it waits.
+Beyond `cost` it models the start of a pass, units delayed by a busy slot, and where in the pass compute stalls.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,15 +12,14 @@ from headrace.plan.cost import expert_seconds, layer_seconds, row_invariant_rate
 from headrace.plan.expert_cost import FOUND_LATE, Experts
 from headrace.plan.plan import Plan
 
-READ_LATENCY_S = (
-    150e-6  # of one request of 2 MiB to a solid-state disk, before its bytes come: guessed, and hidden by the readers
-)
+# Guessed seconds before the first byte of a 2 MiB request to an SSD; the readers hide it.
+READ_LATENCY_S = 150e-6
 
-LAYERS_AHEAD = 2  # whose experts are read (`engine.expert_predictor`)
+LAYERS_AHEAD = 2  # number of next layers whose experts are prefetched (`engine.expert_prefetch`)
 
 
 def pass_units(plan: Plan, rows: int) -> list[ScheduledUnit]:
-    """The units of a pass in order of compute: of every tensor its pinned rows, in turns with what is streamed of it."""
+    """The units of a pass in order of compute: each tensor's pinned rows alternate with its streamed units."""
     linears, profile, weights = plan.shape.linears, plan.profile, plan.weights
     glue_s = layer_seconds(profile, plan.shape.layers, rows) / len(linears)
     units: list[ScheduledUnit] = []
@@ -29,26 +27,26 @@ def pass_units(plan: Plan, rows: int) -> list[ScheduledUnit]:
         rate = row_invariant_rate(profile, weights, tensor.type, rows)
         repacked = tensor.type in plan.repacked_types
         pinned_rate = profile.kernel(tensor.type, rows, repacked=True) if repacked else rate
-        pinned, lent = plan.pinned_rows[tensor.name], plan.decode_pinned_rows.get(tensor.name, 0)
-        held_s = tensor.columns * (pinned / pinned_rate + lent / rate)
-        left = tensor.rows - pinned - lent
+        pinned, decode_pinned = plan.pinned_rows[tensor.name], plan.decode_pinned_rows.get(tensor.name, 0)
+        pinned_s = tensor.columns * (pinned / pinned_rate + decode_pinned / rate)
+        left = tensor.rows - pinned - decode_pinned
         streamed = left * tensor.row_bytes
         count = ceil(streamed / plan.unit_bytes)
-        units.append(ScheduledUnit(0.0, 0.0, (held_s + glue_s) / (count + 1), pinned=True))
+        units.append(ScheduledUnit(0.0, 0.0, (pinned_s + glue_s) / (count + 1), pinned=True))
         for at in range(count):
             size = min(plan.unit_bytes, streamed - at * plan.unit_bytes)
             read_s = size * weights.read_share / plan.disk_bytes_per_s
             decode_s = size * weights.decoding_core_s_per_byte / profile.threads
             each_s = left * tensor.columns / rate * size / streamed
             units.append(ScheduledUnit(READ_LATENCY_S, read_s, each_s + decode_s + profile.io_cpu * read_s))
-            units.append(ScheduledUnit(0.0, 0.0, (held_s + glue_s) / (count + 1), pinned=True))
+            units.append(ScheduledUnit(0.0, 0.0, (pinned_s + glue_s) / (count + 1), pinned=True))
     return units if plan.experts is None else list(_with_experts(units, plan, plan.experts, rows))
 
 
 def _with_experts(units: Sequence[ScheduledUnit], plan: Plan, experts: Experts, rows: int) -> Iterator[ScheduledUnit]:
-    """After each layer's share of the units what the layer misses of its experts, and their compute.
+    """The units, with the missed experts and the expert compute of each layer after its share of them.
 
-    Most are foreseen (`engine.expert_predictor`); for the others the layer waits.
+    Most experts are prefetched (`engine.expert_prefetch`); the layer waits for the others.
     """
     read_s = experts.missed_bytes(rows) / experts.layers / plan.disk_bytes_per_s
     compute_s = expert_seconds(plan.profile, experts, rows, plan.weights.row_invariant) / experts.layers
@@ -65,7 +63,7 @@ def _with_experts(units: Sequence[ScheduledUnit], plan: Plan, experts: Experts, 
 
 
 def pipeline(plan: Plan, rows: int | None = None, passes: int = 2) -> Timeline:
-    """Decoding passes one after another; from the second on the pipe is full."""
+    """Timeline of consecutive decode passes; from the second on the pipeline is full."""
     units = pass_units(plan, rows or plan.decode_rows)
     ahead = 1 if plan.experts is None else 1 + LAYERS_AHEAD
     return simulate(units, max(ahead, plan.ring_slots), readers=max(1, plan.readers), passes=passes)

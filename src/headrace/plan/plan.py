@@ -1,7 +1,7 @@
-"""The plan: what is pinned, what is streamed, how large every buffer is, and what a token will cost.
+"""The plan: pinned and streamed weights, the size of every buffer, and the predicted time per token.
 
-Made from a checkpoint's header, a profile and a budget, before torch is imported. The engine executes it, the trace is
-compared with it.
+It is made from a checkpoint's header, a profile and a budget, before torch is imported. The engine executes it, and the
+timeline is compared with it.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from headrace.units import gib, gigabytes, seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """A prediction: what it cannot be faster than, what is expected, and what is likely not exceeded."""
+    """A prediction: lower bound, expected value, and a likely upper bound."""
 
     low: float
     expected: float
@@ -35,7 +35,7 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """Something the user could change, and the seconds per token it would give."""
+    """A change the user could make, and the predicted seconds per token."""
 
     what: str
     s_per_token: float
@@ -43,7 +43,7 @@ class Suggestion:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Every number that the engine needs, and every prediction it will be held to. Sizes in bytes."""
+    """All sizes that the engine needs, and the predictions it is measured against. Sizes in bytes."""
 
     model: str
     type_bits: float
@@ -53,14 +53,14 @@ class Plan:
     pinned_rows: Mapping[str, int]
     pinned_bytes: int
     decode_pinned_rows: Mapping[str, int]
-    decode_pinned_bytes: int  # pinned as well while no prompt needs the memory
+    decode_pinned_bytes: int  # bytes pinned in prefill memory during decode
     streamed_bytes_per_pass: int
-    prefill_only_bytes: int  # of these weights, what only a pass needs that begins a text: an encoder
-    streamed_bytes_per_prompt: int  # of these, in that pass
+    prefill_only_bytes: int  # bytes of the weights used only at the start of a sequence: an encoder
+    streamed_bytes_per_prompt: int  # prefill-only bytes streamed once per prompt
     unit_bytes: int
     ring_slots: int
-    decode_only_slots: int  # of these, what the ring has only while no prompt needs the memory
-    prefill_only_slots: int  # of a second ring, for an encoder
+    decode_only_slots: int  # ring slots in reused prefill memory, part of `ring_slots`
+    prefill_only_slots: int  # slots of the encoder's ring
     ring_bytes: int
     readers: int
     threads: int
@@ -76,8 +76,8 @@ class Plan:
     prefill_rows: int
     prefill_passes: int
     drafting: Drafting
-    max_draft_tokens: int  # for each sequence in a pass
-    draft_bytes: int  # the draft model, its caches and activations
+    max_draft_tokens: int  # max per sequence in a pass
+    draft_bytes: int  # bytes of the draft model, its caches and activations
     decode_prediction: DecodePrediction
     activation_bytes: int
     runtime_bytes: int
@@ -88,14 +88,14 @@ class Plan:
     profile: Profile
     weights: Weights
     expert_slots: int
-    expert_bytes: int  # of memory for experts
+    expert_bytes: int  # bytes of the expert cache
     shape: Shape = field(repr=False)
     reasons: tuple[str, ...]
     changes: tuple[Suggestion, ...] = ()
 
     @property
     def held_bytes(self) -> int:
-        """Weights in memory while tokens are decoded."""
+        """Bytes of weights in memory during decode."""
         return self.pinned_bytes + self.decode_pinned_bytes
 
     @property
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def decode_rows(self) -> int:
-        """Rows of such a pass."""
+        """Rows of a decode pass with its draft tokens."""
         return self.sequences * (1 + self.decode_prediction.draft_tokens)
 
     @property
@@ -115,7 +115,7 @@ class Plan:
 
     @property
     def binding(self) -> str:
-        """What a decoded token waits for: disk, compute or drafting."""
+        """The bottleneck of decode: disk, compute or drafting."""
         return self.decode_prediction.binding
 
     def line(self) -> str:
@@ -142,7 +142,7 @@ class Plan:
         return self.weights.experts
 
     def expert_line(self) -> str:
-        """How many experts stay in memory, and what is expected of that."""
+        """The number of experts in memory and the predicted hit rate, in words."""
         assert self.experts is not None
         missed = gigabytes(self.experts.missed_bytes(1))
         return (
@@ -151,7 +151,7 @@ class Plan:
         )
 
     def cost(self, rows: int) -> PassCost:
-        """A pass of so many exact rows."""
+        """The cost of a pass of `rows` row-invariant rows."""
         return pass_cost(
             self.profile,
             self.disk_bytes_per_s,
@@ -224,7 +224,7 @@ def plan_for(
     runtime_bytes: int | None = None,
     built: Built | None = None,
 ) -> Plan:
-    """A plan without the changes that would help. Arguments and errors as for `choices.make_plan`."""
+    """A plan without suggestions. Arguments and errors as for `choices.make_plan`."""
     shape = shape_of(checkpoint, built)
     if request.context_tokens > shape.context_limit:
         raise ContextError(
@@ -232,9 +232,9 @@ def plan_for(
             hint=f"use --ctx-size {shape.context_limit} or less",
         )
     draft = shape_of(request.drafting.checkpoint) if request.drafting.checkpoint is not None else None
-    room = plan_memory(shape, draft, profile, budget, request, runtime_bytes)
+    memory = plan_memory(shape, draft, profile, budget, request, runtime_bytes)
     disk = profile.disk(checkpoint.paths[0])
-    rows = room.prefill_rows
+    rows = memory.prefill_rows
     passes = -(-request.prompt_rows // rows)
     draft_token_s = 0.0
     if draft is not None:
@@ -243,11 +243,11 @@ def plan_for(
     drafting = request.drafting
     experts = shape.experts
     if experts is not None:
-        experts = experts.with_cached(room.expert_slots).with_routing(load_routing(checkpoint))
+        experts = experts.with_cached(memory.expert_slots).with_routing(load_routing(checkpoint))
 
     def predict(weights: Weights) -> _Prediction:
         def cost(rows: int) -> PassCost:
-            return pass_cost(profile, disk, room.streamed, weights, shape.layers, rows, row_invariant=True)
+            return pass_cost(profile, disk, memory.streamed, weights, shape.layers, rows, row_invariant=True)
 
         decode_prediction = predict_decode(
             drafting.acceptance_rate, request.max_draft_tokens, request.sequences, draft_token_s, cost
@@ -259,47 +259,48 @@ def plan_for(
             read = replace(weights, plain=shape.prefill_only_weights, repacked={}, experts=None)
             layers = checkpoint.number("block_count")
             first += pass_cost(profile, disk, shape.prefill_only_bytes, read, layers, request.prompt_rows)
-        later = pass_cost(profile, disk, room.streamed + room.decode_pinned, weights, shape.layers, rows)
+        later = pass_cost(profile, disk, memory.streamed + memory.decode_pinned, weights, shape.layers, rows)
         ttft = first.seconds + (passes - 1) * later.seconds
-        answers = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
-        return _Prediction(weights, decode_prediction, first, ttft, ttft + answers * decode_prediction.s_per_token)
+        output_tokens = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
+        total_s = ttft + output_tokens * decode_prediction.s_per_token
+        return _Prediction(weights, decode_prediction, first, ttft, total_s)
 
-    best, copied = _best_layout(shape, room, profile, request, experts, predict)
+    best, copied = _best_layout(shape, memory, profile, request, experts, predict)
     types = frozenset(best.weights.repacked)
     decode_prediction, first, ttft = best.decode_prediction, best.first, best.ttft_s
     reasons = [
         budget.reason,
-        _rings(room),
+        _rings(memory),
         f"{passes} weight pass{'es' if passes > 1 else ''} of up to {rows} rows for {request.prompt_rows} prompt tokens",
     ]
     if types:
-        how = f"a second, repacked copy of {', '.join(sorted(types))} ({gib(copied)}): there is room for it"
+        how = f"a second, repacked copy of {', '.join(sorted(types))} ({gib(copied)}): spare memory holds it"
         reasons.append(
-            how if copied else f"pinned {', '.join(sorted(types))} repacked in place: many rows in a pass pay for it"
+            how if copied else f"pinned {', '.join(sorted(types))} repacked in place: the rows of a batch pay for it"
         )
     if best.weights.pad_decode_rows_to_tiles:
         reasons.append("single rows padded to tiles of eight: draft tokens and other sequences pay for it")
-    chosen = checkpoint.number("attention.indexer.top_k", 0)
-    if 0 < chosen < request.context_tokens:
-        reasons.append(f"the model would choose {chosen} positions to look at; here each token sees all before it")
+    top_k = checkpoint.number("attention.indexer.top_k", 0)
+    if 0 < top_k < request.context_tokens:
+        reasons.append(f"the model would choose {top_k} positions to look at; here each token sees all before it")
     return Plan(
         model=checkpoint.name,
         type_bits=8 * shape.all_bytes / shape.weights_count,
         budget=budget,
-        floor_bytes=room.floor,
+        floor_bytes=memory.floor,
         weights_bytes=shape.weights_bytes + shape.prefill_only_bytes,
-        pinned_rows=room.pinned_rows,
-        pinned_bytes=room.pinned,
-        decode_pinned_rows=room.decode_pinned_rows,
-        decode_pinned_bytes=room.decode_pinned,
-        streamed_bytes_per_pass=room.streamed,
+        pinned_rows=memory.pinned_rows,
+        pinned_bytes=memory.pinned,
+        decode_pinned_rows=memory.decode_pinned_rows,
+        decode_pinned_bytes=memory.decode_pinned,
+        streamed_bytes_per_pass=memory.streamed,
         prefill_only_bytes=shape.prefill_only_bytes,
-        streamed_bytes_per_prompt=room.prefill_only_streamed,
+        streamed_bytes_per_prompt=memory.prefill_only_streamed,
         unit_bytes=UNIT_BYTES,
-        ring_slots=room.slots,
-        prefill_only_slots=room.prefill_only_slots,
-        decode_only_slots=room.decode_only_slots,
-        ring_bytes=(room.slots - room.decode_only_slots + room.prefill_only_slots) * room.slot,
+        ring_slots=memory.slots,
+        prefill_only_slots=memory.prefill_only_slots,
+        decode_only_slots=memory.decode_only_slots,
+        ring_bytes=(memory.slots - memory.decode_only_slots + memory.prefill_only_slots) * memory.slot,
         readers=READERS,
         threads=profile.threads,
         bf16_many_rows=profile.bf16_pays,
@@ -307,7 +308,7 @@ def plan_for(
         repacked_types=types,
         repack_in_place=bool(types) and not copied,
         repacked_bytes=copied,
-        kv_bytes=room.kv,
+        kv_bytes=memory.kv,
         kv_bits=request.kv_bits,
         context_tokens=request.context_tokens,
         sequences=request.sequences,
@@ -315,56 +316,58 @@ def plan_for(
         prefill_passes=passes,
         drafting=drafting,
         max_draft_tokens=request.max_draft_tokens,
-        draft_bytes=room.draft,
+        draft_bytes=memory.draft,
         decode_prediction=decode_prediction,
-        activation_bytes=room.activations,
-        runtime_bytes=room.runtime,
+        activation_bytes=memory.activations,
+        runtime_bytes=memory.runtime,
         disk_bytes_per_s=disk,
         prefill=first,
         decode_s_per_token=_spread(decode_prediction.s_per_token, profile),
         ttft_s=_spread(ttft, profile),
         profile=profile,
         weights=best.weights,
-        expert_slots=room.expert_slots,
-        expert_bytes=room.expert_slots * (experts.slot_bytes if experts is not None else 0),
+        expert_slots=memory.expert_slots,
+        expert_bytes=memory.expert_slots * (experts.slot_bytes if experts is not None else 0),
         shape=shape,
         reasons=tuple(reasons),
     )
 
 
-def _rings(room: MemoryPlan) -> str:
-    slots = room.slots + room.prefill_only_slots
+def _rings(memory: MemoryPlan) -> str:
+    slots = memory.slots + memory.prefill_only_slots
     if not slots:
         return "everything is pinned, no ring"
-    apart = f", {room.prefill_only_slots} of them for what is read once per prompt" if room.prefill_only_slots else ""
-    return f"{slots} ring slots of {gib(room.slot)}{apart}"
+    apart = (
+        f", {memory.prefill_only_slots} of them for what is read once per prompt" if memory.prefill_only_slots else ""
+    )
+    return f"{slots} ring slots of {gib(memory.slot)}{apart}"
 
 
 def _spread(expected: float, profile: Profile) -> Range:
-    """As far as runs were from predictions; before any fit a shared machine varies by a fifth, a guess by three."""
+    """A range from measured over predicted; before any fit, a fifth on a measured machine, a factor of 3 on guessed rates."""
     low, high = (0.33, 3.0) if profile.source == "guessed" else profile.spread or (0.9, 1.25)
     return Range(low=expected * low, expected=expected, high=expected * high)
 
 
 class _Prediction(NamedTuple):
-    """What a layout of the weights leads to."""
+    """Predicted times of one layout of the weights."""
 
     weights: Weights
     decode_prediction: DecodePrediction
     first: PassCost
     ttft_s: float
-    total_s: float  # of all prompts and answers
+    total_s: float  # seconds of all prompts and output tokens
 
 
 def _best_layout(
     shape: Shape,
-    room: MemoryPlan,
+    memory: MemoryPlan,
     profile: Profile,
     request: Request,
     experts: Experts | None,
     predict: Callable[[Weights], _Prediction],
 ) -> tuple[_Prediction, int]:
-    """(the predict of the layout that is done first, bytes of repacked copies)."""
+    """(the prediction of the fastest layout, bytes of repacked copies)."""
     decoding = shape.decoding_core_s / max(1, shape.weights_bytes)
     share = shape.read_share
     plain = Weights(
@@ -379,21 +382,21 @@ def _best_layout(
         found = predict(replace(plain, pad_decode_rows_to_tiles=True))
         if found.total_s < 0.97 * best.total_s:
             best = found
-    # In place only for batches: what one sequence computes should not depend on the budget in the last bits.
+    # In place only for batches: the last bits of a single sequence should not depend on the budget.
     for in_place in (False, True) if request.sequences > 1 else (False,):
-        repacked = _repacked(shape, room.pinned_rows, profile, in_place)
+        repacked = _repacked(shape, memory.pinned_rows, profile, in_place)
         repacked = replace(best.weights, plain=repacked.plain, repacked=repacked.repacked, in_place=in_place)
         size = 0 if in_place else sum(ceil(n * bits_per_weight(kind) / 8) for kind, n in repacked.repacked.items())
-        if not repacked.repacked or (size + len(shape.linears) * 4096 > room.spare and not in_place):
+        if not repacked.repacked or (size + len(shape.linears) * 4096 > memory.spare and not in_place):
             continue
         found = predict(repacked)
-        if found.total_s < (0.97 if in_place else 0.99) * best.total_s:  # the room for a copy is there anyway
+        if found.total_s < (0.97 if in_place else 0.99) * best.total_s:  # the memory for a copy is spare
             best, copied = found, size
     return best, copied
 
 
 def _repacked(shape: Shape, pinned_rows: Mapping[str, int], profile: Profile, in_place: bool) -> Weights:
-    """The weights with all pinned rows repacked whose formats gain by it."""
+    """The weights with pinned rows repacked where the format gains by it."""
     plain, repacked = dict(shape.weights), dict[str, int]()
     for tensor in shape.linears:
         if tensor.type in profile.types_to_repack:

@@ -1,6 +1,6 @@
-"""What this machine can do, measured once by `headrace probe` and kept: disk, kernels, interpreter.
+"""The profile of this machine: disk, kernel and interpreter rates, measured once by `headrace probe` and saved.
 
-Rates are in weights per second rather than bytes, so that a quantisation that was not measured can borrow a neighbour's.
+Rates are in weights per second rather than bytes, so that an unmeasured quantisation can use a similar one's.
 """
 
 import json
@@ -20,8 +20,8 @@ from headrace.kernels.thresholds import PRECISE_TYPES, TILE_ROWS
 from headrace.units import GIB, MIB
 
 SCHEMA = 6
-PREFILL_ROWS = 512  # of a prompt: at which ways to multiply are compared
-# Of the time that the disk takes, how much the cores lose to it: 0.4 on two cores of a virtual machine (docs/accuracy.md).
+PREFILL_ROWS = 512  # prefill rows at which matmul kernels are compared
+# Default share of the disk time that I/O costs the cores: 0.4 on two cores of a virtual machine (docs/accuracy.md).
 IO_CPU_SHARE = 0.3
 
 
@@ -32,23 +32,22 @@ class Profile:
     source: str
     machine: str
     threads: int
-    disk_bytes_per_s: Mapping[str, float]  # by device number of the file system
-    kernel_weights_per_s: Mapping[str, Mapping[str, float]]  # by type, by rows: products on packed blocks
-    repacked_weights_per_s: Mapping[str, Mapping[str, float]]  # the same in ggml's repacked layout, where it has one
-    unpack_weights_per_s: Mapping[str, float]  # by type
-    bf16_flop_per_s: Mapping[str, float]  # by rows: torch's products of unpacked weights
+    disk_bytes_per_s: Mapping[str, float]  # bytes per second by device number of the file system
+    kernel_weights_per_s: Mapping[str, Mapping[str, float]]  # by type, by rows: matmul on packed blocks
+    repacked_weights_per_s: Mapping[
+        str, Mapping[str, float]
+    ]  # by type, by rows: matmul in ggml's repacked layout, if any
+    unpack_weights_per_s: Mapping[str, float]  # dequantisation rate by type
+    bf16_flop_per_s: Mapping[str, float]  # by rows: torch GEMM on dequantised weights
     fp32_flop_per_s: Mapping[str, float]
-    layer_s: float  # interpreter and small operations of one decoder layer, one row
-    layer_row_s: float  # the same for each further row
-    runtime_bytes: int  # interpreter, torch, transformers, the code of one model
-    factors: Mapping[str, float] = field(
-        default_factory=dict
-    )  # of `plan.fit`, already in the rates above but for `reading`
-    spread: tuple[float, float] | None = None  # measured / predicted of 80 % of the runs that it was fitted to
-    io_cpu_share: float = (
-        IO_CPU_SHARE  # of the disk's seconds: for which the cores are busy with reading, or held up by it
-    )
-    probed_at: str = ""  # the rates' own time, to the second: runs that others predicted say nothing about them
+    layer_s: float  # seconds of interpreter and small operations per decoder layer, one row
+    layer_row_s: float  # seconds per further row
+    runtime_bytes: int  # memory of interpreter, torch, transformers, the code of one model
+    # Factors of `plan.fit`; the rates above already include all but `io_cpu`.
+    factors: Mapping[str, float] = field(default_factory=dict)
+    spread: tuple[float, float] | None = None  # measured / predicted of the middle 80 % of the fitted runs
+    io_cpu_share: float = IO_CPU_SHARE  # share of the disk seconds that I/O keeps the cores busy or stalled
+    probed_at: str = ""  # time of the probe, to the second; `fit` ignores runs predicted from other probes
     schema: int = field(default=SCHEMA)
 
     def __post_init__(self) -> None:
@@ -74,25 +73,25 @@ class Profile:
             raise ValueError("a profile's texts are printable")
 
     def disk(self, path: str) -> float:
-        """Bytes per second of the file system that holds a file: its own measurement, else the slowest known."""
+        """Bytes per second of the file system that holds a file: its own rate, else the slowest known."""
         key = str(os.stat(path).st_dev) if os.path.exists(path) else ""
         return self.disk_bytes_per_s.get(key) or min(self.disk_bytes_per_s.values(), default=1e9)
 
     def kernel(self, type_name: str, rows: int, *, repacked: bool = False) -> float:
-        """Weights per second of the packed product with this many rows."""
+        """Weights per second of the packed matmul with `rows` rows."""
         table = self.repacked_weights_per_s.get(type_name) if repacked else None
         table = table or self.kernel_weights_per_s.get(type_name) or _slowest(self.kernel_weights_per_s)
-        most = max(map(int, table))  # beyond, every row takes the same time
+        most = max(map(int, table))  # beyond it every row takes the same time
         return _interpolated(table, rows) * min(1.0, most / rows)
 
     def dots(self, type_name: str, rows: int) -> float:
-        """Weights per second of the packed product where every row has dot products of its own."""
-        few = min(rows, TILE_ROWS // 2)
-        return self.kernel(type_name, few) * few / rows
+        """Weights per second of the dot-product kernel, with one dot product per row and weight row."""
+        measured_rows = min(rows, TILE_ROWS // 2)
+        return self.kernel(type_name, measured_rows) * measured_rows / rows
 
     @property
     def tiled(self) -> frozenset[str]:
-        """Formats of which ggml multiplies many rows faster than unpacking and torch do."""
+        """Formats whose tile kernel prefills faster than dequantisation plus torch GEMM."""
         rows = PREFILL_ROWS
         return frozenset(
             kind
@@ -101,33 +100,33 @@ class Profile:
         )
 
     def unpacked_s(self, type_name: str, rows: int) -> float:
-        """Seconds for each weight to be unpacked and multiplied with so many rows by torch."""
+        """Seconds per weight to dequantise and multiply with `rows` rows in torch."""
         precise = type_name in PRECISE_TYPES or not self.bf16_pays
         return 1 / self.unpack(type_name) + 2 * rows / self.gemm(rows, precise)
 
     @property
     def types_to_repack(self) -> frozenset[str]:
-        """Formats that multiply one row faster repacked; whether a copy is worth its memory, the plan decides."""
+        """Formats that multiply one row faster repacked; the plan decides if a copy is worth its memory."""
         return frozenset(
             kind for kind in self.repacked_weights_per_s if self.kernel(kind, 1, repacked=True) > self.kernel(kind, 1)
         )
 
     @property
     def io_cpu(self) -> float:
-        """Share of the disk's seconds for which the cores are busy with reading: they copy, and memory is shared."""
+        """Share of the disk seconds that I/O keeps the cores busy: they copy, and share memory bandwidth."""
         return self.factors.get("io_cpu", self.io_cpu_share)
 
     def unpack(self, type_name: str) -> float:
-        """Weights per second unpacked to fp32."""
+        """Weights per second dequantised to fp32."""
         return self.unpack_weights_per_s.get(type_name) or min(self.unpack_weights_per_s.values())
 
     def gemm(self, rows: int, precise: bool) -> float:
-        """Floating point operations per second of torch's products with this many rows."""
+        """FLOP/s of torch GEMM with `rows` rows."""
         return _interpolated(self.fp32_flop_per_s if precise else self.bf16_flop_per_s, rows)
 
     @property
     def bf16_pays(self) -> bool:
-        """Whether torch multiplies faster in bf16 than in fp32 on this machine."""
+        """True if torch multiplies faster in bf16 than in fp32 on this machine."""
         return self.gemm(256, False) > 1.2 * self.gemm(256, True)
 
 
@@ -135,7 +134,7 @@ _ROWS = re.compile(r"[1-9][0-9]{0,5}", re.ASCII)
 
 
 def _check(what: str, values: Iterable[object], least: float, most: float) -> None:
-    """Raise `ValueError` for what is no number between these."""
+    """Raise `ValueError` for a value that is no number from `least` to `most`."""
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
             raise ValueError(f"a profile's {what} is {value!r:.40}, not {least:g} to {most:g}")
@@ -146,7 +145,7 @@ def _slowest(tables: Mapping[str, Mapping[str, float]]) -> Mapping[str, float]:
 
 
 def _interpolated(table: Mapping[str, float], rows: int) -> float:
-    """Linear between measured numbers of rows, constant outside. Time is what adds up, so its inverse is linear."""
+    """A rate interpolated between measured numbers of rows, constant outside; time per weight is linear, not the rate."""
     points = sorted((int(key), 1 / value) for key, value in table.items())
     counts = [count for count, _ in points]
     at = bisect_left(counts, rows)
@@ -157,7 +156,7 @@ def _interpolated(table: Mapping[str, float], rows: int) -> float:
 
 
 def machine_name() -> str:
-    """Processor, cores and memory: a profile is only good for the machine it was measured on."""
+    """Processor, cores and memory; a profile is valid only on the machine it was measured on."""
     model = "unknown"
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -171,30 +170,30 @@ def machine_name() -> str:
 
 
 def profile_path() -> Path:
-    """Where the profile is kept: $HEADRACE_HOME, else headrace's folder in the user's cache."""
+    """Path of the profile: in $HEADRACE_HOME, else in headrace's folder in the user's cache."""
     home = os.environ.get("HEADRACE_HOME")
     if home:
         return Path(home) / "profile.json"
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # nobody knows where this user's home is
+    except RuntimeError:  # the user has no known home
         cache = Path(tempfile.gettempdir())
     return cache / "headrace" / "profile.json"
 
 
-_MOST_BYTES, _MOST_VALUES = 1 << 20, 10_000  # of a profile
+_MOST_BYTES, _MOST_VALUES = 1 << 20, 10_000  # max size of a profile file
 
 
 def load_profile(path: Path | None = None) -> Profile | None:
-    """The kept profile, or None if there is none, it is unreadable, or it is another machine's."""
+    """The saved profile, or None if it is missing, unreadable, or another machine's."""
     try:
         return profile_of(read_bounded(path or profile_path(), _MOST_BYTES).decode())
-    except (OSError, ValueError):  # too long, or bytes that are no text
+    except (OSError, ValueError):  # too large, or not text
         return None
 
 
 def profile_of(text: str) -> Profile | None:
-    """A profile as it is kept, or None if it is damaged or another machine's."""
+    """A profile from its saved text, or None if it is damaged or another machine's."""
     try:
         values: dict[str, Any] = json_of(text, _MOST_VALUES)
         if values.get("spread") is not None:
@@ -207,7 +206,7 @@ def profile_of(text: str) -> Profile | None:
 
 
 def save_profile(profile: Profile, path: Path | None = None) -> Path:
-    """Keep a profile; a reader sees the old one or the new one, never half of it.
+    """Save a profile atomically: a reader sees the old one or the new one.
 
     Raises:
         HeadraceError: it cannot be written.
@@ -227,7 +226,7 @@ def save_profile(profile: Profile, path: Path | None = None) -> Path:
 
 
 def guessed_profile() -> Profile:
-    """A modest machine, for planning before the probe has run. Every plan made with it says so."""
+    """A modest machine, for planning before the probe has run; every plan made with it says so."""
     return Profile(
         source="guessed",
         machine=machine_name(),

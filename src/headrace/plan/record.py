@@ -1,4 +1,4 @@
-"""What a run left behind: its passes beside what was predicted for them, as one line of JSON. `fit` learns from many."""
+"""The record of a run: measured and predicted passes, as one line of JSON. `fit` learns from many records."""
 
 import json
 import math
@@ -19,31 +19,31 @@ SCHEMA = 2
 
 
 class Pass(Protocol):
-    """What is needed of one pass (`engine.trace.PassStats`)."""
+    """The required fields of one pass (`engine.timeline.PassStats`)."""
 
     @property
     def rows(self) -> int:
-        """Rows of all sequences together."""
+        """Rows of all sequences."""
         ...
 
     @property
     def seconds(self) -> float:
-        """From its beginning to its end."""
+        """Seconds from start to end of the pass."""
         ...
 
     @property
     def read_bytes(self) -> int:
-        """That arrived during the pass."""
+        """Bytes that arrived during the pass."""
         ...
 
     @property
     def stall_s(self) -> float:
-        """The compute waited for the disk."""
+        """Seconds that compute waited for the disk."""
         ...
 
     @property
     def draft_s(self) -> float:
-        """Drafting before the pass."""
+        """Seconds of drafting before the pass."""
         ...
 
     @property
@@ -59,7 +59,7 @@ class Pass(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PassGroup:
-    """Decoding passes of so many rows: how many, their median seconds, and what each resource was predicted to need."""
+    """Decode passes with the same number of rows: count, median seconds, and predicted seconds of each resource."""
 
     rows: int
     count: int
@@ -67,9 +67,9 @@ class PassGroup:
     read_bytes: float
     stall_s: float
     draft_s: float
-    disk_s: float  # predicted, as are the next two
-    kernel_s: float
-    layer_s: float
+    disk_s: float  # predicted seconds of the disk
+    kernel_s: float  # predicted seconds of the kernels
+    layer_s: float  # predicted seconds of the layers outside the kernels
 
     def __post_init__(self) -> None:
         numbers = (self.seconds, self.disk_s, self.kernel_s, self.layer_s, self.draft_s, self.stall_s)
@@ -81,7 +81,7 @@ class PassGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run. `factors` are those of the profile that predicted it."""
+    """One run. `factors` come from the profile that predicted it."""
 
     machine: str
     model: str
@@ -101,7 +101,7 @@ class RunRecord:
     accepted: int
     passes: tuple[PassGroup, ...]
     factors: Mapping[str, float] = field(default_factory=dict)
-    probed_at: str = ""  # of that profile
+    probed_at: str = ""  # probe time of that profile
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -115,12 +115,12 @@ def make_record(
     """The record of a run.
 
     Args:
-        plan: what was executed.
-        passes: all that were made, in order. The first reads everything and touches memory for the first time, so it is
-            left out of the groups, as are passes with rows of a prompt.
-        tokens: generated.
-        ttft_s: to the first of them.
-        s_per_token: of the others.
+        plan: the executed plan.
+        passes: all passes in order. The first reads everything and touches memory for the first time. The groups leave
+            out that pass and passes with prompt rows.
+        tokens: number of generated tokens.
+        ttft_s: seconds to the first of them.
+        s_per_token: seconds per further token.
     """
     most = plan.sequences * (1 + plan.max_draft_tokens)
     groups: dict[int, list[Pass]] = {}
@@ -167,12 +167,12 @@ def _group(plan: Plan, rows: int, passes: Sequence[Pass]) -> PassGroup:
 
 
 def records_path() -> Path:
-    """Where the records are kept: beside the profile."""
+    """Path of the records, beside the profile."""
     return profile_path().with_name("runs.jsonl")
 
 
 def keep_record(record: RunRecord, path: Path | None = None) -> None:
-    """Add a record to the file, in one write, so that two processes do not mix their lines. A full disk is no failure."""
+    """Append a record in one write, so that two processes do not mix their lines. A full disk is ignored."""
     path = path or records_path()
     line = json.dumps(asdict(record), allow_nan=False) + "\n"
     try:
@@ -186,14 +186,14 @@ def keep_record(record: RunRecord, path: Path | None = None) -> None:
         pass
 
 
-_MOST_BYTES, _MOST_VALUES = 256 << 20, 100_000  # of the file, of a line
+_MOST_BYTES, _MOST_VALUES = 256 << 20, 100_000  # max bytes of the file, max values of a line
 
 
 def read_records(path: Path) -> list[RunRecord]:
     """All records of a file.
 
     Raises:
-        UsageError: there is no such file, or a line of it is no record; its number is named.
+        UsageError: missing file, or an invalid line; the message gives its number.
     """
     try:
         lines = read_bounded(path, _MOST_BYTES).decode().splitlines()
@@ -209,7 +209,7 @@ def _parse(path: Path, lines: Iterable[str]) -> Iterable[RunRecord]:
         try:
             values: dict[str, Any] = json_of(line, _MOST_VALUES)
             if values.get("schema") in range(1, SCHEMA):
-                continue  # an earlier version kept it
+                continue  # record of an earlier version
             if values.get("schema") != SCHEMA:
                 raise ValueError(f"schema {values.get('schema')}, this version reads {SCHEMA}")
             groups = tuple(PassGroup(**group) for group in values.pop("passes"))

@@ -1,4 +1,4 @@
-"""What is asked of a model."""
+"""The request that a plan is made for."""
 
 from dataclasses import dataclass
 
@@ -10,30 +10,30 @@ MOST_VERIFY_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked of the model: how many tokens go in, how many the context must hold in all, and how to go about it."""
+    """A workload: prompt tokens, context length, concurrent sequences, KV cache bits and drafting method."""
 
     prompt_tokens: int = 512
     context_tokens: int = 1024
-    sequences: int = 1  # computed together in every pass
+    sequences: int = 1  # sequences batched in every pass
     kv_bits: int = 16
     drafting: Drafting = NO_DRAFT
 
     @property
     def prompt_rows(self) -> int:
-        """Rows of the prompts of all sequences, which may share a pass."""
+        """Prompt rows of all sequences, which may share a pass."""
         return self.prompt_tokens * self.sequences
 
     @property
     def max_draft_tokens(self) -> int:
-        """For each sequence in a pass: fewer where many share it, since the logits of every row take memory."""
+        """Max draft tokens per sequence in a pass; a larger batch gets fewer, because every row's logits take memory."""
         return min(self.drafting.max_draft_tokens, max(0, MOST_VERIFY_ROWS // self.sequences - 1))
 
     @property
     def row_invariant(self) -> bool:
-        """Whether what one row computes must not depend on the number of rows: with draft tokens, or with other sequences."""
+        """True if decode rows must be independent of batch size: with draft tokens, or with several sequences."""
         return self.sequences > 1 or self.max_draft_tokens > 0
 
     @property
     def verify_rows(self) -> int:
-        """The most exact rows of a pass: of every sequence its token and all draft tokens."""
+        """Max row-invariant rows of a pass: one token and all draft tokens of every sequence."""
         return max(DECODE_MAX_ROWS, self.sequences * (1 + self.max_draft_tokens))

@@ -1,8 +1,7 @@
-"""What routers have chosen in earlier runs of a model, kept so that the next run begins with it, and the plan knows it.
+"""Router statistics from earlier runs of a model, for the start of the next run and for the plan.
 
-One small file for each model, beside the profile: for every expert of every layer the share of rows that usually choose it,
-and how often the last run found what it needed in memory. The plan goes by the latter: the most popular of shares that were
-counted over some hundred tokens look more popular than they are.
+Each model has one small file beside the profile. It holds an EWMA of each expert's share of rows, by layer, and the last
+run's hit rate. The plan uses the hit rate: over a few hundred tokens, the largest counted shares overstate popularity.
 """
 
 import hashlib
@@ -25,15 +24,15 @@ _MOST_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """What is known of a model's routers."""
+    """Recorded statistics of a model's routers."""
 
-    scores: npt.NDArray[np.float32]  # (layers, experts), shares of rows
-    cached: int  # experts that memory held, of all layers together
-    hit_rate: float  # share of the choices of single rows that were among them
+    scores: npt.NDArray[np.float32]  # (layers, experts), share of rows that choose each expert
+    cached: int  # experts in memory, over all layers
+    hit_rate: float  # share of single rows' routed experts that were in memory
 
 
 def routing_path(checkpoint: Checkpoint) -> Path:
-    """Where it is kept: by the names and shapes of the model's tensors, so that a copy of the file finds it too."""
+    """Path of the statistics, hashed from tensor names and shapes, so that a copy of the file finds them too."""
     digest = hashlib.sha256(checkpoint.name.encode())
     for name in sorted(checkpoint.tensors):
         digest.update(f"{name}{checkpoint.tensors[name].shape}".encode())
@@ -41,7 +40,7 @@ def routing_path(checkpoint: Checkpoint) -> Path:
 
 
 def load_routing(checkpoint: Checkpoint) -> Routing | None:
-    """What earlier runs have left; None if there is nothing, or the file is no such record."""
+    """Statistics of earlier runs; None if the file is missing or invalid."""
     try:
         data = io.BytesIO(read_bounded(routing_path(checkpoint), _MOST_BYTES))
         with zipfile.ZipFile(data) as archive:
@@ -49,14 +48,14 @@ def load_routing(checkpoint: Checkpoint) -> Routing | None:
                 return None
         with np.load(data, allow_pickle=False) as file:
             scores, cached, hit_rate = file["scores"], int(file["cached"]), float(file["hit_rate"])
-    except Exception:  # whatever a damaged archive, or a header in it, provokes in three libraries
+    except Exception:  # a damaged archive or header raises many types in three libraries
         return None
     good = scores.dtype == np.float32 and scores.ndim == 2 and bool(((scores >= 0) & (scores <= 1)).all())
     return Routing(scores=scores, cached=cached, hit_rate=hit_rate) if good and 0 <= hit_rate <= 1 else None
 
 
 def save_routing(checkpoint: Checkpoint, routing: Routing) -> None:
-    """Keep it. A full disk is no failure; a reader sees the old file or the new one."""
+    """Save the statistics atomically; a full disk is ignored."""
     path = routing_path(checkpoint)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What the plan needs to know of a model: its matrices, its experts, its widths, its layers."""
+"""The sizes of a model that the plan needs: matrices, experts, widths, layers."""
 
 import re
 from collections.abc import Sequence
@@ -18,29 +18,29 @@ _PAGE_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What is known once the model has been built: which tensors a pass multiplies, and how it keeps what it has seen."""
+    """Facts from a built model: the tensors that a pass multiplies, and the kind of its cache."""
 
     linears: tuple[Tensor, ...]
-    prefill_only: tuple[Tensor, ...] = ()  # what only the beginning of a text multiplies
-    experts: Sequence[Sequence[Sequence[Slice]]]  # of every expert of every layer, its slices
-    single_sequence: bool  # sequences do not share passes, and keys and values are kept in fp32
-    cached: Sequence[tuple[int, int]] = ()  # of each layer, heads that keep keys and values, and numbers of a position
-    has_cache: bool = True  # False: every pass computes all positions anew
+    prefill_only: tuple[Tensor, ...] = ()  # weights used only at the start of a sequence
+    experts: Sequence[Sequence[Sequence[Slice]]]  # weight slices by layer and expert
+    single_sequence: bool  # sequences are not batched, and the KV cache is fp32
+    cached: Sequence[tuple[int, int]] = ()  # (KV heads, KV elements per token) by layer
+    has_cache: bool = True  # False: every pass recomputes all positions
 
 
 class Scan(NamedTuple):
-    """State spaces that take rows in chunks, all of which see each other."""
+    """A state-space model (Mamba-2) whose prefill scans chunks of rows; the rows of a chunk attend to each other."""
 
     heads: int
-    state: int  # numbers for each width of a head
-    chunk: int  # rows
+    state: int  # state elements per head channel
+    chunk: int  # rows per chunk
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a model. `linears` are the matrices that every pass multiplies, a tied head included.
+    """The sizes of a model. `linears` are the matrices that every pass multiplies, including a tied head.
 
-    `opening` are those that are multiplied once for a prompt: an encoder, and what makes keys and values of its results.
+    `prefill_only` are multiplied once per prompt: an encoder, and the cross-attention K and V projections.
     """
 
     checkpoint: Checkpoint
@@ -49,54 +49,54 @@ class Shape:
     experts: Experts | None
     small_bytes: int
     layers: int
-    state_bytes: int  # what the others keep of a sequence
+    state_bytes: int  # bytes of recurrent state per sequence
     hidden: int
     feed_forward: int
     attention_width: int
-    latent_numbers: int  # of a layer's matrix that makes keys and values from latent vectors; 0: there is none
+    latent_numbers: int  # elements of one layer's MLA kv_b matrix; 0 without MLA
     kv_heads: int
     head_dim: int
-    cached_heads: int  # that keep keys and values, over all layers
-    cached_numbers: int  # that these keep of one position
+    cached_heads: int  # KV heads over all layers
+    cached_numbers: int  # KV elements per token over all layers
     context_limit: int
     single_sequence: bool = False
     has_cache: bool = True
-    scanned: Scan | None = None  # of state spaces that take rows in chunks
+    scanned: Scan | None = None  # chunked scan of a state-space model
 
     @property
     def tied(self) -> bool:
-        """Whether the table of embeddings is the head."""
+        """True if the embedding table is also the head."""
         return any(_TOKEN_TABLE.search(tensor.name) for tensor in self.linears)
 
     @property
     def makes_scores(self) -> bool:
-        """Whether attention's scores come into memory: for vectors, caps or sinks torch has no function that avoids it."""
+        """True if attention scores are materialised: torch's fused attention lacks MLA, soft-capping and sinks."""
         capped = self.checkpoint.get("attn_logit_softcapping") is not None
         return bool(self.latent_numbers) or capped or any("sinks" in name for name in self.checkpoint.tensors)
 
     @property
     def weights_count(self) -> int:
-        """Weights that are multiplied, experts included."""
+        """Number of weights that are multiplied, including experts."""
         dense = sum(self.weights.values()) + sum(self.prefill_only_weights.values())
         return dense + (sum(self.experts.weights.values()) if self.experts is not None else 0)
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of what every pass multiplies."""
+        """Bytes of the weights that every pass multiplies."""
         return sum(tensor.nbytes for tensor in self.linears)
 
     @property
     def prefill_only_bytes(self) -> int:
-        """Bytes of what is multiplied once for a prompt."""
+        """Bytes of the weights that are multiplied once per prompt."""
         return sum(tensor.nbytes for tensor in self.prefill_only)
 
     @property
     def all_bytes(self) -> int:
-        """Bytes of both and of all experts."""
+        """Bytes of all weights, including experts."""
         return self.weights_bytes + self.prefill_only_bytes + (self.experts.nbytes if self.experts is not None else 0)
 
     def kv_bytes(self, context_tokens: int, bits: int) -> int:
-        """Keys and values of one sequence in all layers; in 8 bits each head has a scale beside them. And its states."""
+        """Bytes of one sequence's K, V and recurrent state in all layers; an 8-bit cache adds a scale per head."""
         of_token = 2 * self.cached_numbers if bits == 16 else self.cached_numbers + 4 * self.cached_heads
         if self.single_sequence:  # fp32, and a copy while it grows
             of_token = 2 * 4 * self.cached_numbers
@@ -104,17 +104,17 @@ class Shape:
 
     @property
     def decoding_core_s(self) -> float:
-        """Seconds of one core for making every matrix that is not stored as it is multiplied, once."""
-        return sum(_decoding_core_s(tensor) for tensor in self.linears if tensor.path not in self.checkpoint.paths)
+        """Core seconds to transcode all virtual tensors once."""
+        return sum(_transcoding_core_s(tensor) for tensor in self.linears if tensor.path not in self.checkpoint.paths)
 
     @property
     def read_share(self) -> float:
-        """Bytes that are read from the disk for each byte of the matrices: less than 1 where they are stored in fewer bits."""
+        """Bytes read from disk per byte of the matrices: below 1 if stored in fewer bits."""
         return stored_share(self.checkpoint, [(tensor, tensor.nbytes) for tensor in self.linears])
 
     @property
     def page_slack_bytes(self) -> int:
-        """What pinned rows may take beside their own bytes, because reads begin and end at pages."""
+        """Max extra bytes of pinned rows, because reads begin and end at pages."""
         return page_slack(self.linears) + page_slack(self.prefill_only)
 
     @property
@@ -124,23 +124,23 @@ class Shape:
 
     @property
     def prefill_only_weights(self) -> dict[str, int]:
-        """Weights that are multiplied once for a prompt, by type."""
+        """Weights that are multiplied once per prompt, by type."""
         return _by_type(self.prefill_only)
 
 
 def stored_share(checkpoint: Checkpoint, used: Sequence[tuple[Tensor, int]]) -> float:
-    """Bytes that are stored, and read, for each byte of these tensors, of which so many are used."""
+    """Stored bytes, which are read, per byte of these (tensor, used bytes)."""
     stored = {
         tensor.name: sum(count for _, _, count in encoding.reads(0, tensor.rows)) / tensor.nbytes
-        for made in checkpoint.virtual.values()
-        for tensor, encoding in made
+        for virtual in checkpoint.virtual.values()
+        for tensor, encoding in virtual
     }
     read = sum(nbytes * stored.get(tensor.name, 1.0) for tensor, nbytes in used)
     return read / max(1, sum(nbytes for _, nbytes in used))
 
 
 def page_slack(tensors: Sequence[Tensor]) -> int:
-    """What the pinned rows of these tensors may take beside their own bytes."""
+    """Max extra bytes of these tensors' pinned rows: two pages each."""
     return 2 * _PAGE_BYTES * len(tensors)
 
 
@@ -151,7 +151,7 @@ def _by_type(tensors: Sequence[Tensor]) -> dict[str, int]:
     return counts
 
 
-_MOST_EXPERTS = 1 << 16  # of a layer
+_MOST_EXPERTS = 1 << 16  # max experts per layer
 
 
 def _check_experts(checkpoint: Checkpoint) -> None:
@@ -169,7 +169,7 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
 
     Raises:
         UnsupportedError: the architecture does not run.
-        CheckpointError: the metadata makes no sense.
+        CheckpointError: the metadata is inconsistent.
     """
     if checkpoint.config is None:
         check_architecture(checkpoint.architecture, checkpoint.path)
@@ -181,10 +181,10 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     stacks = expert_tensors(checkpoint)
     named = {tensor.name for layer in stacks.values() for tensor in layer} | _unused(checkpoint)
     linears = built.linears if built is not None else _linears(checkpoint, named)
-    opening = built.prefill_only if built is not None else ()
+    prefill_only = built.prefill_only if built is not None else ()
     if built is None and checkpoint.has_encoder:
-        opening = tuple(tensor for tensor in linears if _OPENING.search(tensor.name))
-        linears = tuple(tensor for tensor in linears if not _OPENING.search(tensor.name))
+        prefill_only = tuple(tensor for tensor in linears if _PREFILL_ONLY.search(tensor.name))
+        linears = tuple(tensor for tensor in linears if not _PREFILL_ONLY.search(tensor.name))
     if not linears:
         raise CheckpointError(f"{checkpoint.path} has no weight matrices", hint="it is no language model")
     hidden = checkpoint.number("embedding_length")
@@ -193,17 +193,17 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
     head_dim = checkpoint.number("attention.key_length_mla", head_dim)
     kv_heads = checkpoint.number("attention.head_count_kv", heads)
     if checkpoint.architecture == "falcon" and kv_heads > 1:
-        kv_heads = heads  # it keeps keys of groups once for each head
-    rank, rotated = checkpoint.number("attention.kv_lora_rank", 0), checkpoint.number("rope.dimension_count", 0)
+        kv_heads = heads  # its cache repeats each group's K and V for every head
+    rank, rope_dim = checkpoint.number("attention.kv_lora_rank", 0), checkpoint.number("rope.dimension_count", 0)
     latent = 0
     attention_width = heads * head_dim
-    if rank:  # of a position, all heads keep one vector and what is rotated
+    if rank:  # MLA: all heads share one latent and one RoPE key per token
         values = checkpoint.number("attention.value_length_mla", checkpoint.number("attention.value_length", head_dim))
-        latent = heads * (head_dim - rotated + values) * rank
-        kv_heads, head_dim = 1, rank + rotated
-    attends = heads > 0 or not _state_numbers(checkpoint)
+        latent = heads * (head_dim - rope_dim + values) * rank
+        kv_heads, head_dim = 1, rank + rope_dim
+    has_attention = heads > 0 or not _state_elements(checkpoint)
     layers = checkpoint.number("decoder_block_count", layers)
-    if not attends:
+    if not has_attention:
         heads = kv_heads = 1
     if min(heads, hidden, head_dim, kv_heads, layers) < 1:
         raise CheckpointError(
@@ -211,26 +211,26 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
             f" head width {head_dim}",
             hint="the file is damaged; get it from another source",
         )
-    kv_layers = _kv_layers(checkpoint, layers) if attends else 0
+    kv_layers = _kv_layers(checkpoint, layers) if has_attention else 0
     if built is not None and built.cached:
         cached_heads, cached_numbers = (sum(column) for column in zip(*built.cached, strict=True))
     elif rank:
         cached_heads, cached_numbers = kv_layers, kv_layers * head_dim
     else:
         cached_heads, cached_numbers = _cached(checkpoint, kv_layers, kv_heads, head_dim)
-    known = {tensor.name for tensor in (*linears, *opening)} | named
+    known = {tensor.name for tensor in (*linears, *prefill_only)} | named
     # Once the model is built, its small tensors are in memory and counted with the process.
     small = 0 if built is not None else sum(4 * t.rows * t.columns for t in tensors.values() if _is_small(t, known))
     return Shape(
         checkpoint=checkpoint,
         linears=linears,
-        prefill_only=opening,
+        prefill_only=prefill_only,
         experts=_experts(checkpoint, stacks, built, hidden),
         small_bytes=small,
         layers=layers,
-        state_bytes=_state_layers(checkpoint, layers, kv_layers) * 2 * 4 * _state_numbers(checkpoint),
+        state_bytes=_state_layers(checkpoint, layers, kv_layers) * 2 * 4 * _state_elements(checkpoint),
         hidden=hidden,
-        feed_forward=max((t.outputs for t in (*linears, *opening) if _is_wide(t)), default=hidden),
+        feed_forward=max((t.outputs for t in (*linears, *prefill_only) if _is_wide(t)), default=hidden),
         attention_width=attention_width,
         latent_numbers=latent,
         kv_heads=kv_heads,
@@ -245,11 +245,11 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
 
 
 def _kv_layers(checkpoint: Checkpoint, layers: int) -> int:
-    """Layers with keys and values: all, but where the header says which have convolutions or a state whose size it gives."""
+    """Number of layers with a KV cache: all, except layers that the header marks as convolutional or recurrent."""
     by_layer = checkpoint.array("attention.head_count_kv")[:layers]
     if by_layer:
         return sum(1 for count in by_layer if count)
-    if not _state_numbers(checkpoint):
+    if not _state_elements(checkpoint):
         return layers
     types = (checkpoint.config or {}).get("layer_types")
     if isinstance(types, list):
@@ -259,7 +259,7 @@ def _kv_layers(checkpoint: Checkpoint, layers: int) -> int:
 
 
 def _scanned(checkpoint: Checkpoint) -> Scan | None:
-    """Of Mamba's second kind: what the config says, or of files, which say no chunk, what transformers takes."""
+    """The Mamba-2 scan, from the config; GGUF files give no chunk size, so transformers' default is used."""
     config = checkpoint.config
     if config is None:
         chunk = {"granitehybrid": 256, "nemotron_h": 128, "nemotron_h_moe": 128}.get(checkpoint.architecture)
@@ -282,7 +282,7 @@ def _scanned(checkpoint: Checkpoint) -> Scan | None:
 
 
 def _state_layers(checkpoint: Checkpoint, layers: int, kv_layers: int) -> int:
-    """Layers that keep a state: those without keys, but for such as are an MLP and nothing else."""
+    """Number of layers with recurrent state: layers without a KV cache, except MLP-only layers."""
     widths = checkpoint.array("feed_forward_length")[:layers]
     kept = checkpoint.array("attention.head_count_kv")[:layers]
     if 0 not in widths or len(kept) != len(widths):
@@ -293,15 +293,15 @@ def _state_layers(checkpoint: Checkpoint, layers: int, kv_layers: int) -> int:
 _STATES = ("linear_attention", "conv", "mamba")
 
 
-def _state_numbers(checkpoint: Checkpoint) -> int:
-    """Numbers that one layer of linear attention keeps of a sequence: a matrix for each head."""
+def _state_elements(checkpoint: Checkpoint) -> int:
+    """State elements of one linear-attention layer per sequence: a matrix per head."""
     if checkpoint.get("ssm.inner_size") is None:
         return 0
     return checkpoint.number("ssm.inner_size") * checkpoint.number("ssm.state_size", 1)
 
 
 def _cached(checkpoint: Checkpoint, kv_layers: int, kv_heads: int, head_dim: int) -> tuple[int, int]:
-    """How many heads keep keys and values, and how many numbers of one position: layers may differ, and share theirs."""
+    """(KV heads, KV elements per token) over all layers; layers may differ, or share a cache."""
     own = max(0, checkpoint.layers - _shared(checkpoint))
     counts = [max(0, count) for count in checkpoint.array("attention.head_count_kv")[:own] if isinstance(count, int)]
     windowed = checkpoint.array("attention.sliding_window_pattern")[:own]
@@ -315,12 +315,12 @@ def _cached(checkpoint: Checkpoint, kv_layers: int, kv_heads: int, head_dim: int
 
 
 def _shared(checkpoint: Checkpoint) -> int:
-    """The last layers, which look at keys and values of others."""
+    """Number of last layers, which attend to the K and V of earlier layers."""
     return checkpoint.number("attention.shared_kv_layers", 0)
 
 
 def _linears(checkpoint: Checkpoint, others: set[str]) -> tuple[Tensor, ...]:
-    """By the header alone: the matrices that are neither tables nor others, which are experts or of no use."""
+    """Matrices by the header alone, without tables and `others` (experts and unused tensors)."""
     tensors = checkpoint.tensors
     linears = [t for t in tensors.values() if is_linear(t) and t.name not in others]
     if not any(_HEAD.search(name) for name in tensors):
@@ -335,8 +335,7 @@ def _linears(checkpoint: Checkpoint, others: set[str]) -> tuple[Tensor, ...]:
 
 
 def _unused(checkpoint: Checkpoint) -> set[str]:
-    """What makes keys and values of layers that look at those of others, or chooses positions: files hold it, and nobody reads
-    it."""
+    """Tensors that are never read: K and V projections of layers that share a cache, and sparse-attention indexers."""
     first = checkpoint.layers - _shared(checkpoint)
     found = (re.match(r"^blk\.(\d+)\.attn_[kv](_norm)?\.weight$", name) for name in checkpoint.tensors)
     unused = {match[0] for match in found if match is not None and int(match[1]) >= first}
@@ -351,7 +350,7 @@ def _is_wide(tensor: Tensor) -> bool:
     return not _HEAD.search(tensor.name) and not _TABLE.search(tensor.name)
 
 
-# Names of GGUF files and those of Hugging Face's models.
+# Tensor names of GGUF files and of Hugging Face models.
 _HEAD = re.compile(r"^output\.weight|(^|\.)(lm_head|embed_out|unembed|output_projection)\.weight")
 _TOKEN_TABLE = re.compile(
     r"^token_embd\.weight|(^|\.)(embed_tokens|tokens_embed|embed|wte|word_embeddings|embed_in|embeddings|tok_embeddings)\.weight|"
@@ -361,36 +360,37 @@ _TABLE = re.compile(
     r"^((per_layer_)?token_embd|position_embd|token_types)\.weight|(?<!un)embed(?!_out)|(^|\.)(wte|wpe|tokens_embed|positions_embed)\.|"
     r"^(\w+\.)?shared\.weight|^transformer\.w\.weight|attn_rel_b\.|relative_attention_bias\.|^final_logits_bias$"
 )
-# Encoders, and the keys and values that decoders make of their results.
-_OPENING = re.compile(
+# Encoders, and the K and V projections of cross-attention.
+_PREFILL_ONLY = re.compile(
     r"^enc\.|\.cross_attn_[kv]\.|(^|\.)encoder\.|\.(EncDecAttention|encoder_attn|cross_attn)\.(k|v|key|value)(_proj)?\."
 )
-_LATENT = re.compile(r"\.attn_[kv]_b\.weight$")  # of every head one after another
+_KV_B = re.compile(r"\.attn_[kv]_b\.weight$")  # MLA's halves of kv_b, head by head
 _EXPERTS = re.compile(
     r"^(blk\.\d+)\.ffn_(?:\w+_exps|\w+\.\d+)\.weight$|^(.*(?<!shared_)experts)\.(?:(?:expert_)?\d+\.|mlp\.)?\w+(?:\.weight)?$"
 )
-_OF_STATES = re.compile(r"\.(ssm_(a|d|norm|conv1d)|shortconv\.conv)(\.weight)?$")  # columns, groups and kernels
-_OF_ATTENTION = re.compile(r"attention\.experts\.")  # JetMoe's, which are all computed
+# Vectors, groups and convolution kernels, not matrices.
+_SSM_PARAMS = re.compile(r"\.(ssm_(a|d|norm|conv1d)|shortconv\.conv)(\.weight)?$")
+_ATTENTION_EXPERTS = re.compile(r"attention\.experts\.")  # JetMoe's attention experts, which are all computed
 
 
 def is_linear(tensor: Tensor) -> bool:
-    """Whether a tensor is multiplied in every pass, by its name and shape: a matrix, and not a table of embeddings."""
+    """True if a tensor is multiplied in every pass, by name and shape: a matrix, but not an embedding table."""
     plain = (
         len(tensor.shape) == 2
         or tensor.k_splits > 0
-        or _LATENT.search(tensor.name)
-        or _OF_ATTENTION.search(tensor.name)
+        or _KV_B.search(tensor.name)
+        or _ATTENTION_EXPERTS.search(tensor.name)
     )
-    return bool(plain) and not _TABLE.search(tensor.name) and not _OF_STATES.search(tensor.name)
+    return bool(plain) and not _TABLE.search(tensor.name) and not _SSM_PARAMS.search(tensor.name)
 
 
 def expert_tensors(checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
-    """The matrices of routed experts, by layer; empty where the header counts no experts."""
+    """The matrices of routed experts by layer; empty if the header counts no experts."""
     found: dict[str, list[Tensor]] = {}
     count = checkpoint.number("expert_count", 0)
     for tensor in checkpoint.tensors.values() if count else ():
         match = _EXPERTS.match(tensor.name)
-        if _OF_ATTENTION.search(tensor.name):
+        if _ATTENTION_EXPERTS.search(tensor.name):
             continue
         if match is not None and len(tensor.shape) >= 2:
             found.setdefault(match[1] or match[2], []).append(tensor)
@@ -410,22 +410,27 @@ def _experts(
     weights: dict[str, int] = {}
     if built is not None:
         layers, count = len(built.experts), len(built.experts[0])
-        slices = [part for experts in built.experts for one in experts for part in one]
-        for part in slices:
-            weights[part.tensor.type] = weights.get(part.tensor.type, 0) + part.rows * part.tensor.inputs
-        used = [(part.tensor, _slice_bytes(part)) for part in slices]
-        slot = max(sum(_paged(_slice_bytes(part)) for part in one) for experts in built.experts for one in experts)
+        slices = [weight_slice for experts in built.experts for expert in experts for weight_slice in expert]
+        for weight_slice in slices:
+            kind = weight_slice.tensor.type
+            weights[kind] = weights.get(kind, 0) + weight_slice.rows * weight_slice.tensor.inputs
+        used = [(weight_slice.tensor, _slice_bytes(weight_slice)) for weight_slice in slices]
+        slot = max(
+            sum(_paged(_slice_bytes(weight_slice)) for weight_slice in expert)
+            for experts in built.experts
+            for expert in experts
+        )
     else:
         layers = len(stacks)
         for tensor in (tensor for layer in stacks.values() for tensor in layer):
             weights[tensor.type] = weights.get(tensor.type, 0) + tensor.rows * tensor.columns
         used = [(tensor, tensor.nbytes) for layer in stacks.values() for tensor in layer]
         slot = max(sum(tensor.nbytes for tensor in layer) // count + 3 * 2 * _PAGE_BYTES for layer in stacks.values())
-    chosen = checkpoint.number("expert_used_count", min(count, 2))
+    per_token = checkpoint.number("expert_used_count", min(count, 2))
     return Experts(
         layers=layers,
         count=count,
-        per_token=min(count, chosen),
+        per_token=min(count, per_token),
         nbytes=sum(nbytes for _, nbytes in used),
         read_share=stored_share(checkpoint, used),
         slot_bytes=slot,
@@ -435,20 +440,22 @@ def _experts(
     )
 
 
-def _decoding_core_s(tensor: Tensor) -> float:
+def _transcoding_core_s(tensor: Tensor) -> float:
     if tensor.type == "BF16" and not tensor.k_splits:
         return tensor.rows * tensor.columns / _UNPACKED_EXPONENTS_PER_S
-    return tensor.rows * tensor.columns / _DECODED_WEIGHTS_PER_S.get(tensor.type, _DECODED_OTHERS_PER_S)
+    return tensor.rows * tensor.columns / _TRANSCODED_WEIGHTS_PER_S.get(tensor.type, _TRANSCODED_OTHERS_PER_S)
 
 
-# Weights that one core decodes per second, by what they become (docs/benchmarks.md); types not named are only transposed.
-_DECODED_WEIGHTS_PER_S = {"F16": 0.5e9, "Q4_0": 2e9, "Q4_1": 1.2e9, "Q8_0": 2.5e9, "MXFP4": 3e9}
-_DECODED_OTHERS_PER_S = 1.3e9
-_UNPACKED_EXPONENTS_PER_S = 0.6e9  # of packed folders, in the readers of a run; alone it is twice as fast
+# Weights per second that one core transcodes, by target type (docs/benchmarks/history.md); other types are only transposed.
+_TRANSCODED_WEIGHTS_PER_S = {"F16": 0.5e9, "Q4_0": 2e9, "Q4_1": 1.2e9, "Q8_0": 2.5e9, "MXFP4": 3e9}
+_TRANSCODED_OTHERS_PER_S = 1.3e9
+_UNPACKED_EXPONENTS_PER_S = (
+    0.6e9  # exponents per second of packed folders, in a run's reader threads; alone twice as fast
+)
 
 
-def _slice_bytes(part: Slice) -> int:
-    return part.tensor.nbytes if part.tensor.k_splits else part.rows * part.tensor.row_bytes
+def _slice_bytes(weights: Slice) -> int:
+    return weights.tensor.nbytes if weights.tensor.k_splits else weights.rows * weights.tensor.row_bytes
 
 
 def _paged(nbytes: int) -> int:

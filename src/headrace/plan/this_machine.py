@@ -1,4 +1,4 @@
-"""This machine as a forecast sees it."""
+"""Converts the profile of this machine into a forecast's `Machine`."""
 
 from headrace.forecast.machine import Machine
 from headrace.forecast.predict import HOST_LEAST_LEFT
@@ -6,9 +6,9 @@ from headrace.plan.profile import Profile
 
 
 def this_machine(profile: Profile, memory_bytes: float) -> Machine:
-    """The machine that a profile was measured on, as a forecast sees it: rates that were reached, not peaks."""
+    """The profiled machine as a forecast's `Machine`: measured rates, not peaks."""
     packed = profile.kernel("Q4_K", 1) * 4.5 / 8
-    guess = profile.source == "guessed"
+    guessed = profile.source == "guessed"
     return Machine(
         name=profile.machine,
         family="cpu",
@@ -16,7 +16,9 @@ def this_machine(profile: Profile, memory_bytes: float) -> Machine:
         devices=1,
         nodes=1,
         device_bytes_per_s=packed,
-        device_memory_bytes=max(memory_bytes / 0.85, memory_bytes + HOST_LEAST_LEFT),  # of which all may be used
+        device_memory_bytes=max(
+            memory_bytes / 0.85, memory_bytes + HOST_LEAST_LEFT
+        ),  # includes the reserve that the forecast subtracts
         flop_per_s=profile.gemm(512, precise=not profile.bf16_pays),
         unified=True,
         bus_bytes_per_s=packed,
@@ -31,6 +33,6 @@ def this_machine(profile: Profile, memory_bytes: float) -> Machine:
         price_usd=None,
         rent_usd_per_h=None,
         spot_usd_per_h=None,
-        assumptions=("this machine has not been measured: run `headrace probe`",) if guess else (),
+        assumptions=("this machine has not been measured: run `headrace probe`",) if guessed else (),
         sources=(f"this machine: {profile.source}",),
     )

@@ -1,4 +1,4 @@
-"""Layouts of quantised safetensors, decoded by rows into formats that ggml multiplies in place. No torch, no ggml, no files."""
+"""Encodings of quantised safetensors: rows are transcoded to formats that ggml multiplies. No torch, no ggml, no files."""
 
 from headrace.checkpoint.encodings.encoding import Encoding
 from headrace.checkpoint.encodings.methods import decoded

@@ -1,7 +1,7 @@
-"""AWQ, in the layout of its `gemm` version: words of eight outputs, interleaved, an input below the other.
+"""AWQ in its `gemm` layout: a word packs eight interleaved outputs of one input.
 
 `qweight` (inputs, outputs / 8), `qzeros` (groups, outputs / 8), `scales` (groups, outputs). The nibbles of a word are the
-outputs 0, 2, 4, 6, 1, 3, 5, 7, from the lowest. Zero points are stored as they are.
+outputs 0, 2, 4, 6, 1, 3, 5, 7, from the lowest. Zero points are stored unchanged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ _LOW, _HIGH = np.uint32(0x0F0F0F0F), np.uint32(0xF0F0F0F0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Awq(SlabIntegers):
-    """See the module."""
+    """K-splits from AWQ's words."""
 
     def zeros_of(self, words: npt.NDArray[np.uint32]) -> npt.NDArray[Any]:
         """See `SlabIntegers.zeros_of`."""
@@ -47,7 +47,7 @@ class Awq(SlabIntegers):
 
 
 def _outputs_in_order(even: npt.NDArray[np.uint32], odd: npt.NDArray[np.uint32]) -> Bytes:
-    """A byte for each output, from words with those of the even nibbles (0, 4, 1, 5) and of the odd ones (2, 6, 3, 7)."""
+    """A byte per output. Words of `even` hold the outputs 0, 4, 1, 5, those of `odd` 2, 6, 3, 7."""
     byte, eight = [np.uint32(0xFF << shift) for shift in (0, 8, 16, 24)], np.uint32(8)
     words = np.empty((*even.shape, 2), np.uint32)
     words[..., 0] = (
@@ -58,11 +58,11 @@ def _outputs_in_order(even: npt.NDArray[np.uint32], odd: npt.NDArray[np.uint32])
 
 
 def awq(tensors: Mapping[str, Tensor], settings: Settings) -> Iterator[Virtual]:
-    """A virtual tensor of slabs for each `qweight`.
+    """A K-split virtual tensor for each `qweight`.
 
     Raises:
         UnsupportedError: bits or a version that cannot be decoded, named.
-        CheckpointError: something missing, or shapes that contradict each other.
+        CheckpointError: a tensor is missing, or shapes that contradict each other.
     """
     version, bits = setting(settings, "version", "gemm"), setting(settings, "bits", setting(settings, "w_bit", 4))
     if str(version).lower() != "gemm" or bits != 4:

@@ -1,8 +1,8 @@
-"""Writers of ggml's blocks of 32 weights, from codes that other formats packed in other orders.
+"""Writers of ggml's blocks of 32 weights, from codes that other formats pack in other orders.
 
-A nibble block of ggml has weight j in the low half of byte j and weight j + 16 in the high half. Others store weights in
-order, two a byte. The way from one to the other is arithmetic on eight bytes at a time, since numpy's loops are fastest
-where they are long and plain: no gathers, no loop of less than thousands.
+A nibble block of ggml has weight j in the low half of byte j and weight j + 16 in the high half. Other formats store weights
+in order, two per byte. Conversion is arithmetic on eight bytes at a time, since numpy's loops are fastest where they are long
+and plain: no gathers, no loop of less than thousands.
 """
 
 from typing import Any, TypeAlias
@@ -24,8 +24,8 @@ def _block(size: int, **fields: tuple[str, int]) -> np.dtype[Any]:
     return np.dtype({"names": list(fields), "formats": list(formats), "offsets": list(offsets), "itemsize": size})
 
 
-# The 16 bytes of nibbles as two words, whose writes are long strided loops.
-# The same bytes have a second name each, for writers of other widths.
+# Two words hold the 16 bytes of nibbles; their writes are long strided loops.
+# A second field covers the same bytes, for writers of other widths.
 BLOCKS: dict[str, np.dtype[Any]] = {
     "Q4_0": _block(18, d=("<f2", 0), low=("<u8", 2), high=("<u8", 10), nibbles=("16u1", 2)),
     "Q4_1": _block(20, d=("<f2", 0), m=("<f2", 2), low=("<u8", 4), high=("<u8", 12), nibbles=("16u1", 4)),
@@ -40,7 +40,7 @@ def blocks_of(out: Bytes, type_name: str, columns: int) -> npt.NDArray[Any]:
 
 
 def halves(packed: npt.NDArray[Any]) -> Words:
-    """Nibbles in order, two a byte, with a byte for each: (..., bytes) to (..., bytes / 4) words.
+    """Ordered nibbles, two per byte, expanded to a byte each: (..., bytes) to (..., bytes / 4) words.
 
     Byte 2 i of the result holds the low nibble of byte i, and byte 2 i + 1 the high one.
     """
@@ -57,15 +57,15 @@ def write_nibbles(blocks: npt.NDArray[Any], first: Words, second: Words, third: 
 
 
 def write_ordered_nibbles(blocks: npt.NDArray[Any], packed: Bytes) -> None:
-    """Write nibbles that lie in order, 16 bytes a block, to blocks of any shape."""
+    """Write ordered nibbles, 16 bytes per block, to blocks of any shape."""
     words = halves(packed).reshape(*blocks.shape, 4)
     write_nibbles(blocks, words[..., 0], words[..., 1], words[..., 2], words[..., 3])
 
 
 def half(values: Floats) -> Halves:
-    """Finite values up to fp16's largest, rounded to nearest: three times as fast as numpy's own conversion.
+    """Finite values within fp16's range, rounded to nearest fp16: three times as fast as numpy's conversion.
 
-    Times 2^-112, the exponents of fp32 are those of fp16, subnormal ones too; what remains is to round 13 bits away.
+    A factor of 2^-112 turns fp32's exponents into fp16's, subnormals included; then 13 bits are rounded away.
     """
     words = (values * np.float32(2.0**-112)).view(np.uint32)
     signs = words >> np.uint32(16) & np.uint32(0x8000)
@@ -81,8 +81,8 @@ def half(values: Floats) -> Halves:
 def transpose(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
     """Write (rows, columns) to `target`, (columns, rows) of the same type.
 
-    By way of a buffer with rows of an odd number of cache lines: those of a source of 4096 columns all fall into the same few
-    sets of the cache, which makes it six times as slow (350 against 2200 million values a second).
+    Goes through a buffer whose rows are an odd number of cache lines. Rows of a source of 4096 columns all fall into the same
+    few cache sets, which makes it six times as slow (350 against 2200 million values a second).
     """
     rows, columns = source.shape
     buffer = np.empty((rows, _TILE + 64 // target.itemsize), target.dtype)

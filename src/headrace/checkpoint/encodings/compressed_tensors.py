@@ -1,8 +1,8 @@
-"""compressed-tensors checkpoints: which stored tensors make one matrix, told by their shapes rather than by patterns.
+"""compressed-tensors checkpoints: the stored tensors of a matrix are matched by shape, not by pattern.
 
-The configuration names groups of modules by regular expressions. They are not evaluated: a group's bits and size either fit
-the shapes of a tensor or do not, and what several groups with different bits fit is refused. What the `ignore` list names is
-plain in the file and stays so.
+The configuration selects groups of modules by regular expressions, which are not evaluated. A group's bits and size either
+fit the shapes of a tensor or do not. A tensor that fits groups with different bits is refused. Modules on the `ignore` list
+are stored unquantised and stay so.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ def compressed_tensors(tensors: Mapping[str, Tensor], settings: Settings) -> Ite
 
     Raises:
         UnsupportedError: a format that cannot be decoded, named.
-        CheckpointError: something missing, or shapes that contradict each other.
+        CheckpointError: a tensor is missing, or shapes that contradict each other.
     """
     schemes = _schemes(settings)
     for name, tensor in tensors.items():
@@ -47,7 +47,7 @@ def compressed_tensors(tensors: Mapping[str, Tensor], settings: Settings) -> Ite
 
 
 def _schemes(settings: Settings) -> list[Settings]:
-    """How the groups of the configuration quantise weights."""
+    """Weight settings of the configuration's groups."""
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError("the quantisation of compressed-tensors has no `config_groups`", hint=_HINT)
@@ -67,7 +67,7 @@ def _schemes(settings: Settings) -> list[Settings]:
 
 
 def _refuse_transforms(settings: Settings) -> None:
-    """Refuse what changes the model, not only its weights' storage."""
+    """Refuse settings that change the model and not only its weights' storage."""
     sparsity = settings.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") not in ("dense", None):
         raise UnsupportedError(f"weights are stored sparse, as `{sparsity['format']}`", hint=_HINT)
@@ -77,13 +77,13 @@ def _refuse_transforms(settings: Settings) -> None:
 
 
 def _block(schemes: list[Settings]) -> tuple[int, int] | None:
-    """Rows and columns of a scale where a group says so."""
+    """Configured (rows, columns) per scale; None if no group has a `block_structure`."""
     structures = [scheme.get("block_structure") for scheme in schemes]
     return next((block for block in map(pair, structures) if block is not None), None)
 
 
 def pair(value: Any) -> tuple[int, int] | None:
-    """Rows and columns of a block as the configuration has them, if it has."""
+    """Checked (rows, columns) of a configured block; None if absent."""
     if value is None:
         return None
     if isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value):
@@ -118,7 +118,7 @@ def _packed(tensors: Mapping[str, Tensor], tensor: Tensor, schemes: list[Setting
 
 
 def _fits(scheme: Settings, tensor: Tensor, scale: Tensor) -> bool:
-    """Whether a group's bits and size make a tensor's columns out of its words and scales."""
+    """True if a group's bits and size fit the columns of a tensor's words and scales."""
     bits, group = setting(scheme, "num_bits"), setting(scheme, "group_size") or -1
     if type(bits) is not int or type(group) is not int or not 1 <= bits <= 8 or tensor.columns * 32 % bits:
         return False
@@ -159,7 +159,7 @@ def _integers(tensors: Mapping[str, Tensor], base: str, weight: Tensor, bits: in
 
 
 def _target(bits: int, asymmetric: bool, group: int, scattered: bool) -> str:
-    """The format of ggml that holds the integers as they are, else fp16."""
+    """ggml format that holds the integers unchanged, else F16."""
     if scattered or group % 32 or (bits == 8 and asymmetric):
         return "F16"
     return "Q8_0" if bits == 8 else "Q4_1" if asymmetric else "Q4_0"
@@ -168,7 +168,7 @@ def _target(bits: int, asymmetric: bool, group: int, scattered: bool) -> str:
 def _zero(
     tensors: Mapping[str, Tensor], base: str, weight: Tensor, scale: Tensor, bits: int, schemes: list[Settings]
 ) -> Tensor | None:
-    """The zero points, if the weights have any: old versions wrote zeros for symmetric ones too."""
+    """Zero points; None for symmetric weights, for which old versions wrote zeros too."""
     symmetric = {bool(setting(scheme, "symmetric", True)) for scheme in schemes}
     name = base + "_zero_point"
     if symmetric == {True} or (name not in tensors and symmetric != {False}):

@@ -1,8 +1,8 @@
-"""What every family of encodings shares: the interface that a reader drives, and the checks on scale_tensors.
+"""Interface of all encodings, called by the reader, and the checks of scale and zero-point tensors.
 
 An encoding is a few numbers and the stored tensors that it reads from. It holds no buffers and no files, so any number of
-threads may decode with the same one. Everything that a header can tell is checked when it is made (`decoded`); while rows
-are decoded only their values can be wrong.
+threads may decode with the same one. Headers are checked when it is made (`decoded`); during decoding only values can be
+wrong.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ from headrace.errors import CheckpointError
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Floats: TypeAlias = npt.NDArray[np.float32]
-Read: TypeAlias = tuple[Tensor, int, int]  # a stored tensor, the first byte in it, how many
+Read: TypeAlias = tuple[Tensor, int, int]  # stored tensor, first byte in it, number of bytes
 Settings: TypeAlias = Mapping[str, Any]  # `quantization_config`, or a part of it
 
-# Weights decoded at a time: what lies between the two formats stays in the cache.
+# Weights decoded at a time: intermediate values stay in the CPU cache.
 CHUNK_WEIGHTS = 1 << 16
 FLOAT_TYPES = ("F16", "BF16", "F32")
 FP16_MAX = 65504.0
@@ -29,18 +29,18 @@ ANOTHER_VERSION = "get a GGUF, or a BF16, FP8, compressed-tensors, GPTQ or AWQ v
 
 
 class Encoding(Protocol):
-    """How rows of a tensor that is not stored as such are made from stored ones."""
+    """Decoder of a virtual tensor's rows from stored tensors."""
 
     @property
     def label(self) -> str:
-        """What it is, for people: `compressed-tensors int4, group 128`."""
+        """Name for users: `compressed-tensors int4, group 128`."""
 
     @property
     def row_multiple(self) -> int:
-        """First and last row of any range are multiples of it. 1 where every range can be made."""
+        """Granularity of row ranges: `first` and `last` are multiples of it. 1 allows every range."""
 
     def reads(self, first: int, last: int) -> Sequence[Read]:
-        """What rows [first, last) are made from: each a contiguous range, always as many and in the same order."""
+        """Contiguous byte ranges that rows [first, last) need, always as many and in the same order."""
 
     def decode(self, raw: Sequence[Bytes], first: int, last: int, out: Bytes) -> None:
         """Fill `out`, exactly the bytes of rows [first, last), from `raw`, the bytes of `reads(first, last)`.
@@ -52,7 +52,7 @@ class Encoding(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Virtual:
-    """A tensor that an encoding makes, as yet without a place, and the names of the stored ones that it replaces."""
+    """A virtual tensor not yet placed in a file, and the names (`parts`) of the stored tensors that it replaces."""
 
     name: str
     shape: tuple[int, ...]
@@ -64,36 +64,36 @@ class Virtual:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """Which row of a scale_tensor belongs to a row of the matrix: one for every `per` of the `outputs` rows of each matrix."""
+    """Map of matrix rows to scale rows: one scale row for every `per` of the `outputs` rows of each matrix."""
 
     outputs: int
     per: int = 1
 
     def row(self, row: int) -> int:
-        """The scale_tensor's row, counted over all matrices of a stack."""
+        """Scale row of a matrix row, both counted over all matrices of a stack."""
         return row // self.outputs * -(-self.outputs // self.per) + row % self.outputs // self.per
 
     def rows(self, first: int, last: int) -> npt.NDArray[np.intp]:
-        """The scale_tensor's rows for [first, last), counted from the first of them: (last - first,)."""
+        """Scale rows of the rows [first, last), counted from the first of them: (last - first,)."""
         rows = np.arange(first, last, dtype=np.intp)
         return rows // self.outputs * -(-self.outputs // self.per) + rows % self.outputs // self.per - self.row(first)
 
     def read(self, tensor: Tensor, row_bytes: int, first: int, last: int) -> Read:
-        """The scale_tensor's bytes for rows [first, last)."""
+        """Bytes of the scale rows for the rows [first, last)."""
         start, end = self.row(first), self.row(last - 1) + 1
         return tensor, start * row_bytes, (end - start) * row_bytes
 
 
 def scaling(tensor: Tensor, shape: tuple[int, ...], scale: Tensor, block: tuple[int, int] | None) -> tuple[Grid, int]:
-    """Which scale belongs to which weights: rows, as a grid, and columns of one scale.
+    """Layout of a matrix's scales: the grid of their rows, and the columns per scale.
 
-    One for all, one a matrix of a stack, one a row, or one a block, whose size is `block` or divides the matrix evenly.
+    One scale for all, per matrix of a stack, per row, or per block, whose size is `block` or divides the matrix evenly.
 
     Args:
-        tensor: what is scaled, for the message.
-        shape: of its weights.
-        scale: the scales.
-        block: rows and columns of a block if the configuration has them.
+        tensor: the scaled tensor, for the message.
+        shape: shape of its weights.
+        scale: its scales.
+        block: configured (rows, columns) of a block, if any.
 
     Raises:
         CheckpointError: the shapes fit none of these.
@@ -121,7 +121,7 @@ def scaling(tensor: Tensor, shape: tuple[int, ...], scale: Tensor, block: tuple[
 
 
 def floats(raw: Bytes, type_name: str) -> Floats:
-    """Values of a scale's type as fp32, exactly. U8 is an exponent, as MX formats store it."""
+    """Scales as fp32, exactly. U8 is an exponent, as in MX formats."""
     if type_name == "F32":
         return raw.view(np.float32)
     if type_name == "F16":
@@ -133,7 +133,7 @@ def floats(raw: Bytes, type_name: str) -> Floats:
 
 
 def scale_tensor(tensors: Mapping[str, Tensor], owner: str, name: str) -> Tensor:
-    """The tensor `name`, without which `owner` has no values."""
+    """The scale or zero-point tensor `name`, which `owner` needs."""
     if name not in tensors:
         raise CheckpointError(
             f"tensor `{owner}` is quantised, but `{name}` is missing",
@@ -151,7 +151,7 @@ def require(tensor: Tensor, types: Sequence[str], shape: Sequence[int] | None = 
 
 
 def bounded(scales: Floats, name: str, largest: float = 1) -> Floats:
-    """The scales, if the `largest` multiple of each that can occur fits fp16."""
+    """The scales, checked: the `largest` multiple of each must fit fp16."""
     limit = FP16_MAX / largest
     if not (np.abs(scales) <= limit).all():
         raise CheckpointError(
@@ -162,7 +162,7 @@ def bounded(scales: Floats, name: str, largest: float = 1) -> Floats:
 
 
 def order_of(raw: Bytes, groups: int, tensor: Tensor) -> npt.NDArray[np.int32]:
-    """The group of each column (`g_idx`), all of them groups that there are."""
+    """Group of each column (`g_idx`), checked to be within `groups`."""
     order = raw.view(np.int32)
     wrong = order[(order < 0) | (order >= groups)]
     if len(wrong):
@@ -171,7 +171,7 @@ def order_of(raw: Bytes, groups: int, tensor: Tensor) -> npt.NDArray[np.int32]:
 
 
 def setting(settings: Settings, key: str, default: int | bool | str | None = None) -> Any:
-    """A number, word or truth of the configuration; a list or an object in its place is an error."""
+    """A number, word or boolean of the configuration; a list or an object is an error."""
     value = settings.get(key, default)
     if value is not None and not isinstance(value, (int, float, str)):
         raise CheckpointError(f"`{key}` of the quantisation is {value!r}, which should be a single value")

@@ -1,14 +1,14 @@
-"""BF16 in three quarters of its bytes, without loss: the exponents of a row lie close together, so four bits do for their byte.
+"""Lossless BF16 in three quarters of its bytes: exponents within a row are close, so four bits replace their byte.
 
-The upper byte of a BF16 number is its sign and seven bits of its exponent, the lower one noise that no coder shortens. Each
-row has a base; a number's nibble is its sign and a code c: 0 to 6 for the seven bits base + c, 7 for one outside of them,
-an escape, whose seven bits lie apart. A stored row is a record, as long as every other of its tensor:
+The upper byte of a BF16 value is its sign and seven bits of its exponent; the lower byte is noise that no coder shortens. Each
+row has a base. A value's nibble is its sign and a code c: 0 to 6 for the seven bits base + c, 7 for an escape. The seven bits
+of an escape are stored separately. A stored row is a record; all records of a tensor have the same length:
 
     base (1 byte) | number of escapes (2 bytes) | nibbles (columns / 2, the first in the low half) | escapes | lower bytes
 
-with room for as many escapes as the row with the most needs. So any range of rows is one contiguous range of bytes. Decoded by
-a few long loops of numpy, 1.5 to 2.7 GB/s a core; Huffman codes would take 10 % fewer bytes and a library (docs/LEARNED.md).
-Nothing is rounded, NaNs included.
+The row with the most escapes sets the space for them, so any range of rows is one contiguous range of bytes. A few long numpy
+loops decode 1.5 to 2.7 GB/s per core. Huffman codes would take 10 % fewer bytes and a library (docs/LEARNED.md). Nothing is
+rounded, NaNs included.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,27 +26,27 @@ from headrace.errors import CheckpointError, UnsupportedError
 METHOD = "headrace-exponents"
 VERSION = 1
 SUFFIX = ".exponents"
-COLUMN_MULTIPLE = 8  # nibbles of a row are read as words
-MAX_COLUMNS = (1 << 16) - 1  # a row's escapes are counted in two bytes
+COLUMN_MULTIPLE = 8  # divisor of a row's columns: nibbles are read as words
+MAX_COLUMNS = (1 << 16) - 1  # limit of the two bytes that count a row's escapes
 _HEAD_BYTES = 3
-_CODES = 7  # values of the seven bits that have a code of their own
+_CODES = 7  # exponent values with a code
 _ESCAPE = np.uint8(7)
-_CHUNK_WEIGHTS = 1 << 18  # decoded at a time: 1 << 16 costs a fifth more in turns of the interpreter
+_CHUNK_WEIGHTS = 1 << 18  # weights decoded at a time; 1 << 16 costs a fifth more in interpreter overhead
 _SIGNS, _CODE_BITS = np.uint64(0x8080808080808080), np.uint64(0x0707070707070707)
 _FOUR = np.uint64(4)
 _DAMAGED = "the file is damaged; pack the model again"
 
-Numbers = npt.NDArray[np.uint16]  # BF16, as its bits
+Numbers = npt.NDArray[np.uint16]  # BF16 bit patterns
 
 
 def record_bytes(columns: int, capacity: int) -> int:
-    """Bytes of a stored row with room for so many escapes."""
+    """Bytes of a record with space for `capacity` escapes."""
     return _HEAD_BYTES + columns // 2 + capacity + columns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exponents:
-    """Rows of BF16 from their records."""
+    """BF16 rows from their records."""
 
     stored: Tensor
     columns: int
@@ -95,7 +95,7 @@ class Exponents:
         return bases
 
     def _escapes(self, records: Bytes) -> Bytes:
-        """The values of all escapes, row by row."""
+        """Values of all escapes, in row order."""
         counts = np.ascontiguousarray(records[:, 1:_HEAD_BYTES]).view("<u2")  # (rows, 1)
         if counts.max() > self.capacity:
             raise self._damage(f"counts {counts.max()} escapes in a row, there is room for {self.capacity}")
@@ -110,17 +110,17 @@ class Exponents:
 
 
 def escapes_of(rows: Numbers) -> int:
-    """The most escapes that one of these rows needs: (rows, columns)."""
+    """Max escapes that a row needs: (rows, columns)."""
     return int(_best_bases(rows)[1].max())
 
 
 def encode(rows: Numbers, capacity: int) -> Bytes:
-    """Records of rows whose escapes fit: (rows, columns) to (rows, `record_bytes`)."""
+    """Records of rows with at most `capacity` escapes: (rows, columns) to (rows, `record_bytes`)."""
     bases, counts = _best_bases(rows)
     assert counts.max() <= capacity
     upper = (rows >> np.uint16(8)).astype(np.uint8)
     values = upper & np.uint8(127)
-    codes = np.minimum(values - bases[:, None], _ESCAPE)  # below the base: wrapped, so large
+    codes = np.minimum(values - bases[:, None], _ESCAPE)  # values below the base wrap around to large ones
     nibbles = codes | upper >> np.uint8(4) & np.uint8(8)
     escapes = np.zeros((len(rows), capacity), np.uint8)
     escapes[np.arange(capacity) < counts[:, None]] = values[codes == _ESCAPE]
@@ -130,7 +130,7 @@ def encode(rows: Numbers, capacity: int) -> Bytes:
 
 
 def _best_bases(rows: Numbers) -> tuple[Bytes, npt.NDArray[np.intp]]:
-    """For each row the base with the fewest escapes, and how many these are."""
+    """Base of each row with the fewest escapes, and their number."""
     values = (rows >> np.uint16(8) & np.uint16(127)).astype(np.intp)
     values += np.arange(len(rows), dtype=np.intp)[:, None] * 128
     counts = np.bincount(values.ravel(), minlength=len(rows) * 128).reshape(-1, 128)
@@ -140,7 +140,7 @@ def _best_bases(rows: Numbers) -> tuple[Bytes, npt.NDArray[np.intp]]:
 
 
 def exponents(tensors: Mapping[str, Tensor], settings: Settings) -> Iterator[Virtual]:
-    """A virtual tensor for each that was packed.
+    """A virtual tensor for each packed one.
 
     Raises:
         UnsupportedError: another version of the layout.

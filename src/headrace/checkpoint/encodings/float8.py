@@ -1,9 +1,9 @@
-"""FP8 with scales apart: DeepSeek's and Qwen's blocks of 128 x 128, one scale a tensor, an output or a matrix, and MXFP8.
+"""FP8 with separate scales: per block of 128 x 128 (DeepSeek, Qwen), per tensor, output or matrix, and MXFP8.
 
-Decoded to fp16, by a table of 256 values for each scale. The product of an FP8 value (4 significant bits at most) and its
-scale is rounded once, to 11 significant bits: an error of 2^-12 of the weight, where the FP8 step itself is 2^-4 of it.
-Weights below 6e-5 lose more, down to steps of 6e-8. A scale with which the largest FP8 value exceeds fp16 is an error and
-never an infinity. Scales of activations are dropped: activations here are not quantised to FP8.
+A table of 256 values per scale decodes to fp16. An FP8 value (at most 4 significant bits) times its scale is rounded once, to
+11 significant bits. The error is 2^-12 of the weight, where the FP8 step itself is 2^-4 of it. Weights below 6e-5 lose more,
+down to steps of 6e-8. A scale with which the largest FP8 value exceeds fp16 is an error and never an infinity. Activation
+scales are dropped: activations are not quantised to FP8 here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,13 +31,13 @@ from headrace.errors import CheckpointError
 
 LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
 _SCALE_TYPES = (*FLOAT_TYPES, "F8_E8M0", "U8")
-# Of fewer weights a scale, a table of 256 costs more than it saves. The values are the same either way.
+# Min weights per scale for which a table of 256 saves time. The values are the same either way.
 _SCALE_WEIGHTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Float8:
-    """Rows of fp16 from FP8 values and their scales."""
+    """fp16 rows from FP8 values and their scales."""
 
     label: str
     weight: Tensor
@@ -48,7 +48,7 @@ class Float8:
 
     @property
     def groups(self) -> int:
-        """Scales of a row."""
+        """Scales per row."""
         return -(-self.weight.columns // self.columns_per_scale)
 
     def reads(self, first: int, last: int) -> Sequence[Read]:
@@ -83,7 +83,7 @@ class Float8:
     def _look_up(
         self, codes: Bytes, scales: Floats, rows: npt.NDArray[np.intp], target: npt.NDArray[np.float16]
     ) -> None:
-        with np.errstate(invalid="ignore"):  # an infinity of E5M2 and a scale of 0
+        with np.errstate(invalid="ignore"):  # E5M2 infinity times a scale of 0
             values = TABLES[self.weight.type] * scales[:, :, None]
         tables = values.astype(np.float16).view(np.uint16).ravel()
         in_row = np.repeat(np.arange(self.groups) * 256, self.columns_per_scale)[: codes.shape[1]]
@@ -114,7 +114,7 @@ def _chunks(codes: Bytes) -> Iterator[slice]:
 
 
 def _table(exponent_bits: int) -> Floats:
-    """The values of all 256 codes with so many bits of exponent and IEEE's bias. Raw bits beyond the largest are NaN."""
+    """Values of all 256 codes with IEEE's bias; `_tables` sets the codes beyond the largest."""
     codes = np.arange(256)
     mantissa_bits = 7 - exponent_bits
     exponent, mantissa = (codes & 127) >> mantissa_bits, codes & ((1 << mantissa_bits) - 1)
@@ -125,7 +125,7 @@ def _table(exponent_bits: int) -> Floats:
 
 
 def _tables() -> dict[str, Floats]:
-    """E4M3 without infinities, as `F8_E4M3` is everywhere in checkpoints: only the codes 127 and 255 are no numbers."""
+    """Values of all codes by type. `F8_E4M3` of checkpoints has no infinities; only codes 127 and 255 are NaN."""
     e4m3, e5m2 = _table(4), _table(5)
     e4m3[[127, 255]] = np.nan
     e5m2[[124, 252]] = np.inf, -np.inf
@@ -137,10 +137,10 @@ TABLES = _tables()
 
 
 def float8(tensors: Mapping[str, Tensor], block: tuple[int, int] | None) -> Iterator[Virtual]:
-    """A virtual tensor for each one of FP8. `block` is the configuration's rows and columns of a scale, if it has any.
+    """A virtual tensor for each FP8 tensor. `block` is the configured (rows, columns) per scale, if any.
 
     Raises:
-        CheckpointError: no scale, or one whose shape fits no way of scaling.
+        CheckpointError: a scale is missing, or its shape fits no scaling scheme.
     """
     for name, tensor in tensors.items():
         if tensor.type not in LARGEST or len(tensor.shape) < 2:

@@ -1,8 +1,8 @@
-"""GPTQ: words of consecutive inputs, an output beside the other. 2, 4 and 8 bits, symmetric or not, ordered or not.
+"""GPTQ: a word packs consecutive inputs of one output. 2, 4 and 8 bits, symmetric or not, with or without act-order.
 
 `qweight` (inputs * bits / 32, outputs), `qzeros` (groups, outputs * bits / 32), `scales` (groups, outputs), `g_idx` (inputs).
-The first format stores a zero point less one, by subtracting a word of ones: adding it again undoes what its borrow did to a
-neighbour. Version 2 (`gptq_v2`) stores zero points as they are. Two bits become four, since ggml has no such block.
+The first format stores zero points minus one, by subtracting a word of ones; adding it back also undoes borrows between
+neighbours. Version 2 (`gptq_v2`) stores zero points unchanged. Two bits become four, since ggml has no 2-bit block like it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,15 +20,15 @@ from headrace.checkpoint.tensor import Tensor
 from headrace.errors import CheckpointError, UnsupportedError
 
 _HINT = "get the model as GPTQ with 4 or 8 bits, as AWQ, as a GGUF, or in BF16"
-# A zero point of a symmetric pair of bits is 2, and of four 8.
+# Symmetric zero points are 2 in two bits and 8 in four: 6 is added to each nibble.
 _TWO_TO_FOUR = np.uint32(0x66666666)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gptq(SlabIntegers):
-    """See the module."""
+    """K-splits from GPTQ's words."""
 
-    stored_less: int  # what was subtracted from zero points: 1, or 0 in version 2
+    stored_less: int  # amount subtracted from stored zero points: 1, or 0 in version 2
 
     def zeros_of(self, words: npt.NDArray[np.uint32]) -> npt.NDArray[Any]:
         """See `SlabIntegers.zeros_of`."""
@@ -56,7 +56,7 @@ class Gptq(SlabIntegers):
 
 
 def _four_bits(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """16 pairs of bits a word as two words of 8 nibbles: (rows, outputs) to (2 rows, outputs)."""
+    """A word of 16 2-bit codes as two words of 8 nibbles: (rows, outputs) to (2 rows, outputs)."""
     spread = np.stack((words & np.uint32(0xFFFF), words >> np.uint32(16)), axis=1).reshape(-1, words.shape[1])
     for shift, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)):
         spread = (spread | spread << np.uint32(shift)) & np.uint32(mask)
@@ -64,11 +64,11 @@ def _four_bits(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 
 
 def gptq(tensors: Mapping[str, Tensor], settings: Settings, *, stored_less: int | None = None) -> Iterator[Virtual]:
-    """A virtual tensor of slabs for each `qweight`. `stored_less` is for formats that say by another name what they store.
+    """A K-split virtual tensor for each `qweight`. Formats without `checkpoint_format` pass `stored_less` themselves.
 
     Raises:
         UnsupportedError: bits or a format that cannot be decoded, named.
-        CheckpointError: something missing, or shapes that contradict each other or the configuration.
+        CheckpointError: a tensor is missing, or shapes that contradict each other or the configuration.
     """
     if stored_less is None:
         form = setting(settings, "checkpoint_format", "gptq")
@@ -115,7 +115,7 @@ def _matrix(tensors: Mapping[str, Tensor], weight: Tensor, settings: Settings, s
 
 
 def _bits(weight: Tensor, scale: Tensor, zero: Tensor, settings: Settings) -> int:
-    """Bits of a weight, from the shapes: single modules may differ from the rest."""
+    """Bits per weight, from the shapes: modules may differ."""
     require(weight, ("I32",))
     require(scale, FLOAT_TYPES)
     require(zero, ("I32",))
@@ -137,7 +137,7 @@ def _bits(weight: Tensor, scale: Tensor, zero: Tensor, settings: Settings) -> in
 
 
 def is_symmetric(settings: Settings) -> bool:
-    """Whether all zero points are half the range. A module that differs makes the answer no, which is right for all."""
+    """True if all zero points are half the range. One differing module gives False, which is correct for all."""
     overrides = [settings.get("dynamic"), settings.get("extra_config")]
     modules = [module for table in overrides if isinstance(table, Mapping) for module in table.values()]
     differs = any(isinstance(module, Mapping) and module.get("sym") is False for module in modules)

@@ -1,9 +1,9 @@
-"""Integers with scales apart, row by row, as compressed-tensors stores them: packed in words, or bytes of their own.
+"""Row-major integers with separate scales, as compressed-tensors stores them: packed in words, or as bytes.
 
-Where 32 divides the group, they are ggml's blocks in another order: 4 bits symmetric are Q4_0, asymmetric Q4_1, 8 bits
-symmetric Q8_0. The integers are kept exactly. A scale is rounded to fp16, which BF16 and fp16 ones survive unchanged unless
-they are below 6e-5; an F32 scale loses 2^-12 of itself; Q4_1's minimum, zero point times scale, 2^-12 of itself. All else
-(other groups, an order of activations, 8 bits asymmetric) becomes fp16 weights, each rounded once.
+Where 32 divides the group, they are reordered to ggml's blocks: 4 bits symmetric are Q4_0, asymmetric Q4_1, 8 bits symmetric
+Q8_0. The integers are kept exactly. Scales are rounded to fp16. BF16 and fp16 scales stay unchanged unless they are below
+6e-5; an F32 scale loses 2^-12 of itself, and so does Q4_1's minimum, zero point times scale. All else (other groups,
+act-order, 8 bits asymmetric) becomes fp16 weights, each rounded once.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ _SIGNS = np.uint64(0x8080808080808080)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Integers:
-    """Rows of `type` from integers of `bits` bits: unsigned with half their range as zero in I32 words, signed in I8."""
+    """Rows of `type` from integers of `bits` bits: in I32 words unsigned, half the range is zero; in I8 signed."""
 
     label: str
     type: str
@@ -39,20 +39,20 @@ class Integers:
     columns: int
     weight: Tensor
     scale: Tensor
-    grid: Grid  # of the scales
+    grid: Grid  # scale rows of the weight's rows
     columns_per_scale: int
-    zero: Tensor | None = None  # zero points: like the weights, but packed along the outputs
-    order: Tensor | None = None  # the group of each column, where it is not the column's place that tells
+    zero: Tensor | None = None  # zero points, stored like the weights but packed along the outputs
+    order: Tensor | None = None  # group of each column, with act-order
     row_multiple: int = 1
 
     @property
     def packed(self) -> bool:
-        """Whether the integers lie in words."""
+        """True if the integers are packed in words."""
         return self.weight.type == "I32"
 
     @property
     def groups(self) -> int:
-        """Scales of a row."""
+        """Scales per row."""
         return -(-self.columns // self.columns_per_scale)
 
     def reads(self, first: int, last: int) -> Sequence[Read]:
@@ -74,15 +74,15 @@ class Integers:
         weights = raw[0].reshape(rows, self.weight.row_bytes)
         scales = floats(raw[1], self.scale.type).reshape(-1, self.groups)[self.grid.rows(first, last)]
         zeros = self._zeros(raw[2], first, last) if self.zero is not None else None
-        made = out.reshape(rows, -1)
+        target = out.reshape(rows, -1)
         step = max(1, CHUNK_WEIGHTS // self.columns)
         for start in range(0, rows, step):
             part = slice(start, start + step)
             zero = None if zeros is None else zeros[part]
             if self.type == "F16":
-                self._floats(weights[part], scales[part], zero, raw, made[part])
+                self._floats(weights[part], scales[part], zero, raw, target[part])
             else:
-                self._blocks(weights[part], scales[part], zero, made[part])
+                self._blocks(weights[part], scales[part], zero, target[part])
 
     def _blocks(self, weights: Bytes, scales: Floats, zeros: npt.NDArray[Any] | None, out: Bytes) -> None:
         blocks = blocks_of(out.reshape(-1), self.type, self.columns)
@@ -109,13 +109,13 @@ class Integers:
         out.view(np.float16)[:] = half(codes)
 
     def _spread(self, values: Floats, raw: Sequence[Bytes]) -> Floats:
-        """A value for each weight from one for each group: (rows, groups) to (rows, columns)."""
+        """One value per weight from one per group: (rows, groups) to (rows, columns)."""
         if self.order is not None:
             return values.take(order_of(raw[-1], self.groups, self.order), axis=1)
         return values.repeat(self.columns_per_scale, axis=1)[:, : self.columns]
 
     def _codes(self, weights: Bytes) -> npt.NDArray[Any]:
-        """The stored integers of some rows: (rows, columns)."""
+        """Stored integers of some rows: (rows, columns)."""
         if not self.packed:
             return weights.view(np.int8)
         return unpacked(weights.view(np.uint32), self.bits)[:, : self.columns]
@@ -135,7 +135,7 @@ class Integers:
 
 
 def unpacked(words: npt.NDArray[np.uint32], bits: int) -> Bytes:
-    """Integers that lie in order in words, the lowest bits first: (rows, words) to (rows, words * 32 / bits)."""
+    """Integers packed in order in words, lowest bits first: (rows, words) to (rows, words * 32 / bits)."""
     stored = words.view(np.uint8)
     if bits == 8:
         return stored

@@ -1,12 +1,11 @@
-"""Contraction-major integers, as GPTQ and AWQ store them: all outputs of an input together, and not the other way round.
+"""K-splits of integers stored transposed, [in, out], as GPTQ and AWQ do.
 
-A row of ggml's is an output with its inputs, which would have to be gathered from the whole tensor. So the contraction is cut
-into k_splits, of as many inputs as a group has where that is possible: a slab's weights, its scales and its zero points are one
-contiguous range each, and y is the sum over slabs of x's columns times the slab's rows. Inside of a slab the words are
-transposed on the way.
+A ggml row holds the inputs of one output; they would have to be gathered from the whole tensor. So the reduction dimension is
+cut into K-splits, of a group's inputs where possible. A K-split's weights, scales and zero points are one contiguous range
+each. y is the sum over K-splits of x's columns times the K-split's rows. Decoding transposes the words of a K-split.
 
-What is kept is as for integers by rows (`integers.py`). With an order of activations (`desc_act`) a slab needs the scales of
-all groups, which is as many bytes again as its weights in a matrix of 8192 inputs, and becomes fp16.
+Precision is that of row-major integers (`integers.py`). With act-order (`desc_act`) a K-split needs the scales of all groups:
+in a matrix of 8192 inputs as many bytes again as its weights. Its weights become fp16.
 """
 
 from abc import ABC, abstractmethod
@@ -23,39 +22,39 @@ from headrace.checkpoint.tensor import Tensor, block_of
 from headrace.errors import CheckpointError
 
 WIDTHS = (128, 64, 32)
-_OUTPUTS = 512  # made at a time as fp16
+_OUTPUTS = 512  # outputs converted to fp16 at a time
 
 
 def slab_width(inputs: int, widths: Sequence[int]) -> int:
-    """Inputs of a slab: the first width that divides them all, else all of them."""
+    """Inputs of a K-split: the first width that divides `inputs`, else all of them."""
     return next((width for width in widths if inputs % width == 0), inputs)
 
 
 def group_widths(group: int) -> tuple[int, ...]:
-    """Widths of a slab in the order of preference: a group's, so that a slab has one scale an output."""
+    """K-split widths in order of preference. A group's comes first: a K-split then has one scale per output."""
     return (group, *WIDTHS) if 32 <= group <= 256 and group % 32 == 0 else WIDTHS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlabIntegers(ABC):
-    """Slabs of rows of `type` from contraction-major integers. A family says how the words are packed."""
+    """K-splits of `type` from integers stored transposed. Subclasses define the packing of words."""
 
     label: str
     type: str
     bits: int
     inputs: int
     outputs: int
-    width: int  # inputs of a slab
-    group: int  # inputs of a scale
+    width: int  # inputs per K-split
+    group: int  # inputs per scale
     weight: Tensor
     scale: Tensor  # (groups, outputs)
     zero: Tensor  # (groups, outputs * bits / 32) words
     symmetric: bool
-    order: Tensor | None = None  # the group of each input
+    order: Tensor | None = None  # group of each input, with act-order
 
     @property
     def row_multiple(self) -> int:
-        """Whole k_splits."""
+        """Rows of a whole K-split."""
         return self.outputs
 
     def reads(self, first: int, last: int) -> Sequence[Read]:
@@ -84,12 +83,12 @@ class SlabIntegers(ABC):
         group: npt.NDArray[Any] = np.arange(start, end) // self.group - first_group
         if self.order is not None:
             group = order_of(raw[3], self.scale.rows, self.order)
-        made = out.reshape(count, -1)
-        for slab, groups in enumerate(group.reshape(count, self.width)):
+        target = out.reshape(count, -1)
+        for split, groups in enumerate(group.reshape(count, self.width)):
             if self.type == "F16":
-                self._floats(words[slab], scales, zeros, groups, made[slab])
+                self._floats(words[split], scales, zeros, groups, target[split])
             else:
-                self._blocks(words[slab], scales, zeros, groups[::32], made[slab])
+                self._blocks(words[split], scales, zeros, groups[::32], target[split])
 
     def _inputs(self, first: int, last: int) -> tuple[int, int]:
         return first // self.outputs * self.width, last // self.outputs * self.width
@@ -100,7 +99,7 @@ class SlabIntegers(ABC):
         return start // self.group, -(-end // self.group)
 
     def _zeros(self, words: npt.NDArray[np.uint32]) -> Floats:
-        """Zero points of some groups: (groups, outputs). Those of symmetric weights must be half the range."""
+        """Zero points as fp32: (groups, outputs). With symmetric weights they must be half the range."""
         zeros = self.zeros_of(words)
         middle = 1 << (self.bits - 1)
         if self.symmetric and not (zeros == middle).all():
@@ -139,15 +138,15 @@ class SlabIntegers(ABC):
 
     @abstractmethod
     def codes(self, words: npt.NDArray[np.uint32]) -> Bytes:
-        """The integers of a slab: (rows of words, columns of words) to (width, outputs)."""
+        """Integers of a K-split: (rows of words, columns of words) to (width, outputs)."""
 
     @abstractmethod
     def write(self, blocks: npt.NDArray[Any], words: npt.NDArray[np.uint32], place: int) -> None:
-        """Write the integers of the slab's inputs [32 place, 32 place + 32) to a block of each output: (outputs,)."""
+        """Write the K-split's inputs [32 place, 32 place + 32) to one block per output: (outputs,)."""
 
 
 def group_of(inputs: int, groups: int, configured: Any, name: str) -> int:
-    """Inputs of a group, from the configuration where it fits the number of groups, else even shares."""
+    """Inputs of a group: as configured if that fits the number of groups, else equal shares."""
     if type(configured) is int and configured > 0 and -(-inputs // configured) == groups:
         return min(configured, inputs)
     if groups < 1 or inputs % groups:
@@ -156,7 +155,7 @@ def group_of(inputs: int, groups: int, configured: Any, name: str) -> int:
 
 
 def integer_type(bits: int, symmetric: bool, group: int, width: int) -> str:
-    """ggml's format that holds the integers as they are, else fp16."""
+    """ggml format that holds the integers unchanged, else F16."""
     if group % 32 or width % 32 or (bits == 8 and not symmetric):
         return "F16"
     return "Q8_0" if bits == 8 else "Q4_0" if symmetric else "Q4_1"

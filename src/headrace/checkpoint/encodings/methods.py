@@ -1,7 +1,7 @@
-"""From a configuration's `quantization_config` to the tensors as the model knows them.
+"""Selects the encodings of a checkpoint by its `quantization_config`, and lists the model's tensors.
 
-Virtual tensors lie in a file of which only the name exists, as those of `low_bit_copy`; whoever reads from it must drive
-their encodings. Stored tensors that are no part of an encoding stay as they are.
+Virtual tensors lie in a virtual file, like those of `low_bit_copy`; its reader must run their encodings. Stored tensors that
+belong to no encoding stay unchanged.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,12 +29,12 @@ _DROPPED = (
 def decoded(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: str
 ) -> tuple[dict[str, Tensor], dict[str, Encoding]]:
-    """The tensors as the model knows them, and how the virtual ones among them are made.
+    """The model's tensors, and the encodings of the virtual ones, by name.
 
     Args:
-        tensors: the stored ones by name.
-        config: of the model, as in `config.json`.
-        path: of the checkpoint; virtual tensors lie in `{path}[decoded]`, one after another, each on a page of its own.
+        tensors: stored tensors by name.
+        config: the model's `config.json`.
+        path: checkpoint path; virtual tensors lie in `{path}[decoded]`, one after another, each on its own page.
 
     Raises:
         UnsupportedError: a method or a variant that cannot be decoded, named.
@@ -50,8 +50,8 @@ def decoded(
         found[virtual.name] = virtual
     replaced = set(chain.from_iterable(virtual.parts for virtual in found.values()))
     kept = {name: t for name, t in tensors.items() if name not in replaced and not name.endswith(_DROPPED)}
-    tensors_made = _all_placed(found.values(), f"{path}[decoded]")
-    return kept | tensors_made, {name: virtual.encoding for name, virtual in found.items()}
+    virtual_tensors = _all_placed(found.values(), f"{path}[decoded]")
+    return kept | virtual_tensors, {name: virtual.encoding for name, virtual in found.items()}
 
 
 def _settings(config: Mapping[str, Any]) -> Settings | None:
@@ -91,7 +91,7 @@ def _modelopt_fp8(method: str, settings: Settings) -> bool:
 
 
 def _auto_round(tensors: Mapping[str, Tensor], settings: Settings) -> Iterator[Virtual]:
-    """AutoRound's packings are GPTQ's and AWQ's. Its own stores zero points as they are, as GPTQ's version 2 does."""
+    """AutoRound uses the packings of GPTQ and AWQ. Its own stores zero points unchanged, like GPTQ's version 2."""
     packing = setting(settings, "packing_format") or setting(settings, "backend") or "auto_round"
     if packing == "auto_round:auto_awq":
         return awq(tensors, settings)
@@ -103,7 +103,7 @@ def _auto_round(tensors: Mapping[str, Tensor], settings: Settings) -> Iterator[V
 
 
 def _all_placed(virtuals: Iterable[Virtual], path: str) -> dict[str, Tensor]:
-    """The virtual tensors one after another, each from the start of a page."""
+    """Place virtual tensors one after another, each from the start of a page."""
     tensors: dict[str, Tensor] = {}
     offset = 0
     for virtual in virtuals:

@@ -1,6 +1,6 @@
-"""MXFP4: 32 weights of four bits (E2M1) with one exponent of eight. ggml multiplies it as it is; only the order differs.
+"""MXFP4: 32 weights of four bits (E2M1) with one 8-bit exponent. ggml has this format in another nibble order.
 
-Lossless: ggml's table of elements is the same, and its exponent byte too. gpt-oss stores `X_blocks` (experts, rows, groups,
+Lossless: ggml uses the same element table and exponent byte. gpt-oss stores `X_blocks` (experts, rows, groups,
 16) and `X_scales` (experts, rows, groups); compressed-tensors `X.weight_packed` (rows, columns / 2) and `X.weight_scale`.
 """
 
@@ -14,12 +14,12 @@ from headrace.checkpoint.tensor import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Microscaled4:
-    """Rows of MXFP4 blocks from nibbles in order and their exponents."""
+    """Rows of MXFP4 blocks from ordered nibbles and their exponents."""
 
     label: str = "MXFP4"
     packed: Tensor
     scale: Tensor
-    groups: int  # of a row
+    groups: int  # exponents per row
     row_multiple: int = 1
 
     def reads(self, first: int, last: int) -> Sequence[Read]:
@@ -56,6 +56,6 @@ def mxfp4(tensors: Mapping[str, Tensor]) -> Iterator[Virtual]:
 
 
 def microscaled(name: str, shape: tuple[int, ...], packed: Tensor, scale: Tensor) -> Virtual:
-    """The virtual tensor `name` from `packed`, 16 bytes for each byte of `scale`."""
+    """The virtual tensor `name` from `packed`, 16 bytes per byte of `scale`."""
     encoding = Microscaled4(packed=packed, scale=scale, groups=scale.columns)
     return Virtual(name=name, shape=shape, type="MXFP4", encoding=encoding, parts=(packed.name, scale.name))

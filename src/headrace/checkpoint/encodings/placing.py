@@ -1,4 +1,4 @@
-"""Where virtual tensors lie: in a file of which only the name exists, each from the start of a page."""
+"""Placement of virtual tensors in a virtual file, each from the start of a page."""
 
 from math import prod
 
@@ -9,7 +9,7 @@ PAGE_BYTES = 4096
 
 
 def placed(virtual: Virtual, path: str, offset: int) -> Tensor:
-    """A virtual tensor at its place."""
+    """The virtual tensor at `offset` of `path`."""
     block, size = block_of(virtual.type)
     return Tensor(
         name=virtual.name,

@@ -1,6 +1,6 @@
-"""Plain matrices that are stored contraction-major, (inputs, outputs): GPT-2's, and some models' stacks of experts.
+"""Unquantised matrices stored transposed, [in, out]: GPT-2's, and some models' stacked experts.
 
-Cut into slabs as in `k_splits.py`, so that a slab is one contiguous range, and transposed inside of it. No value changes.
+They are cut into K-splits as in `k_splits.py`: each is one contiguous range, transposed on decoding. No value changes.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _WIDTHS = (256, 128, 64, 32)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transposed:
-    """Slabs of rows from a contraction-major matrix, or a stack of them."""
+    """K-splits of a matrix stored transposed, or of a stack of them."""
 
     source: Tensor
     width: int
@@ -28,11 +28,11 @@ class Transposed:
 
     @property
     def row_multiple(self) -> int:
-        """Whole k_splits."""
+        """Rows of a whole K-split."""
         return self.source.columns
 
     def reads(self, first: int, last: int) -> Sequence[Read]:
-        """See `Encoding.reads`. The slabs of a stack's matrices lie one after another as well."""
+        """See `Encoding.reads`. K-splits of stacked matrices are contiguous too."""
         row_bytes, outputs = self.source.row_bytes, self.source.columns
         start, end = first // outputs * self.width, last // outputs * self.width
         return ((self.source, start * row_bytes, (end - start) * row_bytes),)
@@ -42,12 +42,12 @@ class Transposed:
         dtype, outputs = np.dtype(f"u{block_of(self.source.type)[1]}"), self.source.columns
         stored = raw[0].view(dtype).reshape(-1, self.width, outputs)
         target = out.view(dtype).reshape(-1, outputs, self.width)
-        for slab, rows in zip(stored, target, strict=True):
-            transpose(slab, rows)
+        for split, rows in zip(stored, target, strict=True):
+            transpose(split, rows)
 
 
 def transposed(tensor: Tensor, path: str, offset: int) -> tuple[Tensor, Encoding]:
-    """The slabs of a stored (..., inputs, outputs), as a virtual tensor at `offset` of `path`: (..., k_splits, outputs, width).
+    """A virtual tensor at `offset` of `path` from a stored (..., inputs, outputs): (..., k_splits, outputs, width).
 
     Raises:
         CheckpointError: not a matrix or a stack of them in F16, BF16 or F32.
