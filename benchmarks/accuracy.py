@@ -5,7 +5,7 @@
     they are; writes nothing
 
 Every published row is predicted by constants fitted without its source; the engine's own runs by factors fitted to the
-other half of the models. An interval is made of the errors on other sources.
+other half of the models. An interval comes from the errors on other sources.
 """
 
 import argparse
@@ -30,21 +30,21 @@ from headrace.plan.record import RunRecord, read_records
 ROOT = Path(__file__).parent.parent
 PUBLISHED, MORE = DATA / "measured_inference.csv", DATA / "more_measurements.csv"
 RUNS = DATA / "engine_runs.jsonl"
-FEED_PRIORS = {"dense streaming": 3e-4, "MoE streaming": 1.5e-3}  # seconds of a layer in engines written for it
+FEED_PRIORS = {"dense streaming": 3e-4, "MoE streaming": 1.5e-3}  # seconds per layer of engines written for it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A row with its prediction, and the interval that other sources' errors make of it."""
+    """A row with its prediction; `interval` takes its error interval from other sources' errors."""
 
     id: str
     source: str
     category: str
-    group: str  # what is ranked against each other
+    group: str  # rows of a group are ranked against each other
     tok_per_s: float
     measured: float
     predicted: float
-    given: bool  # a row of measured_inference.csv
+    given: bool  # True: a row of measured_inference.csv
 
     @property
     def error(self) -> float:
@@ -52,7 +52,7 @@ class Scored:
 
     @property
     def log_ratio(self) -> float:
-        """Of measured to predicted."""
+        """Logarithm of measured over predicted."""
         return math.log(self.measured / self.predicted)
 
 
@@ -102,8 +102,8 @@ def _scored(case: Case | Streamed, predicted: float, given: bool) -> Scored:
 
 def interval(row: Scored, rows: Sequence[Scored], share: float = 0.8) -> tuple[float, float]:
     """The middle share of measured / predicted on other sources of the category, every source with the same weight."""
-    # Errors on rows of which little is said are the rows' as much as the planner's: those that say all have a measure
-    # of their own.
+    # Errors on sparsely described rows are the rows' as much as the planner's: complete rows are compared among
+    # themselves.
     alike = [other for other in rows if other.source != row.source and (other.given or not row.given)]
     others = [other for other in alike if other.category == row.category]
     if len(others) < 8:
@@ -129,7 +129,7 @@ def weighted_interval(rows: Sequence[Scored], share: float) -> tuple[float, floa
 
 
 def ranking(rows: Sequence[Scored]) -> tuple[int, int]:
-    """(pairs of a source in the right order, all pairs): which of two configurations yields more tokens per second."""
+    """(pairs in the right order, all pairs) of a source's configurations, ordered by tokens per second."""
     right = pairs = 0
     for group in {row.group for row in rows}:
         for a, b in combinations([row for row in rows if row.group == group], 2):
@@ -177,7 +177,7 @@ def table(title: str, groups: Mapping[str, Sequence[Scored]], everything: Sequen
 WHY = (
     (
         r"FlexGen\(c\)",
-        "unpacks by chains of operations; what those move is learnt from one other page, of larger models",
+        "unpacks by separate operations; the bytes they move are learnt from one other page, of larger models",
     ),
     (
         r"l15013_(RTX|DGX).*_pre",
@@ -212,7 +212,7 @@ def why(id: str) -> str:
 
 
 def engine_scores(records: Sequence[RunRecord]) -> tuple[list[tuple[str, float]], list[str]]:
-    """(run, error) by factors fitted to the other half of the models, and which those were."""
+    """(run, error) by factors fitted to the other half of the models, and lines with those factors."""
     models = sorted({record.model + str(record.weights_bytes) for record in records})
     halves = [{m for i, m in enumerate(models) if i % 2 == side} for side in (0, 1)]
     found: list[tuple[str, float]] = []
@@ -225,7 +225,7 @@ def engine_scores(records: Sequence[RunRecord]) -> tuple[list[tuple[str, float]]
         for record in records:
             if record.model + str(record.weights_bytes) not in held:
                 continue
-            # One row per run: its passes together, weighted by how many there were.
+            # One row per run: its passes together, weighted by their number.
             measured = sum(g.count * (g.seconds + g.draft_s) for g in record.passes)
             predicted = sum(g.count * (pass_seconds(record, g, fit.factors) + g.draft_s) for g in record.passes)
             name = (
@@ -237,16 +237,16 @@ def engine_scores(records: Sequence[RunRecord]) -> tuple[list[tuple[str, float]]
 
 
 def choices(records: Sequence[RunRecord]) -> list[str]:
-    """For every model and ceiling that was run in several ways: what the plan would have chosen, and what was best."""
-    ways: dict[tuple[str, int, int, str], list[RunRecord]] = {}
+    """The plan's choice and the best, for every model and ceiling that was run with several configurations."""
+    runs_by_key: dict[tuple[str, int, int, str], list[RunRecord]] = {}
     for record in records:
         if record.s_per_token is not None:
             key = (record.model, record.weights_bytes, record.budget_bytes)
-            ways.setdefault((*key, "sequences and drafts"), []).append(record)
+            runs_by_key.setdefault((*key, "sequences and drafts"), []).append(record)
             if record.sequences == 1:
-                ways.setdefault((*key, "drafts"), []).append(record)
+                runs_by_key.setdefault((*key, "drafts"), []).append(record)
     lines, regrets = [], []
-    for (model, weights, budget, _), group in ways.items():
+    for (model, weights, budget, _), group in runs_by_key.items():
         if len(group) < 2:
             continue
         chosen = min(group, key=lambda r: r.predicted_s_per_token)
@@ -391,7 +391,7 @@ def constants(
 
 
 def score_others(path: Path) -> list[Scored]:
-    """Rows of another file, with the constants that headrace ships."""
+    """Score rows of another file with the constants that headrace ships."""
     known = load_constants()
     scored = [_scored(case, case.predict(known.rates_of(case.family)), True) for case in read_cases(path)]
     for case in read_streamed(path, known=False):

@@ -1,10 +1,10 @@
-"""Perplexity of tiny random GGUF files of every architecture, ours beside llama.cpp's: whether both mean the same by a file.
+"""Perplexity of tiny random GGUF files of every architecture, headrace beside llama.cpp: both must agree on a file.
 
     python benchmarks/architectures.py [--llama DIR] [ARCHITECTURE ...]
 
 The files are those of the tests (tests/tiny.py), written in fp32 as llama.cpp's converter would write the model. The tests
-hold them to the transformers model that they were made of, which is blind to what the writer itself gets wrong; llama.cpp
-is not. Two windows of 128 tokens of which the second half is scored, all in fp32.
+compare them with the transformers model behind them, which cannot show mistakes of the writer; llama.cpp can.
+Two windows of 128 tokens of which the second half is scored, all in fp32.
 """
 
 import argparse
@@ -30,22 +30,22 @@ from headrace.kernels import Kernels
 from headrace.model import Tokenizer
 
 WINDOW, WINDOWS = 128, 2
-# What llama.cpp asks of a file besides, or can only do in one way: of these architectures the test's file has it otherwise.
+# (config, metadata) that llama.cpp requires, or the only variant it supports; the test's file differs there.
 AS_LLAMA_CPP_WANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **dict.fromkeys(
         ("qwen35", "qwen35moe", "qwen3next"), ({"linear_value_head_dim": 16}, {"ssm.inner_size": 96})
-    ),  # keys and values of one width
-    **dict.fromkeys(("olmoe", "dots1"), ({"num_key_value_heads": 4}, {})),  # a key for each query
+    ),  # K and V of one width
+    **dict.fromkeys(("olmoe", "dots1"), ({"num_key_value_heads": 4}, {})),  # a KV head for each query head
     "gemma4-31b": ({"final_logit_softcapping": 30.0}, {"final_logit_softcapping": 30.0}),  # its default
     "gemma4-unified": ({"final_logit_softcapping": 30.0}, {"final_logit_softcapping": 30.0}),
-    "command-r": ({"use_qk_norm": False}, {}),  # norms of queries from 64 layers on
+    "command-r": ({"use_qk_norm": False}, {}),  # query norms only from 64 layers on
     "phi3": ({"sliding_window": None}, {"attention.sliding_window": 0}),  # it ignores the window
     "olmo3": ({}, {"rope.scaling.yarn_attn_factor": 0.1 * math.log(8) + 1}),  # by the formula, whatever the file says
 }
 
 
 def wanted(name: str) -> Family:
-    """The family of a tiny file, changed where llama.cpp would not take it."""
+    """The family of a tiny file, changed where llama.cpp would refuse it."""
     family = FAMILIES[name]
     config, metadata = AS_LLAMA_CPP_WANTS.get(name, ({}, {}))
     config = family.config | config
@@ -74,7 +74,7 @@ def ours(path: Path, text: str) -> float:
 
 
 def theirs(path: Path, text: Path, llama: Path) -> float | str:
-    """llama-perplexity's, or why there is none."""
+    """llama-perplexity's result, or the reason why there is none."""
     command = [str(llama / "llama-perplexity"), "-m", str(path), "-f", str(text), "-c", str(WINDOW), "-b", str(WINDOW)]
     command += ["--chunks", str(WINDOWS), "-t", "2", "--no-repack", "-ctk", "f32", "-ctv", "f32", "-fa", "off"]
     for _ in range(3):  # now and then it ends before its last line is out

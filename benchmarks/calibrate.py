@@ -1,7 +1,7 @@
-"""Fit the constants of `forecast.passes.Rates` to measurements, by family of software, and score them on what was left out.
+"""Fit the constants of `forecast.passes.Rates` to measurements, by family of software, and score them on held-out sources.
 
-A family's constants are pulled towards those of the other families (in logarithms, with the strength below), so that a
-family of which little is known is predicted like the rest, and one that nobody has measured exactly like it.
+A family's constants are pulled towards those of the other families (in logarithms, with the strength below). A family with
+little data is therefore predicted like the rest, and an unmeasured one exactly like it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from scipy.optimize import least_squares
 from headrace.forecast.passes import Rates
 
 NAMES = tuple(field.name for field in fields(Rates) if field.name != "chain_bytes")
-# How far a family may differ, as a standard deviation in logarithms: shares of a peak are alike everywhere, launches are not.
+# Standard deviation of a family in logarithms: shares of a peak are alike everywhere, launches are not.
 SPREAD = {
     "memory_share": 0.15,
     "flop_share": 0.3,
@@ -38,8 +38,7 @@ BOUNDS = {
 }
 NOISE = 0.1
 # Launching one operation after another from Python: between 0.1 ms a layer (vLLM without graphs, Llama-3.1-8B on H100)
-# and 0.9 (the plain
-# start of "Accelerating generative AI with PyTorch II": 25.5 tok/s where bandwidth alone would give 150).
+# and 0.9 (the baseline of "Accelerating generative AI with PyTorch II": 25.5 tok/s where bandwidth alone would give 150).
 LAUNCHES_FROM_PYTHON_S = 3e-4
 
 
@@ -88,7 +87,7 @@ def fit_families(cases: Sequence[Case], start: Rates | None = None) -> dict[str,
 
 
 def prior_of(family: str, rates: Mapping[str, Rates]) -> Rates:
-    """What a family is expected to be like before it is measured: like the others, but for what is known of its software."""
+    """Prior of a family: the mean of the others, but for known facts of its software."""
     prior = middle([r for f, r in rates.items() if f not in (family, "eager")])
     if family == "eager":
         return replace(prior, layer_s=LAUNCHES_FROM_PYTHON_S)
@@ -102,13 +101,13 @@ def prior_of(family: str, rates: Mapping[str, Rates]) -> Rates:
 def leave_one_source_out(
     cases: Sequence[Case], all_rates: dict[str, Rates], say: Callable[[str], None]
 ) -> dict[str, float]:
-    """What is predicted for each case by constants that have not seen its source."""
+    """Predictions for each case by constants fitted without its source."""
     predicted: dict[str, float] = {}
     for source in sorted({case.source for case in cases}):
         held = [case for case in cases if case.source == source]
         for family in sorted({case.family for case in held}):
             rest = [case for case in cases if case.family == family and case.source != source]
-            # Where the whole family is this source, the other families must not have learnt from it either: they have not.
+            # If this source is the whole family, only the other families set the prior; they have not seen it.
             rates = fit(rest, prior_of(family, all_rates))
             for case in held:
                 if case.family == family:

@@ -1,4 +1,4 @@
-"""Run a command under a memory ceiling with a cold page cache: a cgroup of its own, version 1 or 2. Needs root.
+"""Run a command under a memory ceiling with a cold page cache: a separate cgroup, version 1 or 2. Needs root.
 
 The ceiling counts anonymous memory and page cache together, so a mapped file cannot hide outside it.
 """
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# A host may take free memory back after seconds, and then a first touch costs up to 2.5 s/GiB: who runs right after another
-# process would find it warm. So everyone begins after a rest.
+# A host may take free memory back after seconds, and then a first touch costs up to 2.5 s/GiB. A run right after another
+# process would find it warm, so every run starts after a rest.
 REST_S = 10
 
 
 @dataclass(frozen=True)
 class Run:
-    code: int  # 137 or -9: the ceiling killed it
+    code: int  # exit code; 137 or -9: the ceiling killed it
     seconds: float
     peak_bytes: int
     stdout: str

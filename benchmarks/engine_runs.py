@@ -64,7 +64,7 @@ GRID = [
 
 
 def one(run: Run, paths: dict[str, Path]) -> None:
-    """In a process of its own: measure the disk, run, keep the record."""
+    """Measure the disk, run, and keep the record, in a separate process."""
     from headrace.api import load
     from headrace.plan.profile import load_profile
     from headrace.plan.record import keep_record
@@ -89,15 +89,13 @@ def one(run: Run, paths: dict[str, Path]) -> None:
         model.generate(prompts, max_tokens=run.tokens, raw=True)
         record = model.record()
     after = measure_disk(path, total_bytes=1 << 29)
-    # A disk that changed its speed under the run says nothing about the planner: the record keeps both for the reader.
+    # A disk whose speed changed during the run says nothing about the planner: the record keeps both rates.
     keep_record(record)
     print(json.dumps({"disk_before": before, "disk_after": after, "record": asdict(record)}))
 
 
 def middle(rounds: list[Path], out: Path) -> None:
-    """Of every run's groups of passes the round in the middle, by its ratio to the prediction: the disk differs from
-    round to round.
-    """
+    """Write the median round of every run's groups of passes, by its ratio to the prediction. Disk speed differs by round."""
     runs: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for path in rounds:
         for record in map(json.loads, path.read_text().splitlines()):

@@ -1,14 +1,14 @@
-"""Which eviction policy an expert cache should have: hit rates on routing traces, against the best in hindsight.
+"""Compares eviction policies of an expert cache: hit rates on routing traces, against the best in hindsight.
 
     python benchmarks/expert_traces.py [--trace route.csv ...] [--layers 24] [--tokens 160] [--only GROUP,...]
 
-A request is one expert of one layer in one pass, however many rows ask for it; the hit rate is the share found in memory. Every
-cache starts empty. Synthetic traces are counted after a quarter of their tokens (warm); recorded ones are short and counted
+A request is one expert of one layer in one pass, from any number of rows; the hit rate is the share found in memory. Every
+cache starts empty. Synthetic traces are counted after a quarter of their tokens (warm). Recorded ones are short and counted
 whole, first misses included. Sizes are shares of all experts.
 
     fixed       the most requested experts of the counted part, in memory from the start; on independent draws no online policy
                 can beat it, but for chance
-    MIN         Belady's optimum, which may also leave an expert out: keep what is asked for soonest
+    MIN         Belady's optimum, which may also bypass the cache: keep the experts requested soonest
     ours        headrace.stream.expert_cache.ExpertCache itself
 
 Recorded traces: CSV with the columns turn, phase (0 prefill, 1 decode), step, layer, slot, expert; the steps of phase 0 of a turn
@@ -37,7 +37,7 @@ NEVER = np.inf
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What the routers chose: `choices` (rows, layers, chosen), -1 where nothing; `passes` says how many rows go together."""
+    """Routed experts: `choices` (rows, layers, chosen), -1 for none; `passes` has the number of rows of each pass."""
 
     name: str
     experts: int
@@ -49,24 +49,24 @@ class Trace:
     def layers(self) -> int:
         return int(self.choices.shape[1])
 
-    def visits(self) -> "Iterator[WeightGroup]":
+    def groups(self) -> "Iterator[WeightGroup]":
         row = 0
         for number, rows in enumerate(self.passes):
             for layer in range(self.layers):
                 chosen = self.choices[row : row + rows, layer].ravel()
                 counts = np.bincount(chosen[chosen >= 0], minlength=self.experts)
-                asked = np.flatnonzero(counts) + layer * self.experts
-                yield WeightGroup(number=number, layer=layer, asked=asked, counts=counts, rows=rows)
+                requested = np.flatnonzero(counts) + layer * self.experts
+                yield WeightGroup(number=number, layer=layer, requested=requested, counts=counts, rows=rows)
             row += rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightGroup:
-    """One layer in one pass: experts `asked` for, numbered through all layers, and `counts` of rows for each of the layer's."""
+    """One layer in one pass: requested experts, numbered through all layers, and `counts` of rows per expert of the layer."""
 
     number: int
     layer: int
-    asked: Ints
+    requested: Ints
     counts: Ints
     rows: int
 
@@ -83,7 +83,7 @@ def zipf(
     turns: int = 1,
     seed: int = 0,
 ) -> Trace:
-    """KvBSplit of `prefill` rows in one pass and `tokens` alone; a new turn exchanges three tenths of the popularities."""
+    """Turns of `prefill` rows in one pass and `tokens` single rows; a new turn exchanges three tenths of the popularities."""
     experts, chosen, rng = 128, 8, np.random.default_rng(seed)
     weight = -skew * np.log(np.arange(1, experts + 1))
     home = np.stack([rng.permutation(experts) for _ in range(layers)])  # rank -> expert
@@ -97,7 +97,7 @@ def zipf(
             for layer in np.flatnonzero(rng.random(layers) < drift):
                 one, other = rng.integers(0, experts, 2)
                 ranks[layer, [one, other]] = ranks[layer, [other, one]]
-            drawn = np.empty((layers, experts))  # its largest are draws without replacement
+            drawn = np.empty((layers, experts))  # the largest are draws without replacement
             np.put_along_axis(drawn, ranks, weight + rng.gumbel(size=(layers, experts)), 1)
             if last is not None:
                 kept = np.where(rng.random((layers, chosen)) < locality, 1e6, 0.0)
@@ -139,13 +139,13 @@ def recorded(path: Path, experts: int = 128) -> Trace:
 
 
 class Worth:
-    """A policy that keeps the worthiest: `worth` of each expert of all layers, as it is once `note` has seen a visit."""
+    """A policy that keeps the experts of most `worth`, one value per expert of all layers, updated by `note`."""
 
     def __init__(self, trace: Trace):
         self.worth: Floats = np.zeros(trace.layers * trace.experts)
         self.experts = trace.experts
 
-    def note(self, visit: WeightGroup) -> None:
+    def note(self, group: WeightGroup) -> None:
         raise NotImplementedError
 
 
@@ -154,9 +154,9 @@ class LRU(Worth):
 
     clock = 0
 
-    def note(self, visit: WeightGroup) -> None:
+    def note(self, group: WeightGroup) -> None:
         self.clock += 1
-        self.worth[visit.asked] = self.clock
+        self.worth[group.requested] = self.clock
 
 
 class Decay(Worth):
@@ -165,11 +165,11 @@ class Decay(Worth):
     half_life = NEVER
     last = -1
 
-    def note(self, visit: WeightGroup) -> None:
-        if visit.number != self.last:
+    def note(self, group: WeightGroup) -> None:
+        if group.number != self.last:
             self.worth *= 0.5 ** (1 / self.half_life)
-            self.last = visit.number
-        self.worth[visit.asked] += 1
+            self.last = group.number
+        self.worth[group.requested] += 1
 
 
 class Decay8(Decay):
@@ -180,51 +180,51 @@ class Decay32(Decay):
     half_life = 32.0
 
 
-class Mixture(Worth):
-    """Ours with parts to be changed: see headrace.stream.expert_cache. A pass counts as `ticks(rows)` tokens."""
+class EwmaAndLast(Worth):
+    """The policy of headrace.stream.expert_cache, with parts to vary. A pass counts as `ticks(rows)` tokens."""
 
     half_life = 24.0
     locality: float | None = None  # None: measured
 
     def __init__(self, trace: Trace):
         super().__init__(trace)
-        self.usual, self.last = np.zeros_like(self.worth), np.zeros_like(self.worth)
+        self.frequency, self.last = np.zeros_like(self.worth), np.zeros_like(self.worth)
         self.up, self.down = 0.0, 16.0
 
     def ticks(self, rows: int) -> float:
         return float(rows**0.5)
 
-    def note(self, visit: WeightGroup) -> None:
-        own = slice(visit.layer * self.experts, (visit.layer + 1) * self.experts)
-        usual, last, asked = self.usual[own], self.last[own], visit.counts / visit.rows
-        self.up = self.up * (1 - 1 / 2000) + float((last - usual) @ (asked - usual))
-        self.down = self.down * (1 - 1 / 2000) + float((last - usual) @ (last - usual))
+    def note(self, group: WeightGroup) -> None:
+        own = slice(group.layer * self.experts, (group.layer + 1) * self.experts)
+        frequency, last, requested = self.frequency[own], self.last[own], group.counts / group.rows
+        self.up = self.up * (1 - 1 / 2000) + float((last - frequency) @ (requested - frequency))
+        self.down = self.down * (1 - 1 / 2000) + float((last - frequency) @ (last - frequency))
         a = float(np.clip(self.up / self.down, 0, 0.9)) if self.locality is None else self.locality
-        usual += (1 - 0.5 ** (self.ticks(visit.rows) / self.half_life)) * (asked - usual)
-        last[:] = asked
-        self.worth[own] = usual + a * (asked - usual)
+        frequency += (1 - 0.5 ** (self.ticks(group.rows) / self.half_life)) * (requested - frequency)
+        last[:] = requested
+        self.worth[own] = frequency + a * (requested - frequency)
 
 
-class NoLast(Mixture):
+class NoLast(EwmaAndLast):
     locality = 0.0
 
 
 class Cyclic(NoLast):
-    """The expected time to the next use, with how far the layer is away: experts of the layer just computed are needed last."""
+    """The expected time to the next use, with the distance of the layer: the layer just computed is needed last."""
 
-    def note(self, visit: WeightGroup) -> None:
-        super().note(visit)
-        layers = len(self.usual) // self.experts
-        away = ((np.arange(layers) - visit.layer - 1) % layers + 1) / layers
-        self.worth = -(1 / np.clip(self.usual, 1e-4, 1) - 1 + np.repeat(away, self.experts))
+    def note(self, group: WeightGroup) -> None:
+        super().note(group)
+        layers = len(self.frequency) // self.experts
+        away = ((np.arange(layers) - group.layer - 1) % layers + 1) / layers
+        self.worth = -(1 / np.clip(self.frequency, 1e-4, 1) - 1 + np.repeat(away, self.experts))
 
 
-class PassClock(Mixture):
+class PassClock(EwmaAndLast):
     def ticks(self, rows: int) -> float:
         return 1
 
 
-class RowClock(Mixture):
+class RowClock(EwmaAndLast):
     def ticks(self, rows: int) -> float:
         return rows
 
@@ -234,35 +234,35 @@ class MIN(Worth):
 
     def __init__(self, trace: Trace):
         super().__init__(trace)
-        visits, following = list(trace.visits()), np.full(len(self.worth), NEVER)
+        groups, following = list(trace.groups()), np.full(len(self.worth), NEVER)
         self.upcoming = []
-        for clock in range(len(visits) - 1, -1, -1):
-            self.upcoming.append(following[visits[clock].asked].copy())
-            following[visits[clock].asked] = clock
+        for clock in range(len(groups) - 1, -1, -1):
+            self.upcoming.append(following[groups[clock].requested].copy())
+            following[groups[clock].requested] = clock
 
-    def note(self, visit: WeightGroup) -> None:
-        self.worth[visit.asked] = -self.upcoming.pop()
+    def note(self, group: WeightGroup) -> None:
+        self.worth[group.requested] = -self.upcoming.pop()
 
 
-Policy = Callable[[Trace, int], Iterable[tuple[WeightGroup, int]]]  # hits of each visit, given a number of slots
+Policy = Callable[[Trace, int], Iterable[tuple[WeightGroup, int]]]  # hits of each weight group, given a number of slots
 
 
 def keeping(kind: type[Worth], *, bypass: bool = False, quota: bool = False) -> Policy:
-    """Keeps the worthiest: of all layers, or of each (`quota`); what is asked for comes in always, or if worthy (`bypass`)."""
+    """Keep the worthiest of all layers, or of each (`quota`). A requested expert enters always, or only if worthy (`bypass`)."""
 
     def run(trace: Trace, slots: int) -> Iterable[tuple[WeightGroup, int]]:
         policy, inside = kind(trace), np.zeros(trace.layers * trace.experts, bool)
-        for visit in trace.visits():
-            yield visit, int(inside[visit.asked].sum())
-            policy.note(visit)
-            inside[visit.asked] = True
-            own = slice(visit.layer * trace.experts, (visit.layer + 1) * trace.experts) if quota else slice(None)
+        for group in trace.groups():
+            yield group, int(inside[group.requested].sum())
+            policy.note(group)
+            inside[group.requested] = True
+            own = slice(group.layer * trace.experts, (group.layer + 1) * trace.experts) if quota else slice(None)
             present = np.flatnonzero(inside[own]) + (own.start or 0)
             surplus = len(present) - (slots // trace.layers if quota else slots)
             if surplus > 0:
                 worth = policy.worth[present]
                 if not bypass:
-                    worth[np.isin(present, visit.asked)] += 1e9
+                    worth[np.isin(present, group.requested)] += 1e9
                 inside[present[np.argpartition(worth, surplus - 1)[:surplus]]] = False
 
     return run
@@ -271,28 +271,28 @@ def keeping(kind: type[Worth], *, bypass: bool = False, quota: bool = False) -> 
 def ours(
     trace: Trace, slots: int, *, scores: Scores | None = None, filled: bool = False, bypass: bool = False
 ) -> Iterable[tuple[WeightGroup, int]]:
-    """The cache that ships; `filled` with the experts of the highest scores before anything is asked for."""
+    """The cache that ships; `filled` with the experts of the highest scores before the first request."""
     cache = ExpertCache(layers=trace.layers, experts=trace.experts, slots=slots, scores=scores)
     if filled and scores is not None:
         for number in np.argsort(-scores, axis=None)[:slots].tolist():
             cache.release(cache.place(*divmod(number, trace.experts)) or 0)
-    for visit in trace.visits():
-        cache.note(visit.layer, visit.counts, visit.rows)
-        ids = [int(number) % trace.experts for number in visit.asked]
-        held = [slot for slot in (cache.find(visit.layer, expert) for expert in ids) if slot is not None]
-        yield visit, len(held)
+    for group in trace.groups():
+        cache.note(group.layer, group.counts, group.rows)
+        ids = [int(number) % trace.experts for number in group.requested]
+        held = [slot for slot in (cache.find(group.layer, expert) for expert in ids) if slot is not None]
+        yield group, len(held)
         for slot in held:
             cache.hold(slot)
         for expert in ids:
-            if cache.find(visit.layer, expert) is None and (not bypass or cache.worthy(visit.layer, expert)):
-                placed = cache.place(visit.layer, expert)
+            if cache.find(group.layer, expert) is None and (not bypass or cache.worthy(group.layer, expert)):
+                placed = cache.place(group.layer, expert)
                 held += [] if placed is None else [placed]
         for slot in held:
             cache.release(slot)
 
 
 def ours_bypass(trace: Trace, slots: int) -> Iterable[tuple[WeightGroup, int]]:
-    """The cache that ships, what is not worthy being read outside it."""
+    """The cache that ships; unworthy experts bypass it."""
     return ours(trace, slots, bypass=True)
 
 
@@ -303,7 +303,7 @@ def s3_fifo(trace: Trace, slots: int) -> Iterable[tuple[WeightGroup, int]]:
     ghost: OrderedDict[int, None] = OrderedDict()
     tenth = max(slots // 10, 1)
 
-    def make_room() -> None:
+    def evict() -> None:
         while len(small) + len(main) >= slots:
             if len(small) >= tenth or not main:
                 number, uses = small.popitem(last=False)
@@ -318,16 +318,16 @@ def s3_fifo(trace: Trace, slots: int) -> Iterable[tuple[WeightGroup, int]]:
                 if uses:
                     main[number] = uses - 1
 
-    for visit in trace.visits():
+    for group in trace.groups():
         hits = 0
-        for number in visit.asked.tolist():
+        for number in group.requested.tolist():
             queue = small if number in small else main if number in main else None
             if queue is not None:
                 queue[number], hits = min(queue[number] + 1, 3), hits + 1
                 continue
-            make_room()
+            evict()
             (main if ghost.pop(number, 0) is None else small)[number] = 0
-        yield visit, hits
+        yield group, hits
 
 
 def arc(trace: Trace, slots: int) -> Iterable[tuple[WeightGroup, int]]:
@@ -341,9 +341,9 @@ def arc(trace: Trace, slots: int) -> Iterable[tuple[WeightGroup, int]]:
         elif often:
             ghost_often[often.popitem(last=False)[0]] = None
 
-    for visit in trace.visits():
+    for group in trace.groups():
         hits = 0
-        for number in visit.asked.tolist():
+        for number in group.requested.tolist():
             if number in once or number in often:
                 hits += 1
                 once.pop(number, None)
@@ -370,7 +370,7 @@ def arc(trace: Trace, slots: int) -> Iterable[tuple[WeightGroup, int]]:
                 once[number] = None
                 continue
             often[number] = None
-        yield visit, hits
+        yield group, hits
 
 
 POLICIES: dict[str, Policy] = {
@@ -382,9 +382,9 @@ POLICIES: dict[str, Policy] = {
     "LFU, half-life 32": keeping(Decay32),
     "S3-FIFO": s3_fifo,
     "ARC": arc,
-    "usual alone": keeping(NoLast),
-    "usual, cyclic": keeping(Cyclic),
-    "mixture, quotas": keeping(Mixture, quota=True),
+    "EWMA alone": keeping(NoLast),
+    "EWMA, cyclic": keeping(Cyclic),
+    "EWMA and last, quotas": keeping(EwmaAndLast, quota=True),
     "ours": ours,
     "ours, bypass": ours_bypass,
 }
@@ -392,15 +392,15 @@ POLICIES: dict[str, Policy] = {
 
 def hit_rate(runs: Iterable[tuple[WeightGroup, int]], trace: Trace, until: float = NEVER) -> float:
     """Hits per request of the counted passes."""
-    counted = [(hits, len(visit.asked)) for visit, hits in runs if trace.warm <= visit.number < until]
-    return sum(hits for hits, _ in counted) / sum(asked for _, asked in counted)
+    counted = [(hits, len(group.requested)) for group, hits in runs if trace.warm <= group.number < until]
+    return sum(hits for hits, _ in counted) / sum(requested for _, requested in counted)
 
 
 def best_fixed(trace: Trace, slots: int) -> float:
     """Hit rate of the best set in hindsight."""
     requests = np.zeros(trace.layers * trace.experts)
-    for visit in trace.visits():
-        requests[visit.asked] += visit.number >= trace.warm
+    for group in trace.groups():
+        requests[group.requested] += group.number >= trace.warm
     return float(np.sort(requests)[::-1][:slots].sum() / requests.sum())
 
 
@@ -424,14 +424,14 @@ def compare(trace: Trace, policies: dict[str, Policy]) -> None:
 
 
 def warm_start(trace: Trace, tokens: int = 50) -> None:
-    """The first tokens of a trace's second half, without scores, with those of its first half, and filled by them."""
+    """Compare starts on a trace's second half: without scores, with scores of the first half, and filled by them."""
     half = len(trace.passes) // 2
     rows = sum(trace.passes[:half])
     first = Trace(name="", experts=trace.experts, choices=trace.choices[:rows], passes=trace.passes[:half])
     second = Trace(name="", experts=trace.experts, choices=trace.choices[rows:], passes=trace.passes[half:])
     cache = ExpertCache(layers=trace.layers, experts=trace.experts, slots=1)
-    for visit in first.visits():
-        cache.note(visit.layer, visit.counts, visit.rows)
+    for group in first.groups():
+        cache.note(group.layer, group.counts, group.rows)
     slots = [int(size * trace.layers * trace.experts) for size in SIZES]
     print(f"{trace.name}: the first {tokens} passes of its second half, from an empty memory")
     show("without scores", [hit_rate(ours(second, n), second, tokens) for n in slots])
@@ -440,16 +440,16 @@ def warm_start(trace: Trace, tokens: int = 50) -> None:
 
 
 def decode_only(trace: Trace, policy: Policy, slots: int) -> float:
-    """Hit rate of the passes of one row: how useful is what a prefill left behind."""
-    hits = [(hits, len(visit.asked)) for visit, hits in policy(trace, slots) if visit.rows == 1]
-    return sum(hit for hit, _ in hits) / sum(asked for _, asked in hits)
+    """Hit rate of the passes of one row: the use of the experts that a prefill left in the cache."""
+    hits = [(hits, len(group.requested)) for group, hits in policy(trace, slots) if group.rows == 1]
+    return sum(hit for hit, _ in hits) / sum(requested for _, requested in hits)
 
 
 def prefill_clocks(trace: Trace) -> None:
-    """How many tokens a prefill should count as."""
+    """Compare numbers of tokens that a prefill counts as."""
     sizes = [int(size * trace.layers * trace.experts) for size in SIZES]
-    print(f"{trace.name}: decode after prefill, a prefill counting as so many tokens")
-    for name, kind in {"1": PassClock, "root of rows": Mixture, "rows": RowClock}.items():
+    print(f"{trace.name}: decode after prefill, by the number of tokens that a prefill counts as")
+    for name, kind in {"1": PassClock, "root of rows": EwmaAndLast, "rows": RowClock}.items():
         show(name, [decode_only(trace, keeping(kind), slots) for slots in sizes])
 
 

@@ -18,7 +18,7 @@ STEPS = (1.0, 1.05, 1.2, 1.5)
 
 
 def floor_mib(command: list[str]) -> int:
-    """The smallest budget that a run takes: what a refusal names, twice, since the second one knows the exact prompt."""
+    """Smallest budget of a run: the one that a refusal names, asked twice, since the second knows the exact prompt."""
     floor = 1
     while (refused := run_under(None, [*command, f"{floor}MiB"])).code != 0:
         found = re.search(r"--memory (\d+)MiB", refused.stderr)

@@ -1,9 +1,10 @@
-"""A commit beside another: the same command with both, in turns, medians and their ratio.
+"""Compares two commits: the same command with both, in turns, medians and their ratio.
 
     git worktree add ../before COMMIT
-    python benchmarks/in_turns.py --before ../before/src [--rows decode,...] [--rounds 5] [--models DIR] [--out benchmarks/results/DATE-MACHINE-in-turns.json]
+    python benchmarks/in_turns.py --before ../before/src [--rows decode,...] [--rounds 5] [--models DIR]
+        [--out benchmarks/results/DATE-MACHINE-in-turns.json]
 
-Each row has a figure of which more is better; the ratio is that of this tree to the one before. Rows with a ceiling need root
+Each row has a figure, higher is better; the ratio is that of this tree to the one before. Rows with a ceiling need root
 and a memory cgroup; their page cache is cold.
 """
 
@@ -32,7 +33,7 @@ EIGHT, EXPERTS = "synth-8b-q4_k_m.gguf", "synth-experts-12-layers.gguf"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One command, and what is taken from what it says."""
+    """One command, and the figure taken from its output."""
 
     file: str
     figure: str  # decode, prompt, start, or batch
@@ -45,7 +46,7 @@ ROWS = {
     "decode": Row(file=CODER, figure="decode"),
     "decode-draft": Row(file=CODER, figure="decode", options=("--draft", "prompt")),
     "prompt": Row(file=CODER, figure="prompt", tokens=1),
-    "prompt-0.5b": Row(file=SMALL, figure="prompt", tokens=1),  # not all of its matrices go through tiles
+    "prompt-0.5b": Row(file=SMALL, figure="prompt", tokens=1),  # not all of its matrices use the tile kernel
     "start": Row(file=CODER, figure="start", tokens=8),
     "batch": Row(file=CODER, figure="batch", tokens=24, options=("--draft", "none", "--parallel", "16")),
     "8b-4000": Row(file=EIGHT, figure="decode", tokens=10, ceiling_mib=4000),
@@ -56,7 +57,7 @@ ROWS = {
 
 
 def command(row: Row, models: Path, folder: Path) -> list[str]:
-    """Of the row, without the interpreter."""
+    """Arguments of the row's command, without the interpreter."""
     model = str(models / row.file)
     memory = ["--memory", f"{row.ceiling_mib}MiB"] if row.ceiling_mib else []
     if row.figure == "batch":
@@ -88,7 +89,7 @@ def _requests(folder: Path, tokens: int) -> Path:
 
 
 def measure(source: Path, row: Row, models: Path, folder: Path) -> float:
-    """The figure with the package in this folder."""
+    """The row's figure with the package in `source`."""
     program = [sys.executable, "-c", "from headrace.cli import main; main()", *command(row, models, folder)]
     environment = {**os.environ, "PYTHONPATH": str(source)}
     start = time.perf_counter()
@@ -115,7 +116,7 @@ def measure(source: Path, row: Row, models: Path, folder: Path) -> float:
 def compare(
     rows: Sequence[str], before: Path, models: Path, rounds: int, say: Callable[[str], None]
 ) -> dict[str, object]:
-    """For each row the figures of every round."""
+    """Figures of every round, by row."""
     here = Path(__file__).resolve().parent.parent / "src"
     found: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""Published measurements as forecasts: what each row of `data/*.csv` says was run, in the planner's own words.
+"""Published measurements as cases: each row of `data/*.csv` in the planner's terms.
 
 A row becomes a `Case`: the model, the device, how it was split, which software ran it, and which passes its number is
 made of. Columns as in `data/measured_inference.csv`; anything with the same columns can be scored.
@@ -16,12 +16,12 @@ from headrace.forecast.architecture import Architecture, of_params, published, t
 from headrace.forecast.passes import DeviceSpec, Parallelism, PassShape, Rates, resident_pass
 
 DATA = Path(__file__).parent / "data"
-NOMINAL_BITS = {4.0: 4.5, 8.0: 8.5}  # what llama.cpp calls 4 and 8 bits
+NOMINAL_BITS = {4.0: 4.5, 8.0: 8.5}  # bits per weight of llama.cpp's 4- and 8-bit formats
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One measurement. `seconds` is what was measured, of what `predict` returns."""
+    """One measurement. `seconds` is the measured value of what `predict` returns."""
 
     id: str
     source: str
@@ -34,7 +34,7 @@ class Case:
     batch: float
     prompt: float
     generated: float
-    parts: tuple[float, float]  # how many prefill and decode passes the number is made of
+    parts: tuple[float, float]  # numbers of prefill and decode passes in `seconds`
     bits: float
     kv_bits: float
     unpacking: str
@@ -68,7 +68,7 @@ class Case:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """The rows of a file that say enough: bandwidth, size and bits, and that everything was in device memory."""
+    """The rows of a file with bandwidth, size and bits, and with everything in device memory."""
     with path.open(newline="") as file:
         return [case for row in csv.DictReader(file) if (case := _case(row)) is not None]
 
@@ -77,7 +77,7 @@ def number(text: str | None) -> float | None:
     return float(text) if text not in ("", None) else None
 
 
-# What a device is called in the rows, and in the table of devices. The first that matches.
+# (pattern of a device in the rows, name in the table of devices). The first match counts.
 DEVICES = (
     (r"M(\d) Ultra \((\d+)", r"m\1-ultra-\2"),
     (r"M(\d) Ultra", r"m\1-ultra-*"),
@@ -148,7 +148,7 @@ ALIASES = (
 
 
 def model_of(row: dict[str, str]) -> Architecture | None:
-    """The row's model: from the table by its name, with what the row says itself put over it."""
+    """The row's model: from the table by its name, with the row's own values on top."""
     name, params = row["model"], number(row["params"])
     for pattern, key in ALIASES:
         name = re.sub(pattern, key, name)
@@ -177,7 +177,7 @@ def model_of(row: dict[str, str]) -> Architecture | None:
     active = number(row["active_params"])
     if active and model.is_mixture:
         return replace(model, active_params=active)
-    if active:  # experts, of which nothing else is known
+    if active:  # MoE without further data
         return replace(model, params=params or model.params, active_params=active, experts=128, experts_per_token=8)
     return replace(model, params=params) if params and not model.is_mixture else model
 
@@ -195,7 +195,7 @@ INT8_HOOKS_BITS = 17.0
 
 
 def family_of(row: dict[str, str]) -> str:
-    """The kind of software and hardware, whose constants belong together."""
+    """Family of software and hardware that shares its constants."""
     text = f"{row['id']} {row['source']} {row['notes']} {row['hardware']}"
     if "TPU" in row["hardware"]:
         return "tpu"
@@ -304,7 +304,7 @@ def _devices(hardware: str) -> int:
 def _seconds(
     metric: str, value: float, row: dict[str, str], batch: float, prompt: float, generated: float, devices: int
 ) -> tuple[float | None, tuple[float, float]]:
-    """(seconds, how many prefill and decode passes are in them)."""
+    """(seconds, (prefill passes, decode passes) in them)."""
     scale = 1e-3 if row["unit"].startswith("ms") else 1.0
     if metric in ("prefill_latency", "ttft"):
         return value * scale, (1, 0)

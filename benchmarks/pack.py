@@ -2,12 +2,12 @@
 
     python benchmarks/pack.py PLAIN PACKED [--memory 2000MiB] [--rates 200,500,0] [--tokens 8] [--rounds 3]
 
-Slower disks are this one with a token bucket before it: a read of n bytes of a real file is not done before n / rate seconds of
-the bucket have passed. What is decoded from it is not counted. 0 is the disk as it is. Every run is a process of its own, the
-two folders take turns. Seconds per token are those between the first token and the last, drafts off, greedy.
+Slower disks are this one behind a token bucket: a read of n bytes of a real file ends after n / rate seconds of the bucket at
+the earliest. Decoded bytes are not counted. 0 is the disk as it is. Every run is a separate process, the two folders take
+turns. Seconds per token are those between the first token and the last, drafts off, greedy.
 
-OpenMP's threads sleep while they wait (OMP_WAIT_POLICY=passive): spinning ones make passes up to three times as long when
-anything else runs on this machine, and their time would hide that of the decoder.
+OpenMP's threads sleep while they wait (OMP_WAIT_POLICY=passive). Spinning ones make passes up to three times as long when
+anything else runs on this machine. Their time would hide that of the decoder.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PROMPT = "Write a Python function that reverses a string."
 
 
 class Bucket:
-    """So many bytes a second, for all files together. Nothing is saved up while nobody reads."""
+    """Limit of bytes per second, for all files together. Idle time is not saved up."""
 
     def __init__(self, bytes_per_s: float):
         self._bytes_per_s = bytes_per_s
@@ -35,7 +35,7 @@ class Bucket:
         self.taken = 0
 
     def take(self, nbytes: int) -> float:
-        """When so many bytes would have come, by `time.perf_counter`."""
+        """Time at which `nbytes` would have arrived, by `time.perf_counter`."""
         with self._lock:
             self.taken += nbytes
             start = max(self._free_at, time.perf_counter())
@@ -44,7 +44,7 @@ class Bucket:
 
 
 def throttled(bucket: Bucket) -> Any:
-    """What opens a file whose reads wait for the bucket."""
+    """A `WeightFile` class whose reads wait for the bucket."""
     from headrace.stream import WeightFile
 
     class ThrottledFile(WeightFile):
@@ -65,10 +65,10 @@ def once(folder: str, memory: str, rate: float, tokens: int) -> dict[str, Any]:
     bucket = Bucket(rate)
     request = {"context_tokens": 512, "prompt_tokens": 64, "draft": "none"}
     with headrace.load(folder, memory=memory, open_file=throttled(bucket), **request) as model:  # type: ignore[arg-type]
-        pieces = []
-        for piece in model.stream(PROMPT, max_tokens=tokens, sampling=Sampling(temperature=0.0)):
-            pieces.append((time.perf_counter(), time.process_time(), bucket.taken, piece))
-        later = [p for p in pieces if p[3].token is not None]
+        chunks = []
+        for chunk in model.stream(PROMPT, max_tokens=tokens, sampling=Sampling(temperature=0.0)):
+            chunks.append((time.perf_counter(), time.process_time(), bucket.taken, chunk))
+        later = [p for p in chunks if p[3].token is not None]
         (start, start_cpu, start_bytes, _), (end, end_cpu, end_bytes, _) = later[0], later[-1]
         count = len(later) - 1
         return {
@@ -79,13 +79,13 @@ def once(folder: str, memory: str, rate: float, tokens: int) -> dict[str, Any]:
             "predicted_s": model.plan.decode_s_per_token.expected,
             "streamed_bytes": model.plan.streamed_bytes_per_pass,
             "pinned_bytes": model.plan.pinned_bytes,
-            "text": "".join(p[3].text for p in pieces),
+            "text": "".join(p[3].text for p in chunks),
             "load": os.getloadavg()[0],
         }
 
 
 def run(folder: Path, arguments: argparse.Namespace, rate: float) -> dict[str, Any]:
-    """One run, in a process of its own."""
+    """One run, in a separate process."""
     command = [sys.executable, __file__, str(folder), "-", "--memory", arguments.memory, "--once"]
     command += ["--rates", str(rate), "--tokens", str(arguments.tokens)]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}

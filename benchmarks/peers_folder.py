@@ -2,9 +2,9 @@
 
     python benchmarks/peers_folder.py FOLDER [--ceiling 2000] [--tokens 6] [--rounds 3] [--engines accelerate,airllm,...]
 
-Every run is a process in a cgroup of its own with a cold page cache and the same greedy prompt. Seconds per token are those
-between the first token and the last, by the moment each arrives: loading and the prompt's own pass are left out. AirLLM
-has a virtual environment of its own (--airllm; `pip install torch==2.13.0`, then `pip install airllm==4.0.0`) and splits the
+Every run is a process in a separate cgroup with a cold page cache and the same greedy prompt. Seconds per token are those
+between the first token and the last, by their times of arrival: loading and prefill are left out. AirLLM
+has its own virtual environment (--airllm; `pip install torch==2.13.0`, then `pip install airllm==4.0.0`) and splits the
 folder into a file per layer once, before the first round and without a ceiling; that needs the folder's size on disk again.
 Needs root.
 
@@ -26,7 +26,7 @@ from ceiling import run_under
 MIB = 1 << 20
 PROMPT = "Write a Python function that reverses a string."
 HOME = Path.home() / ".cache" / "headrace"
-# What ours does by default drafts, so that its tokens come in groups: of these it is given more to write.
+# headrace drafts by default, so its tokens come in groups: it writes more of them.
 OURS = {"headrace-plain": "none", "headrace": "auto"}
 ENGINES = ("accelerate", "airllm", *OURS)
 DRAFTED_TOKENS = 48
@@ -60,7 +60,7 @@ def airllm(folder: Path, shards: Path, tokens: int) -> dict[str, Any]:
 
 
 def generated(model: Any, folder: Path, tokens: int) -> dict[str, Any]:
-    """The greedy answer and when its tokens came."""
+    """Greedy output, TTFT and seconds per token."""
     import torch
     from transformers import AutoTokenizer
     from transformers.generation.streamers import BaseStreamer
@@ -92,7 +92,7 @@ def generated(model: Any, folder: Path, tokens: int) -> dict[str, Any]:
 
 
 def run_engine(name: str, arguments: argparse.Namespace, tokens: int) -> dict[str, Any]:
-    """One run in a process of its own, under the ceiling (splitting has none)."""
+    """One run in a separate process, under the ceiling (splitting has none)."""
     limit = arguments.ceiling * MIB if tokens else None
     python = str(arguments.airllm) if name == "airllm" else sys.executable
     if name in OURS:
@@ -121,7 +121,7 @@ def run_engine(name: str, arguments: argparse.Namespace, tokens: int) -> dict[st
 
 
 def decoded(answer: dict[str, Any]) -> dict[str, Any]:
-    """Of headrace's `--json`, what the others give too."""
+    """Values of headrace's `--json` that the others have too."""
     timings = answer["timings"]
     return {
         "ttft_s": timings["ttft_s"],
@@ -133,7 +133,7 @@ def decoded(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def only(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a child process does."""
+    """One engine's run, in a child process."""
     scratch = arguments.scratch / arguments.folder.name
     if name == "airllm":
         return airllm(arguments.folder, scratch / "airllm", arguments.tokens)

@@ -56,8 +56,8 @@ def main() -> None:
         tokens = model.tokenizer.encode(arguments.text.read_text())
         print(f"{arguments.model.name}, {len(tokens) // WINDOW} windows of {WINDOW} tokens")
         ours = perplexity(model, tokens, WINDOW)
-        few = perplexity(model, tokens, DECODE_MAX_ROWS)
-        small = perplexity(model, tokens, WINDOW, kv_bits=8)
+        decode = perplexity(model, tokens, DECODE_MAX_ROWS)
+        kv8 = perplexity(model, tokens, WINDOW, kv_bits=8)
     command = [
         arguments.llama / "llama-perplexity",
         "-m",
@@ -73,9 +73,10 @@ def main() -> None:
     assert match is not None, output.stderr[-500:]
     theirs = float(match.group(1))
     print(
-        f"one pass per window {ours:.4f} ({ours / theirs - 1:+.2%}), steps of {DECODE_MAX_ROWS} rows {few:.4f} ({few / theirs - 1:+.2%})"
+        f"one pass per window {ours:.4f} ({ours / theirs - 1:+.2%}),"
+        f" steps of {DECODE_MAX_ROWS} rows {decode:.4f} ({decode / theirs - 1:+.2%})"
     )
-    print(f"one pass per window, KV cache in 8 bits {small:.4f} ({small / ours - 1:+.2%} of that in 16)")
+    print(f"one pass per window, KV cache in 8 bits {kv8:.4f} ({kv8 / ours - 1:+.2%} of that in 16)")
     print(f"llama.cpp {theirs:.4f}")
 
 

@@ -38,15 +38,14 @@ IN_TURNS = {
 
 def newest() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """(run, row) by the row's name, from the newest run that has it."""
-    return {
-        row["row"]["name"]: (run, row) for run in load("peer") for row in run["results"] if not row.get("failed")
-    }
+    return {row["row"]["name"]: (run, row) for run in load("peer") for row in run["results"] if not row.get("failed")}
 
 
 def table() -> str:
     """The current table in Markdown."""
     lines = [
-        "| scenario | `--memory` | headrace | limit | share of the limit | llama.cpp | ratio | predicted | machine | commit | time |",
+        "| scenario | `--memory` | headrace | limit | share of the limit | llama.cpp | ratio | predicted | machine | commit"
+        " | time |",
         "|" + "---|" * 11,
     ]
     for name, (run, row) in newest().items():

@@ -1,6 +1,7 @@
 """headrace beside llama.cpp: the same file, the same ceiling for the whole process, cold page cache, in turn.
 
-    python benchmarks/run.py --models DIR --llama DIR [--rows decode-4000,...] [--rounds 3] [--out benchmarks/results/DATE-MACHINE-peer.json]
+    python benchmarks/run.py --models DIR --llama DIR [--rows decode-4000,...] [--rounds 3]
+        [--out benchmarks/results/DATE-MACHINE-peer.json]
 
 DIR of --models holds synth-8b-q4_k_m.gguf, synth-70b-q4_k_m.gguf and qwen2.5-coder-1.5b-f16.gguf; --llama is the folder
 of llama-bench. Every round measures the disk, runs headrace, then the peer; medians are printed as a table and kept as
@@ -49,7 +50,7 @@ ROWS = (
 
 
 def headrace(row: Row, path: Path) -> dict[str, Any]:
-    """One run of ours; its `--json`, the cgroup's peak, and the exit code."""
+    """One run of headrace: values of its `--json`, and the cgroup's peak."""
     prompt = PROMPT if not row.prompt_tokens else "water " * (row.prompt_tokens - 1)
     command = [sys.executable, "-c", "from headrace.cli import main; main()", "run", str(path), prompt, "--raw"]
     command += ["-n", str(row.tokens), "-t", "0", "--json", "-q", "--draft", "none"]
@@ -83,7 +84,7 @@ def peer(row: Row, path: Path, llama: Path) -> dict[str, Any]:
     command = [str(llama / "llama-bench"), "-m", str(path), "-t", str(len(os.sched_getaffinity(0)))]
     command += ["-p", str(row.prompt_tokens), "-n", str(row.peer_tokens)]
     command += ["-r", "1", "-lm", "mmap", "--repack", "0", "-o", "json"]
-    if row.ceiling_mib:  # in memory, the peer's reading of the file is not its speed
+    if row.ceiling_mib:  # without a ceiling, warm-up keeps the peer's file reads out of its speed
         command.append("--no-warmup")
     result = run_under(row.ceiling_mib * MIB if row.ceiling_mib else None, command)
     if result.code:
@@ -149,7 +150,7 @@ def _summary(row: Row, kept: list[dict[str, Any]], profile: Profile, path: Path)
 
 
 def compute_limit(path: Path, profile: Profile) -> float:
-    """Seconds of the kernels alone for one row, by the probe's rates."""
+    """Seconds of the kernels for one row, by the probe's rates."""
     from headrace.checkpoint import open_checkpoint
     from headrace.plan.shape import is_linear
 
@@ -203,7 +204,9 @@ def main() -> None:
     }
     missing = [row.file for row in rows if paths[row.name] is None]
     if missing or not (arguments.llama / "llama-bench").exists():
-        sys.exit(f"Error: missing: {', '.join(missing) or arguments.llama / 'llama-bench'} (see docs/benchmarks/README.md)")
+        sys.exit(
+            f"Error: missing: {', '.join(missing) or arguments.llama / 'llama-bench'} (see docs/benchmarks/README.md)"
+        )
     os.environ["HEADRACE_HOME"] = str(arguments.out.resolve().parent / "benchmark-profile")
     first = next(p for p in paths.values() if p is not None)
     profile = load_profile() or probe(first)
@@ -214,7 +217,9 @@ def main() -> None:
         path = paths[row.name]
         assert path is not None
         results.append(measure(row, path, arguments.llama, arguments.rounds, profile))
-        arguments.out.write_text(json.dumps({**provenance(), "profile": vars(profile), "results": results}, indent=1, default=dict))
+        arguments.out.write_text(
+            json.dumps({**provenance(), "profile": vars(profile), "results": results}, indent=1, default=dict)
+        )
     print(table(results))
 
 

@@ -4,16 +4,16 @@
         [--rows NAME,...] [--tokens 128] [--out FILE]
 
 Rows:
-    plain-2000, plain-2500      headrace without drafts (a third of the tokens: its rate does not change)
+    plain-2000, plain-2500      headrace without drafts (a quarter of the tokens: its rate does not change)
     draft-2000                  the 0.5B model drafts
-    copy-2500                   the low-bit copy drafts
-    auto-2000, auto-2500        what the plan chooses
+    copy-2500                   the self-speculation draft, a low-bit copy
+    auto-2000, auto-2500        the draft that the plan chooses
     edits-plain, edits-prompt   prompt lookup on texts to be edited
     batch-1, batch-16           16 prompts at a time against one
     large-16                    the 8B shape, 16 rows in a pass, against the limit
     peer, peer-draft            llama.cpp mapped, without and with the same draft (--spec-draft-n-max 4, 8 and 16)
 
-Every row is a process of its own in a cgroup; needs root. Results are kept as JSON and printed as a table.
+Every row is a separate process in a cgroup; needs root. Results are kept as JSON and printed as a table.
 """
 
 import argparse
@@ -40,30 +40,30 @@ def prompts(name: str) -> list[dict[str, str]]:
 
 
 def child(settings: dict[str, Any]) -> None:
-    """Run inside the ceiling: load once, answer every prompt, print one JSON object."""
+    """Run inside the ceiling: load once, generate for every prompt, print one JSON object."""
     import headrace
 
     greedy = headrace.Sampling(temperature=0)
-    asked = prompts(settings["prompts"])
+    requests = prompts(settings["prompts"])
     rows: list[dict[str, Any]] = []
-    many = settings.get("sequences", 1)
+    sequences = settings.get("sequences", 1)
     with headrace.load(
         settings["model"],
         memory=f"{settings['mib']}MiB",
         draft=settings["draft"],
         context_tokens=512,
         prompt_tokens=settings.get("prompt_tokens", 256),
-        sequences=many,
+        sequences=sequences,
     ) as model:
-        if many > 1:
-            texts = [asked[i % len(asked)]["prompt"] + " " * (i // len(asked)) for i in range(many)]
+        if sequences > 1:
+            texts = [requests[i % len(requests)]["prompt"] + " " * (i // len(requests)) for i in range(sequences)]
             start = time.perf_counter()
-            answers = model.generate(texts, max_tokens=settings["tokens"], sampling=greedy)
+            outputs = model.generate(texts, max_tokens=settings["tokens"], sampling=greedy)
             spent = time.perf_counter() - start
-            passes = [p for p in model.passes if p.rows <= many * 25]
+            passes = [p for p in model.passes if p.rows <= sequences * 25]
             rows.append(
                 {
-                    "tokens": sum(a.completion_tokens for a in answers),
+                    "tokens": sum(a.completion_tokens for a in outputs),
                     "seconds": spent,
                     "prefill_s": model.passes[0].seconds,
                     "decode_pass_s": statistics.median(p.seconds for p in passes[2:]),
@@ -72,18 +72,18 @@ def child(settings: dict[str, Any]) -> None:
                 }
             )
         else:
-            for one in asked[: settings.get("count", 99)]:
-                answer = model.generate(one["prompt"], max_tokens=settings["tokens"], sampling=greedy)
-                t = answer.timings
+            for one in requests[: settings.get("count", 99)]:
+                output = model.generate(one["prompt"], max_tokens=settings["tokens"], sampling=greedy)
+                t = output.timings
                 rows.append(
-                    {"name": one["name"], "kind": one["kind"], "text": answer.text, "tok_per_s": t["decode_tok_per_s"],
-                     "tokens": answer.completion_tokens, "tokens_per_pass": t["tokens_per_pass"], "ttft_s": t["ttft_s"],
+                    {"name": one["name"], "kind": one["kind"], "text": output.text, "tok_per_s": t["decode_tok_per_s"],
+                     "tokens": output.completion_tokens, "tokens_per_pass": t["tokens_per_pass"], "ttft_s": t["ttft_s"],
                      "draft_s": t["draft_s"], "stall_s": t["stall_s"], "compute_s": t["compute_s"],
-                     "passes": t["passes"], "bound_by": answer.speculation["passes_bound_by"]}
+                     "passes": t["passes"], "bound_by": output.speculation["passes_bound_by"]}
                 )  # fmt: skip
                 print(json.dumps(rows[-1] | {"text": ""}), file=sys.stderr, flush=True)
         plan = model.plan
-        positions = answer.speculation["accepted_by_position"] if many == 1 else []
+        positions = output.speculation["accepted_by_position"] if sequences == 1 else []
         result = {
             "rows": rows,
             "load_s": model.load_s,
@@ -91,15 +91,15 @@ def child(settings: dict[str, Any]) -> None:
             "draft": plan.drafting.name,
             "pinned_bytes": plan.pinned_bytes,
             "streamed_bytes": plan.streamed_bytes_per_pass,
-            "limit_s": max(plan.streamed_bytes_per_pass / plan.disk_bytes_per_s, plan.cost(many).compute_s),
+            "limit_s": max(plan.streamed_bytes_per_pass / plan.disk_bytes_per_s, plan.cost(sequences).compute_s),
             "positions": positions,
-            "peak_bytes": (answer if many == 1 else answers[0]).memory["peak_bytes"],
+            "peak_bytes": (output if sequences == 1 else outputs[0]).memory["peak_bytes"],
         }
     print(json.dumps(result))
 
 
 def ours(settings: dict[str, Any]) -> dict[str, Any]:
-    """One of our rows, under its ceiling."""
+    """One row of headrace, under its ceiling."""
     command = [sys.executable, __file__, CHILD, json.dumps(settings)]
     run = run_under(settings["mib"] * MIB, command, timeout_s=2400)
     if run.code:
@@ -121,7 +121,7 @@ def peer_draft(llama: Path, target: str, draft: str, mib: int, tokens: int, coun
     rows = []
     for one in prompts("prompts.jsonl")[:: 8 // count]:
         chat = f"<|im_start|>user\n{one['prompt']}<|im_end|>\n<|im_start|>assistant\n"
-        for most in (4, 8, 16):
+        for draft_max in (4, 8, 16):
             command = [
                 str(llama / "llama-speculative-simple"),
                 "-m",
@@ -137,7 +137,7 @@ def peer_draft(llama: Path, target: str, draft: str, mib: int, tokens: int, coun
                 "--spec-type",
                 "draft-simple",
                 "--spec-draft-n-max",
-                str(most),
+                str(draft_max),
                 "--temp",
                 "0",
                 "-nr",
@@ -149,7 +149,7 @@ def peer_draft(llama: Path, target: str, draft: str, mib: int, tokens: int, coun
             speed = re.search(r"decoded\s+(\d+) tokens in\s+([\d.]+) seconds, speed:\s+([\d.]+) t/s", text)
             row = {
                 "name": one["name"],
-                "n_max": most,
+                "n_max": draft_max,
                 "code": run.code,
                 "tok_per_s": float(speed.group(3)) if speed else None,
             }
@@ -175,17 +175,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("speculation.json"))
     a = parser.parse_args()
     base = {"model": a.target, "prompts": "prompts.jsonl", "tokens": a.tokens, "draft": "none", "mib": 2000}
-    few = {"tokens": a.tokens // 4}
+    fewer_tokens = {"tokens": a.tokens // 4}
     table = {
-        "plain-2000": base | few,
-        "plain-2500": base | few | {"mib": 2500},
+        "plain-2000": base | fewer_tokens,
+        "plain-2500": base | fewer_tokens | {"mib": 2500},
         "draft-2000": base | {"draft": a.draft},
         "copy-2500": base | {"draft": a.copy, "mib": 2500},
         "auto-2000": base | {"draft": "auto"},
         "auto-2500": base | {"draft": "auto", "mib": 2500},
-        "edits-plain": base | few | {"prompts": "edits.jsonl"},
+        "edits-plain": base | fewer_tokens | {"prompts": "edits.jsonl"},
         "edits-prompt": base | {"prompts": "edits.jsonl", "draft": "prompt"},
-        "batch-1": base | few | {"count": 1},
+        "batch-1": base | fewer_tokens | {"count": 1},
         "batch-16": base | {"sequences": 16},
         "large-16": base | {"model": a.large, "sequences": 16, "mib": 4000, "tokens": 10, "prompt_tokens": 512},
     }
@@ -202,7 +202,7 @@ def main() -> None:
 
 
 def _short(result: dict[str, Any]) -> dict[str, Any]:
-    """What a terminal needs of a row."""
+    """A row's values for the terminal."""
     speeds = [row["tok_per_s"] for row in result.get("rows", []) if row.get("tok_per_s")]
     kept = {k: v for k, v in result.items() if k not in ("rows", "positions")}
     if speeds:

@@ -1,7 +1,6 @@
 """Published measurements of models that did not fit: dense weights from host or disk in every pass, and experts on demand.
 
-A row counts only if it says how many rows shared a pass, and where the bytes came from; without these nothing can be
-predicted, and nothing is.
+A row counts only if it states the rows per pass and the source of the bytes. Without these no prediction is possible.
 """
 
 import csv
@@ -21,27 +20,27 @@ from headrace.forecast.passes import DeviceSpec, Parallelism, PassShape, Rates
 from headrace.forecast.streaming import ExpertHitModel, FeedRates, Placement, expert_pass, place, streamed_pass
 from headrace.forecast.topology import Pipe, Topology
 
-# Memory of a device that an engine needs for itself: its runtime and workspaces.
+# Device memory that an engine needs for its runtime and workspaces.
 RESERVED = 1.2e9
-HOST_LEFT = 20e9  # of host memory, for the system and for buffers
+HOST_LEFT = 20e9  # host memory for the system and for buffers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Streamed:
-    """One measurement. What it cannot say itself (the engine's constants) is in `FeedRates`."""
+    """One measurement. The engine's constants are in `FeedRates`."""
 
     id: str
     source: str
     category: str  # dense streaming, MoE streaming
     model: Architecture
     device: DeviceSpec
-    work: PassShape  # of a decoding pass
+    work: PassShape  # a decode pass
     prompt: float
-    passes: float  # decoding passes in the number; with a prefill if `prompt`
+    passes: float  # decode passes in the number; plus a prefill if `prompt`
     placement: Placement
     link_bytes_per_s: float
     disk_bytes_per_s: float
-    hits: float | None  # of experts; None: predicted from the cache
+    hits: float | None  # expert hit rate; None: predicted from the cache
     cache_bytes: float
     seconds: float
     hardware: str
@@ -60,23 +59,23 @@ class Streamed:
             rate = self.disk_bytes_per_s or self.link_bytes_per_s
             return expert_pass(self.model, self.device, split, self.work, hits, rate, rates, feed).seconds
         pipes = [Pipe("link", self.link_bytes_per_s), Pipe("disk", self.disk_bytes_per_s or 1.0)]
-        ways: Mapping[str, tuple[str, ...]] = {"host": ("link",), "disk": ("disk",)}
+        routes: Mapping[str, tuple[str, ...]] = {"host": ("link",), "disk": ("disk",)}
 
         def one(work: PassShape) -> float:
             return streamed_pass(
-                self.model, self.device, split, work, self.placement, Topology(pipes), ways, rates, feed
+                self.model, self.device, split, work, self.placement, Topology(pipes), routes, rates, feed
             ).seconds
 
         total = self.passes * one(self.work)
         if self.prompt:
-            # Caches are written while a prompt is read, not read back: only the weights come in.
+            # Prefill writes the KV cache and does not read it back: only the weights are streamed.
             first = replace(self.work, rows=self.work.sequences * self.prompt, context=self.prompt / 2, sequences=1e-9)
             total += one(first)
         return total
 
 
 def read_streamed(path: Path, *, known: bool = True) -> list[Streamed]:
-    """The rows that say enough. `known`: only of engines that the constants are fitted to, whose ways are understood."""
+    """The rows with enough data. `known`: only engines that the constants are fitted to, whose design is understood."""
     with path.open(newline="") as file:
         return [
             case for row in csv.DictReader(file) if (case := _dense(row, known) or _experts(row, known)) is not None
@@ -84,7 +83,7 @@ def read_streamed(path: Path, *, known: bool = True) -> list[Streamed]:
 
 
 def _from_outside(row: dict[str, str]) -> bool:
-    """Whether the weights came over a link or from a disk of known speed, by any engine."""
+    """True if the weights came over a link or from a disk of known speed, by any engine."""
     link = row["link"]
     return (
         bool(link)
@@ -94,7 +93,7 @@ def _from_outside(row: dict[str, str]) -> bool:
 
 
 def source_of(row: dict[str, str]) -> str:
-    """Rows of one repository are one source, whichever of its pages they stand on."""
+    """Source of a row: all pages of one repository are one source."""
     source = row["source"].split("(secondary)")[0]
     if re.match(r"(FlexGen|sqliteai/waste|together|deepnewz|danveloper)", source):
         return source.split(" ")[0].replace("deepnewz", "together.ai/blog/sequoia").split("/blog")[0]
@@ -122,7 +121,7 @@ def _bus(hardware: str) -> float | None:
     return found[0] * 1e9 if found else None
 
 
-def _silicon(row: dict[str, str]) -> DeviceSpec | None:
+def _device(row: dict[str, str]) -> DeviceSpec | None:
     device: dict[str, Any] = dict(device_of(row["hardware"]))
     if "Titan RTX" in row["hardware"]:
         device = {"memory_gb_per_s": 672, "fp16_tflops": 130, "memory_gb": 24}
@@ -153,7 +152,7 @@ def _dense(row: dict[str, str], known: bool) -> Streamed | None:
         return None
     if (known and not re.search(r"FlexGen|zero|DENSE", row["source"] + text)) or row["metric"] == "memory_used":
         return None
-    model, device = model_of(row), _silicon(row)
+    model, device = model_of(row), _device(row)
     bits = number(row["weights_bits"])
     if model is None or bits is None or model.is_mixture:
         return None
@@ -185,14 +184,14 @@ def _dense(row: dict[str, str], known: bool) -> Streamed | None:
     else:
         assert device is not None
         keeps = not re.search(r"ZeRO|DeepSpeed|zi_|sequoia", row["id"])
-        room = device.memory_bytes - RESERVED
+        capacity = device.memory_bytes - RESERVED
         host = next((size for name, size in HOSTS.items() if name in row["hardware"]), 128e9) - HOST_LEFT
         if "KV offload to CPU: yes" in row["notes"]:
-            where = replace(place(model, bits, 0.0, room if keeps else 0.0, host), kv_host=1.0)
+            where = replace(place(model, bits, 0.0, capacity if keeps else 0.0, host), kv_host=1.0)
         else:
-            where = place(model, bits, kv, room if keeps else min(kv, room), host)
+            where = place(model, bits, kv, capacity if keeps else min(kv, capacity), host)
         if where.disk:
-            disk = 2e9  # what FlexGen's authors state for theirs
+            disk = 2e9  # stated by FlexGen's authors for their disk
     if device is None or link is None:
         return None
     metric = row["metric"]
@@ -237,10 +236,10 @@ def _experts(row: dict[str, str], known: bool) -> Streamed | None:
         return None
     if "naive" in notes or "thr" in row["id"] or not (value := number(row["value"])):
         return None
-    model, device = model_of(row), _silicon(row)
+    model, device = model_of(row), _device(row)
     if model is None:
         return None
-    if not model.is_mixture or str(model.experts) == "128":  # not in the table: what the page says
+    if not model.is_mixture or str(model.experts) == "128":  # not in the table: sizes from the page
         sizes = {"Qwen3.5-397B-A17B": (512, 10, 60, 4096)}.get(row["model"])
         if sizes is None:
             return None
@@ -304,7 +303,7 @@ START = FeedRates()
 
 
 def fit_feed(cases: Sequence[Streamed], rates: Rates) -> tuple[FeedRates, Rates]:
-    """The constants of feeding, and the fixed time of a layer in engines that feed."""
+    """Constants of weight streaming, and the fixed time of a layer in engines that stream."""
     count: dict[str, int] = {}
     for case in cases:
         count[case.source] = count.get(case.source, 0) + 1

@@ -6,13 +6,13 @@
         --head-dim 128 --experts 128 --per-token 8 --expert-ff 768 --skew 0.5                                   # 30B-A3B, 18 GB
 
 As in llama.cpp's Q4_K_M files, the values' projections, every second down projection and the head are Q6_K. With --experts
-the architecture is qwen3moe, in which expert choice must depend on the token as it does in a trained model. It does because
+the architecture is qwen3moe. Its routing must depend on the token as in a trained model, which it does because
 
-- the embeddings have deviation 1 and what the layers add stays of the same size: the experts add with gain 1, and attention,
-  which is what tokens of one context have in common, with gain 0.1;
+- the embeddings have deviation 1, and the layers' outputs stay of the same size: the experts add with gain 1, attention, which
+  tokens of one context have in common, with gain 0.1;
 - a router's row e is a_e times a random unit vector u_e, so that its logit for a state x of length sqrt(hidden) is
-  normal with deviation a_e. An expert is chosen when its logit is among the largest, that is, above a threshold near 1, which
-  has the chance p_e = P(N(0, 1) > 1 / a_e). So a_e = 1 / Q(1 - p_e), Q the normal quantile, gives it any frequency below 1/2;
+  normal with deviation a_e. An expert is chosen when its logit is among the largest, that is, above a threshold near 1. Its
+  probability is p_e = P(N(0, 1) > 1 / a_e). So a_e = 1 / Q(1 - p_e), Q the normal quantile, gives it any frequency below 1/2;
 - p_e = min(0.45, c / rank^S), with c such that the p_e add up to --per-token, and the ranks permuted anew in each layer.
 
 The last lines printed are the frequencies of a simulation with random states, first layer, most frequent expert first.
@@ -29,9 +29,9 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 Q4_K, Q6_K, F32 = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K, GGMLQuantizationType.F32
 BLOCK, BLOCK_BYTES = 256, {Q4_K: 144, Q6_K: 210}
-UNIT_DEVIATION = {Q4_K: 168.3, Q6_K: 1366.0}  # of the random weights of a block whose scale is 1
-CHUNK_BLOCKS = 1 << 19  # drawn at a time: at most 110 MB
-MOST_FREQUENT = 0.45  # no logit with mean 0 is above a threshold more often than half the time
+UNIT_DEVIATION = {Q4_K: 168.3, Q6_K: 1366.0}  # deviation of random weights in a block with scale 1
+CHUNK_BLOCKS = 1 << 19  # blocks drawn at a time: at most 110 MB
+MOST_FREQUENT = 0.45  # max frequency of an expert; a logit with mean 0 is above a threshold at most half the time
 ATTENTION_GAIN = 0.1
 SIMULATED_STATES = 4000
 
@@ -56,7 +56,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """A packed tensor; `deviation` is its weights', and None the llama's usual scale."""
+    """A packed tensor; `deviation` is that of its weights, None for the llama's usual scale."""
 
     name: str
     shape: tuple[int, ...]  # slowest first
@@ -103,7 +103,7 @@ def small(model: Model, random: np.random.Generator) -> Iterator[tuple[str, np.n
 
 
 def router(model: Model, random: np.random.Generator) -> np.ndarray:
-    """A router's rows, as the top of this file says."""
+    """Router rows, made as described at the top of this file."""
     rows = random.standard_normal((model.experts, model.hidden))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     wanted = random.permutation(frequencies(model.experts, model.per_token, model.skew))
@@ -113,7 +113,7 @@ def router(model: Model, random: np.random.Generator) -> np.ndarray:
 
 
 def frequencies(experts: int, per_token: int, skew: float) -> np.ndarray:
-    """The chance of each rank to be chosen; they add up to `per_token`."""
+    """Routing probability of each rank; they add up to `per_token`."""
     if per_token > MOST_FREQUENT * experts:
         raise SystemExit(f"Error: {per_token} of {experts} experts per token are more than {MOST_FREQUENT:.0%}")
     shares = np.arange(1, experts + 1) ** -skew
@@ -126,7 +126,7 @@ def frequencies(experts: int, per_token: int, skew: float) -> np.ndarray:
 
 
 def measured(router_rows: np.ndarray, per_token: int, random: np.random.Generator) -> np.ndarray:
-    """How often each expert is chosen for random normed states, most frequent first."""
+    """Routing frequencies of the experts for random normed states, most frequent first."""
     states = random.standard_normal((SIMULATED_STATES, router_rows.shape[1]))
     states /= np.sqrt(np.mean(states**2, axis=1, keepdims=True))
     chosen = np.argpartition(-(states @ router_rows.T), per_token, axis=1)[:, :per_token]
@@ -140,7 +140,7 @@ def blocks(count: int, kind: GGMLQuantizationType, deviation: float | None, rand
     if kind == Q4_K:
         scale = 8e-4 if deviation is None else deviation / UNIT_DEVIATION[kind]
         packed[:, 0:4] = np.array([scale, 7.5 * scale], np.float16).view(np.uint8)  # scale and minimum
-        # The minimum of each 32 weights like their scale, so that their mean is 0 and rows have no direction in common.
+        # The minimum of each 32 weights matches their scale: their mean is 0 and rows have no common direction.
         packed[:, 8:12] = packed[:, 4:8]
         packed[:, 12:16] = (packed[:, 12:16] & 15) * 17
     else:

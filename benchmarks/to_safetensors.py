@@ -2,8 +2,8 @@
 
     python benchmarks/to_safetensors.py qwen2.5-coder-1.5b-instruct-q4_k_m.gguf OUT      # 3.1 GB
 
-The weights are those of the GGUF, unpacked and rounded to bf16: as large as the original and nearly as good, which is what
-a comparison of engines needs. Nothing is fetched: the config comes from the file's own metadata.
+The weights are those of the GGUF, dequantised and rounded to bf16: as large as the original and nearly as good, which suffices
+to compare engines. Nothing is fetched: the config comes from the file's own metadata.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def tie(model: PreTrainedModel) -> None:
-    """Make embedding and head one matrix again if the GGUF has it twice, as llama.cpp writes tied models: the head's is finer."""
+    """Tie embedding and head again if the GGUF has both, as llama.cpp writes tied models; the head's copy is finer."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rows = slice(0, 4096)
     cosine = torch.cosine_similarity(
@@ -46,7 +46,7 @@ def tie(model: PreTrainedModel) -> None:
 
 
 def answer(folder: Path, prompt: str, tokens: int) -> str:
-    """What the folder says, greedily: the proof that it is whole."""
+    """Greedy output of the folder, as proof that it is complete."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     inputs = tokenizer.apply_chat_template(

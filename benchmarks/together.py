@@ -1,16 +1,16 @@
-"""What reading takes from computing: passes of a model in memory, with and without a disk that is read at the same time.
+"""Slowdown of compute by reads: passes of a model in memory, with and without concurrent disk reads.
 
     python benchmarks/together.py MODEL [--budget 21GiB] [--file FILE] [--rounds 3] [--tokens 24] [--missed MB ...]
 
-MODEL must fit into the budget, FILE (by default MODEL) is read in requests of 1 MiB past the page cache by 4 threads of
-another process, which computes nothing. On bare metal neither should slow the other much. On a virtual machine whose host
-makes the reads on the guest's own cores, it does: then nothing that reads M bytes and computes a pass can take less than
+MODEL must fit into the budget. 4 threads of another process read FILE (by default MODEL) in requests of 1 MiB past the page
+cache, and compute nothing. On bare metal neither should slow the other much. It does on a virtual machine whose
+host makes the reads on the guest's own cores. Reading M bytes and computing a pass then takes at least
 
     r = M / B'                                        B', C': rate and pass while both go on; B, C: each alone
     limit = r + (1 - r / C') * C    if r < C'         the disk is done first, the rest is computed alone
             C' + (M - C' * B') / B  otherwise
 
-even if neither ever waits for the other. --missed prints this limit for passes that read so many megabytes.
+even if neither ever waits for the other. --missed prints this limit for passes that read MB megabytes.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PROMPT = "The water wheel is one of the oldest"
 
 
 def read_for_ever(path: Path, count: "Synchronized[int]") -> None:
-    """Read the file from its beginning to its end, again and again."""
+    """Read the file from start to end, again and again."""
     from headrace.stream.arena import Arena
 
     arena = Arena(READERS * MIB)
@@ -55,7 +55,7 @@ def read_for_ever(path: Path, count: "Synchronized[int]") -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[Any]:
-    """While it lasts, a process reads. Gives a function: bytes so far."""
+    """Read in another process meanwhile. Yields a function: bytes so far."""
     context = multiprocessing.get_context("spawn")
     count = context.Value("q", 0)
     process = context.Process(target=read_for_ever, args=(path, count), daemon=True)
@@ -70,7 +70,7 @@ def reading(path: Path) -> Iterator[Any]:
 
 
 def limit(missed: float, alone: tuple[float, float], both: tuple[float, float]) -> float:
-    """Seconds of a pass that reads so many bytes; (bytes/s, seconds of a pass) alone and together."""
+    """Seconds of a pass that reads `missed` bytes; (bytes/s, seconds of a pass) alone and together."""
     read_s = missed / both[0]
     if read_s < both[1]:
         return read_s + (1 - read_s / both[1]) * alone[1]
@@ -104,7 +104,7 @@ def main() -> None:
             passes(arguments.tokens)
             if not sum(one.read_bytes for one in model.passes[before:]):
                 break
-        time.sleep(10)  # in which the rest of the memory is taken
+        time.sleep(10)  # until the rest of the memory is taken
         rows = []
         for number in range(arguments.rounds):
             compute = passes(arguments.tokens)

@@ -17,48 +17,83 @@ from parity import Outcome, kind_of, outcome_of  # noqa: E402
 TARGET = Path(__file__).parent / "architectures.md"
 HEAD = """# Architectures
 
-Made by `python docs/make_architectures.py`. Each row is a tiny random model of the architecture, written as a Hugging Face folder
-in F32 and run with half of every linear streamed, memory for four experts, and 40 tokens in steps of 30, 1, 1, 5, 1, 1, 1,
-against one forward of transformers' own model. *Greedy* says whether the likeliest token is the same in all 40 rows (ties within
-1e-3 of a logit allowed), *KL* is the largest divergence of a row. A name with a colon is a variant of the same model type.
+Made by `python docs/make_architectures.py`.
 
-Ways: `packed`, sequences share a pass and guesses can be taken back; `joined`, the same, but the model computes attention itself
-under a mask; `model`, as transformers would, one sequence at a time. OpenAI's first GPT has no cache: it is given the whole
-text for each token, and reads its weights as often as others.
+## These models give the logits of transformers
 
-| Model type | Kind | Way | Greedy | KL |
+Each row is a tiny random model of the architecture, written as a Hugging Face folder in F32. It runs with half of every linear
+streamed and memory for four experts. Its 40 tokens come in steps of 30, 1, 1, 5, 1, 1, 1. The result is compared with one
+forward of transformers' model. A name with a colon is a variant of the same model type.
+
+| Column | Meaning |
+|---|---|
+| Attention: `packed` | sequences share a pass, and the cache can be rolled back |
+| Attention: `concatenated` | the same, but the model computes attention itself over concatenated caches, under a mask |
+| Attention: `native` | transformers' own cache, one sequence at a time |
+| Greedy | whether the likeliest token is the same in all 40 rows (ties within 1e-3 of a logit allowed) |
+| KL | the largest divergence of a row |
+
+OpenAI's first GPT has no cache. It recomputes the whole text for each token, and reads its weights as often as others.
+
+| Model type | Kind | Attention | Greedy | KL |
 |---|---|---|---|---|
 """
 REFUSED_HEAD = """
-## With an encoder
+## Encoder-decoder models read their encoder once per prompt
 
-T5, mT5, UMT5, LongT5, T5Gemma, Switch Transformers (experts on demand), BART, mBART, Pegasus, BigBird-Pegasus (with full
-attention), Marian, M2M100, Blenderbot, MVP, PLBart and LED run as folders, T5 and UMT5 as GGUF: the prompt goes to the encoder,
-which is read once for it. `tests/engine/test_encoder_decoder.py` holds them to transformers. Refused are FSMT, which has a
-vocabulary for each of two languages, speech models, NLLB-MoE, of which transformers asks the first two experts only, and
-ProphetNet, of which it computes a token in another way when more tokens follow.
+These run as folders:
 
-## As GGUF
+- T5, mT5, UMT5, LongT5, T5Gemma, Switch Transformers (experts on demand)
+- BART, mBART, Pegasus, BigBird-Pegasus (with full attention), Marian, M2M100, Blenderbot, MVP, PLBart, LED
 
-`checkpoint/architectures.py` lists the names that run, `tests/model/test_against_transformers.py` holds each to the
-transformers model that a tiny file was made of. That is transformers' own mapping of GGUF but Deci, for which it has no
-model, and further ones: Gemma 1 and 4 with its mixtures, DeepSeek V2 and V3 and what is converted as they are, Llama 4,
-Ministral 3, GLM 4, 4.5, 4.6 and 5, Qwen3-Next, the language models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, Nemotron-H and
-Nemotron 3, Granite with its mixtures and hybrids, LFM2 with experts, OLMo 2 and 3, OLMoE, ERNIE 4.5, Hunyuan, dots.llm1,
-SmolLM3, Command R, EXAONE 4 and with experts, Seed-OSS, Arcee and Trinity, Phi-3.5-MoE. GLM 5 chooses 2048 positions to look
-at where there are more; here each token sees all before it, and the plan says so.
+T5 and UMT5 also run as GGUF. The prompt goes to the encoder. `tests/engine/test_encoder_decoder.py` compares them with
+transformers.
+
+| Refused | Reason |
+|---|---|
+| FSMT | a vocabulary for each of two languages |
+| speech models | models of speech, not of text |
+| NLLB-MoE | transformers uses only its first two experts |
+| ProphetNet | transformers computes a token differently when more tokens follow |
+
+## GGUF files run where transformers or this engine has a mapping
+
+`checkpoint/architectures.py` lists the names that run. `tests/model/test_against_transformers.py` compares each with the
+transformers model that a tiny file was made of. The list has all of transformers' GGUF mapping but Deci, for which it has no
+model. It adds:
+
+- Gemma 1, and Gemma 4 with its MoE models
+- DeepSeek V2 and V3, and models converted as they are; Llama 4; Ministral 3
+- GLM 4, 4.5, 4.6 and 5; Qwen3-Next; the language models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL
+- Nemotron-H and Nemotron 3; Granite with its MoE models and hybrids; LFM2 with experts
+- OLMo 2 and 3, OLMoE, ERNIE 4.5, Hunyuan, dots.llm1, SmolLM3, Command R, EXAONE 4 and with experts
+- Seed-OSS, Arcee, Trinity, Phi-3.5-MoE
+
+GLM 5 attends to 2048 selected positions where there are more. Here each token attends to all positions before it, and the plan
+says so.
+
+## llama.cpp gives the same perplexities
 
 A test whose writer and reader share a mistake would not see it. So `python benchmarks/architectures.py` gives the same tiny
-files to llama.cpp, all in fp32, and compares perplexities: of 64 files 61 are taken by both (the other three it wants in another
-shape: EXAONE 4 with heads of one width, DeepSeek V2 Lite by its number of layers, GLM 4.5 with a whole block that guesses).
-46 agree to 1e-6 and better, 13 to 1e-4, eleven of them with GELU, which ggml looks up in a table of fp16; gpt-oss to 4e-4:
-llama.cpp rounds where YaRN begins and ends, which the model's config forbids; Phi-3.5-MoE to 5e-3: transformers routes as the
-model was trained, llama.cpp by a softmax (and of long contexts, its files scale rotations by less than the model's config does).
+files to llama.cpp, all in fp32, and compares perplexities. Of 64 files, both accept 61. llama.cpp wants the other three in
+another shape:
 
-## Refused
+- EXAONE 4 with heads of one width
+- DeepSeek V2 Lite by its number of layers
+- GLM 4.5 with a complete draft block
 
-Language models that transformers has and that do not run here. They are refused before anything is read. Half of an encoder-
-decoder is refused, the whole is not.
+| Files | Agree to | Cause |
+|---|---|---|
+| 46 files | 1e-6 and better | |
+| 13 files | 1e-4 | eleven have GELU, which ggml reads from a table of fp16 |
+| 1 file: gpt-oss | 4e-4 | llama.cpp rounds where YaRN starts and ends, which the model's config forbids |
+| 1 file: Phi-3.5-MoE | 5e-3 | transformers routes as the model was trained, llama.cpp by a softmax |
+
+In long contexts, Phi-3.5-MoE's GGUF files also scale RoPE by less than the model's config does.
+
+## Refused models are reported before anything is read
+
+These language models of transformers do not run here. Half of an encoder-decoder is refused, the whole is not.
 
 | Model type | Reason |
 |---|---|

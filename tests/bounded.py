@@ -1,7 +1,7 @@
-"""Runs one case after another in processes of bounded memory, each case within a bound of time: for hostile inputs.
+"""Runs hostile inputs one after another in processes of bounded memory, each within a time limit.
 
-A flood of memory is then a `MemoryError` (or the end of a worker), and an endless loop is a case that does not answer. Both are
-findings about one case, and neither takes the machine along.
+Unbounded allocation is then a `MemoryError` (or the end of a worker). An endless loop is a case that times out. Both are
+findings about one case, and neither takes the machine down.
 """
 
 import gc
@@ -18,30 +18,30 @@ from typing import Any
 from headrace.errors import HeadraceError
 from headrace.units import GIB
 
-START_S = 120.0  # of a worker on a busy machine: it imports torch and transformers
+START_S = 120.0  # start of a worker on a busy machine: it imports torch and transformers
 FINE = "fine"
 
 
 def described(error: BaseException) -> str:
-    """An error that nobody foresaw, with the line of headrace that it came through last."""
+    """An unexpected error, with the last line of headrace in its traceback."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "headrace" in Path(frame.filename).parts]
     at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}{at}: {error}"[:300]
 
 
 def verdict(action: Callable[[], object]) -> str:
-    """`FINE`, or what is wrong: an answer or an error with a hint is right, everything else is a traceback for a user."""
+    """`FINE` for a result or an error with a hint; everything else is a traceback for a user, and described."""
     try:
         action()
     except HeadraceError as error:
         return _of_refusal(error)
-    except BaseException as error:  # the tokenizers library panics beside Exception
+    except BaseException as error:  # panics of the tokenizers library are no Exception
         return described(error)
     return FINE
 
 
 def refusal(action: Callable[[], object]) -> str:
-    """The same where only an error with a hint is right."""
+    """`FINE` only for an error with a hint."""
     try:
         found = action()
     except HeadraceError as error:
@@ -52,11 +52,11 @@ def refusal(action: Callable[[], object]) -> str:
 
 
 def _of_refusal(error: HeadraceError) -> str:
-    """An error with a hint is fine, unless it says in other words that memory was flooded: without the bound, it would be."""
+    """`FINE` for an error with a hint, unless a `MemoryError` caused it: without the bound, memory would run out."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError):
-            return f"a flood of memory: {described(cause)}"
+            return f"out of memory: {described(cause)}"
         cause = cause.__cause__ or cause.__context__
     return FINE if error.hint else f"no hint beside {type(error).__name__}: {error}"
 
@@ -70,15 +70,15 @@ def outcomes(
     memory: int = GIB,
     most_faults: int = 3,
 ) -> dict[Any, str]:
-    """What `work` says of each case; "ran too long" or "killed its process" for those after which no answer came.
+    """The result of `work` for each case; "ran longer than" or "killed its process" for cases without one.
 
     Args:
         work: a function of a module that can be imported, called in another process.
-        cases: what it is called with.
+        cases: its arguments.
         workers: processes.
-        seconds: that one case may take.
-        memory: bytes that a worker may allocate beside what it has after its imports, and that its own children may hold.
-        most_faults: after a process has lost so many workers it gives up.
+        seconds: time limit of a case.
+        memory: bytes that a worker may allocate after its imports, and that its own children may hold.
+        most_faults: lost workers of a share after which it gives up.
     """
     shares = [cases[i::workers] for i in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
@@ -87,10 +87,10 @@ def outcomes(
 
 
 def faults(work: Callable[[Any], str], cases: Sequence[Any], **bounds: Any) -> dict[Any, str]:
-    """What is wrong, by case; bounds as for `outcomes`. Nothing if all is well."""
+    """Faults by case; bounds as for `outcomes`. Empty if all is well."""
     found = outcomes(work, cases, **bounds)
-    said = {case: found.get(case, "not reached") for case in cases}
-    return {case: outcome for case, outcome in said.items() if outcome != FINE}
+    all_outcomes = {case: found.get(case, "not reached") for case in cases}
+    return {case: outcome for case, outcome in all_outcomes.items() if outcome != FINE}
 
 
 def _share(
@@ -129,8 +129,8 @@ def _share(
 
 
 def _serve(connection: Connection, work: Callable[[Any], str], memory: int) -> None:
-    gc.freeze()  # what was imported need not be looked at again and again
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries that abort say a lot
+    gc.freeze()  # garbage collection need not scan imported modules again and again
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries that abort print a lot
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

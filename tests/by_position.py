@@ -1,7 +1,7 @@
-"""GGUF files of a model that says the same whatever it reads: its next token depends on the position alone.
+"""GGUF files of a model whose next token depends on the position alone.
 
-So an answer may hold one token several times, as messages with several marks do. It is GPT-2 with one-hot position
-embeddings, token embeddings of zeros, and attention and MLP that add zero.
+An answer may therefore hold one token several times, as messages with several marks do. The model is GPT-2 with one-hot
+position embeddings, token embeddings of zeros, and attention and MLP that add zero.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from scripted import write_scripted
 from headrace.checkpoint import open_checkpoint
 from headrace.model.tokenizer import Prompt, Tokenizer
 
-WIDTH = 256  # of the model, and the longest text
-_TOKENIZERS: dict[str, Tokenizer] = {}  # those of files written before, by what they were made of
+WIDTH = 256  # width of the model, and tokens of the longest text
+_TOKENIZERS: dict[str, Tokenizer] = {}  # tokenizers of files written before, by their arguments
 
 
 def write_says(path: Path, said: Sequence[int], prompt: Prompt, *, raw: bool = False, **options: Any) -> Path:
     """Write a model that answers this prompt with these tokens, and then with `eos` for ever.
 
     Args:
-        path: of the file.
+        path: path of the file.
         said: token ids of the answer.
-        prompt: as `Model.generate` is given it, with `raw`. The answer to one of another length is shifted.
-        options: of `write_scripted`.
+        prompt: argument of `Model.generate`, with `raw`. The answer to a prompt of another length is shifted.
+        options: options of `write_scripted`.
     """
     key = repr(sorted(options.items()))
     if key not in _TOKENIZERS:

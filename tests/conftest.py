@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from headrace import slim_import
 
-slim_import.library()  # as the command does: so all tests run with it, and those of `test_slim_import.py` without, too
+slim_import.library()  # all tests run with it, as the command does; those of `test_slim_import.py` also without
 
 # The same examples in every run; HEADRACE_FUZZ=1 draws others.
 settings.register_profile("reproducible", derandomize=True)
@@ -19,7 +19,7 @@ from tiny import random_model, write_gguf
 
 from headrace.plan import Profile, guessed_profile
 
-gc.freeze()  # the modules' objects live for ever: each load collects garbage, and looking at them took 0.3 s each time
+gc.freeze()  # each load collects garbage, and scanning the modules' objects took 0.3 s each time
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """Tiny random models of the causal-LM architectures that transformers has, as oracles for a streaming engine.
 
-Each case is a config small enough for a test and odd enough that a wrong reading shows: every layer type of the
-architecture occurs, windows are shorter than the prompts, keys and values have fewer heads than queries where they may,
-experts are chosen among more than are used. Nothing here reads the network or a checkpoint.
+Each case is a config small enough for a test and odd enough that a wrong implementation shows. Every layer type of the
+architecture occurs. Windows are shorter than the prompts, and KV heads fewer than query heads where allowed. There are
+more experts than are used. Nothing here reads the network or a checkpoint.
 """
 
 from copy import deepcopy
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 320
 MATRIX_SCALE, EMBEDDING_SCALE, VECTOR_SPREAD, BUFFER_SPREAD = 0.15, 0.5, 0.5, 0.2
-# Parameters whose values are logarithms, decays and steps: drawn about the values that the model starts them with.
+# Parameters whose values are logarithms, decays and steps: drawn around the model's initial values.
 KEPT_ABOUT_THEIR_START = ("A_log", "dt_bias", "time_decay", "time_first", "lambda_q1", "lambda_k1", "recurrent_param")
 
 LEARNT_BUFFERS = ("bias", "biases", "layer_scalar")
@@ -23,10 +23,10 @@ LEARNT_BUFFERS = ("bias", "biases", "layer_scalar")
 
 @dataclass(frozen=True)
 class Case:
-    """One tiny config. `kind` is "dense", "experts" or "hybrid" (layers with a state other than keys and values).
+    """One tiny config. `kind` is "dense", "experts" (MoE) or "hybrid" (layers with a recurrent state).
 
-    `cache_differs` is a fact about transformers: prefill and decode through its own cache do not give the logits of
-    the one forward, so that only the full forward is an oracle.
+    `cache_differs`: in transformers, prefill and decode through the native cache differ from a full forward. Only the
+    full forward is then an oracle.
     """
 
     model_type: str
@@ -51,7 +51,7 @@ IN_GROUPS = {"n_group": 4, "topk_group": 2}
 FIRST_DENSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24}
 LATENT_Q = {**LATENT, "q_lora_rank": 24}
-# With few index heads many scores are exactly zero, and which of equals are taken depends on the cache.
+# With few index heads most scores are exactly zero, and the choice among equals depends on the cache.
 INDEXED = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}
 LINEAR_FIRST = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
 DELTA = {
@@ -80,7 +80,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "ctrl": {**GPT, "dff": 96},
     "cwm": {**HEADED, **WINDOWED, "bos_token_id": 0, "eos_token_id": 1},
     "diffllama": GROUPED,
-    # Above keep_window_size its choice of keys depends on how many follow, so the window stays above the prompts.
+    # Above keep_window_size its choice of keys depends on the number of later ones, so the window stays above the prompts.
     "doge": GROUPED,
     "ernie4_5": HEADED,
     "exaone4": {**GROUPED, **WINDOWED},
@@ -439,7 +439,7 @@ REFUSED = {
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _ASSISTANT),
 }  # fmt: skip
 
-# Causal-LM types that are no architecture of their own: another type's config, or a text model within a multimodal one.
+# Causal-LM types without a separate architecture: another type's config, or a text model within a multimodal one.
 ALIASES = ("gpt-sw3",)
 WRAPPERS = (
     "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "git", "got_ocr2", "llama4",
@@ -470,7 +470,7 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 def _drawn(name: str, start: torch.Tensor) -> torch.Tensor:
-    """Vectors (norms, biases, decays) about their start, matrices afresh."""
+    """Draw vectors (norms, biases, decays) around their initial values, and matrices afresh."""
     noise = torch.randn_like(start)
     if start.dim() < 2 or name.endswith(KEPT_ABOUT_THEIR_START):
         return start + VECTOR_SPREAD * noise
@@ -478,7 +478,7 @@ def _drawn(name: str, start: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_buffers(model: PreTrainedModel) -> None:
-    """Draw learnt buffers, such as a router's correction bias, and tables of experts by token; others are derived."""
+    """Draw learnt buffers, like a router's correction bias, and tables of experts by token; others are derived."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
         if name in parameters:
@@ -491,9 +491,9 @@ def _draw_buffers(model: PreTrainedModel) -> None:
 
 
 def write_folder(model: PreTrainedModel, path: Path, dtype: torch.dtype = torch.float32, shards: int = 1) -> Path:
-    """Write the model as a checkpoint folder of at least `shards` weight files, under the names that are published.
+    """Write the model as a checkpoint folder of at least `shards` weight files, under the published names.
 
-    transformers reverts the renaming and fusing that its loader does, so experts lie one by one where they do on a hub.
+    transformers reverts its loader's renaming and fusing, so experts are stored one by one where the hub's files do so.
     """
     stored = deepcopy(model).to(dtype)
     size_bytes = sum(tensor.nbytes for tensor in stored.state_dict().values())

@@ -1,4 +1,4 @@
-"""llama.cpp itself, from a package that carries it (`xllamacpp`): the oracle for what the text of a GGUF becomes."""
+"""llama.cpp from the package `xllamacpp`: the oracle for tokenisation and detokenisation of a GGUF file."""
 
 import ctypes
 from functools import cache
@@ -40,23 +40,23 @@ class LlamaVocabulary:
     def tokens(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text, as `llama-completion -p` has them."""
         data = text.encode()
-        room = 4 * len(data) + 16
-        found = (ctypes.c_int32 * room)()
-        count = self._lib.llama_tokenize(self._vocab, data, len(data), found, room, add_special, parse_special)
+        capacity = 4 * len(data) + 16
+        found = (ctypes.c_int32 * capacity)()
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), found, capacity, add_special, parse_special)
         assert count >= 0
         return list(found[:count])
 
     def text(self, ids: list[int], *, special: bool = False) -> str:
         """The text of tokens, without control tokens unless `special`."""
-        room = 64 * len(ids) + 64
-        out = ctypes.create_string_buffer(room)
-        given = (ctypes.c_int32 * len(ids))(*ids)
-        size = self._lib.llama_detokenize(self._vocab, given, len(ids), out, room, False, special)
+        capacity = 64 * len(ids) + 64
+        out = ctypes.create_string_buffer(capacity)
+        id_array = (ctypes.c_int32 * len(ids))(*ids)
+        size = self._lib.llama_detokenize(self._vocab, id_array, len(ids), out, capacity, False, special)
         assert size >= 0
         return out.raw[:size].decode(errors="replace")
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """What `llama-completion` prints of a token; nothing of a control token unless `special`."""
+        """The bytes that `llama-completion` prints for a token; none for a control token unless `special`."""
         out = ctypes.create_string_buffer(4096)
         size = self._lib.llama_token_to_piece(self._vocab, token, out, len(out), 0, special)
         assert size >= 0
@@ -64,7 +64,7 @@ class LlamaVocabulary:
 
     @property
     def begin(self) -> int | None:
-        """The token that prompts begin with, if they begin with one."""
+        """The BOS token that is added to prompts, if any."""
         return int(self._lib.llama_vocab_bos(self._vocab)) if self._lib.llama_vocab_get_add_bos(self._vocab) else None
 
 

@@ -1,4 +1,4 @@
-"""Plain quantisers: what common tools store for a matrix, and what the matrix is afterwards. Each is a few lines of torch."""
+"""Plain quantisers: the tensors that common tools store for a matrix, and its dequantised values. A few lines of torch each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-Parts: TypeAlias = dict[str, torch.Tensor]  # by what follows a module's name
+Parts: TypeAlias = dict[str, torch.Tensor]  # tensors by the suffix after a module's name
 Packer: TypeAlias = Callable[[torch.Tensor], tuple[Parts, torch.Tensor]]
 
 GROUP = 128
@@ -15,21 +15,21 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True)
 class Layout:
-    """`quantization_config`, and what it does to a matrix (outputs, inputs)."""
+    """A `quantization_config`, and the function that packs a matrix (outputs, inputs) accordingly."""
 
     config: dict[str, Any]
     pack: Packer
 
 
 def in_words(codes: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    """Codes along the last dimension in words, the first in the lowest bits."""
+    """Pack codes along the last dimension into 32-bit words, the first in the lowest bits."""
     lanes = codes.reshape(*codes.shape[:-1], -1, 32 // bits).long()
     words = (lanes << torch.arange(0, 32, bits)).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
 def fp8_blocks(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-    """A scale for 128 x 128 weights, as DeepSeek and Qwen store them."""
+    """FP8 with a scale for 128 x 128 weights, as DeepSeek and Qwen store it."""
     high, wide = -(-weight.shape[0] // 128), -(-weight.shape[1] // 128)
     padded = torch.zeros(high * 128, wide * 128)
     padded[: weight.shape[0], : weight.shape[1]] = weight
@@ -40,7 +40,7 @@ def fp8_blocks(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
 
 
 def fp8_channels(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-    """A scale for each output."""
+    """FP8 with a scale for each output."""
     scale = weight.abs().amax(1, keepdim=True) / 448
     codes = (weight / scale).to(torch.float8_e4m3fn)
     return {"weight": codes, "weight_scale": scale}, codes.float() * scale
@@ -61,7 +61,7 @@ def grouped(weight: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch.
 
 
 def plain(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    """What the codes stand for."""
+    """Dequantise codes."""
     parts = codes.view(*scales.shape, -1)
     return ((parts - zeros[..., None]) * scales.float()[..., None]).view(codes.shape).float()
 
@@ -83,7 +83,7 @@ def compressed_bytes(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
 
 
 def gptq(weight: torch.Tensor, ordered: bool = False) -> tuple[Parts, torch.Tensor]:
-    """GPTQ's first format: inputs as rows, zero points less one. `ordered`: groups of inputs that lie apart."""
+    """GPTQ's first format: stored transposed [in, out], zero points less one. `ordered`: groups of inputs that lie apart."""
     inputs = weight.shape[1]
     order = torch.randperm(inputs, generator=torch.Generator().manual_seed(2)) if ordered else torch.arange(inputs)
     codes, scales, zeros = grouped(weight[:, order], symmetric=True)
@@ -98,7 +98,7 @@ def gptq(weight: torch.Tensor, ordered: bool = False) -> tuple[Parts, torch.Tens
 
 
 def awq(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-    """AWQ's `gemm`: inputs as rows, eight outputs a word in an order of their own."""
+    """AWQ's `gemm`: stored transposed [in, out], eight outputs per word in AWQ's order."""
     codes, scales, zeros = grouped(weight, symmetric=False)
 
     def words(values: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def awq(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
 
 
 def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(..., outputs, inputs) as gpt-oss stores it: blocks (..., inputs / 32, 16), scales (..., inputs / 32), and the values."""
+    """MXFP4 as gpt-oss stores it: blocks (..., inputs / 32, 16), scales (..., inputs / 32), and the dequantised values."""
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = torch.cat([values, -values])
     parts = weight.reshape(*weight.shape[:-1], -1, 32)

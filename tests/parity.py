@@ -1,4 +1,4 @@
-"""Every case of the corpus as a folder, streamed, against transformers' own forward; and what is known to be refused."""
+"""Parity of every corpus case, as a streamed folder, with transformers' own forward; and the cases that are refused."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +15,23 @@ from headrace.model import ModelSkeleton
 from headrace.model.trace import LinearStep
 
 TOKENS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
-# One pass of many rows, then single rows, several on top of others, single ones again.
+# Rows of the passes: a prefill, single rows, several behind a cached prefix, single rows again.
 PARTS = (30, 1, 1, 5, 1, 1, 1)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a case went: the way in which attention ran, whether each row's likeliest token is the same, the largest KL."""
+    """The outcome of a case: attention mode, equality of each row's likeliest token, largest KL divergence."""
 
     way: str
     same: bool
     divergence: float
-    multiplied: frozenset[str]  # names of tensors
-    kept: int | None  # numbers that were kept of a position, where the engine keeps them
+    multiplied: frozenset[str]  # names of tensors that linear layers use
+    kept: int | None  # KV elements per token, where the engine keeps the cache
 
 
 def outcome_of(name: str, folder: Path) -> Outcome:
-    """Write the case's model into a folder, and compute all rows of TOKENS both ways."""
+    """Write the case's model into a folder; compare all rows of TOKENS between transformers and the engine."""
     model = tiny_model(name)
     write_folder(model, folder)
     with torch.inference_mode():
@@ -47,7 +47,7 @@ def outcome_of(name: str, folder: Path) -> Outcome:
 
 
 def opened(path: Path, kernels: Kernels | ReferenceKernels, share: float = 0.5) -> Engine:
-    """This share of every linear pinned, the rest through a ring of three units of 16 KiB, memory for four experts."""
+    """An engine with `share` of every linear pinned, a ring of three units of 16 KiB, and four expert slots."""
 
     def options(skeleton: ModelSkeleton) -> StreamOptions:
         pinned = {t.name: int(share * t.rows) // t.row_multiple * t.row_multiple for t in skeleton.linears}
@@ -61,13 +61,13 @@ def opened(path: Path, kernels: Kernels | ReferenceKernels, share: float = 0.5) 
 def streamed(
     path: Path, kernels: Kernels | ReferenceKernels, *, share: float = 0.5, parts: tuple[int, ...] = PARTS
 ) -> tuple[torch.Tensor, str]:
-    """Logits of every row of TOKENS in steps of these many rows, and the way in which attention ran."""
+    """Logits of every row of TOKENS, with `parts` as rows of the steps, and the attention mode."""
     with opened(path, kernels, share) as engine:
         return logits_of(engine, parts)[0], engine.attention_mode
 
 
 def logits_of(engine: Engine, parts: tuple[int, ...]) -> tuple[torch.Tensor, object]:
-    """Logits of every row of TOKENS in steps of these many rows, and the cache."""
+    """Logits of every row of TOKENS, with `parts` as rows of the steps, and the cache."""
     cache, tokens, rows = engine.new_cache(64, 32), TOKENS[0].tolist(), []
     for count in parts:
         rows.append(engine.step([Rows(cache=cache, tokens=tokens[:count], logits=count)]))
@@ -85,11 +85,11 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def same_choice(ours: torch.Tensor, theirs: torch.Tensor, tie: float = 1e-3) -> bool:
-    """Whether our likeliest token is theirs in every row, but for ties within `tie` of a logit."""
+    """True if our likeliest token is theirs in every row, but for ties within `tie` of a logit."""
     chosen = theirs.gather(-1, ours.argmax(-1, keepdim=True))[:, 0]
     return bool((theirs.max(-1).values - chosen < tie).all())
 
 
 def kind_of(name: str) -> str:
-    """Dense, experts or hybrid."""
+    """The kind of a case: dense, experts or hybrid."""
     return CASES[name].kind

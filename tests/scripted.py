@@ -1,7 +1,7 @@
 """GGUF files with a chosen vocabulary, of a model whose next token depends on the last token alone.
 
-Embeddings are one-hot, attention and MLP add zero, and the output matrix says which token follows which. So every answer
-is known before the run, to the token.
+Embeddings are one-hot, attention and MLP add zero, and the output matrix says which token follows which. Every
+answer is therefore known before the run, to the token.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ def byte_level(
 def sentencepiece(
     pieces: Sequence[str], control: Sequence[str] = (), user_defined: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """A SentencePiece vocabulary: unknown, beginning, end, the 256 bytes, `pieces` by falling score, then the others.
+    """A SentencePiece vocabulary: unknown, BOS, EOS, the 256 bytes, `pieces` by falling score, then the others.
 
     Returns arguments of `write_scripted`.
     """
@@ -53,7 +53,7 @@ def sentencepiece(
 
 
 def in_turn(*tokens: int) -> dict[int, int]:
-    """`follows` of a chain: each token after the one before it."""
+    """`follows` for a sequence: each token after the one before it."""
     return dict(pairwise(tokens))
 
 
@@ -83,13 +83,13 @@ def write_scripted(
     """Write a scripted model.
 
     Args:
-        path: of the file.
-        tokens: the vocabulary, with `types`, `merges` and `scores` as GGUF has them.
+        path: path of the file.
+        tokens: vocabulary, with `types`, `merges` and `scores` as in GGUF.
         follows: the token that comes after a token, by their ids; the default is `eos`, or token 0.
         metadata: further keys. None leaves a key out.
         tensors: further or other tensors by name; None leaves one out.
-        rows: of the embedding and the output matrix; the default is one for each token.
-        kind: of the matrices' elements.
+        rows: rows of the embedding and the output matrix; the default is one for each token.
+        kind: type of the matrices' elements.
     """
     rows = rows or len(tokens)
     width = -(-rows // 64) * 64

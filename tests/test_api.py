@@ -1,4 +1,4 @@
-"""The library: what `headrace.load` returns, and that a conversation is not computed twice."""
+"""The library: `headrace.load` and its model; a conversation is not computed twice."""
 
 import gc
 import json
@@ -36,7 +36,7 @@ def model(tiny_llama: Path, measured: Profile):  # type: ignore[no-untyped-def]
         yield loaded
 
 
-def test_stream_yields_a_piece_per_token_and_then_why_it_ended(model: headrace.Model) -> None:
+def test_stream_yields_a_piece_per_token_and_then_the_finish_reason(model: headrace.Model) -> None:
     pieces = list(model.stream("hello", max_tokens=5, sampling=GREEDY))
     assert [piece.completion_tokens for piece in pieces[:5]] == [1, 2, 3, 4, 5][: len(pieces[:5])]
     assert pieces[-1].finish_reason in ("stop", "length")
@@ -45,12 +45,12 @@ def test_stream_yields_a_piece_per_token_and_then_why_it_ended(model: headrace.M
 
 
 def test_generate_is_the_text_of_the_stream(model: headrace.Model) -> None:
-    # A prompt so short that it goes through the kernels of single rows both times; the second time most of it is known.
+    # The prompt is so short that both times use the decode path; the second time most of it is cached.
     streamed = "".join(piece.text for piece in model.stream("hello", raw=True, max_tokens=8, sampling=GREEDY))
     assert model.generate("hello", raw=True, max_tokens=8, sampling=GREEDY).text == streamed
 
 
-def test_a_continued_conversation_computes_only_what_is_new(tiny_llama: Path, profile: Profile) -> None:
+def test_a_continued_conversation_computes_only_its_new_tokens(tiny_llama: Path, profile: Profile) -> None:
     with headrace.load(tiny_llama, memory="2GiB", profile=profile, deterministic=False) as model:
         continue_a_conversation(model)
 
@@ -62,7 +62,7 @@ def continue_a_conversation(model: headrace.Model) -> None:
     messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "more"}]
     second = model.generate(messages, max_tokens=4, sampling=GREEDY)
     rows = sum(p.rows for p in model.passes[before:])
-    assert rows < second.prompt_tokens  # the beginning was in the cache
+    assert rows < second.prompt_tokens  # the common prefix was in the cache
     model.generate([{"role": "user", "content": "something else"}], max_tokens=2, sampling=GREEDY)
     assert model.generate(messages, max_tokens=4, sampling=GREEDY).text == second.text
 
@@ -77,7 +77,7 @@ def test_a_stop_string_ends_the_answer(model: headrace.Model) -> None:
 
 def test_sampling_with_a_seed_repeats(model: headrace.Model) -> None:
     sampling = headrace.Sampling(temperature=1.5, top_k=50, seed=3)
-    # A prompt of few rows: what of a longer one is in the cache goes through other kernels the second time.
+    # A short prompt: a longer one is prefilled first, and computed by the decode path after a cached prefix.
     texts = [model.generate("hello", max_tokens=12, sampling=sampling, raw=True).text for _ in range(2)]
     assert texts[0] == texts[1]
     other = headrace.Sampling(temperature=1.5, top_k=50, seed=4)
@@ -98,14 +98,14 @@ def test_long_prompts_are_prefilled_in_several_passes(tiny_llama: Path, measured
     assert chunked.prompt_tokens == whole.prompt_tokens
 
 
-def test_progress_is_told_during_prefill(model: headrace.Model) -> None:
+def test_progress_is_reported_during_prefill(model: headrace.Model) -> None:
     seen = []
     model.generate("something new", max_tokens=1, on_progress=seen.append)
     assert seen[-1].done == seen[-1].visits
     assert [p.done for p in seen] == list(range(1, seen[-1].visits + 1))
 
 
-def test_what_does_not_fit_is_refused(tiny_llama: Path, model: headrace.Model) -> None:
+def test_a_prompt_or_budget_that_does_not_fit_is_refused(tiny_llama: Path, model: headrace.Model) -> None:
     with pytest.raises(ContextError, match="the context holds 256"):
         model.generate("x" * 1000)
     with pytest.raises(UsageError, match="empty"):
@@ -120,7 +120,7 @@ def test_one_stream_at_a_time_and_none_after_closing(tiny_llama: Path, measured:
         next(first)
         with pytest.raises(UsageError, match="another stream"):
             loaded.generate("hello", max_tokens=2)
-        assert [piece.finish_reason for piece in first][-1] is not None  # it is not disturbed
+        assert [piece.finish_reason for piece in first][-1] is not None  # the open stream goes on
         assert loaded.generate("hello", max_tokens=2).completion_tokens > 0
     with pytest.raises(UsageError, match="closed"):
         loaded.generate("hello", max_tokens=2)
@@ -144,7 +144,9 @@ def test_a_load_that_fails_leaves_nothing_behind(
         pass
     before = len(os.listdir("/proc/self/fd")), len(AttentionInterface._global_mapping), threading.active_count()
     with monkeypatch.context() as patch:
-        patch.setattr("headrace.api.make_plan", refuse)  # as when the built model takes more than the header promised
+        patch.setattr(
+            "headrace.api.make_plan", refuse
+        )  # as when the built model needs more memory than its header implies
         with pytest.raises(BudgetError):
             headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, profile=measured)
     with monkeypatch.context() as patch:
@@ -159,7 +161,7 @@ def test_a_load_that_fails_leaves_nothing_behind(
     )
 
 
-def test_reads_through_the_page_cache_are_said(
+def test_reads_through_the_page_cache_are_reported(
     tiny_llama: Path, measured: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.open
@@ -176,7 +178,7 @@ def test_reads_through_the_page_cache_are_said(
         assert any("page cache" in reason for reason in loaded.plan.reasons)
 
 
-def test_torch_has_its_threads_back(tiny_llama: Path, measured: Profile) -> None:
+def test_closing_restores_the_threads_of_torch(tiny_llama: Path, measured: Profile) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -184,7 +186,7 @@ def test_torch_has_its_threads_back(tiny_llama: Path, measured: Profile) -> None
             loaded.generate("hello", max_tokens=3, sampling=GREEDY, raw=True)
             assert torch.get_num_threads() == 1
             other = headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, profile=measured)
-        assert torch.get_num_threads() == 1  # the other may still decode
+        assert torch.get_num_threads() == 1  # the other model may still decode
         other.close()
         other.close()
         assert torch.get_num_threads() == 2
@@ -192,16 +194,16 @@ def test_torch_has_its_threads_back(tiny_llama: Path, measured: Profile) -> None
         torch.set_num_threads(before)
 
 
-def test_what_is_planned_is_what_was_asked_for(
+def test_the_plan_uses_the_requested_context_and_kv_bits(
     tiny_llama: Path, measured: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is refused for a context that nobody asked for, and 8 bits are 8 bits."""
+    """No refusal because of a larger default context, and a KV cache of 8 bits where 8 are requested."""
     from headrace.plan import choose_drafting
 
-    asked = []
+    requested = []
 
     def noted(checkpoint: Any, profile: Any, budget: Any, request: Any, options: Any) -> Any:
-        asked.append((request.context_tokens, request.kv_bits))
+        requested.append((request.context_tokens, request.kv_bits))
         return choose_drafting(checkpoint, profile, budget, request, options)
 
     monkeypatch.setattr("headrace.api.choose_drafting", noted)
@@ -223,17 +225,17 @@ def test_what_is_planned_is_what_was_asked_for(
     ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert set(asked) == {(48, 8)}
+    assert set(requested) == {(48, 8)}
     plan = json.loads(result.stdout)["plan"]
     assert (plan["context_tokens"], plan["kv_bits"]) == (48, 8)
 
 
 def test_a_draft_for_a_model_whose_cache_cannot_be_rolled_back_is_refused(tmp_path: Path, measured: Profile) -> None:
     path = write_gguf(random_model("bloom"), "bloom", tmp_path / "bloom.gguf", "Q8_0")
-    with pytest.raises(UsageError, match="cache of its own"):
+    with pytest.raises(UsageError, match="native cache"):
         headrace.load(str(path), memory="4GiB", context_tokens=64, draft="prompt", profile=measured)
     with headrace.load(str(path), memory="4GiB", context_tokens=64, profile=measured) as loaded:
-        assert "cache of its own" in " ".join(loaded.plan.reasons)
+        assert "native cache" in " ".join(loaded.plan.reasons)
 
 
 def test_closing_twice_is_fine_and_leaves_no_reader(tiny_llama: Path, measured: Profile) -> None:
@@ -286,7 +288,7 @@ def test_closing_gives_the_memory_back(tiny_llama: Path, measured: Profile, monk
     assert sum(given_back) > model.plan.pinned_bytes
 
 
-def test_what_a_file_recommends_is_followed_as_far_as_it_makes_sense() -> None:
+def test_sampling_recommended_by_a_file_is_used_where_it_is_valid() -> None:
     found = {"temperature": 0.5, "top_k": -1, "top_p": 0, "min_p": "a little"}
     assert recommended(found) == headrace.Sampling(temperature=0.5)
     assert recommended({"temperature": None}) == headrace.Sampling()

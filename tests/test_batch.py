@@ -113,11 +113,11 @@ def test_bad_lines_get_errors_of_their_own_and_the_rest_goes_on(tiny_llama: Path
     }
     size = target.stat().st_size
     assert batch(source, target, tiny_llama).exit_code == 1
-    assert target.stat().st_size == size  # nothing is done twice
+    assert target.stat().st_size == size  # no request runs twice
 
 
 def _name(record: dict[str, Any]) -> str | int:
-    """The name of a request, or the number of its line, with which our own names begin."""
+    """The custom_id of a request, or else the number of its line, which our own ids hold."""
     number = re.match(r"batch_req_(\d+)", record["id"])
     assert number
     return record["custom_id"] or int(number[1])
@@ -155,13 +155,13 @@ def test_half_a_character_is_an_error_of_its_line(tiny_llama: Path, tmp_path: Pa
 
 
 def test_names_that_look_like_ours_are_told_from_lines_without_a_name(tiny_llama: Path, tmp_path: Path) -> None:
-    """An empty name is a name, and so is the one that we would give to the line of another request."""
+    """An empty custom_id is valid, and so is one that looks like our own id of another line."""
     source = write(tmp_path / "in.jsonl", [line(""), "no json", line("batch_req_2")])
     target = tmp_path / "out.jsonl"
     assert batch(source, target, tiny_llama).exit_code == 1
     assert len(target.read_text().splitlines()) == 3
     bad = next(text for text in target.read_text().splitlines(keepends=True) if "invalid_json" in text)
-    target.write_text(bad)  # as if it had been killed after the bad line
+    target.write_text(bad)  # as after a kill behind the bad line
     assert batch(source, target, tiny_llama).exit_code == 1
     assert set(records(target)) == {"", None, "batch_req_2"}
     size = target.stat().st_size
@@ -180,8 +180,8 @@ def test_chat_requests_use_the_template_which_is_given_text_parts_as_they_are(tm
     record = answer_record(request, text="hi", finish_reason="stop", prompt_tokens=3, completion_tokens=2, model="tiny")
     choice = record["response"]["body"]["choices"][0]
     assert choice["message"] == {"role": "assistant", "content": "hi"}
-    told = {"finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2, "model": "tiny"}
-    record = answer_record(request, text="hi", thinking="hm", **told)  # type: ignore[arg-type]
+    fields = {"finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2, "model": "tiny"}
+    record = answer_record(request, text="hi", thinking="hm", **fields)  # type: ignore[arg-type]
     choice = record["response"]["body"]["choices"][0]
     assert choice["message"] == {"role": "assistant", "content": "hi", "reasoning_content": "hm"}
 
@@ -229,7 +229,7 @@ def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_whole_lines_and_says_how_to_go_on(tmp_path: Path) -> None:
-    # A limit on the size of files is what a full disk looks like to the writer: short writes, then an error.
+    # A limit on file sizes looks like a full disk to the writer: short writes, then an error.
     script = """
 import resource, signal, sys
 from pathlib import Path

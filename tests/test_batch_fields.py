@@ -1,6 +1,6 @@
-"""Each field of a batch request is obeyed, has no effect by definition, or is refused by name; null means absent.
+"""Each field of a batch request is obeyed, has no effect by definition, or is refused by name. Null means absent.
 
-The fields are those of OpenAI's chat completions and completions, and what vLLM and llama.cpp's server take beside them.
+The fields are those of OpenAI's chat completions and completions, and further ones of vLLM and llama.cpp's server.
 """
 
 import json
@@ -27,7 +27,7 @@ LETTERS = [TOKEN(chr(ord("a") + i)) for i in range(26)]
 # Each letter is followed by the next one, a new line by a, the end of a turn by p. The prompt's last token decides the answer.
 FOLLOWS = {**in_turn(*LETTERS, LETTERS[0]), NEWLINE: LETTERS[0], END: TOKEN("p"), TOKEN("X"): END, TOKEN("Y"): START}
 
-# Renders all that a conversation can hold.
+# A template that renders every field of a conversation.
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}\n"
     "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content or '' }}"
@@ -38,7 +38,7 @@ TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking is false %}f{% endif %}"
     "{% if reasoning_effort is defined and reasoning_effort %}{{ reasoning_effort }}{% endif %}{% endif %}"
 )
-# Renders tool calls only beside a content that is null, as DeepSeek V3 does.
+# A template that renders tool calls only beside a content of null, as DeepSeek V3 does.
 BESIDE_NULL = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is none %}"
     "{% for c in m.tool_calls %}[{{ c.function.name }}]{% endfor %}{% else %}{{ m.content }}{% endif %}<|im_end|>"
@@ -64,7 +64,7 @@ def answered(assistant: Mapping[str, Any], **body: Any) -> dict[str, Any]:
     return {**CHAT, "messages": [USER, {"role": "assistant", **assistant}, result], **body}
 
 
-# Fields of a chat that are obeyed: (what is added to the request, the answer).
+# Fields of a chat that are obeyed: (fields added to the request, the answer).
 OBEYED: list[tuple[dict[str, Any], str]] = [
     ({}, "abc"),
     ({"max_tokens": 4}, "abcd"),
@@ -78,7 +78,7 @@ OBEYED: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 0, "top_p": 1, "min_p": 0}, "abc"),
     ({"seed": -1}, "abc"),
     ({"temperature": 1, "top_k": 1}, "abc"),
-    ({"temperature": 1e-42}, "abc"),  # logits divided by it are no longer numbers
+    ({"temperature": 1e-42}, "abc"),  # logits divided by it are not finite
     ({"temperature": 5e-324, "top_p": 0.9}, "abc"),
     ({"chat_template_kwargs": {"enable_thinking": False}}, "ghi"),
     ({"chat_template_kwargs": {"enable_thinking": True}}, "abc"),
@@ -108,7 +108,7 @@ OBEYED_OR_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"documents": [{"title": "t", "text": "k"}], "add_generation_prompt": False}, "lmn"),
     ({"n_predict": 2, "max_tokens": None}, "ab"),
 ]
-# Fields and the values that ask for nothing: defaults, and what only names, bills or schedules a request.
+# Fields and their neutral values: defaults, and labels, billing or scheduling of a request.
 WITHOUT_EFFECT: dict[str, list[Any]] = {
     # OpenAI
     "model": ["any"],
@@ -127,7 +127,7 @@ WITHOUT_EFFECT: dict[str, list[Any]] = {
     "function_call": ["none", "auto"],
     "parallel_tool_calls": [True, False],
     "modalities": [["text"]],
-    "prediction": [{"type": "content", "content": "abc"}],  # makes an answer sooner, and no other
+    "prediction": [{"type": "content", "content": "abc"}],  # speeds up the same answer
     "user": ["u"],
     "metadata": [{"job": "7"}],
     "store": [True, False],
@@ -166,7 +166,7 @@ WITHOUT_EFFECT: dict[str, list[Any]] = {
     "timings_per_token": [False],
 }
 SCHEMA = {"type": "object"}
-# Fields and values that would change the answer or its form, in ways that are not done.
+# Fields and values that would change the answer or its form, and are not supported.
 REFUSED: dict[str, list[Any]] = {
     # OpenAI
     "n": [2],
@@ -222,17 +222,17 @@ REFUSED: dict[str, list[Any]] = {
     "samplers": [["top_k"]],
     "n_probs": [2],
     "lora": [[{"id": 0, "scale": 0.5}]],
-    # SGLang's, and what nobody has
+    # SGLang, and fields of no server
     "regex": ["a+"],
     "min_new_tokens": [2],
     "temprature": [0],
     "Temperature": [0],
     "prompt": ["hi"],
     "": [1],
-    # variables that this template does not have, and those that are not for the request to set
+    # variables that this template does not have, and variables that a request must not set
     "chat_template_kwargs": [{"thinking_budget": 3}, {"messages": []}, {"bos_token": "x"}, ["enable_thinking"], "x"],
 }
-# Of a completion, which has other fields.
+# Fields of a completion, which differ.
 REFUSED_OF_COMPLETIONS: dict[str, list[Any]] = {
     "suffix": ["x"],
     "echo": [True],
@@ -248,7 +248,7 @@ REFUSED_OF_COMPLETIONS: dict[str, list[Any]] = {
 WITHOUT_EFFECT_OF_COMPLETIONS: dict[str, list[Any]] = {
     "suffix": [""], "echo": [False], "best_of": [1], "add_special_tokens": [True], "user": ["u"], "n": [1],
 }  # fmt: skip
-# Fields of a message, of the assistant's with its text "d".
+# Fields of the assistant's message with its text "d".
 REFUSED_OF_MESSAGES: dict[str, list[Any]] = {
     "function_call": [{"name": "f", "arguments": "{}"}],
     "audio": [{"id": "a1"}],
@@ -279,7 +279,7 @@ Record = dict[str, Any]
 
 
 class Answers:
-    """What `headrace batch` makes of all requests of this file, in one run for each template."""
+    """Results of `headrace batch` for all requests of this file, in one run for each template."""
 
     def __init__(self, folder: Path):
         self.models = {
@@ -320,7 +320,7 @@ class Answers:
             "-n",
             "7",
         ]
-        with pytest.MonkeyPatch.context() as patch:  # a profile, or the machine would be measured
+        with pytest.MonkeyPatch.context() as patch:  # a kept profile, so that the machine is not measured
             patch.setenv("HEADRACE_HOME", str(self._folder / "home"))
             save_profile(replace(guessed_profile(), runtime_bytes=400 * MIB, disk_bytes_per_s={"0": 2e9}))
             result = CliRunner().invoke(main, [str(one) for one in arguments])
@@ -416,7 +416,7 @@ def assert_refused(record: Record, name: str) -> None:
 
 
 def tokens_of_transformers(answers: Answers, model: str, body: Mapping[str, Any]) -> int:
-    """The tokens of a conversation as transformers renders it, which wants arguments of tool calls as objects."""
+    """The tokens of a conversation as rendered by transformers, which needs arguments of tool calls as objects."""
     messages = json.loads(json.dumps(body["messages"]))
     for call in (call for message in messages for call in message.get("tool_calls") or []):
         call["function"]["arguments"] = json.loads(call["function"]["arguments"])
@@ -443,7 +443,7 @@ def test_a_field_of_a_request_is_obeyed_as_vllm_does_or_refused(
 
 
 @pytest.mark.parametrize(("name", "value"), _cases(WITHOUT_EFFECT), ids=_ids(WITHOUT_EFFECT))
-def test_a_value_that_asks_for_nothing_is_accepted(answers: Answers, name: str, value: Any) -> None:
+def test_a_neutral_value_is_accepted(answers: Answers, name: str, value: Any) -> None:
     assert text_of(answers.of({**CHAT, name: value})) == "abc"
 
 
@@ -462,7 +462,7 @@ def test_a_field_of_a_completion_that_cannot_be_obeyed_is_refused_by_name(
 @pytest.mark.parametrize(
     ("name", "value"), _cases(WITHOUT_EFFECT_OF_COMPLETIONS), ids=_ids(WITHOUT_EFFECT_OF_COMPLETIONS)
 )
-def test_a_value_that_asks_for_nothing_is_accepted_of_a_completion(answers: Answers, name: str, value: Any) -> None:
+def test_a_neutral_value_of_a_completion_is_accepted(answers: Answers, name: str, value: Any) -> None:
     assert text_of(answers.of({**TEXT, name: value})) == "bcd"
 
 
@@ -495,7 +495,7 @@ def test_a_field_of_a_message_that_is_null_is_absent(answers: Answers, name: str
 
 @pytest.mark.parametrize("content", NOT_TEXTS, ids=json.dumps)
 def test_a_content_that_is_no_text_is_refused(answers: Answers, content: Any) -> None:
-    """In particular null in a part is not the text `None`."""
+    """Null in a part is not the text `None`."""
     assert_refused(answers.of({**CHAT, "messages": [{"role": "user", "content": content}]}), "content")
 
 
@@ -535,6 +535,6 @@ def test_tool_calls_that_the_template_would_drop_are_refused(answers: Answers, a
     record = answers.of(answered(assistant), "beside null")
     if assistant.get("content"):
         assert_refused(record, "tool_calls")
-    else:  # no text: whether it is absent, null or empty, the calls are there
+    else:  # without text (absent, null or empty), the calls are rendered
         expected = tokens_of_transformers(answers, "beside null", answered({**assistant, "content": None}))
         assert prompt_tokens(record) == expected

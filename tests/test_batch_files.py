@@ -1,4 +1,4 @@
-"""What `headrace batch` does with its files: failures of single lines, whose results they are, the summary, odd paths."""
+"""`headrace batch` and its files: failures of single lines, owners of results, the summary, odd paths."""
 
 import errno
 import fcntl
@@ -30,7 +30,7 @@ LETTERS = [VOCABULARY["tokens"].index(chr(ord("a") + i)) for i in range(26)]
 END, NEWLINE = VOCABULARY["tokens"].index("<|im_end|>"), VOCABULARY["tokens"].index("Ċ")
 FOLLOWS = {**in_turn(*LETTERS, LETTERS[0]), NEWLINE: LETTERS[0]}
 
-# Goes wrong in the ways that Python has, as the user asks it to.
+# A template that fails in the way named by the user message.
 BROKEN = (
     "{% set c = messages[0].content %}"
     "{% if c == 'zero' %}{{ 1 // 0 }}"
@@ -81,7 +81,7 @@ def known_machine(profile: Profile, own_home: None) -> None:
 
 @pytest.fixture(scope="module")
 def alphabet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Continues the alphabet after the last letter of its prompt."""
+    """A model that continues the alphabet after the last letter of its prompt."""
     path = tmp_path_factory.mktemp("alphabet") / "model.gguf"
     return write_scripted(path, **VOCABULARY, eos=END, follows=FOLLOWS)
 
@@ -137,7 +137,7 @@ def test_a_template_that_fails_at_one_conversation_fails_its_line_alone(tmp_path
     assert target.stat().st_size == size
 
 
-# Whose results an output file holds
+# Owners of the results in an output file
 
 LINES: list[Mapping[str, Any] | str] = [line("r0", "a"), chat("r1", "hi"), line("bad", n=2), "no json", line("r2", "d")]
 
@@ -230,7 +230,7 @@ def test_the_same_requests_written_and_ordered_otherwise_go_on(done: Path, alpha
 
 
 def test_results_that_do_not_say_whose_they_are_are_refused(done: Path, alphabet: Path, tmp_path: Path) -> None:
-    """As files of other programs and of earlier versions do not."""
+    """Files of other programs and of earlier versions lack the hashes."""
     target = tmp_path / "out.jsonl"
     old = [
         {"id": f"batch_req_{i + 1}", "custom_id": one["custom_id"], "response": one["response"], "error": one["error"]}
@@ -284,7 +284,7 @@ def test_results_have_the_form_of_the_batch_api(done: Path) -> None:
 def test_a_summary_counts_what_was_answered_and_what_failed(alphabet: Path, tmp_path: Path) -> None:
     lines: list[Mapping[str, Any] | str] = [line("a"), line("n", n=2), "no json", line("long", "x" * 600), line("b")]
     source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    for options in ((), (), ("--quiet",)):  # the second and the third find nothing left to do
+    for options in ((), (), ("--quiet",)):  # the second and third run find all requests answered
         result = batch(source, target, alphabet, *options)
         assert result.exit_code == 1, result.output
         assert result.stderr.rstrip().endswith(f"2 answered, 3 failed: see {target}")
@@ -302,7 +302,7 @@ def test_a_batch_in_which_every_line_failed_says_so_and_fails(
         assert result.exit_code == 1
         assert f"0 answered, 2 failed: see {target}" in result.stderr
     target.unlink()
-    write(source, [line("long", "x" * 600)])  # this one is known to fail only once the model is there
+    write(source, [line("long", "x" * 600)])  # this line fails only once the model is loaded
     result = batch(source, target, alphabet, *options)
     assert result.exit_code == 1
     assert f"0 answered, 1 failed: see {target}" in result.stderr
@@ -331,7 +331,7 @@ def test_a_batch_in_which_every_line_was_answered_succeeds(alphabet: Path, tmp_p
 
 
 def command(source: Path, target: Path, model: Path) -> "subprocess.CompletedProcess[str]":
-    """The command in a process of its own, which may not hang or take the machine's memory."""
+    """Run the command in a separate process with limits on time and memory."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (3 * GIB, 3 * GIB))
@@ -444,7 +444,7 @@ def test_a_file_system_that_has_no_locks_is_an_error(
 
 
 def test_a_disk_that_fails_twice_is_an_error(alphabet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At writing, and at cutting off what was written."""
+    """The write fails, and then the truncation of the half line."""
     source, target = write(tmp_path / "in.jsonl", [line("n", n=2)]), tmp_path / "out.jsonl"
 
     def failing(*_: Any) -> int:

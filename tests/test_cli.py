@@ -1,4 +1,4 @@
-"""The command as a user meets it: a second process, a real terminal's exit codes, stdout for data and stderr for words."""
+"""The command as a user runs it: a second process, exit codes, stdout for data and stderr for messages."""
 
 import json
 import os
@@ -25,7 +25,7 @@ ROOMY = "2GiB"
 
 @pytest.fixture(autouse=True)
 def probed(own_home: None, profile: Profile) -> None:
-    """A kept profile, so that no test measures the machine; memory as a fresh process really takes it."""
+    """Keep a profile with the memory of a fresh process, so that no test measures the machine."""
     save_profile(replace(profile, runtime_bytes=440 * MIB, disk_bytes_per_s={"0": 2e9}))
 
 
@@ -36,7 +36,7 @@ def headrace(*arguments: str, stdin: str = "", **more: str) -> subprocess.Comple
 
 
 def heed_interrupts() -> None:
-    """A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that: undo it."""
+    """Restore Ctrl-C: background jobs of bash start with it ignored, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -75,7 +75,7 @@ def test_the_prompt_may_come_from_stdin_or_a_file(tiny_llama: Path, tmp_path: Pa
 def test_streaming_and_a_budget_at_the_floor_give_the_same_text(tiny_llama: Path) -> None:
     plan = json.loads(headrace("plan", str(tiny_llama), "--memory", ROOMY, "--json").stdout)
     floor = plan["memory"]["floor_bytes"] + 2 * MIB
-    options = ("-n", "8", "-t", "0", "--json", "-q", "--raw")  # so short that no rows are many
+    options = ("-n", "8", "-t", "0", "--json", "-q", "--raw")  # short enough for the decode path alone
     roomy = json.loads(headrace("run", str(tiny_llama), "hello", "--memory", ROOMY, *options).stdout)
     tight = json.loads(headrace("run", str(tiny_llama), "hello", "--memory", str(floor), *options).stdout)
     assert tight["text"] == roomy["text"]
@@ -139,7 +139,7 @@ def test_control_c_ends_the_answer_with_130(tiny_llama: Path) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
     assert process.stdout is not None
-    process.stdout.read(3)  # it has begun to answer
+    process.stdout.read(3)  # the answer has begun
     process.send_signal(signal.SIGINT)
     _, words = process.communicate(timeout=60)
     assert process.returncode == 130, words
@@ -148,7 +148,7 @@ def test_control_c_ends_the_answer_with_130(tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, BrokenPipeError])
-def test_what_click_would_end_with_1_has_a_code_of_its_own(raised: type[BaseException]) -> None:
+def test_ctrl_c_and_a_closed_pipe_have_their_own_exit_codes(raised: type[BaseException]) -> None:
     code = f"""
 import headrace.cli.forecast
 def interrupted(*_):
@@ -188,7 +188,7 @@ class Terminal:
                 break
             try:
                 self.text += os.read(self.fd, 4096).decode(errors="replace")
-            except OSError:  # the other end is closed
+            except OSError:  # the command closed its end
                 break
         return self.text.count(words) >= count
 
@@ -248,7 +248,7 @@ def test_a_draft_changes_nothing_but_the_passes(tiny_llama: Path) -> None:
     assert "tokens per pass" in answers[str(tiny_llama)].stderr
 
 
-def test_the_plan_compares_ways_to_draft(tiny_llama: Path) -> None:
+def test_the_plan_compares_drafting_options(tiny_llama: Path) -> None:
     result = headrace("plan", str(tiny_llama), "--memory", ROOMY, "--draft", "prompt", "--batch", "4", "--json")
     plan = json.loads(result.stdout)
     assert plan["sequences"] == 4
@@ -262,7 +262,7 @@ def test_a_draft_that_does_not_exist_is_a_usage_error(tiny_llama: Path) -> None:
     assert "no draft model" in result.stderr
 
 
-def test_batch_says_how_far_it_is(tiny_llama: Path, tmp_path: Path) -> None:
+def test_batch_reports_its_progress(tiny_llama: Path, tmp_path: Path) -> None:
     body = {"prompt": "hello", "max_tokens": 3}
     lines = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(3)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -274,7 +274,7 @@ def test_batch_says_how_far_it_is(tiny_llama: Path, tmp_path: Path) -> None:
     assert "tok/s" in result.stderr
 
 
-def test_a_run_leaves_a_record_and_bench_holds_the_plan_against_it(tiny_llama: Path, tmp_path: Path) -> None:
+def test_run_and_bench_keep_records_and_bench_compares_with_the_plan(tiny_llama: Path, tmp_path: Path) -> None:
     page = tmp_path / "bench.html"
     result = headrace("bench", str(tiny_llama), "--memory", ROOMY, "-n", "6", "--draft", "none", "--html", str(page))
     assert result.returncode == 0, result.stderr
@@ -288,8 +288,8 @@ def test_a_run_leaves_a_record_and_bench_holds_the_plan_against_it(tiny_llama: P
     assert json.loads(records[0])["passes"][0]["count"] >= 4
 
 
-def test_bench_runs_a_mixture(tmp_path: Path) -> None:
-    model = write_gguf(random_model("mixtral"), "mixtral", tmp_path / "mixture.gguf", "Q8_0")
+def test_bench_runs_an_moe_model(tmp_path: Path) -> None:
+    model = write_gguf(random_model("mixtral"), "mixtral", tmp_path / "moe.gguf", "Q8_0")
     result = headrace("bench", str(model), "--memory", ROOMY, "-n", "4", "--draft", "none")
     assert result.returncode == 0, result.stderr
     assert "reached" in result.stdout

@@ -1,4 +1,4 @@
-"""Documents that are made from the code are up to date, and no page names a file that is not there."""
+"""Generated documents are up to date, and links in pages lead to existing files."""
 
 import re
 import sys

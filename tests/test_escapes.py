@@ -1,4 +1,4 @@
-"""Text from files on a terminal: control characters are shown escaped, so that no name moves the cursor or forges a line."""
+"""Control characters from files are shown escaped, so that no name moves the cursor or forges a line."""
 
 import json
 import struct
@@ -15,8 +15,8 @@ from headrace.cli import main
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 
-# What each would do: colours, the window's title, the clipboard, C1's own introducer, the line's start, the bell, a backspace,
-# a delete, text from right to left, and an isolate of it.
+# Effects of each: colours, the window's title, the clipboard, C1's own introducer, the line's start, the bell, a backspace,
+# a delete, right-to-left text, and an isolate of it.
 EVIL = "a\x1b[31mb\x1b]0;t\x07c\x1b]52;c;eA==\x1b\\d\x9b31me\rf\bg\x7fh\u202ei\u2066j"
 RAW = tuple("\x1b\x07\x9b\r\b\x7f\u202e\u2066")
 FORGED = "sound\nlicense      MIT\nhint: run something"
@@ -39,14 +39,14 @@ def scripted(folder: Path, **options: Any) -> Path:
 
 
 def on_a_terminal(*arguments: str | Path) -> Result:
-    """A command whose escape sequences are left as they are, as on a terminal; elsewhere click takes some out."""
+    """Run a command whose escape sequences stay, as on a terminal; elsewhere click removes some."""
     result = CliRunner().invoke(main, [str(argument) for argument in arguments], color=True)
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     return result
 
 
 def check_escaped(result: Result) -> None:
-    """Nothing raw, but for the colours that are our own."""
+    """Check that no escape sequence is raw but our own colours."""
     found = [character for character in RAW if character in result.output]
     assert not found, (found, result.output)
 
@@ -166,7 +166,7 @@ def test_a_page_holds_no_script_and_no_control_character_of_a_name(tmp_path: Pat
 
 
 def folder(place: Path, entries: Mapping[str, Any], config: Mapping[str, Any], **files: str) -> Path:
-    """A folder with one tensor of a byte, but for what is given."""
+    """A folder with one tensor of a byte; `entries`, `config` and `files` replace the defaults."""
     place.mkdir()
     header = json.dumps(entries or {"x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
     (place / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")

@@ -1,4 +1,4 @@
-"""Folders and mixtures as a user meets them: the command in a second process, and the library."""
+"""Folders and MoE models as a user runs them: the command in a second process, and the library."""
 
 import json
 import os
@@ -47,8 +47,8 @@ def folder_of(name: str, path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder_of("qwen3_moe", tmp_path_factory.mktemp("folders") / "mixture")
+def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_of("qwen3_moe", tmp_path_factory.mktemp("folders") / "moe")
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,12 @@ def headrace(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_mixture_runs_from_its_folder_and_says_what_its_experts_cost(mixture: Path) -> None:
-    planned = headrace("plan", str(mixture), "--memory", ROOMY, "--json")
+def test_an_moe_model_runs_from_its_folder_and_reports_its_expert_cache(moe_model: Path) -> None:
+    planned = headrace("plan", str(moe_model), "--memory", ROOMY, "--json")
     assert planned.returncode == 0, planned.stderr
     experts = json.loads(planned.stdout)["experts"]
     assert experts["total"] == experts["slots"]
-    result = headrace("run", str(mixture), "hello", "--memory", ROOMY, "-n", "6", "-t", "0", "--json", "-q")
+    result = headrace("run", str(moe_model), "hello", "--memory", ROOMY, "-n", "6", "-t", "0", "--json", "-q")
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["usage"]["completion_tokens"] <= 6
@@ -77,22 +77,22 @@ def test_a_mixture_runs_from_its_folder_and_says_what_its_experts_cost(mixture: 
 
 
 @pytest.mark.parametrize("name", ["jetmoe", "openai-gpt", "qwen4_exp_text", "recurrent_gemma", "rwkv"])
-def test_models_with_a_memory_of_their_own_or_none_answer_as_transformers_does(name: str, tmp_path: Path) -> None:
+def test_models_with_a_native_cache_or_none_answer_as_transformers_does(name: str, tmp_path: Path) -> None:
     theirs = tiny_model(name)
     with library.load(str(folder_of(name, tmp_path / "model")), memory=ROOMY, draft="none") as model:
         for prompt in ("hello there", "a"):
             pieces = model.stream(prompt, raw=True, max_tokens=10, sampling=GREEDY)
             answer = [piece.token for piece in pieces if piece.token is not None]
-            told = list(model.encode(prompt, raw=True))
+            tokens = list(model.encode(prompt, raw=True))
             for token in answer:
                 with torch.inference_mode():
-                    assert token == int(theirs(torch.tensor([told])).logits[0, -1].argmax())
-                told.append(token)
+                    assert token == int(theirs(torch.tensor([tokens])).logits[0, -1].argmax())
+                tokens.append(token)
             assert answer
 
 
-def test_a_text_prompt_goes_through_the_folders_own_chat_template(mixture: Path) -> None:
-    with library.load(str(mixture), memory=ROOMY, draft="none") as model:
+def test_a_text_prompt_goes_through_the_folders_own_chat_template(moe_model: Path) -> None:
+    with library.load(str(moe_model), memory=ROOMY, draft="none") as model:
         ids = model.encode("hi")
         assert (
             model.tokenizer.decode(ids) == "user\nhi\nassistant"
@@ -101,34 +101,34 @@ def test_a_text_prompt_goes_through_the_folders_own_chat_template(mixture: Path)
         assert model.tokenizer.end_ids == set(model.tokenizer.encode("<|im_end|>", special=False))
 
 
-def test_what_routers_chose_is_left_to_the_next_run(mixture: Path, tmp_path: Path) -> None:
-    with library.load(str(mixture), memory=ROOMY, draft="none", prompt_tokens=8, context_tokens=64) as model:
+def test_router_scores_are_kept_for_the_next_run(moe_model: Path, tmp_path: Path) -> None:
+    with library.load(str(moe_model), memory=ROOMY, draft="none", prompt_tokens=8, context_tokens=64) as model:
         model.generate("hello", raw=True, max_tokens=12, sampling=GREEDY)
     assert list((tmp_path / "home" / "routing").glob("*.npz"))
-    with library.load(str(mixture), memory=ROOMY, draft="none", prompt_tokens=8, context_tokens=64) as model:
+    with library.load(str(moe_model), memory=ROOMY, draft="none", prompt_tokens=8, context_tokens=64) as model:
         again = model.generate("hello", raw=True, max_tokens=12, sampling=GREEDY)
     assert again.experts is not None
 
 
-def test_prompts_of_a_mixture_together_give_what_they_give_alone(mixture: Path) -> None:
+def test_prompts_of_an_moe_model_give_the_same_text_together_and_alone(moe_model: Path) -> None:
     prompts = ["one", "two words", "three"]
     options = {"raw": True, "max_tokens": 8, "sampling": GREEDY}
-    with library.load(str(mixture), memory=ROOMY, draft="none", context_tokens=64) as model:
+    with library.load(str(moe_model), memory=ROOMY, draft="none", context_tokens=64) as model:
         alone = [model.generate(prompt, **options).text for prompt in prompts]
-    with library.load(str(mixture), memory=ROOMY, draft="none", context_tokens=64, sequences=3) as model:
+    with library.load(str(moe_model), memory=ROOMY, draft="none", context_tokens=64, sequences=3) as model:
         together = [answer.text for answer in model.generate(prompts, **options)]
     assert together == alone
 
 
-def test_a_hybrid_runs_one_sequence_at_a_time_and_takes_a_conversation_up(hybrid: Path) -> None:
+def test_a_hybrid_runs_one_sequence_at_a_time_and_continues_a_conversation(hybrid: Path) -> None:
     with library.load(str(hybrid), memory=ROOMY, context_tokens=128, sequences=4) as model:
         assert model.plan.sequences == 1
         assert model.plan.drafting.name == "none"
         first = model.generate("some words", raw=True, max_tokens=6, sampling=GREEDY)
         longer = "some words" + first.text + " and more"
-        taken_up = model.generate(longer, raw=True, max_tokens=6, sampling=GREEDY)
+        continued = model.generate(longer, raw=True, max_tokens=6, sampling=GREEDY)
     with library.load(str(hybrid), memory=ROOMY, context_tokens=128) as model:
-        assert model.generate(longer, raw=True, max_tokens=6, sampling=GREEDY).text == taken_up.text
+        assert model.generate(longer, raw=True, max_tokens=6, sampling=GREEDY).text == continued.text
 
 
 def test_a_model_at_the_hub_is_planned_from_its_headers_and_run_by_its_name(tiny_llama: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_model_at_the_hub_is_planned_from_its_headers_and_run_by_its_name(tiny
     try:
         planned = headrace("plan", "org/tiny", "--memory", ROOMY, "--json", **where)
         assert planned.returncode == 0, planned.stderr
-        assert not list((tmp_path / "hf").rglob("*.gguf"))  # nothing was fetched but headers
+        assert not list((tmp_path / "hf").rglob("*.gguf"))  # only headers were fetched
         first = headrace("run", "org/tiny", "hello", "--memory", ROOMY, "-n", "4", "-t", "0", **where)
         assert first.returncode == 0, first.stderr
         again = headrace(

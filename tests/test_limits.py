@@ -1,4 +1,4 @@
-"""Low limits of the operating system, and disks that refuse direct reads: an error that names the limit, or another way."""
+"""Low limits of the operating system give an error that names them. Direct reads that fail fall back to buffered ones."""
 
 import errno
 import fcntl
@@ -26,7 +26,7 @@ from headrace.plan.profile import save_profile
 from headrace.units import MIB
 
 COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
-# How people know the limits: by the shell's option, the constant, or in words.
+# Names of the limits: the option of ulimit, the constant, and words.
 NAMES = {
     resource.RLIMIT_NPROC: ("ulimit -u", "RLIMIT_NPROC", "limit of processes", "limit of threads"),
     resource.RLIMIT_AS: ("ulimit -v", "RLIMIT_AS", "address space"),
@@ -39,7 +39,7 @@ ANSWER = "hello"
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Path]:
-    """A model that goes on with "hello" after "X", where every user of this machine may read it."""
+    """A model that answers "hello" to "X", in a file that every user of this machine may read."""
     vocabulary = byte_level(more=[("ello", 1)])
     ids = [vocabulary["tokens"].index(token) for token in ("X", "h", "ello", "<|im_end|>")]
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ def kept_profile(model: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch)
 
 @contextmanager
 def limited(limit: int, value: int) -> Iterator[None]:
-    """This process under a limit."""
+    """Run a block of this process under a limit."""
     soft, hard = resource.getrlimit(limit)
     resource.setrlimit(limit, (value, hard))
     try:
@@ -65,7 +65,7 @@ def limited(limit: int, value: int) -> Iterator[None]:
 
 
 def run_limited(limit: int, value: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own that is limited from its start."""
+    """Run a command in a separate process that is limited from its start."""
 
     def set_limit() -> None:
         resource.setrlimit(limit, (value, value))
@@ -94,7 +94,7 @@ def check_result(result: Result, limit: int) -> None:
 
 
 def check_answers(model: Path, profile: Profile) -> None:
-    """What failed before has left nothing behind."""
+    """Check that the earlier failure has left nothing behind."""
     with headrace.load(model, memory="2GiB", profile=profile) as loaded:
         assert loaded.generate("X", max_tokens=4, raw=True).text == ANSWER
 
@@ -118,7 +118,7 @@ def test_a_low_limit_of_data_is_named(model: Path) -> None:
         check_named(result.stderr, resource.RLIMIT_DATA)
 
 
-# Threads of one process count as processes of its user; root has no limit. What is needed is imported before.
+# Threads of one process count as processes of its user; root has no limit. Modules are imported before.
 AS_NOBODY = """
 import os, resource, sys
 from headrace.cli import main
@@ -174,7 +174,7 @@ def test_threads_that_cannot_start_are_an_error_and_leave_no_others(
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
-def test_a_machine_that_cannot_be_measured_for_want_of_processes_is_guessed(
+def test_a_machine_that_cannot_start_a_probe_process_uses_assumed_rates(
     number: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -247,7 +247,7 @@ def is_direct(descriptor: int) -> bool:
 
 @contextmanager
 def direct_reads_fail(number: int, after: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A file system that opens files for direct reads, and fails the reads after so many."""
+    """A file system that opens files for direct reads, and fails them after the first `after`."""
     real, left = os.preadv, [after]
 
     def preadv(descriptor: int, buffers: Any, offset: int, *rest: int) -> int:

@@ -1,4 +1,4 @@
-"""3,000 mutated inputs with fixed seeds: each gives an answer or an error with a hint; no traceback, no hang, no flood of memory.
+"""3,000 mutated inputs with fixed seeds give a result or an error with a hint, in bounded time and memory.
 
 A failure names its case. To try it again, in this folder:
 python -c "import test_mutated_inputs as t; print(t.attempt(('gguf', 17)))"
@@ -36,7 +36,7 @@ from headrace.units import GIB, MIB
 
 COUNTS = {"gguf": 1100, "folder": 700, "template": 800, "profile": 400}
 assert sum(COUNTS.values()) == 3000
-SECONDS = 20.0  # for one input, on a busy machine
+SECONDS = 20.0  # time limit of one input, on a busy machine
 MEMORY = 600 * MIB
 NUMBERS = (
     0,
@@ -96,7 +96,7 @@ IN_JSON: tuple[Any, ...] = (
 
 
 def read_header(content: bytes) -> tuple[list[list[Any]], list[list[Any]], int]:
-    """[key, type, value as bytes] of each pair, [name, dimensions, type, offset] of each tensor, and the end of the header."""
+    """[key, type, value bytes] of each pair, [name, dimensions, type, offset] of each tensor, and the header's end."""
     at = 8
     widths = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
@@ -138,7 +138,7 @@ def read_header(content: bytes) -> tuple[list[list[Any]], list[list[Any]], int]:
 
 
 def write_header(pairs: list[list[Any]], table: list[list[Any]], rest: bytes, alignment: int = 32) -> bytes:
-    """The file again, sound or not."""
+    """The file with this header, sound or not."""
     out = [b"GGUF", struct.pack("<IQQ", 3, len(table), len(pairs))]
     for key, kind, value in pairs:
         out += [struct.pack("<Q", len(key)), key, struct.pack("<I", kind), value]
@@ -197,7 +197,7 @@ def edit(data: bytearray, chance: random.Random, end: int) -> None:
 
 @cache
 def gguf_bases() -> tuple[bytes, ...]:
-    """A scripted model, which has a tokenizer and a template, and models with what others have not."""
+    """A scripted model, which has a tokenizer and a template, and models with rarer features."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.gguf"
         found = [write_scripted(path, **byte_level(), eos=258, kind=np_half()).read_bytes()]
@@ -213,7 +213,7 @@ def np_half() -> Any:
 
 
 def mutated_gguf(chance: random.Random) -> tuple[bytes, int]:
-    """A file, and the size that it is given."""
+    """A mutated file, and its declared size."""
     content = chance.choice(gguf_bases())
     pairs, table, end = read_header(content)
     if chance.random() < 0.4:
@@ -236,9 +236,9 @@ def change_header(pairs: list[list[Any]], table: list[list[Any]], chance: random
     pair, tensor = chance.choice(pairs), chance.choice(table)
     if what < 3:
         pair[1:] = any_value(chance)
-    elif what == 3 and pair[1] == 8:  # a length of its own
+    elif what == 3 and pair[1] == 8:  # a mutated length
         pair[2] = (chance.choice(NUMBERS) % (1 << 64)).to_bytes(8, "little") + pair[2][8:]
-    elif what == 3 and pair[1] == 9:  # a count of its own
+    elif what == 3 and pair[1] == 9:  # a mutated count
         pair[2] = pair[2][:4] + (chance.choice(NUMBERS) % (1 << 64)).to_bytes(8, "little") + pair[2][12:]
     elif what == 4 and pair[1] in (4, 5):
         pair[2] = (chance.choice(NUMBERS) % (1 << 32)).to_bytes(4, "little")
@@ -277,7 +277,7 @@ def change_header(pairs: list[list[Any]], table: list[list[Any]], chance: random
 
 
 def try_gguf(chance: random.Random, folder: Path) -> str:
-    """Plan with it, and write a prompt with its tokenizer."""
+    """Plan a mutated GGUF file, and render a prompt with its tokenizer."""
     content, size = mutated_gguf(chance)
     path = folder / "model.gguf"
     path.write_bytes(content)
@@ -287,13 +287,13 @@ def try_gguf(chance: random.Random, folder: Path) -> str:
 
 
 def used(path: Path) -> str:
-    """What is wrong with how a model's tokenizer and its headers are used."""
+    """The fault of a prompt with a model's tokenizer, else of a plan from its headers."""
     outcome = verdict(lambda: Tokenizer(open_checkpoint(str(path))).chat([{"role": "user", "content": "hi"}]))
     return outcome if outcome != FINE else invoked("plan", str(path), "--memory", "2GiB")
 
 
 def invoked(*arguments: str) -> str:
-    """What is wrong with how the command ends."""
+    """The fault of a command: a traceback or a signal."""
     result = CliRunner().invoke(main, arguments)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         return described(result.exception)
@@ -324,7 +324,7 @@ def folder_base() -> dict[str, bytes]:
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Of every value within a JSON value."""
+    """Paths of all values within a JSON value."""
     found = [place] if place else []
     inner = (
         list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
@@ -335,12 +335,14 @@ def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def change_json(value: Any, chance: random.Random) -> Any:
-    """One value of it changed, removed, doubled or moved."""
+    """Change, remove, double or move one value within a JSON value."""
     all_places = places(value)
     if not all_places:
         return chance.choice(IN_JSON)
-    few = [place for place in all_places if len(place) < 3] or all_places  # a vocabulary is most of a tokenizer.json
-    place = chance.choice(few if chance.random() < 0.8 else all_places)
+    shallow = [
+        place for place in all_places if len(place) < 3
+    ] or all_places  # a vocabulary is most of a tokenizer.json
+    place = chance.choice(shallow if chance.random() < 0.8 else all_places)
     outer = value
     for key in place[:-1]:
         outer = outer[key]
@@ -357,7 +359,7 @@ def change_json(value: Any, chance: random.Random) -> Any:
 
 
 def change_file(name: str, content: bytes, chance: random.Random) -> bytes:
-    """Another content of a file of a folder."""
+    """Change the content of a folder's file."""
     if name.endswith(".json") and chance.random() < 0.8:
         value = json.loads(content)
         for _ in range(chance.choice([1, 1, 1, 3])):
@@ -376,7 +378,7 @@ def change_file(name: str, content: bytes, chance: random.Random) -> bytes:
 
 
 def try_folder(chance: random.Random, folder: Path) -> str:
-    """Suggestion one of its files, or what it is."""
+    """Use a folder with one file changed, or of another kind."""
     files = dict(folder_base())
     weights = {"config.json": 4, "tokenizer.json": 4, "tokenizer_config.json": 3, "generation_config.json": 2}
     name = chance.choices(list(files), [weights.get(one, 2) for one in files])[0]
@@ -393,7 +395,7 @@ def try_folder(chance: random.Random, folder: Path) -> str:
 
 
 def change_kind(path: Path, chance: random.Random) -> None:
-    """Absent, empty, a folder, a link to itself or to nowhere, or of gigabytes."""
+    """Make a file absent, empty, a folder, a link to itself or to nowhere, or gigabytes long."""
     what = chance.randrange(6)
     if what == 5:
         os.truncate(path, 9 * GIB)
@@ -412,7 +414,7 @@ def change_kind(path: Path, chance: random.Random) -> None:
 # Templates
 
 WHOLE = sorted((Path(__file__).parent / "data" / "chat_templates").glob("*.jinja"))
-PIECES = (
+FRAGMENTS = (
     "{% for m in messages %}",
     "{% for i in range(9) %}",
     "{% for i in range(90000) %}",
@@ -508,19 +510,19 @@ CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
 
 
 def mutated_template(chance: random.Random) -> str:
-    """A published template that was changed, or pieces at random."""
+    """A changed published template, or random fragments."""
     if chance.random() < 0.5:
-        return "".join(chance.choices(PIECES, k=chance.choice([2, 5, 10, 20])))
+        return "".join(chance.choices(FRAGMENTS, k=chance.choice([2, 5, 10, 20])))
     text = chance.choice(WHOLE).read_text(encoding="utf-8")
     for _ in range(chance.choice([1, 2, 5])):
         at = chance.randrange(len(text) + 1)
         until = at + chance.choice([0, 1, 5, 50])
-        text = text[:at] + chance.choice(["", "", chance.choice(PIECES), text[until : until + 90]]) + text[until:]
+        text = text[:at] + chance.choice(["", "", chance.choice(FRAGMENTS), text[until : until + 90]]) + text[until:]
     return text
 
 
 def try_template(chance: random.Random, folder: Path) -> str:
-    """Write conversations by it."""
+    """Render a conversation with a mutated template."""
     path = write_scripted(folder / "model.gguf", **byte_level(), eos=258, template=mutated_template(chance))
 
     def chat() -> None:
@@ -530,7 +532,7 @@ def try_template(chance: random.Random, folder: Path) -> str:
     return verdict(chat)
 
 
-# What headrace keeps
+# Files that headrace keeps
 
 
 @cache
@@ -587,7 +589,7 @@ def try_profile(chance: random.Random, folder: Path) -> str:
     """Plan beside a damaged profile or routing, fit to damaged records."""
     files = dict(kept())
     name = chance.choice(["profile.json", "profile.json", "runs.jsonl", "routing"])
-    if name != "routing" and chance.random() < 0.7:  # what is left is nearly sound, so that it is used
+    if name != "routing" and chance.random() < 0.7:  # the rest is nearly sound, so that it is used
         value = json.loads(files[name])
         place = chance.choice(places(value))
         outer = value

@@ -55,7 +55,7 @@ IMPOSSIBLE = {
 
 @pytest.fixture(scope="module")
 def open_folder() -> Iterator[Path]:
-    """A folder that every user of this machine may enter, as pytest's own are not."""
+    """A folder that every user of this machine may enter, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -87,7 +87,7 @@ def forbidden(open_folder: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module", autouse=True)
 def imported(model: Path, open_folder: Path) -> None:
-    """What the commands import when they are called: another user may not be allowed to read it."""
+    """Import the commands' lazy modules: another user may not be allowed to read them."""
     for module in ("bench", "batch", "demo", "hub", "pack", "page", "run"):
         importlib.import_module(f"headrace.cli.{module}")
     for arguments in (["plan", str(model), "--html", str(open_folder / "page.html")], ["list"], ["show", "org/x"]):
@@ -114,7 +114,7 @@ def invoke(arguments: list[str]) -> Result:
 
 
 def invoke_as_nobody(arguments: list[str]) -> Result:
-    """The result for a user who is not root, whom nothing is forbidden."""
+    """Invoke as a user who is not root, because root may read everything."""
     if os.geteuid() != 0:
         return invoke(arguments)
     os.seteuid(NOBODY)
@@ -125,7 +125,7 @@ def invoke_as_nobody(arguments: list[str]) -> Result:
 
 
 def check_refused(result: Result, *words: str) -> None:
-    """An error in words, no traceback; one of the words, if any are given, is there."""
+    """Check for an error without a traceback, with one of these words if any are given."""
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code in (1, 2), result.output
     assert "Error: " in result.output

@@ -1,4 +1,4 @@
-"""The planner's commands as a user meets them: forecasts, searches, claims, tables, fits, pages, errors with hints."""
+"""The planner's commands as a user runs them: forecasts, searches, claims, tables, fits, pages, errors with hints."""
 
 import json
 import re
@@ -37,11 +37,11 @@ def test_a_published_model_on_another_machine_is_forecast_with_intervals_and_sou
     assert found["changes"][0]["gain"] >= found["changes"][-1]["gain"] > 1
 
 
-def test_the_text_says_the_same_and_what_was_guessed() -> None:
+def test_the_text_shows_the_same_and_its_assumptions() -> None:
     result = run("plan", "llama-3-70b", "--machine", PC, "--bits", "4.85")
     assert result.exit_code == 0
     assert "80 % of the measured rows" in result.stdout
-    assert "guessed" in result.stdout
+    assert "assumed" in result.stdout
     assert "faster with" in result.stdout
 
 
@@ -68,7 +68,7 @@ def test_a_file_can_be_forecast_for_another_machine(tiny_llama: Path) -> None:
     assert answer("plan", str(tiny_llama), "--machine", PC, "--prompt-tokens", "8", "--tokens", "8")["machine"] == PC
 
 
-def test_the_cheapest_way_to_a_speed_is_found_and_the_frontier_with_it() -> None:
+def test_the_cheapest_configuration_with_a_speed_is_found_with_the_frontier() -> None:
     found = answer("plan", "llama-3-8b", "--machine", "rtx-4090", "--require-tok-s", "100")
     assert 1 / found["s_per_token"]["expected"] >= 100
     costs = [point["usd_per_million_output"] for point in found["frontier"]["cost"]]
@@ -99,7 +99,7 @@ def test_the_cheapest_way_to_a_speed_is_found_and_the_frontier_with_it() -> None
         (["--fit", "no-such.jsonl"], "profile", "probe"),
     ],
 )
-def test_what_cannot_be_answered_is_an_error_with_a_hint(
+def test_invalid_options_are_an_error_with_a_hint(
     arguments: list[str], said: str, hint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path
 ) -> None:
     monkeypatch.setenv("HEADRACE_HOME", str(tmp_path))
@@ -151,7 +151,7 @@ def test_pages_need_no_network_and_no_script(tmp_path: Path, tiny_llama: Path) -
     assert gallery.read_text().count("<article") == 57
 
 
-def test_runs_teach_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fitting_to_runs_updates_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headrace.plan.profile import guessed_profile, load_profile, save_profile
 
     monkeypatch.setenv("HEADRACE_HOME", str(tmp_path))
@@ -205,7 +205,7 @@ def test_runs_teach_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "hint" in broken.stderr
 
 
-def test_a_search_keeps_to_what_is_said() -> None:
+def test_a_search_keeps_the_given_options() -> None:
     found = answer("plan", "llama-3-8b", "--require-tok-s", "5", "--bits", "16", "--batch", "4", "--draft", "none")
     assert (found["bits"], found["batch"]) == (16, 4)
     result = run("plan", "llama-3-8b", "--require-tok-s", "5", "--memory", "4GiB")

@@ -1,4 +1,4 @@
-"""What the probe measures, on files too small to say much: that it measures, cleans up and refuses."""
+"""The probe measures, cleans up and refuses, on small files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +11,14 @@ from headrace.probe import LEAST_IO_CPU_SHARE, MOST_IO_CPU_SHARE, _something_to_
 from headrace.units import MIB
 
 
-def test_disk_and_reading_are_measured_in_a_folder_and_nothing_stays(tmp_path: Path) -> None:
+def test_disk_and_io_cpu_share_are_measured_in_a_folder_and_no_file_remains(tmp_path: Path) -> None:
     assert measure_disk(tmp_path, total_bytes=64 * MIB, rounds=1) > 1e6
     share = measure_io_cpu_share(tmp_path, threads=1, weights_per_s=5e9, total_bytes=64 * MIB)
     assert LEAST_IO_CPU_SHARE <= share <= MOST_IO_CPU_SHARE
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_smaller_than_the_ring_does_not_stand_for_the_disk(tmp_path: Path) -> None:
+def test_a_file_smaller_than_the_ring_is_not_used_to_measure_the_disk(tmp_path: Path) -> None:
     small = tmp_path / "small.gguf"
     small.write_bytes(bytes(MIB))
 
@@ -28,18 +28,18 @@ def test_a_file_that_is_smaller_than_the_ring_does_not_stand_for_the_disk(tmp_pa
     assert list(tmp_path.iterdir()) == [small]
 
 
-def test_a_folder_that_is_not_there_is_an_error_with_a_hint(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error_with_a_hint(tmp_path: Path) -> None:
     for measure in (measure_disk, lambda target: measure_io_cpu_share(target, 1, 5e9)):
         with pytest.raises(HeadraceError) as refusal:
             measure(tmp_path / "none" / "file.gguf")
         assert refusal.value.hint
 
 
-@pytest.mark.parametrize(("costs", "product_s"), [(0.5, 0.01), (0.9, 0.001), (0.25, 0.1)])
-def test_what_reading_costs_is_what_comes_on_top_of_the_products(
-    costs: float, product_s: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("costs", "matmul_s"), [(0.5, 0.01), (0.9, 0.001), (0.25, 0.1)])
+def test_the_io_cpu_share_is_the_time_added_to_the_matmuls(
+    costs: float, matmul_s: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On a clock that only products and reads move: however long a product takes, waiting for the disk does not count."""
+    """The clock advances only with matmuls and reads; for any matmul time, disk stalls do not count."""
     alone_s, now = 0.8, 0.0
 
     class Timed:
@@ -49,7 +49,7 @@ def test_what_reading_costs_is_what_comes_on_top_of_the_products(
 
         def matmul(self, *_: object) -> None:
             nonlocal now
-            now += product_s
+            now += matmul_s
 
     def streamed(_path: Path, nbytes: int, _rounds: int, use: Callable[[int], None] | None = None) -> tuple[int, float]:
         if use is None:

@@ -1,4 +1,4 @@
-"""A request that fails, is dropped or is interrupted at any point leaves a model that answers the next one as ever."""
+"""A request that fails, is dropped or is interrupted at any point leaves the model usable for the next one."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ def model(path: Path, profile: Profile) -> Iterator[headrace.Model]:
 
 @pytest.fixture(params=[None, "prompt"], ids=["plain", "draft"])
 def either(path: Path, profile: Profile, request: pytest.FixtureRequest) -> Iterator[headrace.Model]:
-    """A model without and with draft tokens."""
+    """A model, without and with draft tokens."""
     with headrace.load(path, memory="4GiB", context_tokens=64, draft=request.param, profile=profile) as loaded:
         yield loaded
 
@@ -98,7 +98,7 @@ def test_settings_of_a_wrong_type_are_refused_and_leave_the_model_usable(
 
 def test_settings_that_fail_only_when_drawing_leave_the_model_usable(model: headrace.Model) -> None:
     sampling = headrace.Sampling(temperature=1, seed=3)
-    object.__setattr__(sampling, "seed", "x")  # as anything that fails between a pass and its token
+    object.__setattr__(sampling, "seed", "x")  # like any failure between a pass and its token
     with pytest.raises((HeadraceError, TypeError)):
         model.generate("hi", sampling=sampling, max_tokens=3)
     answers_as_ever(model)
@@ -251,7 +251,7 @@ def test_ctrl_c_in_a_chat_ends_only_the_answer(
 
     monkeypatch.setattr(headrace.Model, "stream", once_interrupted)
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    monkeypatch.setattr("headrace.cli.run._read_prompt", lambda *_: None)  # a terminal, on which nothing is piped
+    monkeypatch.setattr("headrace.cli.run._read_prompt", lambda *_: None)  # a terminal without piped input
     result = CliRunner().invoke(main, ["run", str(path), "-t", "0", "--memory", "4GiB", "-q"])
     assert (result.exit_code, result.stdout) == (0, f"ab\n{SAID}\n")
 

@@ -1,4 +1,4 @@
-"""The command's way to import: what it leaves out, that nothing else changes, and that it steps aside."""
+"""The command's slim import leaves modules out, changes nothing else, and gives way to the real compiler."""
 
 import json
 import subprocess
@@ -16,10 +16,10 @@ from headrace.process import peak_bytes
 loaded = [name for name in ("torch._inductor", "torch.distributed.tensor") if name in sys.modules]
 print(json.dumps({"text": text, "loaded": loaded, "peak": peak_bytes()}))
 """
-LEAN = "from headrace import lean; slim_import.library()"
+SLIM = "from headrace import slim_import; slim_import.library()"
 BREAK = """
 from headrace import slim_import
-lean._MODULES = (*lean._MODULES, "no_such_module")
+slim_import._MODULES = (*slim_import._MODULES, "no_such_module")
 slim_import.library()
 """
 
@@ -32,14 +32,14 @@ def answer(before: str, model: Path) -> dict[str, object]:
 
 
 def test_the_answer_is_the_same_and_takes_less_memory(tiny_llama: Path) -> None:
-    usual, lean = answer("", tiny_llama), answer(LEAN, tiny_llama)
-    assert lean["text"] == usual["text"]
-    assert lean["loaded"] == []
+    usual, slim = answer("", tiny_llama), answer(SLIM, tiny_llama)
+    assert slim["text"] == usual["text"]
+    assert slim["loaded"] == []
     assert usual["loaded"]
-    assert lean["peak"] < usual["peak"] - (20 << 20)  # type: ignore[operator]
+    assert slim["peak"] < usual["peak"] - (20 << 20)  # type: ignore[operator]
 
 
-def test_what_cannot_be_imported_so_is_imported_as_usual(tiny_llama: Path) -> None:
+def test_a_slim_import_that_fails_falls_back_to_the_usual_one(tiny_llama: Path) -> None:
     assert answer(BREAK, tiny_llama)["text"] == answer("", tiny_llama)["text"]
 
 
@@ -50,8 +50,8 @@ def test_what_cannot_be_imported_so_is_imported_as_usual(tiny_llama: Path) -> No
         "import torch; assert torch._dynamo.eval_frame.OptimizedModule",
     ],
 )
-def test_the_compiler_takes_its_place_when_somebody_needs_it(used: str) -> None:
-    code = f"""{LEAN}
+def test_the_real_compiler_replaces_the_stand_in_when_it_is_used(used: str) -> None:
+    code = f"""{SLIM}
 {used}
 import torch, torch._dynamo
 assert torch._dynamo.__file__.endswith("__init__.py")
@@ -62,5 +62,5 @@ assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() =
 
 
 def test_torch_that_is_there_already_is_left_alone() -> None:
-    code = f"import torch, torch._dynamo as before\n{LEAN}\nimport torch\nassert torch._dynamo is before"
+    code = f"import torch, torch._dynamo as before\n{SLIM}\nimport torch\nassert torch._dynamo is before"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -1,4 +1,4 @@
-"""What ends an answer, and that nothing of it is lost there: stop strings with control tokens, characters cut by tokens."""
+"""Answers end without losing text: stop strings with control tokens, characters split over tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,16 +20,16 @@ GREEDY = headrace.Sampling(temperature=0)
 
 
 def spelled(data: bytes) -> str:
-    """How byte-level vocabularies spell these bytes."""
+    """The spelling of these bytes in byte-level vocabularies."""
     return "".join(bytes_to_unicode()[byte] for byte in data)
 
 
-# Tokens as Qwen and o200k have them: one whole character and the beginning of the next.
+# Tokens as in Qwen and o200k: one whole character and the first bytes of the next.
 XUAN_AND_2 = spelled("选".encode() + "择".encode()[:2])
 REST = spelled("择".encode()[2:])
 SPACE_AND_1 = spelled(b" " + "é".encode()[:1])
 TWO_AND_3 = spelled(b"ab" + "🙂".encode()[:3])
-UNKNOWN = spelled("\N{REPLACEMENT CHARACTER}".encode())  # a character like others, that a model may well write
+UNKNOWN = spelled("\N{REPLACEMENT CHARACTER}".encode())  # a regular character, which a model may write
 INVALID = spelled(b"\x80")
 ANSWERING = "A" + spelled(b"\n")  # text on both sides of a line's end
 VOCABULARY = byte_level(
@@ -92,7 +92,7 @@ def test_a_control_or_user_defined_token_given_as_stop_string_ends_the_answer(
         (["h", "i", "<|custom|>", "<|custom|>", "y"], ["<|custom|><|custom|>"]),
         (["h", "i", "<marker>", "<|custom|>", "y"], ["<marker><|custom|>"]),
         (["h", "i", "<|custom|>", "A", spelled(b"\n"), "y"], ["<|custom|>A\n"]),
-        (["h", "i", "x", "<|im_end|>"], ["x<|im_end|>"]),  # the end of a turn completes it
+        (["h", "i", "x", "<|im_end|>"], ["x<|im_end|>"]),  # the end of a turn completes the stop string
         (["h", "i", "<|im_end|>"], ["<|im_end|>\n"]),
     ],
 )
@@ -104,7 +104,10 @@ def test_control_tokens_and_text_make_one_stop_string(says: Says, said: list[str
 @pytest.mark.parametrize(
     ("said", "right"),
     [
-        (["h", "i", "<|custom|>", "y", "h"], "hiyh"),  # the control token began the stop string, the text did not go on
+        (
+            ["h", "i", "<|custom|>", "y", "h"],
+            "hiyh",
+        ),  # the control token starts the stop string, the text does not continue it
         (["h", "i", "<|custom|>", "<|custom|>", "y"], "hiy"),
         (["h", "x", "i", "<|custom|>"], "hxi"),
         (["h", "i", "<|custom|>"], "hi"),
@@ -150,9 +153,9 @@ def test_stop_tokens_on_the_command_line(tmp_path: Path, profile: Profile) -> No
     assert CliRunner().invoke(main, arguments).stdout == "hi\n"
 
 
-# -- characters that tokens cut ---------------------------------------------------------------------------------------
+# -- characters split over tokens ---------------------------------------------------------------------------------------
 
-# The whole characters of the bytes. What is left of a cut one may be shown as U+FFFD, as llama.cpp and transformers do.
+# The whole characters of the bytes. The rest of a split one may be shown as U+FFFD, as llama.cpp and transformers do.
 CUT = [
     ([XUAN_AND_2], "选"),
     (["a", SPACE_AND_1], "a "),
@@ -194,7 +197,7 @@ def test_whole_characters_that_come_last_are_looked_at_for_stop_strings(says: Sa
         assert (answer.text, answer.finish_reason) == ("ha" if stop == "选" else "h", "stop")
 
 
-def test_what_was_held_for_a_stop_string_is_shown_with_the_last_characters(says: Says) -> None:
+def test_text_held_for_a_stop_string_is_shown_with_the_last_characters(says: Says) -> None:
     answer = says(["h", "a", XUAN_AND_2], stop="a选x", max_tokens=3)
     assert (whole(answer.text), answer.finish_reason) == ("ha选", "length")
 
@@ -219,7 +222,7 @@ def test_a_replacement_character_that_the_model_writes_is_shown(says: Says) -> N
 @pytest.mark.parametrize("invalid", [[INVALID], [INVALID] * 5, [SPACE_AND_1], [XUAN_AND_2, INVALID, INVALID]])
 def test_bytes_that_are_no_character_lose_nothing_around_them(says: Says, invalid: list[str]) -> None:
     answer = says(["h", *invalid, "i", "j"])
-    # Of the last case, one byte completes the character that was begun: E6 8B 80.
+    # In the last case, one byte completes the started character: E6 8B 80.
     right = "hij" if invalid[0] == INVALID else ("h ij" if invalid[0] == SPACE_AND_1 else "h选拀ij")
     assert answer.text.replace("\N{REPLACEMENT CHARACTER}", "") == right
 
@@ -234,7 +237,9 @@ def test_whole_characters_are_shown_in_the_last_piece_of_each_answer_of_a_batch(
 
 def test_whole_characters_are_shown_where_the_context_is_full(tmp_path: Path, profile: Profile) -> None:
     with model_that_says(tmp_path / "m.gguf", profile, ["h", XUAN_AND_2]) as model:
-        room = len(model.encode("hi")) + 2
-    with headrace.load(tmp_path / "m.gguf", memory="4GiB", context_tokens=room, draft=None, profile=profile) as model:
+        context = len(model.encode("hi")) + 2
+    with headrace.load(
+        tmp_path / "m.gguf", memory="4GiB", context_tokens=context, draft=None, profile=profile
+    ) as model:
         answer = model.generate("hi", sampling=GREEDY)
     assert (whole(answer.text), answer.finish_reason) == ("h选", "length")

@@ -21,9 +21,9 @@ from headrace.plan.profile import save_profile
 Broken: TypeAlias = Callable[[], AbstractContextManager[IO[str]]]
 
 COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
-ANSWER = "caf\u00e9 \u20ac\u2192\U0001f600"  # of Latin-1 only the first word is
+ANSWER = "caf\u00e9 \u20ac\u2192\U0001f600"  # only the first word is in Latin-1
 REQUEST = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "h", "max_tokens": 4}}
-# Commands without a model that runs.
+# Commands that run no model.
 QUICK = (
     "plan {model}",
     "plan {model} --json",
@@ -70,7 +70,7 @@ def words(command: str, model: Path) -> list[str]:
 
 @contextmanager
 def full_disk() -> Iterator[IO[str]]:
-    """A stream that takes nothing: No space left on device."""
+    """A stream whose writes fail: No space left on device."""
     descriptor = os.open("/dev/full", os.O_WRONLY)
     yield open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (what it holds cannot be flushed)
     os.close(descriptor)
@@ -87,7 +87,7 @@ def closed_pipe() -> Iterator[IO[str]]:
 
 @pytest.mark.parametrize("command", [*QUICK, "run {model} h --raw -q", "run {model} h --raw -q --json"])
 def test_a_closed_stdout_is_no_error(command: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout", None)  # as Python has it
+    monkeypatch.setattr("sys.stdout", None)  # as Python sets it
     assert invoke(*words(command, model)) == 0
 
 
@@ -147,7 +147,7 @@ def test_a_closed_pipe_under_stdout_ends_in_silence(
 
 
 @pytest.mark.parametrize("broken", [full_disk, closed_pipe])
-def test_the_answer_comes_where_stderr_takes_nothing(
+def test_the_answer_comes_where_stderr_cannot_be_written(
     broken: Broken,
     model: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,7 +161,7 @@ def test_the_answer_comes_where_stderr_takes_nothing(
 
 
 @pytest.mark.parametrize("broken", [full_disk, closed_pipe])
-def test_a_batch_is_answered_where_stderr_takes_nothing(
+def test_a_batch_is_answered_where_stderr_cannot_be_written(
     broken: Broken, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -174,7 +174,7 @@ def test_a_batch_is_answered_where_stderr_takes_nothing(
 
 
 def test_a_batch_with_all_streams_closed_writes_results_alone(model: Path, tmp_path: Path) -> None:
-    """The first files that it opens would become stdin, stdout and stderr, and get what is meant for those."""
+    """The first opened files would otherwise become stdin, stdout and stderr, and get their text."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps(REQUEST) + "\n")
     skeleton = 'exec "$@" <&- >&- 2>&-'

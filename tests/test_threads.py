@@ -1,4 +1,4 @@
-"""One model among threads and processes: calls take turns or are refused, closing waits, a forked process is told so."""
+"""One model among threads and processes: calls wait or are refused, closing waits, forked processes get an error."""
 
 import os
 import select
@@ -23,7 +23,7 @@ GREEDY = headrace.Sampling(temperature=0)
 VOCABULARY = byte_level()
 NUMBER = VOCABULARY["tokens"].index
 SAID = "abcdefg"
-PATIENCE_S = 30.0  # of a test before it calls something a hang
+PATIENCE_S = 30.0  # wait of a test before a call counts as hanging
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def load(path: Path, profile: Profile) -> Load:
 
 
 class Task(threading.Thread):
-    """A call in a thread of its own, and what came of it."""
+    """A call in a separate thread, and its outcome."""
 
     def __init__(self, call: Callable[[], Any]):
         super().__init__(daemon=True)
@@ -68,14 +68,14 @@ class Task(threading.Thread):
             self.error = error
 
     def outcome(self) -> Any:
-        """What the call returned or raised."""
+        """The result or the exception of the call."""
         self.join(PATIENCE_S)
         assert not self.is_alive(), "the call hangs"
         return self.result if self.error is None else self.error
 
 
 class Pause:
-    """Stops whoever calls it for the n-th time until it is let go."""
+    """Blocks its n-th caller until it is released."""
 
     def __init__(self, at: int = 1):
         self._left = at
@@ -220,7 +220,7 @@ def test_a_stream_that_takes_its_first_job_late_is_not_mixed_with_another(load: 
             yield job
 
         first = Task(lambda: "".join(piece.text for piece in model.stream_jobs(jobs())))
-        late.reached()  # it has been let in, and has added nothing yet
+        late.reached()  # the stream is open, and has added no job yet
         second = Task(lambda: ask(model, on_progress=pause))
         second.join(0.1)
         late.release()
@@ -294,7 +294,7 @@ def test_many_threads_and_a_close_at_any_moment(load: Load, draft: str | None) -
 
 
 def forked(call: Callable[[], object]) -> str:
-    """What a call gives in a forked process, as text; it must not hang there."""
+    """The outcome of a call in a forked process, as text; it must not hang there."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -325,7 +325,7 @@ def test_a_process_forked_after_load_is_told_that_it_cannot_generate(load: Load,
         said = forked(lambda: ask(model))
         assert said.startswith("UsageError")
         assert "fork" in said or "process" in said
-        assert ask(model) == SAID  # the parent is not disturbed
+        assert ask(model) == SAID  # the parent still works
 
 
 def test_a_stream_does_not_go_on_in_a_forked_process(load: Load) -> None:

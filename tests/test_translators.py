@@ -1,4 +1,4 @@
-"""Encoder-decoder models through the public interface: texts, budgets, the plan's bytes, and what they refuse."""
+"""Encoder-decoder models through the public interface: texts, budgets, the plan's bytes, and refusals."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def path(request: pytest.FixtureRequest, model: PreTrainedModel, tmp_path_factor
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 90 MB, so that budgets cut it."""
+    """A model of 90 MB, so that small budgets stream it."""
     sizes = {"d_model": 512, "d_kv": 64, "d_ff": 1536, "num_heads": 8, "num_layers": 3, "num_decoder_layers": 3}
     return write_translator(translator("t5", {**FILES["t5"], **sizes}), tmp_path_factory.mktemp("large") / "model")
 
@@ -93,7 +93,7 @@ def test_a_draft_is_refused(path: Path) -> None:
 def test_an_encoder_reads_as_many_tokens_as_it_has_positions(tmp_path: Path) -> None:
     folder = write_translator(translator("bart", CASES["bart"]), tmp_path / "model")
     with headrace.load(str(folder), memory="2GiB", draft="none") as loaded:
-        assert loaded.plan.context_tokens == 128  # 64 of the encoder, 64 of the decoder
+        assert loaded.plan.context_tokens == 128  # 64 for the encoder, 64 for the decoder
         with pytest.raises(ContextError, match="at most 64"):
             loaded.generate("the " * 70)
         answer = loaded.generate("the " * 50, sampling=headrace.Sampling(temperature=0.0))
@@ -115,8 +115,8 @@ def test_the_answer_is_the_same_from_the_floor_up(large: Path) -> None:
             answers.add(loaded.generate("the house", **OPTIONS).text)
             plans.append(loaded.plan)
             passes = loaded.passes
-            most = plans[-1].streamed_bytes_per_prompt  # at most a ring of it is read ahead for the next prompt
-            assert sum(one.read_bytes for one in passes[1:]) <= most + 1.1 * len(passes) * (
+            prefetched = plans[-1].streamed_bytes_per_prompt  # upper bound: a ring is prefetched for the next prompt
+            assert sum(one.read_bytes for one in passes[1:]) <= prefetched + 1.1 * len(passes) * (
                 plans[-1].streamed_bytes_per_pass + 4096
             )
     assert len(answers) == 1
@@ -124,7 +124,7 @@ def test_the_answer_is_the_same_from_the_floor_up(large: Path) -> None:
     assert plans[0].streamed_bytes_per_prompt > 0
     assert plans[-1].streamed_bytes_per_pass == plans[-1].streamed_bytes_per_prompt == 0
     assert plans[-1].pinned_bytes == plans[-1].weights_bytes
-    for plan in plans:  # what every token needs is pinned before what a prompt needs
+    for plan in plans:  # weights of every token are pinned before prefill-only weights
         assert plan.streamed_bytes_per_pass == 0 or plan.pinned_bytes <= plan.pass_bytes
 
 
@@ -165,23 +165,23 @@ def test_the_header_alone_counts_the_bytes_that_the_built_model_needs(name: str,
     if name in FILES:
         paths.append(write_gguf(translator(name, FILES[name]), tmp_path / "tiny.gguf", "Q8_0"))
     for path in paths:
-        checkpoint, shells = open_checkpoint(path), list[ModelSkeleton]()
+        checkpoint, skeletons = open_checkpoint(path), list[ModelSkeleton]()
 
-        def options(skeleton: ModelSkeleton, found: list[ModelSkeleton] = shells) -> StreamOptions:
+        def options(skeleton: ModelSkeleton, found: list[ModelSkeleton] = skeletons) -> StreamOptions:
             found.append(skeleton)
             rows = {t.name: t.rows for t in (*skeleton.linears, *skeleton.prefill_only_linears)}
             return StreamOptions(pinned_rows=rows, unit_bytes=1 << 20, slots=3, readers=0)
 
         with Engine(checkpoint, options, Kernels(1)):
             pass
-        built, header = shape_of(checkpoint, _built(shells[0])), shape_of(checkpoint)
-        for told, found in ((header.linears, built.linears), (header.prefill_only, built.prefill_only)):
-            routers = {tensor.name for tensor in told if ".router." in tensor.name}  # which are kept in memory
-            assert {tensor.name for tensor in told} - routers == {tensor.name for tensor in found}
+        built, header = shape_of(checkpoint, _built(skeletons[0])), shape_of(checkpoint)
+        for expected, found in ((header.linears, built.linears), (header.prefill_only, built.prefill_only)):
+            routers = {tensor.name for tensor in expected if ".router." in tensor.name}  # routers stay in memory
+            assert {tensor.name for tensor in expected} - routers == {tensor.name for tensor in found}
         assert header.layers == built.layers == (4 if name == "switch_transformers" else 3)
 
 
-def test_the_plan_tells_what_is_read_once_per_prompt(large: Path) -> None:
+def test_the_plan_counts_bytes_streamed_once_per_prompt(large: Path) -> None:
     checkpoint, profile = open_checkpoint(large), guessed_profile()
     shape = shape_of(checkpoint)
     tight = make_plan(checkpoint, profile, Budget(nbytes=700 << 20, reason="test"), Request())
@@ -190,7 +190,7 @@ def test_the_plan_tells_what_is_read_once_per_prompt(large: Path) -> None:
     assert tight.prefill_only_bytes == shape.prefill_only_bytes
     assert roomy.streamed_bytes_per_pass == roomy.streamed_bytes_per_prompt == 0
     longer = make_plan(checkpoint, profile, roomy.budget, Request(prompt_tokens=2000, context_tokens=3000))
-    assert longer.activation_bytes > roomy.activation_bytes  # every row of an encoder sees every other
+    assert longer.activation_bytes > roomy.activation_bytes  # every row of an encoder attends to every other
     assert longer.decode_s_per_token == roomy.decode_s_per_token
     assert longer.ttft_s.expected > roomy.ttft_s.expected
 

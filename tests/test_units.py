@@ -80,7 +80,7 @@ def test_a_fraction_is_right_to_the_byte(number: object, prefix: str) -> None:
         "4GiB 4GiB",
     ],
 )
-def test_what_is_no_size_is_an_error_with_a_hint(text: str) -> None:
+def test_text_that_is_no_size_is_an_error_with_a_hint(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size") as caught:
         parse_bytes(text)
     assert "4GiB" in str(caught.value.hint)
@@ -143,9 +143,9 @@ def test_disk_is_written_in_decimal_units(size: float, text: str) -> None:
 
 @QUICK
 @given(st.integers(0, 1 << 44))
-def test_what_is_written_is_read_back_to_the_last_digit_shown(size: int) -> None:
+def test_a_written_size_is_read_back_to_the_last_digit_shown(size: int) -> None:
     for text, small, large in ((gib(size), MIB, GIB), (gigabytes(size), 10**6, GB)):
-        # Half of the last digit: of a MiB (MB), or of a hundredth of a GiB (GB); and the byte that parsing cuts off.
+        # Half of the last digit: of a MiB (MB), or of a hundredth of a GiB (GB). Parsing truncates a byte.
         digit = small if "M" in text else large / 100
         assert abs(parse_bytes(text) - size) <= digit / 2 + 1
 

@@ -1,8 +1,8 @@
 """Tiny random models of every architecture, as transformers models and as GGUF files of the same weights.
 
-The writer goes the way of llama.cpp's converter: names by the `gguf` package's tensor map, q and k of llama permuted,
-norms of gemma and nemotron plus one, gpt2's matrices transposed. So a reader that forgets to undo one of these differs
-from the transformers model that the weights came from.
+The writer does the same as llama.cpp's converter. Names come from the `gguf` package's tensor map. It permutes q and k of
+llama, adds one to norms of gemma and nemotron, and transposes gpt2's matrices. A reader that forgets to undo one of these
+therefore differs from the transformers model.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ GEMMA4 = {
 }  # fmt: skip
 
 
-# Layers of linear attention, whose values have more heads than its keys, beside one of full attention.
+# Layers of linear attention, with more value heads than key heads, beside one of full attention.
 DELTA = {
     **HEADS, "num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
     "linear_key_head_dim": 16, "linear_value_head_dim": 32,
@@ -48,7 +48,7 @@ STATES = {
 }  # fmt: skip
 
 
-# Latent attention, and its names in files.
+# MLA, as config and as GGUF metadata.
 LATENT = {
     **COMMON, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 64, "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 32, "v_head_dim": 24, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
@@ -60,7 +60,7 @@ LATENT_IN_FILES = {
 }  # fmt: skip
 
 
-# State spaces of the second kind, and in files.
+# Mamba-2 layers, as config and as GGUF metadata.
 NEMOTRON_H = {
     "head_dim": 32, "ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 2, "chunk_size": 16,
     "conv_kernel": 4, "use_mamba_kernels": False,
@@ -84,7 +84,7 @@ class Family:
     metadata: dict[str, Any]
     norm_plus_one: bool = False
     permute: bool = False
-    written_as: str | None = None  # `general.architecture`, where it is not the family's own name
+    written_as: str | None = None  # `general.architecture`, where it differs from the family's name
 
 
 FAMILIES = {
@@ -476,7 +476,7 @@ FAMILIES = {
         {**CHOOSING, **GRANITE_IN_FILES, "expert_shared_feed_forward_length": 48, "rope.dimension_count": 16},
         permute=True,
     ),
-    "glm-dsa": Family(  # what it leaves out comes after more positions than a test has
+    "glm-dsa": Family(  # its sparse attention drops keys only beyond the positions of a test
         "glm_moe_dsa",
         {
             **LATENT, "q_lora_rank": 32, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5, "head_dim": 16,
@@ -646,7 +646,7 @@ def random_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     for name, parameter in model.named_parameters():
         if name.endswith(("A_log", "mixer.D", "dt_proj.bias")):
-            continue  # logarithms and steps, as the model starts them
+            continue  # logarithms and steps keep the model's initial values
         scale = 0.5 if parameter.dim() == 1 else 0.15
         parameter.data = torch.randn_like(parameter) * scale
         if parameter.dim() == 1 and name.endswith("weight") and not family.norm_plus_one:
@@ -671,7 +671,7 @@ def write_gguf(
 ) -> Path:
     """Write a transformers model as GGUF. `kind` is the format of the matrices: F32, F16, BF16, Q8_0, Q4_0 ...
 
-    `extra` is further metadata, `more` further tensors; those of `without`, names in a layer, are left out.
+    `extra` is further metadata, `more` further tensors. Tensors in `without`, by their name in a layer, are left out.
     """
     family, config = FAMILIES[architecture], model.config
     architecture = family.written_as or architecture
@@ -723,13 +723,13 @@ class _Writer(gguf.GGUFWriter):
 
 
 def rounded_to(value: np.ndarray, kind: str) -> np.ndarray:
-    """What a matrix is after it was stored in a format."""
+    """A matrix quantised to a format and dequantised."""
     number = gguf.GGMLQuantizationType[kind]
     return np.array(gguf.dequantize(gguf.quantize(np.ascontiguousarray(value), number), number), np.float32)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
-    """All 256 bytes in GPT-2's spelling, some control tokens, and fillers."""
+    """Add all 256 bytes in GPT-2's spelling, some control tokens, and fillers."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     tokens = [*bytes_to_unicode().values()]
@@ -774,7 +774,7 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
         name = name.replace("router.scale", "router.proj.scale")
         name = name.replace("router.per_expert_scale", "experts.down_proj.scale")
         name = name.replace("dt_bias", "dt_proj.bias") if ".linear_attn." in name else name
-        name = _name_of_old(name)
+        name = _converter_name(name)
         if "shared_mlp.input_linear" in name:
             ends = "" if not family.metadata.get("expert_count") else "_shexp"
             for half, part in zip(("gate", "up"), np.split(parameter.numpy(), 2), strict=True):
@@ -789,7 +789,7 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
             gguf_name = gguf_name.replace("_shexp", "")
         value = parameter.numpy().astype(np.float32)
         if ".kv_b_proj." in name and "attention.key_length_mla" in family.metadata:
-            for half, part in _halves(value, model.config):
+            for half, part in _split_kv_b(value, model.config):
                 data = gguf.quantize(np.ascontiguousarray(part), gguf.GGMLQuantizationType[kind])
                 stored_name = gguf_name.replace("kv_b", half) + ".weight"
                 writer.add_tensor(stored_name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
@@ -828,11 +828,11 @@ def _add_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, architecture: 
         for name, shape in (("attn_q", (128, 64)), ("nextn.eh_proj", (64, 128)), ("ffn_gate_exps", (8, 32, 64))):
             writer.add_tensor(f"blk.{model.config.num_hidden_layers}.{name}.weight", np.zeros(shape, np.float32))
     if architecture == "gemma4":
-        _add_what_gemma4_does_not_need(writer, model.config, kind)
+        _add_unused_tensors_of_gemma4(writer, model.config, kind)
 
 
-def _name_of_old(name: str) -> str:
-    """What a parameter of Nemotron-H and Granite was called when the converter was written."""
+def _converter_name(name: str) -> str:
+    """The name that the converter expects for a parameter of Nemotron-H and Granite."""
     if ".mixer." in name or ".mamba." in name:
         name = name.replace("dt_bias", "dt_proj.bias")
     if name.startswith("model.") and (".mixer." in name or name.startswith(("model.embeddings", "model.norm_f"))):
@@ -840,12 +840,12 @@ def _name_of_old(name: str) -> str:
     return name.replace("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight")
 
 
-def _add_what_gemma4_does_not_need(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
-    """Factors of full attention's frequencies, which its config says as well, and keys and values that nobody looks at."""
+def _add_unused_tensors_of_gemma4(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
+    """Add RoPE factors of full attention, which the config implies as well, and unused K and V weights."""
     rope = config.rope_parameters["full_attention"]
     half = config.per_layer_config["full_attention"].head_dim // 2
-    turned = int(half * rope["partial_rotary_factor"])
-    writer.add_tensor("rope_freqs.weight", np.array([1.0] * turned + [1e30] * (half - turned), np.float32))
+    rotated = int(half * rope["partial_rotary_factor"])
+    writer.add_tensor("rope_freqs.weight", np.array([1.0] * rotated + [1e30] * (half - rotated), np.float32))
     for layer in range(
         config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0), config.num_hidden_layers
     ):
@@ -858,12 +858,12 @@ def _add_what_gemma4_does_not_need(writer: gguf.GGUFWriter, config: Any, kind: s
 
 
 def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str, np.ndarray]]:
-    """A stack of experts under llama.cpp's names, (experts, outputs, inputs); gates and ups in tensors of their own."""
+    """Stacked expert weights (experts, outputs, inputs) under llama.cpp's names; gate_proj and up_proj in separate tensors."""
     bias = name.endswith("_bias")
     if architecture in ("gpt-oss", "llama4") and not bias:
         value = value.swapaxes(1, 2)
     base, suffix = f"blk.{name.split('.')[2]}.ffn_", "_exps.bias" if bias else "_exps.weight"
-    if architecture == "gemma4":  # gates and ups in one
+    if architecture == "gemma4":  # gate_up_proj in one tensor
         return [(f"{base}{'gate_up' if 'gate_up' in name else 'down'}{suffix}", value)]
     if "gate_up" not in name:
         return [(f"{base}{'up' if 'up_proj' in name else 'down'}{suffix}", value)]
@@ -872,22 +872,22 @@ def _experts(name: str, value: np.ndarray, architecture: str) -> list[tuple[str,
     return [(f"{base}gate{suffix}", gate), (f"{base}up{suffix}", up)]
 
 
-def _halves(value: np.ndarray, config: Any) -> list[tuple[str, np.ndarray]]:
-    """What makes keys of latent vectors, each head's turned, and what makes values."""
+def _split_kv_b(value: np.ndarray, config: Any) -> list[tuple[str, np.ndarray]]:
+    """Split `kv_b_proj` into its key half, transposed per head, and its value half."""
     heads = value.reshape(config.num_attention_heads, -1, value.shape[1])
     keys, values = np.split(heads, [config.qk_nope_head_dim], 1)
     return [("k_b", keys.swapaxes(1, 2)), ("v_b", values)]
 
 
 def _tiled(name: str, value: np.ndarray, config: Any) -> np.ndarray:
-    """Value heads of linear attention one from each key head in turn, where the model has those of a key head together."""
+    """Interleave value heads of linear attention over the key heads; the model groups them by key head."""
     keys, values = config.linear_num_key_heads, config.linear_num_value_heads
 
     def tiled(part: np.ndarray) -> np.ndarray:
         return part.reshape(keys, values // keys, len(part) // values, -1).swapaxes(0, 1).reshape(part.shape)
 
     if ".norm." in name:
-        return value  # one for all heads
+        return value  # one norm for all heads
     if ".out_proj." in name:
         return tiled(value.T).T
     first = 2 * config.linear_key_head_dim * keys if ".in_proj_qkv." in name or ".conv1d." in name else 0
@@ -895,7 +895,7 @@ def _tiled(name: str, value: np.ndarray, config: Any) -> np.ndarray:
 
 
 def _ungrouped(value: np.ndarray, config: Any) -> list[tuple[str, np.ndarray]]:
-    """Queries, keys and values of all heads one after another, and gates, where the model has those of a key head together."""
+    """Split a projection grouped by key head into Q, K and V of all heads, and the gates."""
     widths = np.array([config.linear_key_head_dim] * 2 + [config.linear_value_head_dim * 3] * 2)
     heads = value.reshape(config.linear_num_key_heads, widths.sum(), -1)
     parts = [one.reshape(-1, value.shape[1]) for one in np.split(heads, widths.cumsum()[:-1], 1)]
@@ -903,7 +903,7 @@ def _ungrouped(value: np.ndarray, config: Any) -> list[tuple[str, np.ndarray]]:
 
 
 def _by_thirds(value: np.ndarray, heads: int) -> np.ndarray:
-    """Queries, keys and values one after another, where each head had its own three together."""
+    """Reorder a projection from (Q, K, V) per head to all Q, all K, all V."""
     return value.reshape(heads, 3, value.shape[0] // heads // 3, -1).swapaxes(0, 1).reshape(value.shape)
 
 

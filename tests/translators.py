@@ -1,7 +1,7 @@
 """Tiny random encoder-decoder models, with a unigram vocabulary: as transformers models, as folders and as GGUF files.
 
-The GGUF writer goes the way of llama.cpp's converter: names by the `gguf` package's tensor map, one table of embeddings,
-a vocabulary that calls its blanks `[PADn]`, and the bias of cross attention that the first T5s hold and nobody uses.
+The GGUF writer does the same as llama.cpp's converter. Names come from the `gguf` package's tensor map, and there is one
+table of embeddings. Blanks of the vocabulary are `[PADn]`. It writes the unused bias of cross attention in the first T5s.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, T5T
 
 WORDS = ("▁translate", "▁English", "▁to", "▁German", "▁the", "▁house", "ing", "er", "▁is")
 BLANKS = 100
-# Odd on purpose: other depths of encoder and decoder, heads wider in sum than the model, buckets that the prompts pass.
+# Odd on purpose: encoder and decoder differ in depth, heads sum to more than the width, prompts exceed the buckets.
 T5 = {
     "vocab_size": VOCAB, "d_model": 64, "d_kv": 24, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "decoder_start_token_id": 0,
@@ -58,10 +58,10 @@ CASES: dict[str, dict[str, Any]] = {
     "blenderbot-small": BART,
     "mvp": BART,
     "bigbird_pegasus": {**BART, "attention_type": "original_full"},
-    "bigbird_pegasus:blocks": BART,  # which are for longer texts
+    "bigbird_pegasus:blocks": BART,  # block-sparse attention, which is for longer texts
     "led": {**BART, "attention_window": 8, "max_encoder_position_embeddings": 64},
     "switch_transformers": SWITCH,
-    "switch_transformers:full": {**SWITCH, "num_experts": 2, "expert_capacity": 15},  # for most of the text
+    "switch_transformers:full": {**SWITCH, "num_experts": 2, "expert_capacity": 15},  # enough for most of the text
     "t5gemma": {"encoder": GEMMA, "decoder": {**GEMMA, "num_hidden_layers": 3}, **SPECIAL},
     "plbart": BART,
     "encoder-decoder": {
@@ -72,7 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
         "eos_token_id": 1,
     },
 }
-# What transformers has besides, and why it does not run.
+# Other encoder-decoder models of transformers, and the reasons why they do not run.
 REFUSED = {
     "fsmt": ({**SMALL, "langs": ["en", "de"], "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB}, "two languages"),
     "nllb-moe": ({**BART, "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2}, "first two experts"),
@@ -96,7 +96,7 @@ REFUSED = {
     "seamless_m4t": ({**SMALL, "vocab_size": VOCAB, "hidden_size": 64}, "speech"),
 }
 UNTIED = ("t5:gated", "mt5")
-# As files: GGUF's t5 with the buckets' distance that no metadata carries.
+# GGUF files: t5 with the bucket distance that no metadata carries.
 FILES = {
     "t5": {**T5, "relative_attention_max_distance": 128},
     "t5:gated": {**CASES["t5:gated"], "relative_attention_max_distance": 128},
@@ -111,7 +111,7 @@ def translator(name: str, values: dict[str, Any]) -> PreTrainedModel:
     model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter.requires_grad:  # sines of positions are not learnt
+            if parameter.requires_grad:  # sinusoidal position embeddings are not learnt
                 parameter.copy_(_drawn(parameter_name, parameter))
     model.tie_weights()
     if name in UNTIED:
@@ -120,7 +120,7 @@ def translator(name: str, values: dict[str, Any]) -> PreTrainedModel:
 
 
 def vocabulary() -> list[tuple[str, float]]:
-    """Tokens with their scores: controls, letters, words, fillers, and blanks in the order that T5 has them."""
+    """Tokens with their scores: controls, letters, words, fillers, and blanks, in T5's order."""
     tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     tokens += [(chr(letter), -6.0) for letter in range(33, 127)] + [(word, -3.0) for word in WORDS]
     tokens += [(f"▁filler{number}", -9.0) for number in range(VOCAB - BLANKS - len(tokens))]
@@ -128,7 +128,7 @@ def vocabulary() -> list[tuple[str, float]]:
 
 
 def write_translator(model: PreTrainedModel, folder: Path) -> Path:
-    """A folder with weights and a tokenizer."""
+    """Write a folder with weights and a tokenizer."""
     write_folder(model, folder)
     T5Tokenizer(vocab=vocabulary()).save_pretrained(folder)
     return folder

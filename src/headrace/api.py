@@ -527,7 +527,7 @@ class Model:
         Args:
             pieces: pieces of one prompt.
             first_pass: passes since loading when the stream began.
-            seconds: time from its beginning to its end.
+            seconds: duration of the stream.
         """
         last = pieces[-1] if pieces else None
         passes = list(self._engine.passes[first_pass : last.passes if last else None])
@@ -709,10 +709,10 @@ def load(
         memory: ceiling for the whole process, `"4GiB"` or bytes; None: limited by cgroup and free memory.
         context_tokens: prompt and answer together; None: 4096, or the model's own limit if that is less.
         prompt_tokens: the longest prompt to expect, which decides the maximum rows of a prefill pass.
-        sequences: prompts that are computed together; each has a KV cache of its own.
+        sequences: prompts that are computed together; each has its own KV cache.
         kv_bits: 16 or 8 bits for each element of the KV cache.
-        draft: source of draft tokens, which a pass then verifies: `none`, `prompt` (prompt lookup), `self` (a low-bit copy
-            quantised on load), the path of a draft model, or `auto`: the plan's choice. None is `none`.
+        draft: source of draft tokens, which a pass then verifies. `none` or None; `prompt`: prompt lookup; the path of a
+            draft model. `self`: a low-bit copy quantised on load. `auto`: the plan's choice.
         deterministic: the same prompt, seed and settings give the same tokens, whatever ran before or shares the passes.
             False also reuses the KV cache of answers that became part of a prompt, and of chunks shared in part.
         size_for: decides the request once the tokenizer is there, for prompts that are known already. The sizes given
@@ -724,7 +724,7 @@ def load(
     Raises:
         CheckpointError: a file is damaged or cannot run.
         BudgetError: the ceiling is below the model's floor.
-        UsageError: the draft model does not exist or does not fit the model, or the model's cache cannot be rolled back.
+        UsageError: the draft model does not exist or does not fit, or the model's cache cannot be rolled back.
     """
     start = time.perf_counter()
     not_after_a_fork()
@@ -830,7 +830,7 @@ def _why_alone(skeleton: ModelSkeleton) -> tuple[str, str]:
         reason = "it computes attention itself, so that rows of a pass change each other's last bits"
         return reason, "use --draft none, or --no-deterministic"
     return (
-        "an encoder reads the prompt" if skeleton.decoder_start_ids else "the model keeps a cache of its own",
+        "an encoder reads the prompt" if skeleton.decoder_start_ids else "the model uses its native cache",
         "use --draft none",
     )
 

@@ -1,6 +1,6 @@
 """Requests and results of a batch, as lines of JSON in the format of the OpenAI Batch API. No torch.
 
-Results are appended one line at a time and synced, so that a kill at any moment loses at most the running requests.
+Results are appended one line at a time and synced. A kill at any moment loses at most the running requests.
 Results already in the output are not computed again. A half line at its end, which only a kill can leave, is cut off.
 """
 
@@ -122,7 +122,7 @@ def _parse(line: int, raw: bytes, seen: set[str]) -> BatchRequest | BadLine:
             custom_id = None
             raise _Refused("duplicate_custom_id", f"line {line} repeats the custom_id {value['custom_id']!r}")
         seen.add(custom_id)
-        # JavaScript that cuts a text inside an emoji leaves half of it, which no file in UTF-8 can hold.
+        # JavaScript that splits a text inside an emoji leaves half of it, which no file in UTF-8 can hold.
         if not is_utf8(json.dumps(value, ensure_ascii=False)):
             raise _Refused("invalid_json_line", f"line {line} holds half a character")
         return _request(line, custom_id, without_nulls(value), digest)

@@ -5,7 +5,7 @@ import os
 import stat
 from typing import Any
 
-# A JSON value takes about 100 bytes in Python, so at most half a GiB; typical files take a tenth of it.
+# A JSON value takes about 100 bytes in Python, so the maximum is half a GiB. Typical files take a tenth of it.
 MOST_VALUES = 4_000_000
 
 

@@ -24,7 +24,7 @@ class HeadraceError(Exception):
 
     def __init__(self, message: str, *, hint: str | Sequence[str] | None = None):
         """`hint`: the next thing to try, in one line or several."""
-        # The message holds names from files: none of them may begin a line of its own.
+        # The message holds names from files: none of them may begin a new line.
         super().__init__(printable(message, keep=""))
         lines = [hint] if isinstance(hint, str) else hint or ()
         self.hint = "\n".join(printable(line, keep="") for line in lines) or self.usual_hint

@@ -379,7 +379,7 @@ def _measure_runtime() -> int:
     except (subprocess.SubprocessError, OSError) as error:
         words = getattr(error, "stderr", None) or str(error)
         raise HeadraceError(
-            f"a small model does not run in a process of its own: {words.strip()[-200:]}",
+            f"a small model does not run in a separate process: {words.strip()[-200:]}",
             hint="is there memory for another Python? 1 GiB is enough",
         ) from error
     return int(result.stdout)

@@ -31,8 +31,8 @@ def keep_freed_memory() -> None:
     """Let the allocator reuse what a pass frees instead of returning it to the system after every tensor.
 
     Activations of a prefill are tens of megabytes, allocated and freed hundreds of times in a pass. Mapping their pages
-    anew each time made 512 rows a quarter slower. The largest are mapped anew nonetheless: among the others they fragment
-    the heap, to 260 to 290 MiB instead of 190 for 512 rows of an 8B shape.
+    anew each time made 512 rows a quarter slower. The largest are mapped anew nonetheless, because they would fragment
+    the heap. It then takes 260 to 290 MiB instead of 190 for 512 rows of an 8B shape.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # M_* of glibc's malloc.h
     with suppress(OSError, AttributeError):  # only glibc has it

@@ -1,7 +1,7 @@
-"""Fields of a request in OpenAI's format, with those of vLLM and llama.cpp: each is obeyed, neutral or refused by name.
+"""Fields of a request in OpenAI's format, with those of vLLM and llama.cpp. Each is obeyed, neutral or refused by name.
 
-A field with the value null is absent. A neutral value changes nothing: it is the default of an unsupported feature, or only
-labels, bills or schedules a request. Every other field would change the answer, so it is an error and not ignored.
+A field with the value null is absent. A neutral value is the default of an unsupported feature, or only labels, bills or
+schedules a request. Every other field would change the answer, so it is an error and not ignored.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
-"""Imports the library with only the parts of torch and transformers that a run needs: 40 MiB less, and a second sooner.
+"""Imports the library with only the needed parts of torch and transformers: 40 MiB less, and a second sooner.
 
-transformers imports distributed tensors, flex attention, and decorators of torch's compiler. torch itself imports the
+transformers imports distributed tensors, flex attention, and decorators of torch's compiler. Torch itself imports the
 compiler when it first computes shapes, but nothing here compiles. A stand-in therefore replaces the compiler, and its
 decorators return functions unchanged. The other two are reported as not available. Only the command does this: a user's
 own program may need all of them. If the slim import fails for any reason, everything is imported as usual.

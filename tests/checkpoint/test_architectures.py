@@ -1,4 +1,4 @@
-"""The list of architectures against transformers' own."""
+"""The list of architectures matches transformers' own."""
 
 import pytest
 from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
@@ -7,9 +7,9 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 from headrace.checkpoint.architectures import NOT_YET, SUPPORTED, check_architecture
 from headrace.errors import UnsupportedError
 
-# Keys of transformers' mapping that are no architectures but rules for all of them.
+# Keys of transformers' mapping that are rules for all architectures.
 NOT_ARCHITECTURES = {"general", "tokenizer"}
-# Known to transformers only as a case in its code: it loads it by the mapping of t5.
+# Known to transformers only as a case in its code, loaded by the mapping of t5.
 UNLISTED = {"t5encoder"}
 # Known to transformers as models only: their files need no more than names and a config.
 OURS = {

@@ -1,4 +1,4 @@
-"""Quantised layouts: each equals its plain dequantisation, in whatever ranges of rows it is made, and bad ones are refused."""
+"""Quantised layouts: each equals its plain dequantisation, in any range of rows, and bad ones are refused."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ DTYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I8": np.int8, 
 
 @dataclass
 class Store:
-    """Stored tensors with their bytes; what a checkpoint and its reader are together."""
+    """Stored tensors with their bytes, in place of a checkpoint and its reader."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     data: dict[str, Array] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Store:
         self.tensors[name] = Tensor(name=name, shape=values.shape, type=type_name, path="m", offset=0, nbytes=size)
 
     def virtual(self, config: Mapping[str, Any], name: str, first: int = 0, last: int | None = None) -> Array:
-        """Bytes of rows of a virtual tensor, driven as a reader does it."""
+        """Bytes of rows of a virtual tensor, decoded as a reader does it."""
         tensors, encodings = decoded(self.tensors, config, "m")
         tensor, encoding = tensors[name], encodings[name]
         last = tensor.rows if last is None else last
@@ -56,7 +56,7 @@ class Store:
         return out
 
     def values(self, config: Mapping[str, Any], name: str) -> Array:
-        """The weights of a virtual tensor, as the `gguf` package understands its type."""
+        """Weights of a virtual tensor, dequantised by the `gguf` package."""
         tensor = decoded(self.tensors, config, "m")[0][name]
         assert tensor.nbytes == tensor.rows * tensor.row_bytes
         packed = self.virtual(config, name).reshape(tensor.rows, -1)
@@ -129,7 +129,7 @@ def fp8_store(shape: tuple[int, ...], scales: tuple[int, ...], kind: str = "F8_E
         ((64, 96), (64, 3), None),
     ],
 )
-def test_fp8_equals_the_product_with_its_scales(
+def test_fp8_equals_values_times_scales(
     kind: str, shape: tuple[int, ...], scales: tuple[int, ...], block: list[int] | None
 ) -> None:
     store, weights, scale = fp8_store(shape, scales, kind)
@@ -154,7 +154,7 @@ def test_every_code_of_fp8_has_the_value_that_torch_gives_it() -> None:
         np.testing.assert_array_equal(store.values(fp8_config(), "a.weight"), expected)
 
 
-def test_scales_that_are_exponents_are_powers_of_two() -> None:
+def test_exponent_scales_are_powers_of_two() -> None:
     store, weights, _ = fp8_store((64, 96), (64, 3))
     exponents = random(2).integers(110, 130, (64, 3)).astype(np.uint8)
     for kind in ("U8", "F8_E8M0"):
@@ -297,7 +297,7 @@ def test_packed_integers_equal_their_plain_dequantisation(
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_an_order_of_activations_is_followed_in_fp16(symmetric: bool) -> None:
+def test_act_order_is_decoded_to_fp16(symmetric: bool) -> None:
     store, _ = ct_store((32, 256), 4, 64, symmetric=symmetric)
     codes = random(3).integers(0, 16, (32, 256))  # the first that the store draws
     order = random(4).permutation(256).astype(np.int32) // 64
@@ -324,7 +324,7 @@ def test_a_scale_with_which_integers_exceed_fp16_is_an_error(group: int) -> None
             store.virtual(ct_config("pack-quantized", num_bits=4, group_size=group), "a.weight")
 
 
-def test_an_order_that_names_no_group_is_an_error() -> None:
+def test_act_order_with_an_unknown_group_is_an_error() -> None:
     store, _ = ct_store((32, 256), 4, 64)
     store.add("a.weight_g_idx", "I32", np.full(256, 4, np.int32))
 
@@ -334,7 +334,7 @@ def test_an_order_that_names_no_group_is_an_error() -> None:
 
 @pytest.mark.parametrize("format_name", ["int-quantized", "naive-quantized"])
 @pytest.mark.parametrize(("groups", "symmetric"), [(1, True), (4, True), (1, False), (4, False)])
-def test_bytes_equal_their_plain_dequantisation(format_name: str, groups: int, symmetric: bool) -> None:
+def test_integers_in_bytes_equal_their_plain_dequantisation(format_name: str, groups: int, symmetric: bool) -> None:
     rng = random(5)
     codes, zeros = rng.integers(-128, 128, (64, 256)), rng.integers(-128, 128, (64, groups))
     stored, scales = bf16(rng.uniform(1e-3, 1e-2, (64, groups)))
@@ -376,7 +376,7 @@ def test_groups_of_different_bits_are_told_apart_by_their_shapes() -> None:
 
 
 @pytest.mark.parametrize("part", ["a.weight_scale", "a.weight_zero_point"])
-def test_packed_weights_without_a_companion_are_an_error(part: str) -> None:
+def test_packed_weights_without_a_scale_or_zero_point_tensor_are_an_error(part: str) -> None:
     store, _ = ct_store((64, 256), 4, 128, symmetric=False)
     del store.tensors[part]
 
@@ -481,12 +481,12 @@ def test_blocks_of_mxfp4_that_are_not_16_bytes_a_scale_are_an_error() -> None:
 
 # GPTQ, AWQ and AutoRound
 
-AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's nibbles, from the lowest
+AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # outputs of a word's nibbles, from the lowest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A contraction-major matrix: codes, and what they mean."""
+    """A matrix stored transposed, [in, out]: codes and their values."""
 
     inputs: int = 256
     outputs: int = 48
@@ -496,7 +496,7 @@ class Case:
     ordered: bool = False
 
     def numbers(self) -> tuple[Array, Array, Array, Array, Array]:
-        """Codes (inputs, outputs), scales and zero points (groups, outputs), the group of each input, and the weights."""
+        """Codes (inputs, outputs), scales and zero points (groups, outputs), group of each input, and weights."""
         rng = random(7)
         groups, top = -(-self.inputs // self.group), 1 << self.bits
         codes = rng.integers(0, top, (self.inputs, self.outputs))
@@ -546,7 +546,7 @@ def auto_round_config(case: Case, packing: str) -> dict[str, Any]:
 
 
 def joined(store: Store, config: Mapping[str, Any], target: str) -> Array:
-    """The (outputs, inputs) matrix that a tensor of k_splits stands for."""
+    """The (outputs, inputs) matrix of a K-split tensor."""
     tensor = decoded(store.tensors, config, "m")[0]["a.weight"]
     assert tensor.type == target
     assert tensor.k_splits == tensor.shape[0]
@@ -597,14 +597,14 @@ def test_gptq_equals_its_plain_dequantisation(case: Case, target: str, width: in
     assert_near(joined(store, config, target), weights, target, case.bits)
 
 
-def test_a_group_of_minus_one_is_one_scale_an_output() -> None:
+def test_a_group_of_minus_one_is_one_scale_per_output() -> None:
     store, weights = gptq_store(Case(group=256))
 
     got = joined(store, gptq_config(Case(group=-1)), "Q4_0")
     np.testing.assert_array_equal(got, weights.T.astype(np.float32))
 
 
-def test_a_zero_point_of_zero_borrowed_from_its_neighbour_is_given_back() -> None:
+def test_a_zero_point_borrow_from_its_neighbour_is_undone() -> None:
     case = Case(symmetric=False)
     store, _ = gptq_store(case)
     codes, scales, zeros, order, _ = case.numbers()
@@ -644,7 +644,7 @@ def test_auto_round_is_gptq_or_awq_by_another_name(packing: str, symmetric: bool
 
 
 @pytest.mark.parametrize("family", ["gptq", "awq"])
-def test_weights_that_are_not_symmetric_after_all_are_an_error_with_what_to_do(family: str) -> None:
+def test_asymmetric_weights_declared_symmetric_are_an_error_with_a_hint(family: str) -> None:
     case = Case(symmetric=False)
     store = gptq_store(case)[0] if family == "gptq" else awq_store(case)[0]
     config = gptq_config(Case()) if family == "gptq" else awq_config(Case())
@@ -656,7 +656,7 @@ def test_weights_that_are_not_symmetric_after_all_are_an_error_with_what_to_do(f
     assert '"sym"' in str(caught.value.hint)
 
 
-def test_single_modules_of_other_bits_and_other_symmetry_are_decoded_as_they_are() -> None:
+def test_modules_with_other_bits_or_symmetry_are_decoded() -> None:
     store, weights = gptq_store(Case(bits=8))
 
     got = joined(store, gptq_config(Case(), dynamic={"+:a": {"bits": 8}}), "Q8_0")
@@ -668,7 +668,7 @@ def test_single_modules_of_other_bits_and_other_symmetry_are_decoded_as_they_are
 
 
 @pytest.mark.parametrize("part", ["a.scales", "a.qzeros", "a.g_idx"])
-def test_gptq_without_a_companion_is_an_error(part: str) -> None:
+def test_gptq_without_scales_zero_points_or_g_idx_is_an_error(part: str) -> None:
     store, _ = gptq_store(Case(ordered=True))
     del store.tensors[part]
 
@@ -677,7 +677,7 @@ def test_gptq_without_a_companion_is_an_error(part: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["a.scales", "a.qzeros"])
-def test_awq_without_a_companion_is_an_error(part: str) -> None:
+def test_awq_without_scales_or_zero_points_is_an_error(part: str) -> None:
     store, _ = awq_store(Case())
     del store.tensors[part]
 
@@ -722,7 +722,7 @@ def test_bits_that_are_not_the_configured_ones_are_an_error() -> None:
         decoded(store.tensors, gptq_config(Case()), "m")
 
 
-def test_an_order_of_inputs_that_names_no_group_is_an_error() -> None:
+def test_gptq_act_order_with_an_unknown_group_is_an_error() -> None:
     store, _ = gptq_store(Case(ordered=True))
     store.add("a.g_idx", "I32", np.full(256, -1, np.int32))
 
@@ -755,7 +755,7 @@ def test_gptq_of_three_bits_is_refused_by_name() -> None:
         decoded(store.tensors, gptq_config(Case(bits=3)), "m")
 
 
-# Plain matrices that lie the other way round
+# Unquantised matrices stored transposed
 
 
 @pytest.mark.parametrize(
@@ -769,7 +769,7 @@ def test_gptq_of_three_bits_is_refused_by_name() -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
-def test_transposed_slabs_are_the_same_values(shape: tuple[int, ...], k_splits: tuple[int, ...], kind: str) -> None:
+def test_transposed_k_splits_hold_the_same_values(shape: tuple[int, ...], k_splits: tuple[int, ...], kind: str) -> None:
     stored = random(8).integers(0, 1 << 15, shape).astype(np.float32 if kind == "F32" else np.uint16)
     stored = stored.view(np.float16) if kind == "F16" else stored
     store = Store()
@@ -785,12 +785,12 @@ def test_transposed_slabs_are_the_same_values(shape: tuple[int, ...], k_splits: 
     np.testing.assert_array_equal(matrix, stored.swapaxes(-1, -2))
 
 
-def test_a_single_slab_of_a_stack_reads_its_own_inputs() -> None:
+def test_a_single_k_split_of_a_stack_reads_only_its_inputs() -> None:
     stored = random(8).normal(size=(3, 192, 40)).astype(np.float32)
     store = Store()
     store.add("a", "F32", stored)
     tensor, encoding = transposed(store.tensors["a"], "m", 0)
-    first = (3 * 1 + 2) * 40  # the last slab of the second matrix
+    first = (3 * 1 + 2) * 40  # the last K-split of the second matrix
 
     ((_, offset, count),) = encoding.reads(first, first + 40)
     out = np.empty(40 * tensor.row_bytes, np.uint8)
@@ -799,7 +799,7 @@ def test_a_single_slab_of_a_stack_reads_its_own_inputs() -> None:
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("F32", (4,)), ("F32", (0, 4)), ("U8", (4, 4)), ("F32", (1, 2, 3, 4))])
-def test_what_is_no_plain_matrix_is_not_transposed(kind: str, shape: tuple[int, ...]) -> None:
+def test_only_unquantised_matrices_are_transposed(kind: str, shape: tuple[int, ...]) -> None:
     store = Store()
     store.add("a", kind, np.zeros(shape, DTYPES[kind]))
 
@@ -813,7 +813,7 @@ def test_what_is_no_plain_matrix_is_not_transposed(kind: str, shape: tuple[int, 
 @pytest.mark.parametrize(
     "method", ["bitsandbytes", "hqq", "eetq", "quanto", "torchao", "spqr", "vptq", "aqlm", "modelopt", "", "new"]
 )
-def test_an_unknown_method_is_named_with_what_to_get_instead(method: str) -> None:
+def test_an_unknown_method_is_named_with_a_hint(method: str) -> None:
     with pytest.raises(UnsupportedError, match=f"`{method}`" if method else "without a name") as caught:
         decoded({}, {"quantization_config": {"quant_method": method, "bits": 4}}, "m")
     assert "GGUF" in str(caught.value.hint)
@@ -894,7 +894,7 @@ def ordered_store() -> Store:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
-def test_any_range_of_rows_has_the_bytes_that_it_has_in_the_whole(layout: str, data: st.DataObject) -> None:
+def test_any_range_of_rows_decodes_to_the_same_bytes_as_the_whole_tensor(layout: str, data: st.DataObject) -> None:
     store, config, name = LAYOUTS[layout]()
     tensors, encodings = decoded(store.tensors, config, "m")
     step, count = encodings[name].row_multiple, tensors[name].rows // encodings[name].row_multiple
@@ -945,11 +945,11 @@ def test_a_layout_with_something_changed_is_decoded_within_its_tensors_or_refuse
     tensors = data.draw(changed(store))
     more = data.draw(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=1))
     try:
-        made, encodings = decoded(tensors, {"quantization_config": config["quantization_config"] | more}, "m")
+        virtual, encodings = decoded(tensors, {"quantization_config": config["quantization_config"] | more}, "m")
     except CheckpointError:
         return
     for name, encoding in encodings.items():
-        tensor, raw = made[name], []
+        tensor, raw = virtual[name], []
         assert tensor.nbytes == tensor.rows * tensor.row_bytes > 0
         for source, offset, count in encoding.reads(0, tensor.rows):
             assert 0 <= offset < offset + count <= source.nbytes

@@ -34,7 +34,7 @@ def array(element: int, count: int, values: bytes) -> bytes:
 
 
 def entry(name: str | bytes, shape: tuple[int, ...], kind: GGMLQuantizationType | int, offset: int) -> bytes:
-    """A row of the tensor table; the shape is in torch's order, and in the file the other way round."""
+    """A row of the tensor table; the shape is in torch's order, and reversed in the file."""
     return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind, offset)
 
 
@@ -71,7 +71,7 @@ def opened(path: Path, content: bytes) -> Checkpoint:
 
 
 def written(path: Path, fill: Callable[[GGUFWriter], None], **options: int) -> Path:
-    """A file of the `gguf` package's writer, filled by `fill`."""
+    """A file written by the `gguf` package, filled by `fill`."""
     writer = GGUFWriter(path, "llama", **options)
     fill(writer)
     writer.write_header_to_file()
@@ -142,7 +142,7 @@ def test_a_key_is_found_without_the_name_of_its_architecture(path: Path) -> None
     assert checkpoint.get("absent") is None
 
 
-def test_an_array_is_stepped_over_and_read_when_asked_for(path: Path) -> None:
+def test_an_array_is_skipped_and_read_on_request(path: Path) -> None:
     words = ["<s>", "", "größer", "x" * 3000]
 
     def fill(writer: GGUFWriter) -> None:
@@ -238,7 +238,7 @@ def test_a_number_is_a_scalar_or_the_largest_of_a_list(path: Path) -> None:
         pair("llama.key", ARRAY, array(U8, 0, b"")),
     ],
 )
-def test_what_is_no_whole_number_is_an_error_where_one_is_needed(path: Path, value: bytes) -> None:
+def test_a_value_that_is_no_integer_is_an_error_where_one_is_needed(path: Path, value: bytes) -> None:
     checkpoint = opened(path, header([NAMED, value], []))
 
     with pytest.raises(CheckpointError, match=r"`llama\.key` is .*, not a number"):
@@ -260,7 +260,7 @@ def test_bytes_that_are_no_text_do_not_stop_the_reader(path: Path) -> None:
 # Tensors
 
 
-def test_the_table_says_where_every_tensor_lies(path: Path) -> None:
+def test_the_table_has_the_offset_of_every_tensor(path: Path) -> None:
     rng = np.random.default_rng(0)
     weights = {
         "token_embd.weight": (quantize(rng.standard_normal((5, 64), np.float32), Q8_0_TYPE), Q8_0_TYPE),
@@ -551,7 +551,7 @@ def test_a_file_that_ends_before_its_size_is_an_error(path: Path, monkeypatch: p
         open_checkpoint(path)
 
 
-def test_a_disk_that_gives_a_few_bytes_at_a_time_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_returns_a_few_bytes_at_a_time_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_bytes(padded(header([NAMED], [entry("a", (2, 4), F32_TYPE, 0)]), 32))
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, count, offset: pread(fd, min(count, 7), offset))
@@ -559,13 +559,13 @@ def test_a_disk_that_gives_a_few_bytes_at_a_time_is_read(path: Path, monkeypatch
     assert open_checkpoint(path).tensors["a"].shape == (2, 4)
 
 
-# Files that are not what they say
+# Files with false contents
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"G", b"GGU", b"GGML" + bytes(60), b"PK\3\4" + bytes(60), bytes(1000), b"FUGG" * 9]
 )
-def test_what_does_not_begin_with_the_magic_is_not_a_gguf_file(path: Path, content: bytes) -> None:
+def test_a_file_without_the_magic_is_not_a_gguf_file(path: Path, content: bytes) -> None:
     error = refused(path, content, "is not a GGUF file")
     assert error.hint
 
@@ -686,7 +686,7 @@ def test_rows_that_do_not_fill_their_last_block_are_an_error(path: Path, kind: s
     refused(path, content, f"cannot be stored as {kind}")
 
 
-# Numbers that nothing of the file's size can mean
+# Numbers that are impossible for the file's size
 
 ABSURD = {
     f"{what} {number:#x}": content
@@ -745,7 +745,7 @@ def test_a_big_vocabulary_takes_little_memory(path: Path) -> None:
     assert checkpoint.array("words")[:: count - 1] == ["token0", f"token{count - 1}"]
 
 
-def test_an_array_that_is_stepped_over_takes_no_memory(path: Path) -> None:
+def test_a_skipped_array_takes_no_memory(path: Path) -> None:
     # 96 MiB that are a hole in the file: it takes nothing on the disk either.
     size = 96 * MIB
     with open(path, "wb") as file:

@@ -1,4 +1,4 @@
-"""GGUF headers against chance: damaged files, noise, and whatever the `gguf` package's writer can write."""
+"""Fuzz tests of GGUF headers: damaged files, noise, and files written by the `gguf` package."""
 
 import contextlib
 import struct
@@ -15,10 +15,10 @@ from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.errors import HeadraceError
 
 FUZZ = settings(max_examples=200, deadline=None)
-KINDS = {"F32": 1, "F16": 1, "Q8_0": 32, "Q4_0": 32}  # weights of a block
+KINDS = {"F32": 1, "F16": 1, "Q8_0": 32, "Q4_0": 32}  # weights per block
 
 WORDS = st.text(st.characters(codec="utf-8"), max_size=20)
-# The writer leaves out a word without letters, and a list without elements.
+# The writer leaves out empty strings and empty lists.
 SCALARS = st.one_of(
     st.integers(0, (1 << 32) - 1), st.booleans(), WORDS.filter(bool), st.floats(width=32, allow_nan=False)
 )
@@ -66,7 +66,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def opened(path: Path, content: bytes) -> Checkpoint | None:
-    """The checkpoint, or None where it is refused. Anything but a `HeadraceError` gets through."""
+    """The checkpoint, or None if refused. Only a `HeadraceError` is caught."""
     path.write_bytes(content)
     try:
         return open_checkpoint(path)
@@ -100,14 +100,14 @@ def edited(content: bytes, edits: list[Edit]) -> bytes:
 
 
 def check_consistent(checkpoint: Checkpoint, size: int) -> None:
-    """What every checkpoint must hold, however it came about."""
+    """Check the invariants of any checkpoint."""
     spans = sorted((tensor.offset, tensor.offset + tensor.nbytes) for tensor in checkpoint.tensors.values())
     assert all(0 <= start < end <= size for start, end in spans)
     assert all(left[1] <= right[0] for left, right in pairwise(spans))
     assert all(tensor.nbytes == tensor.rows * tensor.row_bytes for tensor in checkpoint.tensors.values())
 
 
-def test_the_file_that_is_damaged_below_is_sound(path: Path, valid: bytes) -> None:
+def test_the_undamaged_file_is_read(path: Path, valid: bytes) -> None:
     checkpoint = opened(path, valid)
 
     assert checkpoint is not None
@@ -181,7 +181,7 @@ def test_a_damaged_file_that_opens_answers_or_refuses_every_question(
 @settings(FUZZ, max_examples=100)
 @given(
     tensors=st.dictionaries(
-        # Adapters and importance matrices are told by these endings. (Hypothesis takes texts from the source.)
+        # These endings identify adapters and importance matrices. (Hypothesis takes texts from the source.)
         st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(
             lambda name: not name.endswith((".lora_a", ".lora_b", ".in_sum2"))
         ),
@@ -190,9 +190,7 @@ def test_a_damaged_file_that_opens_answers_or_refuses_every_question(
     ),
     seed=st.integers(0, 1 << 30),
 )
-def test_the_tensors_that_are_written_are_read_back(
-    path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], seed: int
-) -> None:
+def test_written_tensors_are_read_back(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], seed: int) -> None:
     rng = np.random.default_rng(seed)
     writer = GGUFWriter(path, "llama")
     written = {}
@@ -216,7 +214,7 @@ def test_the_tensors_that_are_written_are_read_back(
 
 @settings(FUZZ, max_examples=100)
 @given(scalars=st.dictionaries(KEYS, SCALARS, max_size=6), lists=st.dictionaries(KEYS, LISTS, max_size=6))
-def test_the_metadata_that_is_written_is_read_back(
+def test_written_metadata_is_read_back(
     path: Path, scalars: dict[str, int | bool | str | float], lists: dict[str, list[int] | list[str] | list[float]]
 ) -> None:
     writer = GGUFWriter(path, "llama")

@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 
 def weights(rows: int, columns: int, seed: int = 0) -> Numbers:
-    """As in a trained matrix: normal, each row with a scale of its own."""
+    """Weights like a trained matrix: normal, each row with its own scale."""
     draw = np.random.default_rng(seed)
     values = draw.standard_normal((rows, columns)) * np.exp(draw.standard_normal((rows, 1)) - 4)
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
@@ -60,7 +60,7 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize("name", SPECIAL)
-def test_special_numbers_come_back_bit_for_bit(name: str) -> None:
+def test_special_values_come_back_bit_for_bit(name: str) -> None:
     rows = SPECIAL[name].reshape(-1, 128)
     assert np.array_equal(unpacked(*encoding_of(rows)), rows)
 
@@ -102,7 +102,7 @@ def damaged(change: str) -> tuple[Exponents, Array]:
         records[int(records[:, 1].argmax()), 1] -= 1
     elif change == "escape":
         records[:, 3 + 768 : 3 + 768 + encoding.capacity] = 128
-    else:  # codes that are escapes, which nobody counted
+    else:  # escape codes that the record does not count
         records[5, 3 : 3 + 768] = 0x77
     return encoding, records
 
@@ -203,8 +203,8 @@ def test_a_packed_folder_holds_the_same_tensors_bit_for_bit(original: Path, tmp_
     assert {name: (t.type, t.shape) for name, t in tensors.items()} == {
         name: (t.type, t.shape) for name, t in open_folder(str(original)).tensors.items()
     }
-    made = {tensor.name for made in open_folder(packed.path).virtual.values() for tensor, _ in made}
-    assert made == {"a.weight", "stack", "zeros.weight"}
+    names = {tensor.name for pairs in open_folder(packed.path).virtual.values() for tensor, _ in pairs}
+    assert names == {"a.weight", "stack", "zeros.weight"}
     assert (packed.tensors, packed.packed_tensors) == (8, 3)
     assert packed.packed_bytes < 0.85 * packed.original_bytes
     assert seen[-1][0] == seen[-1][1]
@@ -233,7 +233,7 @@ def test_a_bit_that_differs_is_found(original: Path, tmp_path: Path) -> None:
     assert place.rows == 240
 
 
-def test_a_killed_run_leaves_nothing_that_opens_and_the_next_writes_over_it(original: Path, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_model_and_the_next_run_overwrites_it(original: Path, tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
 
@@ -244,7 +244,7 @@ def test_a_killed_run_leaves_nothing_that_opens_and_the_next_writes_over_it(orig
     with pytest.raises(Killed):
         pack_folder(str(original), str(tmp_path / "packed"), kill)
     assert os.listdir(tmp_path) == ["original"]
-    partial = tmp_path / "packed.partial"  # as a kill leaves it, that nothing can clean up after
+    partial = tmp_path / "packed.partial"  # left by a kill, without cleanup
     partial.mkdir()
     (partial / "model-00001-of-00002.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointError):
@@ -274,7 +274,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(
     assert os.listdir(tmp_path) == ["original"]
 
 
-def test_too_little_room_is_known_before_a_file_is_written(
+def test_too_little_disk_space_is_an_error_before_a_file_is_written(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = packing.shutil.disk_usage(tmp_path)
@@ -284,7 +284,7 @@ def test_too_little_room_is_known_before_a_file_is_written(
     assert os.listdir(tmp_path) == ["original"]
 
 
-def test_what_cannot_be_packed_is_refused(original: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_packed_is_refused(original: Path, tmp_path: Path) -> None:
     packed = pack_folder(str(original), str(tmp_path / "packed")).path
     with pytest.raises(UnsupportedError, match="packed already"):
         pack_folder(packed, str(tmp_path / "again"))
@@ -311,5 +311,5 @@ def test_the_command_packs_checks_and_says_so(original: Path, tmp_path: Path) ->
     assert answer["share"] == pytest.approx(answer["packed_bytes"] / answer["original_bytes"])
 
 
-def test_a_record_has_the_size_that_the_layout_says() -> None:
+def test_a_record_has_the_size_of_its_layout() -> None:
     assert record_bytes(64, 5) == 3 + 32 + 5 + 64

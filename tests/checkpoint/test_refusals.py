@@ -1,4 +1,4 @@
-"""Files and folders that are no model, or one that cannot run: each is named as what it is, with what to do."""
+"""Files and folders that are no model, or cannot run: each error names the format, with a hint."""
 
 import bz2
 import gzip
@@ -54,7 +54,7 @@ def tarred() -> bytes:
 
 
 def refusals(path: Path) -> dict[str, str]:
-    """What the commands that must open a model say, in lower case."""
+    """Messages of the commands that open a model, in lower case."""
     found = {}
     for command in (
         ["plan", str(path)],
@@ -78,7 +78,7 @@ def check_named(path: Path, *words: str) -> None:
         assert "hint: " in said, (command, said)
 
 
-# Content under the name of a GGUF file, and words that tell what it is.
+# Content under the name of a GGUF file, and the words that name its format.
 CONTENT: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "nothing": (b"", ("empty", "download|copy")),
     "fewer bytes than a magic": (b"GG", ("2 bytes|truncated|too short", "download|copy")),
@@ -133,7 +133,7 @@ def test_a_pickle_is_named_by_any_name(name: str, tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Header:
-    """A GGUF file by its header."""
+    """Header of a GGUF file."""
 
     words: tuple[str, ...]
     architecture: str | None = "llama"
@@ -229,7 +229,7 @@ def test_an_unknown_architecture_is_not_said_to_be_a_known_one(tmp_path: Path) -
 
 
 def safetensors(*names: str) -> bytes:
-    """A file with a tensor of a byte by each of these names."""
+    """A safetensors file with a one-byte tensor for each name."""
     entries = {name: {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i, name in enumerate(names)}
     header = json.dumps(entries).encode()
     return len(header).to_bytes(8, "little") + header + bytes(len(names))
@@ -347,8 +347,8 @@ def test_a_file_of_a_tokenizer_that_cannot_be_read_is_named(name: str, content: 
 
 
 @pytest.fixture
-def spoken(folder: Path) -> Path:
-    """The folder with a tokenizer of bytes."""
+def with_tokenizer(folder: Path) -> Path:
+    """The folder with a byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -375,14 +375,14 @@ def name_in_files(folder: Path) -> None:
         (folder / "additional_chat_templates" / f"{name}.jinja").write_text(TEMPLATE)
 
 
-@pytest.mark.parametrize("spoil", [name_in_config, name_in_files])
-def test_named_templates_without_a_default_are_named_and_not_asked_for_with_raw(
-    spoil: Callable[[Path], None], spoken: Path
+@pytest.mark.parametrize("write_names", [name_in_config, name_in_files])
+def test_named_templates_without_a_default_are_named_and_not_needed_with_raw(
+    write_names: Callable[[Path], None], with_tokenizer: Path
 ) -> None:
-    spoil(spoken)
-    result = CliRunner().invoke(main, ["run", str(spoken), "hello", "-n", "1", "--raw", "-q"])
+    write_names(with_tokenizer)
+    result = CliRunner().invoke(main, ["run", str(with_tokenizer), "hello", "-n", "1", "--raw", "-q"])
     assert result.exit_code == 0, result.stderr
-    said = refusal(spoken, "-s", "a system message")
+    said = refusal(with_tokenizer, "-s", "a system message")
     assert "tool_use" in said
     assert "--raw" in said
 
@@ -404,32 +404,32 @@ def test_named_templates_of_a_gguf_file_without_a_default_are_named(tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def mixtrals(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same weights with the experts of a layer in one tensor, and in one each."""
+    """The same weights with a layer's experts in one tensor, and in a tensor each."""
     place = tmp_path_factory.mktemp("mixtral")
     model = random_model("mixtral")
-    whole = write_gguf(model, "mixtral", place / "whole.gguf")
+    stacked = write_gguf(model, "mixtral", place / "stacked.gguf")
     parts = {
         tensor.name.replace("_exps", f".{number}"): np.array(expert)
-        for tensor in gguf.GGUFReader(whole).tensors
+        for tensor in gguf.GGUFReader(stacked).tensors
         if "_exps" in tensor.name
         for number, expert in enumerate(tensor.data)
     }
     assert parts
     stacks = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-    return whole, write_gguf(model, "mixtral", place / "parts.gguf", more=parts, without=stacks)
+    return stacked, write_gguf(model, "mixtral", place / "parts.gguf", more=parts, without=stacks)
 
 
-def test_experts_in_a_tensor_each_run_as_one_stack_does_or_are_named(
+def test_experts_in_a_tensor_each_run_like_stacked_experts_or_are_named(
     mixtrals: tuple[Path, Path], profile: Profile
 ) -> None:
-    whole, parts = mixtrals
+    stacked, parts = mixtrals
 
     def tokens(path: Path) -> list[int | None]:
         greedy = Sampling(temperature=0.0)
         with headrace.load(path, memory="2GiB", context_tokens=64, profile=profile) as loaded:
             return [piece.token for piece in loaded.stream("hello", max_tokens=8, raw=True, sampling=greedy)]
 
-    expected = tokens(whole)
+    expected = tokens(stacked)
     try:
         found = tokens(parts)
     except HeadraceError:
@@ -438,10 +438,10 @@ def test_experts_in_a_tensor_each_run_as_one_stack_does_or_are_named(
         assert found == expected
 
 
-def test_experts_in_a_tensor_each_are_planned_as_one_stack_is_or_refused(mixtrals: tuple[Path, Path]) -> None:
+def test_experts_in_a_tensor_each_are_planned_like_stacked_experts_or_refused(mixtrals: tuple[Path, Path]) -> None:
     plans = [CliRunner().invoke(main, ["plan", str(path), "--json", "--memory", "2GiB"]) for path in mixtrals]
     if plans[1].exit_code:
         assert "expert" in plans[1].stderr
         return
-    whole, parts = (json.loads(plan.stdout) for plan in plans)
-    assert parts.get("experts") == whole.get("experts")
+    stacked, parts = (json.loads(plan.stdout) for plan in plans)
+    assert parts.get("experts") == stacked.get("experts")

@@ -28,7 +28,7 @@ def entry(begin: int = 0, end: int = 8, *, dtype: Any = "F32", shape: Any = (2,)
 
 
 def raw(header: bytes | str, data: int = 0, length: int | None = None) -> bytes:
-    """A file of this header and so many bytes of data."""
+    """A file of this header and `data` bytes of data."""
     header = header.encode() if isinstance(header, str) else header
     return struct.pack("<Q", len(header) if length is None else length) + header + bytes(data)
 
@@ -103,7 +103,7 @@ def test_a_name_may_hold_any_character(path: Path) -> None:
         assert list(opened(path, raw(text % json.dumps(entry()), 8))) == ["ü/大😀"]
 
 
-def test_keys_that_are_not_known_yet_are_left_alone(path: Path) -> None:
+def test_unknown_keys_are_ignored(path: Path) -> None:
     assert opened(path, content({"a": {**entry(), "compressed": None}}))["a"].nbytes == 8
 
 
@@ -152,7 +152,7 @@ def test_a_pointer_of_git_lfs_is_known(path: Path) -> None:
         ('{"a": {"dtype": "F32", "dtype": "F16"}}', "'dtype' is given 2 times"),
     ],
 )
-def test_a_header_that_is_no_sound_json_object_is_refused(path: Path, header: str | bytes, match: str) -> None:
+def test_a_header_that_is_no_valid_json_object_is_refused(path: Path, header: str | bytes, match: str) -> None:
     refused(path, raw(header), match)
 
 
@@ -212,7 +212,7 @@ def test_a_type_that_is_no_word_is_refused(path: Path, dtype: object) -> None:
         [10**4000] * 64,
     ],
 )
-def test_a_shape_that_is_none_is_refused(path: Path, shape: object) -> None:
+def test_an_invalid_shape_is_refused(path: Path, shape: object) -> None:
     refused(path, content({"a": entry(shape=shape)}), "tensor `a` has the shape")
 
 
@@ -290,7 +290,7 @@ def zeros(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder that has a configuration and no weights yet."""
+    """A folder with a configuration and no weights."""
     (tmp_path / "config.json").write_text('{"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}')
     return tmp_path
 
@@ -355,7 +355,7 @@ def test_only_files_that_hold_tensors_are_named(sharded: Path) -> None:
     assert names_of(read(sharded)) == ["one.safetensors"]
 
 
-def test_a_tensor_that_the_index_forgot_is_kept(sharded: Path) -> None:
+def test_a_tensor_missing_from_the_index_is_kept(sharded: Path) -> None:
     write_index(sharded, {"a": "one.safetensors", "c": "two.safetensors"})
 
     assert set(read(sharded).tensors) == {"a", "b", "c"}
@@ -383,7 +383,7 @@ def test_a_set_that_lacks_parts_says_how_many(folder: Path) -> None:
     unreadable(folder, "3 of 4 weight files are missing, the first is .*w-00001-of-00004")
 
 
-def test_files_that_are_not_one_set_are_not_guessed_at(folder: Path) -> None:
+def test_files_that_are_not_one_set_are_an_error(folder: Path) -> None:
     save_file(zeros(a=(2,)), folder / "w-00001-of-00001.safetensors")
     save_file(zeros(b=(2,)), folder / "v.safetensors")
 
@@ -422,7 +422,7 @@ def test_a_folder_may_have_the_name_of_a_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.safetensors", "config.json", "a\0b", "no/where.safetensors"])
-def test_what_is_no_folder_or_file_is_an_error(folder: Path, name: str) -> None:
+def test_a_path_that_is_no_folder_or_file_is_an_error(folder: Path, name: str) -> None:
     unreadable(folder / name, "cannot open")
 
 
@@ -497,7 +497,7 @@ def test_a_folder_without_weights_is_an_error(folder: Path) -> None:
         ("[" * 100_000, "nested too deep"),
     ],
 )
-def test_an_index_that_is_none_is_refused(sharded: Path, text: str, match: str) -> None:
+def test_an_invalid_index_is_refused(sharded: Path, text: str, match: str) -> None:
     (sharded / INDEX).write_text(text)
 
     assert INDEX in str(unreadable(sharded, match))
@@ -558,7 +558,7 @@ def test_a_damaged_shard_is_named(sharded: Path) -> None:
     [("", "empty"), ("[1]", "not a JSON object"), ("[" * 100_000, "nested too deep"), ("{", "not sound")],
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_a_configuration_that_is_none_is_refused(sharded: Path, name: str, text: str, match: str) -> None:
+def test_an_invalid_configuration_is_refused(sharded: Path, name: str, text: str, match: str) -> None:
     (sharded / name).write_text(text)
 
     assert name in str(unreadable(sharded, match))
@@ -593,7 +593,7 @@ def test_a_folder_where_a_file_is_expected_is_an_error(sharded: Path) -> None:
 
 
 class Elsewhere:
-    """Files that no folder of this machine holds; what was asked for is kept."""
+    """Source of files outside any local folder; it records the requests."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -617,7 +617,7 @@ class Elsewhere:
         return source
 
 
-def test_a_source_elsewhere_is_asked_for_names_only(sharded: Path) -> None:
+def test_only_names_are_requested_from_a_remote_source(sharded: Path) -> None:
     elsewhere = Elsewhere(sharded)
 
     found = read_folder("some/root", elsewhere)
@@ -630,7 +630,7 @@ def test_a_source_elsewhere_is_asked_for_names_only(sharded: Path) -> None:
     assert elsewhere.open == 0
 
 
-def test_a_source_elsewhere_may_have_one_file_and_no_index(folder: Path) -> None:
+def test_a_remote_source_may_have_one_file_and_no_index(folder: Path) -> None:
     save_file(zeros(a=(2, 3)), folder / "model.safetensors")
 
     assert list(read_folder("some/root", Elsewhere(folder)).tensors) == ["a"]
@@ -638,7 +638,7 @@ def test_a_source_elsewhere_may_have_one_file_and_no_index(folder: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["config.json", "two.safetensors"])
-def test_what_a_source_elsewhere_lacks_is_an_error(sharded: Path, name: str) -> None:
+def test_a_file_that_a_remote_source_lacks_is_an_error(sharded: Path, name: str) -> None:
     (sharded / name).unlink()
 
     fails(lambda: read_folder("some/root", Elsewhere(sharded)), name)

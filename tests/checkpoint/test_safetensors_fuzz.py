@@ -1,6 +1,6 @@
-"""Safetensors headers against chance: damaged files, noise, and whatever the format's own package can write.
+"""Fuzz tests of safetensors headers: damaged files, noise, and files written by the format's own package.
 
-That package is also the judge: what we read of a damaged file, it reads too, and the same.
+That package is also the reference: it reads the same as we do from a damaged file.
 """
 
 import json
@@ -49,7 +49,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
     max_leaves=12,
 )
-# Nearly entries: each part is right more often than not.
+# Nearly valid entries: each part is right more often than not.
 SPANS = st.tuples(st.integers(0, 4), st.integers(0, 4)).map(lambda two: [4 * min(two), 4 * max(two)])
 ENTRIES = st.fixed_dictionaries(
     {
@@ -81,7 +81,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound folder of two shards."""
+    """A valid folder of two shards."""
     folder = tmp_path_factory.mktemp("folder")
     save_file({"a": np.ones(2, np.float32), "b": np.ones(3, np.float32)}, folder / "one.safetensors")
     save_file({"c": np.ones(2, np.float32)}, folder / "model.safetensors")
@@ -93,7 +93,7 @@ SOUND_INDEX = json.dumps({"weight_map": {"a": "one.safetensors", "b": "one.safet
 
 
 def opened(path: Path, content: bytes) -> dict[str, Tensor] | None:
-    """The tensors, or None where they are refused. Anything but a `HeadraceError` gets through."""
+    """The tensors, or None if refused. Only a `HeadraceError` is caught."""
     path.write_bytes(content)
     try:
         return read_safetensors(str(path))
@@ -106,7 +106,7 @@ def opened(path: Path, content: bytes) -> dict[str, Tensor] | None:
 
 
 def indexed(folder: Path, index: bytes) -> Folder | None:
-    """The folder with that index, or None where it is refused."""
+    """The folder with that index, or None if refused."""
     (folder / INDEX).write_bytes(index)
     try:
         return read_folder(str(folder))
@@ -157,7 +157,7 @@ def peak_bytes(action: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-def test_the_file_that_is_damaged_below_is_sound(path: Path, valid: bytes) -> None:
+def test_the_undamaged_file_is_read(path: Path, valid: bytes) -> None:
     tensors = opened(path, valid)
 
     assert tensors is not None
@@ -192,7 +192,7 @@ def test_json_of_any_kind_is_read_or_refused(path: Path, value: Any) -> None:
 
 @FUZZ
 @given(entries=st.dictionaries(st.sampled_from("abcd"), ENTRIES, max_size=3), data=st.integers(0, 4))
-def test_entries_that_are_nearly_right_are_read_as_the_package_reads_them_or_refused(
+def test_nearly_valid_entries_are_read_as_the_package_reads_them_or_refused(
     path: Path, entries: dict[str, Any], data: int
 ) -> None:
     text = json.dumps(entries).encode()
@@ -205,12 +205,12 @@ def test_entries_that_are_nearly_right_are_read_as_the_package_reads_them_or_ref
 @settings(FUZZ, max_examples=100)
 @given(
     arrays=st.dictionaries(NAMES, ARRAYS, max_size=6),
-    # Of no tensors and empty metadata, safetensors 0.8.0 writes a header that it refuses itself.
+    # For no tensors and empty metadata, safetensors 0.8.0 writes a header that it refuses itself.
     metadata=st.none()
     | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), NAMES, min_size=1, max_size=3),
     seed=st.integers(0, 1 << 30),
 )
-def test_the_tensors_that_are_written_are_read_back(
+def test_written_tensors_are_read_back(
     path: Path, arrays: dict[str, tuple[str, list[int]]], metadata: dict[str, str] | None, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -228,7 +228,7 @@ def test_the_tensors_that_are_written_are_read_back(
     check_same(tensors, content)
 
 
-def test_a_sound_index_is_read(folder: Path) -> None:
+def test_a_valid_index_is_read(folder: Path) -> None:
     found = indexed(folder, SOUND_INDEX.encode())
 
     assert found is not None
@@ -290,7 +290,7 @@ def test_a_length_costs_no_memory_before_the_file_confirms_it(path: Path, length
 
 
 @pytest.mark.parametrize("filling", [b"[],", b"{},", b'"ab",', b'{"a":1},', b"1.5,", b"[[]],"])
-def test_memory_is_bounded_by_the_header_whatever_it_holds(path: Path, filling: bytes) -> None:
+def test_memory_is_bounded_by_the_size_of_the_header(path: Path, filling: bytes) -> None:
     text = b'{"a":[' + filling * (MIB // 4 // len(filling)) + b"0]}"
     path.write_bytes(struct.pack("<Q", len(text)) + text)
 

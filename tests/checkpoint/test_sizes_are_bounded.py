@@ -1,6 +1,6 @@
-"""Lengths, counts and sizes that a file only claims: nothing is allocated for them, and nothing is read that nobody needs.
+"""Lengths, counts and sizes that a file only claims: nothing is allocated for them, and nothing is read needlessly.
 
-The files are sparse: they are large enough for what they claim, and take no room. Each is opened where memory is bounded.
+The files are sparse: as large as they claim, without taking disk space. Each is opened by a process with bounded memory.
 """
 
 import json
@@ -33,13 +33,13 @@ from headrace.plan.record import records_path
 from headrace.plan.routing import routing_path
 from headrace.units import GIB, MIB
 
-BOUND = 300 * MIB  # of memory, for a file that claims gigabytes
+BOUND = 300 * MIB  # max memory for a file that claims gigabytes
 HUGE = 9 * GIB
 STRING, ARRAY, UINT8, UINT32, FLOAT32 = 8, 9, 0, 4, 6
 
 
 def text(content: str | bytes, claimed: int | None = None) -> bytes:
-    """A string of GGUF, perhaps with another length than its own."""
+    """A GGUF string, maybe with a false length."""
     data = content.encode() if isinstance(content, str) else content
     return struct.pack("<Q", len(data) if claimed is None else claimed) + data
 
@@ -53,7 +53,7 @@ def array(kind: int, count: int, data: bytes = b"") -> bytes:
 
 
 def head(*pairs: bytes, tensors: int = 0, count: int | None = None) -> bytes:
-    """The beginning of a GGUF file."""
+    """The start of a GGUF file."""
     architecture = pair("general.architecture", STRING, text("llama"))
     number = len(pairs) + 1 if count is None else count
     return b"GGUF" + struct.pack("<IQQ", 3, tensors, number) + architecture + b"".join(pairs)
@@ -89,7 +89,7 @@ KEYS = ("block_count", "attention.head_count", "context_length", "embedding_leng
 
 
 def use(path: Path) -> None:
-    """All that is read of a header before weights are."""
+    """Read all of a header that is read before the weights."""
     checkpoint = open_checkpoint(str(path))
     for key in KEYS:
         checkpoint.number(key, 0)
@@ -124,10 +124,10 @@ def whole_model() -> tuple[bytes, int]:
 
 
 def flip(at: int) -> str:
-    """One flipped bit in the header of a model that lies in a large file, each in a file of its own."""
+    """Flip one bit in the header of a model in a separate large file."""
     content, _ = whole_model()
     data = bytearray(content)
-    data[at] ^= 2  # of bytes that are zero, as the high ones of a length are, this makes the largest length that fits
+    data[at] ^= 2  # in a zero byte, as the high ones of a length are, this makes the largest length that fits
     with tempfile.TemporaryDirectory() as folder:
         path = sparse(Path(folder) / "model.gguf", data)
 
@@ -147,7 +147,7 @@ def test_one_flipped_bit_in_a_header_takes_no_memory() -> None:
 
 
 class Endless:
-    """A source that claims to be of any size, and gives zeros after its beginning; it notes the most it was asked for."""
+    """A source that claims any size and returns zeros after its start; it records the largest request."""
 
     def __init__(self, content: bytes, size: int):
         self.path, self.size, self.most, self._content = "far/model.gguf", size, 0, content
@@ -174,8 +174,8 @@ def open_source(name: str) -> str:
     return f"asked for {source.most} bytes" if outcome == FINE and source.most > 256 * MIB else outcome
 
 
-def test_a_source_that_claims_any_size_is_not_asked_for_more_than_a_bound() -> None:
-    """A mirror may say so of a file, and would be read from for ever."""
+def test_requests_to_a_source_that_claims_any_size_are_bounded() -> None:
+    """A mirror may claim any size, and would be read for ever."""
     assert not faults(open_source, list(HEADERS), seconds=10, memory=BOUND)
 
 
@@ -183,7 +183,7 @@ def test_a_source_that_claims_any_size_is_not_asked_for_more_than_a_bound() -> N
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """A folder with a tokenizer of bytes and one matrix."""
+    """A folder with a byte-level tokenizer and one matrix."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -236,12 +236,12 @@ def open_folder_with(file: str) -> str:
         return verdict(ask)
 
 
-def test_a_small_file_of_a_folder_that_has_gigabytes_is_refused_or_left_alone() -> None:
+def test_a_small_file_that_has_gigabytes_is_refused_or_ignored() -> None:
     assert not faults(open_folder_with, SMALL_FILES, seconds=10, memory=BOUND)
 
 
 def shallow(size: int) -> bytes:
-    """JSON of so many bytes, of which Python makes some twenty times as many."""
+    """JSON of `size` bytes, which takes about twenty times as many in Python."""
     return b'{"a":[' + b"[]," * (size // 3) + b"0]}"
 
 
@@ -317,11 +317,11 @@ def test_columns_that_a_packed_folder_only_claims_are_refused() -> None:
     assert not faults(open_packed, numbers, seconds=20, memory=GIB)
 
 
-# What headrace keeps itself
+# Files that headrace keeps itself
 
 
 def zip_of_zeros(name: str, header: bytes, mebibytes: int) -> bytes:
-    """A ZIP archive of one file: some bytes, then zeros, a thousandth of which lies in the archive."""
+    """A ZIP archive of one file: some bytes, then zeros, compressed to a thousandth."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     start = packer.compress(header) + packer.flush(zlib.Z_FULL_FLUSH)
     block = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
@@ -375,10 +375,10 @@ def _written(path: Path, content: bytes) -> Path:
 
 
 def plan_with(name: str) -> str:
-    """Runs in a worker of bounded memory: a plan is made without the file, and a fit names it."""
+    """Runs in a worker of bounded memory: the plan ignores the file, and fit names it."""
     with tempfile.TemporaryDirectory() as outer, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HEADRACE_HOME", str(Path(outer) / "home"))
-        model = mixture(Path(outer))
+        model = moe_model(Path(outer))
         OWN[name](model)
         for arguments in (["plan", str(model), "--memory", "2GiB"], ["fit"]):
             result = CliRunner().invoke(main, arguments)
@@ -390,21 +390,21 @@ def plan_with(name: str) -> str:
 
 
 @cache
-def mixture_bytes() -> bytes:
+def moe_bytes() -> bytes:
     from tiny import random_model, write_gguf
 
     with tempfile.TemporaryDirectory() as folder:
         return write_gguf(random_model("qwen3moe"), "qwen3moe", Path(folder) / "tiny.gguf").read_bytes()
 
 
-def mixture(folder: Path) -> Path:
-    """Only of models with experts is a routing read."""
+def moe_model(folder: Path) -> Path:
+    """A MoE model: only for these a routing file is read."""
     path = folder / "model.gguf"
-    path.write_bytes(mixture_bytes())
+    path.write_bytes(moe_bytes())
     return path
 
 
-def test_what_headrace_kept_itself_is_read_within_a_bound() -> None:
+def test_files_that_headrace_keeps_are_read_within_a_bound() -> None:
     assert not faults(plan_with, list(OWN), seconds=30, memory=2 * BOUND)
 
 

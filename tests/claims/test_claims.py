@@ -1,4 +1,4 @@
-"""Every statement of the discussion, computed anew."""
+"""Every claim, computed anew."""
 
 import pytest
 
@@ -10,11 +10,11 @@ CASES = [(claim, case) for claim in all_claims() for case in claim.cases]
 
 
 @pytest.mark.parametrize("claim", all_claims(), ids=lambda claim: claim.id)
-def test_the_verdict_is_what_the_numbers_say(claim: Claim) -> None:
-    answer = evaluate(claim)
+def test_the_verdict_follows_from_the_numbers(claim: Claim) -> None:
+    evaluation = evaluate(claim)
     expected = VERDICTS[claim.verdict]
-    if answer.agrees is not None and expected is not None:
-        assert answer.agrees == expected, (answer.value, claim.said)
+    if evaluation.agrees is not None and expected is not None:
+        assert evaluation.agrees == expected, (evaluation.value, claim.said)
 
 
 @pytest.mark.parametrize(("claim", "case"), CASES, ids=lambda value: getattr(value, "id", getattr(value, "name", "")))
@@ -28,7 +28,7 @@ def test_an_unknown_claim_is_an_error_with_a_hint() -> None:
     assert error.value.hint
 
 
-def test_there_are_as_many_as_the_discussion_makes() -> None:
+def test_claims_are_numbered_1_to_55_without_gaps() -> None:
     numbered = [claim for claim in all_claims() if claim.id.isdigit()]
     assert [int(claim.id) for claim in numbered] == list(range(1, 56))
 
@@ -41,19 +41,19 @@ def test_every_claim_says_where_its_numbers_are_from() -> None:
             assert entry.source or entry.label in ("stated", "guessed"), (claim.id, name)
 
 
-def test_what_a_verdict_hangs_on_comes_first() -> None:
-    answer = evaluate(find_claim("3"))
-    assert [swing.flips for swing in answer.swings] == sorted((s.flips for s in answer.swings), reverse=True)
+def test_inputs_that_flip_the_verdict_come_first() -> None:
+    swings = evaluate(find_claim("3")).swings
+    assert [swing.flips for swing in swings] == sorted((swing.flips for swing in swings), reverse=True)
 
 
-def test_a_range_holds_the_value_that_it_is_about() -> None:
+def test_a_range_contains_its_value() -> None:
     for claim in all_claims():
         for name, entry in claim.inputs.items():
             if entry.low is not None and entry.high is not None:
                 assert entry.low <= entry.value <= entry.high, (claim.id, name)
 
 
-def test_whatever_can_be_computed_has_a_known_number() -> None:
+def test_every_formula_of_a_claim_has_a_test_case() -> None:
     for claim in all_claims():
         assert (claim.formula is not None) == bool(claim.cases), claim.id
         assert claim.section in ("streaming", "parallelism", "money", "size", "efficiency"), claim.id
@@ -64,6 +64,6 @@ def test_every_formula_is_used() -> None:
     assert set(formulas.ALL) == used - {None}
 
 
-def test_a_case_of_another_formula_takes_what_it_needs_from_the_claim() -> None:
+def test_a_case_of_another_formula_takes_its_inputs_from_the_claim() -> None:
     claim = find_claim("3")
     assert run_case(claim, Case(name="seconds", formula="pipelined_pass", expected=1.04)) == pytest.approx(1.04)

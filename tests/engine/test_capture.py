@@ -1,4 +1,4 @@
-"""A pass that is played back must be the pass that it was taken down from, for other tokens and caches."""
+"""A replayed step must equal the eager step, for other tokens and caches too."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from headrace.engine.pooled_allocation import PooledAllocation
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_what_is_played_back_equals_what_is_computed(tiny_llama: Path, share: float) -> None:
+def test_replayed_steps_equal_eager_steps(tiny_llama: Path, share: float) -> None:
     tokens = [3, 99, 41, 250, 7, 12, 130, 64]
     found = []
-    for plays in (True, False):
+    for replays in (True, False):
         with make_engine(tiny_llama, share) as engine:
-            if not plays:
+            if not replays:
                 engine._captures = NeverCaptured()
             cache = engine.new_cache(64)
             engine.step([Rows(cache=cache, tokens=PROMPT)])
@@ -31,11 +31,11 @@ def test_what_is_played_back_equals_what_is_computed(tiny_llama: Path, share: fl
             for token in tokens[:4]:
                 pair = [Rows(cache=cache, tokens=[token]), Rows(cache=other, tokens=[token, 9], logits=2)]
                 logits.append(engine.step(pair))
-            if plays:
+            if replays:
                 assert set(engine._captures._ready) == {((1, 1),), ((1, 1), (2, 2))}
-                played = engine._captures._ready[((1, 1),)]._calls
-                chains = [call for call in played if isinstance(call.function, FusedCall)]
-                assert len(chains) == (share == 1)  # it is the whole pass
+                calls = engine._captures._ready[((1, 1),)]._calls
+                fused = [call for call in calls if isinstance(call.function, FusedCall)]
+                assert len(fused) == (share == 1)  # one graph is the whole pass
             found.append(torch.cat(logits))
     assert torch.equal(found[0], found[1])
 
@@ -46,11 +46,11 @@ class NeverCaptured(CaptureCache):
         return super().capturing(key, at_once)  # type: ignore[arg-type]
 
 
-def take_down(blocks: BufferPool, function: object, value: torch.Tensor) -> CapturedStep:
-    tape = CapturedStep(blocks)
-    with torch.inference_mode(), tape:
-        tape.output(function(tape.input(value)))  # type: ignore[operator]
-    return tape
+def captured(pool: BufferPool, function: object, value: torch.Tensor) -> CapturedStep:
+    capture = CapturedStep(pool)
+    with torch.inference_mode(), capture:
+        capture.output(function(capture.input(value)))  # type: ignore[operator]
+    return capture
 
 
 WEIGHT = torch.randn(8)
@@ -65,13 +65,13 @@ def small_model(x: torch.Tensor) -> torch.Tensor:
     return best.values + best.indices + torch.arange(3)
 
 
-def test_a_tape_gives_the_same_for_other_inputs() -> None:
-    tape = take_down(BufferPool(), small_model, torch.randn(8))
-    assert tape.uncapturable_reason is None
+def test_a_captured_step_gives_the_eager_result_for_other_inputs() -> None:
+    capture = captured(BufferPool(), small_model, torch.randn(8))
+    assert capture.uncapturable_reason is None
     for _ in range(3):
         x = torch.randn(8)
         with torch.inference_mode():
-            assert torch.equal(tape.replay(x), small_model(x))
+            assert torch.equal(capture.replay(x), small_model(x))
 
 
 @pytest.mark.parametrize(
@@ -86,47 +86,49 @@ def test_a_tape_gives_the_same_for_other_inputs() -> None:
     ],
     ids=["a number", "a truth", "a shape", "chance", "no input", "a buffer of the model"],
 )
-def test_what_depends_on_values_spoils_a_tape(model: object) -> None:
-    assert take_down(BufferPool(), model, torch.randn(8)).uncapturable_reason
+def test_operations_that_depend_on_values_make_a_step_uncapturable(model: object) -> None:
+    assert captured(BufferPool(), model, torch.randn(8)).uncapturable_reason
 
 
 KEPT = torch.zeros(8)
 
 
-def test_two_passes_that_differ_in_a_number_are_not_played() -> None:
+def test_steps_whose_captures_differ_in_a_number_are_not_replayed() -> None:
     captures, x = CaptureCache(), torch.randn(8)
     for factor in (2.0, 3.0, 4.0, 5.0):
         assert captures.find("key") is None
-        with torch.inference_mode(), captures.capturing("key") as tape:
-            if tape is not None:
-                tape.output(tape.input(x) * factor)
+        with torch.inference_mode(), captures.capturing("key") as capture:
+            if capture is not None:
+                capture.output(capture.input(x) * factor)
     assert "differs" in captures._uncapturable["key"]
 
 
-def test_a_pass_that_fails_is_not_kept() -> None:
+def test_a_capture_that_fails_is_not_kept() -> None:
     captures = CaptureCache()
-    with captures.capturing("key") as tape:
-        assert tape is None  # nothing like it has been seen
+    with captures.capturing("key") as capture:
+        assert capture is None  # the first pass of a key is not captured
     for _ in range(3):
-        with pytest.raises(OSError, match="broken"), torch.inference_mode(), captures.capturing("key") as tape:
-            assert tape is not None
-            tape.input(torch.ones(2))
+        with pytest.raises(OSError, match="broken"), torch.inference_mode(), captures.capturing("key") as capture:
+            assert capture is not None
+            capture.input(torch.ones(2))
             raise OSError("broken")
     assert captures.find("key") is None
 
 
-def test_passes_that_do_not_come_again_are_not_kept() -> None:
+def test_captures_of_passes_that_do_not_recur_are_not_kept() -> None:
     captures, x = CaptureCache(), torch.randn(8)
     for key in range(MAX_CAPTURED_STEPS + 8):
         for _ in range(2):
-            with torch.inference_mode(), captures.capturing(key) as tape:
-                if tape is not None:
-                    tape.output(tape.input(x) * 2)
+            with torch.inference_mode(), captures.capturing(key) as capture:
+                if capture is not None:
+                    capture.output(capture.input(x) * 2)
     assert len(captures._first) == MAX_CAPTURED_STEPS
     assert captures.find(MAX_CAPTURED_STEPS) is None
 
 
-def test_rows_of_a_table_are_read_once_and_the_oldest_go(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedding_rows_are_read_once_and_the_oldest_are_evicted(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with make_engine(tiny_llama) as engine:
         table = next(t for t in engine.checkpoint.tensors.values() if t.name == "token_embd.weight")
         monkeypatch.setattr("headrace.engine.engine.ROWS_KEPT_BYTES", 3 * table.row_bytes)
@@ -139,26 +141,26 @@ def test_rows_of_a_table_are_read_once_and_the_oldest_go(tiny_llama: Path, monke
     assert [(offset - table.offset) // table.row_bytes for offset in read] == [1, 2, 3, 4, 2]
 
 
-def test_memory_is_used_again_when_a_tensor_and_its_views_are_gone() -> None:
-    blocks = BufferPool()
-    first = blocks.empty((4, 1000))
+def test_a_buffer_is_reused_when_its_tensor_and_views_are_gone() -> None:
+    pool = BufferPool()
+    first = pool.empty((4, 1000))
     view, address = first[1:], first.data_ptr()
     del first
-    assert blocks.empty((4, 1000)).data_ptr() != address
+    assert pool.empty((4, 1000)).data_ptr() != address
     del view
-    assert blocks.empty((1000, 4), stride=(1, 1000)).data_ptr() == address
-    assert blocks.owns(blocks.empty((3,), torch.int64))
-    assert not blocks.owns(torch.empty(3))
+    assert pool.empty((1000, 4), stride=(1, 1000)).data_ptr() == address
+    assert pool.owns(pool.empty((3,), torch.int64))
+    assert not pool.owns(torch.empty(3))
 
 
-def test_large_results_are_the_same_and_lie_in_few_blocks() -> None:
+def test_pooled_allocation_changes_no_result_and_needs_few_buffers() -> None:
     x, weight = torch.randn(1, 700, 512), torch.randn(512)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         y = torch.rms_norm(x, (512,), weight, 1e-5)
         heads = y.view(1, 700, 8, 64).transpose(1, 2)
-        turned = torch.cat((-heads[..., 32:], heads[..., :32]), -1) * heads
-        return x + torch.nn.functional.silu(turned.transpose(1, 2).reshape(x.shape)) * y
+        rotated = torch.cat((-heads[..., 32:], heads[..., :32]), -1) * heads
+        return x + torch.nn.functional.silu(rotated.transpose(1, 2).reshape(x.shape)) * y
 
     with torch.inference_mode():
         expected = x
@@ -174,17 +176,17 @@ def test_large_results_are_the_same_and_lie_in_few_blocks() -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3", "phi3", "gpt2", "qwen3moe", "gpt-oss", "gemma2"])
-def test_chains_change_no_bit_whatever_the_model_does_between_products(family: str, tmp_path: Path) -> None:
+def test_fused_graphs_change_no_bit_for_any_operations_between_matmuls(family: str, tmp_path: Path) -> None:
     path = write_gguf(random_model(family), family, tmp_path / "tiny.gguf", "Q8_0")
     found = []
-    for plays in (True, False):
+    for replays in (True, False):
         with make_engine(path, 1.0) as engine:
-            if not plays:
+            if not replays:
                 engine._captures = NeverCaptured()
             cache = engine.new_cache(64)
             engine.step([Rows(cache=cache, tokens=PROMPT)])
             found.append(torch.cat([engine.step([Rows(cache=cache, tokens=[token])]) for token in range(3, 33)]))
-            if plays:
-                played = engine._captures._ready[((1, 1),)]._calls
-                assert any(isinstance(call.function, FusedCall) for call in played)
+            if replays:
+                calls = engine._captures._ready[((1, 1),)]._calls
+                assert any(isinstance(call.function, FusedCall) for call in calls)
     assert torch.equal(found[0], found[1])

@@ -1,4 +1,4 @@
-"""The same prompt gives the same logits, bit for bit, whatever was asked before and whoever shares its passes."""
+"""A prompt gives the same logits, bit for bit, after any earlier prompts and beside any other sequences."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ CONTEXT, NEW_TOKENS = 320, 2
 
 
 def prompts() -> list[list[int]]:
-    """Of lengths around the sizes of chunks, some with a common prefix, some that continue others."""
+    """Prompts of lengths around the chunk sizes, some with a common prefix, some that continue others."""
     drawn = torch.Generator().manual_seed(7)
     text = torch.randint(0, VOCAB, (280,), generator=drawn).tolist()
     found = [text[:length] for length in (3, 7, 8, 12, 16, 17, 30, 64, 70, 200)]
@@ -46,7 +46,7 @@ class Tracer(Sampler):
 
 
 def ask(engine: Engine, prompts: Sequence[list[int]], at_a_time: int, prefill_rows: int = 160) -> list[torch.Tensor]:
-    """The logits of each prompt's answer, (NEW_TOKENS, vocab)."""
+    """Logits of the tokens generated for each prompt, (NEW_TOKENS, vocab)."""
     scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT)) for _ in range(at_a_time)], prefill_rows)
     recorders = [Tracer() for _ in prompts]
     waiting, live = list(enumerate(prompts)), list[SequenceState]()
@@ -54,10 +54,10 @@ def ask(engine: Engine, prompts: Sequence[list[int]], at_a_time: int, prefill_ro
         while waiting and scheduler.has_room:
             index, prompt = waiting.pop(0)
             live.append(scheduler.add(prompt, NEW_TOKENS, recorders[index]))
-        for answer, _ in scheduler.step():
-            if answer.generated == NEW_TOKENS:
-                scheduler.remove(answer)
-                live.remove(answer)
+        for sequence, _ in scheduler.step():
+            if sequence.generated == NEW_TOKENS:
+                scheduler.remove(sequence)
+                live.remove(sequence)
     return [torch.stack(tracer.logits) for tracer in recorders]
 
 
@@ -103,7 +103,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return write_gguf(random_model(architecture), architecture, folder / "tiny.gguf", kind)
 
 
-def test_what_was_asked_before_and_who_shares_a_pass_change_no_bit(path: Path) -> None:
+def test_earlier_prompts_and_other_sequences_of_a_pass_change_no_bit(path: Path) -> None:
     texts = prompts()
     with engine_of(path) as engine:
         alone = [ask(engine, [prompt], 1)[0] for prompt in texts]
@@ -122,16 +122,16 @@ def test_whole_chunks_of_a_prompt_are_reused(path: Path) -> None:
         scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], 160)
         rows = []
         for _ in range(2):
-            answer, before = scheduler.add(prompt, 1, Tracer()), len(engine.passes)
-            while not answer.generated:
+            sequence, before = scheduler.add(prompt, 1, Tracer()), len(engine.passes)
+            while not sequence.generated:
                 scheduler.step()
-            scheduler.remove(answer)
+            scheduler.remove(sequence)
             rows.append(sum(one.rows for one in engine.passes[before:]))
     assert rows == [len(prompt), len(prompt) - (len(prompt) - 1) // CHUNK_ROWS * CHUNK_ROWS]
 
 
 @pytest.mark.parametrize("chunks", [Chunks(SMALL_CHUNK_ROWS, 64), Chunks(64, 64), Chunks(16, 16), Chunks(40, 40)])
-def test_what_is_reused_of_a_prompt_ends_where_a_chunk_ends(chunks: Chunks) -> None:
+def test_a_reused_prefix_ends_where_a_chunk_ends(chunks: Chunks) -> None:
     ends, end = [0], 0
     while end < 300:
         end = chunks.end(end)
@@ -140,7 +140,7 @@ def test_what_is_reused_of_a_prompt_ends_where_a_chunk_ends(chunks: Chunks) -> N
         assert chunks.whole(count) == max(one for one in ends if one <= count)
 
 
-def test_small_chunks_are_for_the_beginning_of_a_prompt_only() -> None:
+def test_small_chunks_are_for_the_start_of_a_prompt_only() -> None:
     chunks = Chunks(16, 64)
     assert [chunks.end(start) for start in (0, 16, 48, 63, 64, 100, 128)] == [16, 32, 64, 64, 128, 128, 192]
 
@@ -151,7 +151,7 @@ def test_matrices_of_super_blocks_use_small_chunks(tmp_path: Path) -> None:
         scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT)) for _ in range(3)], 160)
         for _ in range(3):
             scheduler.add(prompt, 1, Tracer())
-        while any(not answer.generated for answer in scheduler.sequences):
+        while any(not sequence.generated for sequence in scheduler.sequences):
             scheduler.step()
         shared = (len(prompt) - 1) // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS
         assert engine.passes[-1].rows == len(prompt) + 2 * (len(prompt) - shared)

@@ -1,4 +1,4 @@
-"""Models with an encoder: their two streams, against transformers' own forward and its own greedy answers."""
+"""Encoder-decoder models: their two streams, against the forward and the greedy decoding of transformers."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from headrace.model import ModelSkeleton
 
 GENERATOR = torch.Generator().manual_seed(1)
 TEXT = torch.randint(3, VOCAB, (1, 40), generator=GENERATOR)
-ANSWER = torch.randint(3, VOCAB, (1, 12), generator=GENERATOR)
+OUTPUT = torch.randint(3, VOCAB, (1, 12), generator=GENERATOR)
 
 
 def opened(path: Path, share: float = 0.5, readers: int = 2) -> Engine:
@@ -33,16 +33,16 @@ def opened(path: Path, share: float = 0.5, readers: int = 2) -> Engine:
     return Engine(open_checkpoint(path), options, Kernels(1))
 
 
-def logits_of(engine: Engine, text: torch.Tensor = TEXT, answer: torch.Tensor = ANSWER) -> torch.Tensor:
-    """Logits of the rows of an answer, one by one after the pass that reads the text."""
+def logits_of(engine: Engine, text: torch.Tensor = TEXT, output: torch.Tensor = OUTPUT) -> torch.Tensor:
+    """Logits of the rows of an output, one by one after the pass that encodes the text."""
     cache, count = engine.new_cache(100, 32), len(engine.decoder_start_ids)
     found = [engine.step([Rows(cache=cache, tokens=[*text[0].tolist(), *engine.decoder_start_ids], logits=count)])]
-    found += [engine.step([Rows(cache=cache, tokens=[token])]) for token in answer[0].tolist()]
+    found += [engine.step([Rows(cache=cache, tokens=[token])]) for token in output[0].tolist()]
     return torch.cat(found)
 
 
-def expected_of(model: torch.nn.Module, opening: tuple[int, ...]) -> torch.Tensor:
-    decoded = torch.cat([torch.tensor([opening]), ANSWER], 1)
+def expected_of(model: torch.nn.Module, start: tuple[int, ...]) -> torch.Tensor:
+    decoded = torch.cat([torch.tensor([start]), OUTPUT], 1)
     with torch.inference_mode():
         return model(input_ids=TEXT, decoder_input_ids=decoded).logits[0]
 
@@ -57,18 +57,18 @@ def greedy(engine: Engine, count: int) -> list[int]:
     return found
 
 
-def greedy_of_transformers(model: torch.nn.Module, opening: tuple[int, ...], count: int) -> list[int]:
-    """Its own loop, with the tokens that it is made to begin with; without its cache, which counts the encoder's layers."""
+def greedy_of_transformers(model: torch.nn.Module, start: tuple[int, ...], count: int) -> list[int]:
+    """Greedy tokens of transformers, given the start tokens; without its cache, which counts the encoder's layers."""
     with torch.inference_mode():
         found = model.generate(
-            TEXT, decoder_input_ids=torch.tensor([opening]), do_sample=False, num_beams=1, max_new_tokens=count,
+            TEXT, decoder_input_ids=torch.tensor([start]), do_sample=False, num_beams=1, max_new_tokens=count,
             use_cache=False, forced_bos_token_id=None, forced_eos_token_id=None,
         )  # fmt: skip
-    return found[0, len(opening) :].tolist()
+    return found[0, len(start) :].tolist()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_folder_gives_the_logits_and_the_answer_of_transformers(name: str, tmp_path: Path) -> None:
+def test_a_folder_gives_the_logits_and_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
     model = translator(name, CASES[name])
     with opened(write_translator(model, tmp_path / "model")) as engine:
         # fp32 all the way; only the order of sums differs.
@@ -91,7 +91,7 @@ def test_a_gguf_file_gives_the_logits_of_the_model_it_was_made_of(name: str, tmp
 @pytest.mark.parametrize("kind", ["Q8_0", "F16"])
 def test_streamed_equals_resident_bit_for_bit(kind: str, tmp_path: Path) -> None:
     path = write_gguf(translator("t5:gated", FILES["t5:gated"]), tmp_path / "tiny.gguf", kind)
-    # Long prompts of F16 weights go through torch's products, whose bits depend on the cut (ARCHITECTURE.md).
+    # Long prompts of F16 weights go through torch's matmuls, whose bits depend on the cut (ARCHITECTURE.md).
     text = TEXT if kind == "Q8_0" else TEXT[:, :12]
     found = []
     for share, readers in ((1.0, 2), (0.5, 2), (0.5, 0), (0.0, 3)):
@@ -105,16 +105,16 @@ def test_the_encoder_is_read_once_for_a_prompt_and_the_decoder_for_every_token(t
     with opened(path, share=0.5, readers=0) as engine:
         logits_of(engine)
         logits_of(engine)
-        every, opening = (stream.layout for stream in engine._streams)
-        whole = every.streamed_bytes + every.pinned_bytes + opening.streamed_bytes + opening.pinned_bytes
+        decoder, prefill_only = (stream.layout for stream in engine._streams)
+        total = decoder.streamed_bytes + decoder.pinned_bytes + prefill_only.streamed_bytes + prefill_only.pinned_bytes
         read = [stats.read_bytes for stats in engine.passes]
         expected = (
-            [whole, *[every.streamed_bytes] * 12]
-            + [every.streamed_bytes + opening.streamed_bytes]
-            + [every.streamed_bytes] * 12
+            [total, *[decoder.streamed_bytes] * 12]
+            + [decoder.streamed_bytes + prefill_only.streamed_bytes]
+            + [decoder.streamed_bytes] * 12
         )
         assert read == pytest.approx(expected, abs=4096)  # in whole pages, of which the file's last may be short
-        names = {tensor.name for visit in opening.groups for tensor in visit.tensors}
+        names = {tensor.name for group in prefill_only.groups for tensor in group.tensors}
         assert all(name.startswith("enc.") or ".cross_attn_" in name for name in names)
         assert len(names) == 2 * 6 + 3 * 2  # six matrices of an encoder's layer, keys and values of a decoder's
 
@@ -127,7 +127,7 @@ def test_with_everything_pinned_nothing_is_read_after_the_first_pass(tmp_path: P
         assert all(stats.read_bytes == 0 for stats in engine.passes[1:])
 
 
-def test_sequences_do_not_touch_each_other_and_the_same_text_can_be_read_again(tmp_path: Path) -> None:
+def test_sequences_do_not_touch_each_other_and_a_text_can_be_encoded_again(tmp_path: Path) -> None:
     model = translator("bart", CASES["bart"])
     with opened(write_translator(model, tmp_path / "model")) as engine:
         first, second = engine.new_cache(100, 32), engine.new_cache(100, 32)
@@ -160,7 +160,7 @@ def test_models_that_would_go_wrong_are_refused(name: str, tmp_path: Path) -> No
         ({"decoder_start_token_id": "zero"}, "to begin with"),
     ],
 )
-def test_what_cannot_run_is_refused(values: dict[str, object], words: str, tmp_path: Path) -> None:
+def test_models_that_cannot_run_are_refused(values: dict[str, object], words: str, tmp_path: Path) -> None:
     folder = write_translator(translator("t5", CASES["t5"]), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))

@@ -1,4 +1,4 @@
-"""What must always hold of a step: streamed equals resident bit for bit, and sequences do not touch each other."""
+"""Invariants of a step: streamed equals resident bit for bit, and sequences do not touch each other."""
 
 from pathlib import Path
 
@@ -46,30 +46,30 @@ def resident(tiny_llama: Path) -> torch.Tensor:
 def test_streamed_logits_equal_resident_ones_bit_for_bit(
     tiny_llama: Path, resident: torch.Tensor, share: float, unit_bytes: int, slots: int, readers: int
 ) -> None:
-    # unit_bytes=1 makes every row a unit of its own: every tensor is then larger than the ring.
+    # unit_bytes=1 makes every row a separate unit: every tensor is then larger than the ring.
     with make_engine(tiny_llama, share, unit_bytes, slots, readers) as engine:
         assert torch.equal(decode(engine), resident)
 
 
-@pytest.mark.parametrize(("limit", "lends"), [(None, True), (1 << 20, False)])
-def test_the_memory_of_prompts_holds_weights_between_them(
-    tiny_llama: Path, limit: int | None, lends: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("limit", "reuses"), [(None, True), (1 << 20, False)])
+def test_prefill_memory_holds_weights_during_decode(
+    tiny_llama: Path, limit: int | None, reuses: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not if the process has not given it back: its limit is the second case. Memory is collected once after a prompt."""
+    """Not if the process has not returned it: its limit is the second case. Memory is collected once after a prompt."""
     collected: list[int] = []
     monkeypatch.setattr("headrace.engine.engine.release_unused", lambda: collected.append(1))
 
-    def conversation(lent: float) -> tuple[torch.Tensor, list[bool], list[int]]:
+    def conversation(reused: float) -> tuple[torch.Tensor, list[bool], list[int]]:
         checkpoint = open_checkpoint(tiny_llama)
         rows = {tensor.name: tensor.rows for tensor in checkpoint.tensors.values()}
         options = StreamOptions(
-            # By the 16: how torch adds up a prompt's row may depend on how many others are left over at a cut.
+            # Multiples of 16: torch's order of summation for a prompt row may depend on the rows left over at a cut.
             pinned_rows={name: int(0.3 * count) // 16 * 16 for name, count in rows.items()},
-            decode_pinned_rows={name: int(lent * count) // 16 * 16 for name, count in rows.items()},
+            decode_pinned_rows={name: int(reused * count) // 16 * 16 for name, count in rows.items()},
             memory_limit_bytes=limit,
             unit_bytes=16 << 10,
             slots=3,
-            decode_only_slots=2 if lent else 0,
+            decode_only_slots=2 if reused else 0,
             readers=0,
         )
         logits, held = [], []
@@ -83,8 +83,8 @@ def test_the_memory_of_prompts_holds_weights_between_them(
     plain, _, _ = conversation(0.0)
     logits, held, read = conversation(0.4)
     assert torch.equal(logits, plain)
-    assert held == [False, lends, lends, lends] * 2
-    assert (read[3] < read[4]) == lends
+    assert held == [False, reuses, reuses, reuses] * 2
+    assert (read[3] < read[4]) == reuses
     assert len(collected) == 2
 
 
@@ -106,7 +106,7 @@ def test_sequences_in_one_step_equal_sequences_alone(tiny_llama: Path) -> None:
         start += len(prompt)
 
 
-def test_forgetting_positions_is_as_if_they_had_never_been(tiny_llama: Path) -> None:
+def test_truncated_positions_leave_no_trace(tiny_llama: Path) -> None:
     with make_engine(tiny_llama) as engine:
         cache = engine.new_cache(32)
         engine.step([Rows(cache=cache, tokens=PROMPT[:5])])
@@ -153,7 +153,7 @@ def test_after_a_read_error_the_next_step_starts_afresh(tiny_llama: Path, reside
         assert torch.equal(decode(engine), resident)
 
 
-def test_an_interrupt_while_a_pass_is_given_up_does_not_break_the_next(
+def test_an_interrupt_while_a_pass_is_aborted_does_not_break_the_next(
     tiny_llama: Path, resident: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with make_engine(tiny_llama, 0.3) as engine:
@@ -176,10 +176,10 @@ def test_an_interrupt_while_a_pass_is_given_up_does_not_break_the_next(
         assert torch.equal(decode(engine), resident)
 
 
-def test_passes_that_are_played_back_tell_how_far_they_are(tiny_llama: Path) -> None:
+def test_replayed_passes_report_progress(tiny_llama: Path) -> None:
     with make_engine(tiny_llama, 0.3) as engine:
         seen: list[tuple[int, int]] = []
-        engine.on_progress = lambda done, visits: seen.append((done, visits))
+        engine.on_progress = lambda done, steps: seen.append((done, steps))
         cache = engine.new_cache(64)
         for _ in range(6):
             seen.clear()
@@ -187,7 +187,7 @@ def test_passes_that_are_played_back_tell_how_far_they_are(tiny_llama: Path) -> 
             assert seen == [(i + 1, len(engine.steps)) for i in range(len(engine.steps))]
 
 
-def test_rows_of_a_table_are_kept_within_a_bound(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_embedding_rows_stay_within_a_bound(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = next(t for t in open_checkpoint(tiny_llama).tensors.values() if t.name == "token_embd.weight").row_bytes
     monkeypatch.setattr("headrace.engine.engine.ROWS_KEPT_BYTES", 5 * row + 1)
     with make_engine(tiny_llama, 0.3) as engine:
@@ -198,7 +198,7 @@ def test_rows_of_a_table_are_kept_within_a_bound(tiny_llama: Path, monkeypatch: 
         assert [token for _, token in engine._rows_read] == [35, 36, 37, 39, 38]
 
 
-def test_the_trace_has_reads_products_and_passes(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_trace_has_reads_matmuls_and_passes(tiny_llama: Path, tmp_path: Path) -> None:
     trace = Trace()
     with make_engine(tiny_llama, 0.3, trace=trace) as engine:
         decode(engine, 2)
@@ -220,7 +220,7 @@ def test_every_pass_reads_the_streamed_bytes_and_no_more(tiny_llama: Path) -> No
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_interleaved_weights_give_the_same_model_and_exact_rows_stay_exact(
+def test_repacked_weights_give_the_same_model_and_rows_stay_row_invariant(
     tmp_path: Path, share: float, in_place: bool
 ) -> None:
     path = write_gguf(random_model("llama"), "llama", tmp_path / "tiny.gguf", "Q4_0")
@@ -236,19 +236,19 @@ def test_interleaved_weights_give_the_same_model_and_exact_rows_stay_exact(
         repack_in_place=in_place,
     )
     with Engine(checkpoint, options, Kernels(2)) as engine:
-        assert (decode(engine) - plain).norm() / plain.norm() < 0.05  # activations are rounded in another way
+        assert (decode(engine) - plain).norm() / plain.norm() < 0.05  # activations are rounded differently
         together = engine.step(
             [Rows(cache=engine.new_cache(40), tokens=[*PROMPT, *PROMPT], logits=26, row_invariant=True)]
         )
         cache = engine.new_cache(40)
         alone = torch.cat([engine.step([Rows(cache=cache, tokens=[token])]) for token in [*PROMPT, *PROMPT]])
         assert torch.equal(together, alone)
-        many = engine.step([Rows(cache=engine.new_cache(64), tokens=PROMPT * 4, logits=52, row_invariant=False)])
-        assert (many[:26] - together).norm() / together.norm() < 0.08
+        prefill = engine.step([Rows(cache=engine.new_cache(64), tokens=PROMPT * 4, logits=52, row_invariant=False)])
+        assert (prefill[:26] - together).norm() / together.norm() < 0.08
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_a_cache_of_8_bits_is_nearly_one_of_16(tiny_llama: Path, rows: int) -> None:
+def test_an_8_bit_kv_cache_gives_nearly_the_logits_of_16_bits(tiny_llama: Path, rows: int) -> None:
     tokens = PROMPT[:10]
     with make_engine(tiny_llama) as engine:
         logits = []
@@ -265,25 +265,25 @@ def test_a_cache_of_8_bits_is_nearly_one_of_16(tiny_llama: Path, rows: int) -> N
     assert 0 < (logits[0] - logits[1]).norm() / logits[0].norm() < 0.05
 
 
-def test_a_beginning_is_shared_within_the_pass_that_computes_it(tiny_llama: Path) -> None:
+def test_a_prefix_is_shared_within_the_pass_that_computes_it(tiny_llama: Path) -> None:
     whole = [(11 * i) % 300 for i in range(40)]
     with make_engine(tiny_llama) as engine:
         alone = engine.step([Rows(cache=engine.new_cache(64), tokens=whole)])
         first, second, third = (engine.new_cache(64) for _ in range(3))
         second.copy_prefix(first, 30)
-        third.copy_prefix(second, 38)  # and its donor shares in the same pass
+        third.copy_prefix(second, 38)  # its prefix source copies in the same pass
         batch = [
-            Rows(cache=first, tokens=whole[:35]),  # many rows: sorted behind the exact ones
+            Rows(cache=first, tokens=whole[:35]),  # prefill rows: sorted behind the row-invariant ones
             Rows(cache=second, tokens=whole[30:39]),
             Rows(cache=third, tokens=whole[38:]),
         ]
         logits = engine.step(batch)
         assert (first.length, second.length, third.length) == (35, 39, 40)
-        assert (logits[2] - alone[0]).norm() / alone[0].norm() < 0.05  # the beginning went through other kernels
+        assert (logits[2] - alone[0]).norm() / alone[0].norm() < 0.05  # the prefix went through other kernels
         assert engine.passes[-1].rows == 35 + 9 + 2
 
 
-def test_a_pass_that_fails_takes_back_what_was_shared(tiny_llama: Path) -> None:
+def test_a_failed_pass_rolls_back_a_shared_prefix(tiny_llama: Path) -> None:
     class Failing(WeightFile):
         armed = False
 
@@ -293,11 +293,11 @@ def test_a_pass_that_fails_takes_back_what_was_shared(tiny_llama: Path) -> None:
             return super().read(offset, target, needed)
 
     with make_engine(tiny_llama, open_file=Failing) as engine:
-        donor = engine.new_cache(32)
-        engine.step([Rows(cache=donor, tokens=PROMPT)])
+        source = engine.new_cache(32)
+        engine.step([Rows(cache=source, tokens=PROMPT)])
         cache = engine.new_cache(32)
         engine.step([Rows(cache=cache, tokens=PROMPT[:3])])
-        cache.copy_prefix(donor, 8)
+        cache.copy_prefix(source, 8)
         Failing.armed = True
         with pytest.raises(ReadError):
             engine.step([Rows(cache=cache, tokens=[1])])
@@ -309,7 +309,7 @@ def test_a_pass_that_fails_takes_back_what_was_shared(tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
-def test_scores_of_some_heads_at_a_time_are_those_of_all(
+def test_attention_over_some_heads_at_a_time_equals_attention_over_all(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_gguf(random_model(family), family, tmp_path / "tiny.gguf")

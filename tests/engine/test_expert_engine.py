@@ -1,4 +1,4 @@
-"""Mixtures of experts in the engine: what memory holds, what is read ahead and who shares a pass change no bit."""
+"""MoE in the engine: cached experts, prefetch and other sequences of a pass change no bit."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def logits_of(engine: Engine, parts: tuple[int, ...]) -> torch.Tensor:
 
 
 def test_memory_and_readers_change_no_bit(folder: Path) -> None:
-    # torch's products of many rows depend on how a linear is cut, so those are compared at one share only.
+    # torch's matmuls of prefill rows depend on the cut of a linear, so those are compared at one share only.
     for parts, shares in (((12, 1, 1, 4, 1), (0.3, 0.0, 0.5, 1.0)), ((30, 1), (1.0, 1.0))):
         with engine_of(folder, slots=64, share=1.0) as engine:
             expected = logits_of(engine, parts)
@@ -68,18 +68,18 @@ def test_rows_of_a_batch_share_experts_and_no_row_changes(folder: Path) -> None:
         assert torch.equal(together, torch.cat(alone))
         stats = engine.passes[-1]
     layers = len(engine.experts.stream.bundles) if engine.experts is not None else 0
-    asked = stats.expert_hits + stats.expert_prefetched + stats.expert_misses
-    assert asked < 4 * 2 * layers + 1  # at most one read for every expert, however many rows chose it
+    requested = stats.expert_hits + stats.expert_prefetched + stats.expert_misses
+    assert requested < 4 * 2 * layers + 1  # at most one request for an expert, for all rows that chose it
 
 
-def test_what_is_read_ahead_changes_no_bit_and_is_counted(folder: Path) -> None:
+def test_prefetched_experts_change_no_bit_and_are_counted(folder: Path) -> None:
     parts = (4,) + (1,) * 40
     with engine_of(folder, slots=64) as engine:
         expected = logits_of(engine, parts)
     with engine_of(folder, slots=7) as engine:
         assert engine.experts is not None
-        look = engine.experts.expert_predictor
-        look._ranks[:] = [look._per_token] * DISTANCE  # as if every guess had been right so far
+        predictor = engine.experts.expert_predictor
+        predictor._ranks[:] = [predictor._per_token] * DISTANCE  # as if every prediction had been a hit so far
         assert torch.equal(logits_of(engine, parts), expected)
         assert sum(stats.expert_prefetched for stats in engine.passes) > 0
 

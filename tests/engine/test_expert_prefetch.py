@@ -1,4 +1,4 @@
-"""Guesses of the next layers' experts: right where the routers agree, and read ahead only once they have been right."""
+"""Predictions of the next layers' experts: hits where the routers agree, prefetch only after enough hits."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -38,36 +38,36 @@ def counted(scores: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("hidden", [64, 48])  # whole blocks of 8 bits, and not
 @pytest.mark.parametrize("rows", [1, 3])
-def test_experts_are_read_ahead_once_their_rank_has_been_right(kernels: Kernels, hidden: int, rows: int) -> None:
+def test_experts_are_prefetched_once_their_rank_has_had_hits(kernels: Kernels, hidden: int, rows: int) -> None:
     layers = layers_of(4, hidden)
-    look = ExpertPredictor(layers, CHOSEN, kernels)
+    predictor = ExpertPredictor(layers, CHOSEN, kernels)
     for _ in range(TRIALS // 2):
         x = torch.randn(rows, hidden)
         for layer in range(len(layers)):
-            look.judge(layer, counted(x @ layers[layer].router.weight.T))
-            told = dict(look.predict(layer, x))
-            ahead = {layer + distance for distance in range(1, DISTANCE + 1) if look.ranks(distance)}
-            assert set(told) == {one for one in ahead if one < len(layers)}
-    assert look.ranks(1) == CHOSEN  # the same activations, the same routers
+            predictor.judge(layer, counted(x @ layers[layer].router.weight.T))
+            predicted = dict(predictor.predict(layer, x))
+            ahead = {layer + distance for distance in range(1, DISTANCE + 1) if predictor.ranks(distance)}
+            assert set(predicted) == {one for one in ahead if one < len(layers)}
+    assert predictor.ranks(1) == CHOSEN  # the same activations, the same routers
     x = torch.randn(rows, hidden)
-    asked = np.flatnonzero(counted(x @ layers[1].router.weight.T))
-    told = dict(look.predict(0, x))
-    assert len(set(told[1]) & set(asked)) >= len(asked) - rows  # but for choices that were close
+    chosen = np.flatnonzero(counted(x @ layers[1].router.weight.T))
+    predicted = dict(predictor.predict(0, x))
+    assert len(set(predicted[1]) & set(chosen)) >= len(chosen) - rows  # but for choices that were close
 
 
-def test_what_was_mostly_wrong_is_not_read_ahead(kernels: Kernels) -> None:
+def test_ranks_that_mostly_missed_are_not_prefetched(kernels: Kernels) -> None:
     layers = layers_of(3, 64)
-    look = ExpertPredictor(layers, CHOSEN, kernels)
+    predictor = ExpertPredictor(layers, CHOSEN, kernels)
     never = np.zeros(EXPERTS, np.int64)
     for _ in range(2 * TRIALS):
         x = torch.randn(1, 64)
         for layer in range(len(layers)):
-            look.judge(layer, never)
-            assert not dict(look.predict(layer, x))
+            predictor.judge(layer, never)
+            assert not dict(predictor.predict(layer, x))
 
 
 def test_experts_without_weights_are_not_read(kernels: Kernels) -> None:
     layers = layers_of(2, 64, identities=EXPERTS)
-    look = ExpertPredictor(layers, CHOSEN, kernels)
-    look._ranks[:] = [CHOSEN] * DISTANCE
-    assert dict(look.predict(0, torch.randn(1, 64))) == {1: []}
+    predictor = ExpertPredictor(layers, CHOSEN, kernels)
+    predictor._ranks[:] = [CHOSEN] * DISTANCE
+    assert dict(predictor.predict(0, torch.randn(1, 64))) == {1: []}

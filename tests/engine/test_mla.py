@@ -1,4 +1,4 @@
-"""Latent attention: what is kept of a position are the vectors that keys and values are made from."""
+"""MLA: the cache holds the latents that keys and values derive from."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def test_streamed_logits_equal_resident_ones_bit_for_bit(path: Path, share: floa
         assert torch.equal(alone(engine, PROMPT), resident)
 
 
-def test_exact_rows_do_not_depend_on_the_rows_beside_them(path: Path) -> None:
+def test_row_invariant_rows_do_not_depend_on_the_rows_beside_them(path: Path) -> None:
     with opened(path) as engine:
         expected = alone(engine, PROMPT)
         first, second = engine.new_cache(64), engine.new_cache(64)
@@ -65,17 +65,17 @@ def test_exact_rows_do_not_depend_on_the_rows_beside_them(path: Path) -> None:
         assert torch.equal(engine.step([Rows(cache=shared, tokens=PROMPT[9:], logits=4)]), expected[9:])
 
 
-def test_many_rows_and_8_bits_give_nearly_the_same(path: Path) -> None:
+def test_prefill_rows_and_8_bits_give_nearly_the_same(path: Path) -> None:
     with opened(path) as engine:
         expected = alone(engine, PROMPT)
         small = alone(engine, PROMPT, 8)
         assert 0 < float((small - expected).norm() / expected.norm()) < 0.1
-        many = engine.step([Rows(cache=engine.new_cache(64), tokens=PROMPT * 3, logits=39, row_invariant=False)])
-        close = (many[:13].argmax(-1) == expected.argmax(-1)).float().mean()
+        prefill = engine.step([Rows(cache=engine.new_cache(64), tokens=PROMPT * 3, logits=39, row_invariant=False)])
+        close = (prefill[:13].argmax(-1) == expected.argmax(-1)).float().mean()
         assert close > 0.7  # a row that chooses another expert is far away
 
 
-def test_its_matrix_keeps_the_layout_that_it_is_unpacked_from(tmp_path: Path) -> None:
+def test_kv_b_proj_is_not_repacked(tmp_path: Path) -> None:
     path = write_gguf(random_model("deepseek2-lite"), "deepseek2-lite", tmp_path / "tiny.gguf", "Q4_0")
     with opened(path, 1.0) as engine:
         plain = alone(engine, PROMPT)
@@ -84,7 +84,7 @@ def test_its_matrix_keeps_the_layout_that_it_is_unpacked_from(tmp_path: Path) ->
         assert close > 0.7
 
 
-def test_a_position_takes_one_vector_and_what_is_rotated(path: Path) -> None:
+def test_a_position_takes_one_latent_and_one_rope_key(path: Path) -> None:
     with opened(path) as engine:
         cache = engine.new_cache(64)
         engine.step([Rows(cache=cache, tokens=PROMPT)])
@@ -94,7 +94,7 @@ def test_a_position_takes_one_vector_and_what_is_rotated(path: Path) -> None:
         assert vectors.shape == (1, 13, 64)
 
 
-def test_halves_of_other_sizes_than_the_model_are_refused(tmp_path: Path) -> None:
+def test_k_b_and_v_b_of_other_sizes_than_the_model_are_refused(tmp_path: Path) -> None:
     model = random_model("deepseek2")
     extra = {"attention.value_length_mla": 20}
     path = write_gguf(model, "deepseek2", tmp_path / "tiny.gguf", extra=extra)
@@ -102,21 +102,21 @@ def test_halves_of_other_sizes_than_the_model_are_refused(tmp_path: Path) -> Non
         opened(path)
 
 
-def test_a_window_is_the_same_for_many_rows_and_for_each_alone() -> None:
+def test_a_sliding_window_is_the_same_for_prefill_rows_and_for_each_row_alone() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Module()
     layer.layer_idx = 0
-    turns = KvBSplit(torch.randn(2, 8, 16), torch.randn(2, 6, 16))
+    kv_b = KvBSplit(torch.randn(2, 8, 16), torch.randn(2, 6, 16))
     query, vectors, rotated = torch.randn(1, 2, 25, 12), torch.randn(1, 1, 25, 16), torch.randn(1, 1, 25, 4)
     results = []
-    for exact in (False, True):
+    for row_invariant in (False, True):
         attention, cache, found = PackedAttention(), KVCache(1, 64, 32), []
         for first, last in ((0, 20), (20, 25)):
             for part in attention.buffers.take((1, 64, 4), (1, 64, 16)):
-                part.fill_(torch.nan)  # what nobody has filled
-            attention.begin([Entry(cache, slice(0, last - first), exact, first)])
+                part.fill_(torch.nan)  # positions that are not filled
+            attention.begin([Entry(cache, slice(0, last - first), row_invariant, first)])
             part = slice(first, last)
-            key, value = attention.take(layer, turns, vectors[:, :, part], rotated[:, :, part])
+            key, value = attention.take(layer, kv_b, vectors[:, :, part], rotated[:, :, part])
             found.append(attention(layer, query[:, :, part], key, value, None, 0.3, sliding_window=4)[0])
             cache.length = last
         results.append(torch.cat(found, 1))
@@ -124,16 +124,16 @@ def test_a_window_is_the_same_for_many_rows_and_for_each_alone() -> None:
 
 
 @pytest.mark.parametrize("kernels", [Kernels(1), ReferenceKernels(1)])
-def test_weights_are_unpacked_to_where_they_belong(kernels: Kernels | ReferenceKernels) -> None:
+def test_weight_slices_are_unpacked_to_their_places(kernels: Kernels | ReferenceKernels) -> None:
     rows = np.arange(12, dtype=np.float32).reshape(4, 3)
     k_splits = np.arange(100, 116, dtype=np.float32).reshape(2, 4, 2)  # of a (4, 4) matrix, two columns each
-    plain, turned = torch.empty(4, 3), torch.empty(4, 4)
-    pieces = [
+    plain, joined = torch.empty(4, 3), torch.empty(4, 4)
+    slices = [
         (0, WeightSlice("F32", 1, rows[3:].ctypes.data, 3)),
         (1, WeightSlice("F32", 4, k_splits[1:].ctypes.data, 4, k_split_rows=4, k_split_columns=2)),
         (0, WeightSlice("F32", 3, rows.ctypes.data, 0)),
         (1, WeightSlice("F32", 4, k_splits.ctypes.data, 0, k_split_rows=4, k_split_columns=2)),
     ]
-    kernels.unpack_all(pieces, [plain, turned])
+    kernels.unpack_all(slices, [plain, joined])
     assert torch.equal(plain, torch.from_numpy(rows))
-    assert torch.equal(turned, torch.from_numpy(np.concatenate(list(k_splits), 1)))
+    assert torch.equal(joined, torch.from_numpy(np.concatenate(list(k_splits), 1)))

@@ -1,4 +1,4 @@
-"""A packed folder through the engine: the logits of the plain one, bit for bit, streamed and pinned; and what the plan reads."""
+"""A packed folder in the engine: logits of the plain folder, bit for bit, streamed and pinned. The plan reads fewer bytes."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class Counting(WeightFile):
         return count
 
 
-def test_what_is_counted_as_read_is_what_came_from_the_disk(folders: tuple[Path, Path]) -> None:
+def test_counted_read_bytes_are_those_that_came_from_the_disk(folders: tuple[Path, Path]) -> None:
     for folder in folders:
         with make_engine(folder, share=0.3, readers=0, open_file=Counting) as engine:
             cache = engine.new_cache(8)

@@ -63,23 +63,23 @@ def test_options_out_of_range_are_usage_errors(wrong: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "pieces", [["one END two"], ["one E", "ND two"], ["one ", "E", "N", "D", " two"], ["one EN", "D"]]
+    "texts", [["one END two"], ["one E", "ND two"], ["one ", "E", "N", "D", " two"], ["one EN", "D"]]
 )
-def test_a_stop_string_is_found_over_the_borders_of_tokens(pieces: list[str]) -> None:
+def test_a_stop_string_is_found_over_the_borders_of_tokens(texts: list[str]) -> None:
     scanner = StopScanner(["END"])
     shown = ""
-    for piece in pieces:
-        found, stopped = scanner.push([(Part.ANSWER, piece)])
-        shown += "".join(text for _, text in found)
+    for text in texts:
+        found, stopped = scanner.push([(Part.ANSWER, text)])
+        shown += "".join(part for _, part in found)
         if stopped:
             break
     assert stopped
     assert shown == "one "
 
 
-def test_what_only_looks_like_a_stop_string_is_shown() -> None:
+def test_text_that_only_starts_like_a_stop_string_is_shown() -> None:
     scanner = StopScanner(["END", "\n\n"])
-    found = [segment for piece in ["an E", "N", "T\n", "x\n"] for segment in scanner.push([(Part.ANSWER, piece)])[0]]
+    found = [segment for text in ["an E", "N", "T\n", "x\n"] for segment in scanner.push([(Part.ANSWER, text)])[0]]
     assert "".join(text for _, text in found + scanner.rest()) == "an ENT\nx\n"
 
 

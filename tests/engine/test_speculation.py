@@ -1,4 +1,4 @@
-"""Guessing must change nothing but the time: the same tokens greedily, the same distribution when sampling."""
+"""Speculative decoding must change nothing but the time: the same tokens greedily, the same distribution when sampling."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,28 +30,28 @@ def engine_of(path: Path, share: float = 0.5) -> Engine:
 
 
 def free_rows(rows: int) -> PassCost:
-    """A disk-bound machine: a pass takes a second whatever its rows."""
+    """A disk-bound machine: a pass takes a second for any number of rows."""
     return PassCost(disk_s=1.0, compute_s=0.001 * rows)
 
 
 class Oracle(ModelDrafter):
-    """Guesses what it is told, wrong at some positions: so every kind of partial acceptance happens."""
+    """Proposes the given tokens, wrong ones at some positions, so that every kind of partial acceptance happens."""
 
-    def __init__(self, answer: list[int], wrong_every: int):
+    def __init__(self, tokens: list[int], wrong_every: int):
         self.source = "oracle"
-        self._answer = answer
+        self._tokens = tokens
         self._wrong_every = wrong_every
 
     def propose(self, drafts):  # type: ignore[no-untyped-def]
         for draft in drafts:
             at = len(draft.tokens) + len(draft.draft_tokens)
-            if at < len(self._answer):
-                token = self._answer[at]
+            if at < len(self._tokens):
+                token = self._tokens[at]
                 wrong = at % self._wrong_every == 0
                 draft.draft_tokens.append(
                     DraftToken((token + 1) % VOCAB if wrong else token, ConfidenceBucket(self.source, MAX_BUCKET))
                 )
-        return 9 * len(drafts)  # rows: so many that its time is not taken for that of a draft token
+        return 9 * len(drafts)  # rows: too many for its time to count as that of a draft token
 
     def forget(self, tokens) -> None:  # type: ignore[no-untyped-def]
         pass
@@ -62,13 +62,13 @@ def decode(
 ) -> list[int]:
     scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], prefill_rows=16, max_draft_tokens=12)
     scheduler.speculation = speculation
-    answer = scheduler.add(prompt, count, Sampler(sampling))
-    while answer.generated < count:
+    sequence = scheduler.add(prompt, count, Sampler(sampling))
+    while sequence.generated < count:
         scheduler.step()
-    assert answer.generated == count, "draft tokens never run over the limit"
-    assert answer.slot.tokens == answer.tokens[:-1]
-    assert answer.slot.cache.length == len(answer.tokens) - 1
-    return answer.tokens
+    assert sequence.generated == count, "draft tokens never run over the limit"
+    assert sequence.slot.tokens == sequence.tokens[:-1]
+    assert sequence.slot.cache.length == len(sequence.tokens) - 1
+    return sequence.tokens
 
 
 @pytest.fixture(scope="module")
@@ -101,24 +101,24 @@ def test_with_any_draft_the_tokens_are_those_of_plain_decoding(
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
-def test_a_draft_model_and_prompt_lookup_change_nothing(
+def test_a_draft_model_and_prompt_lookup_change_no_token(
     target: Engine, tiny_draft: Path, tiny_llama: Path, sampling: Sampling
 ) -> None:
     plain = decode(target, sampling, 40, None)
-    for path in (tiny_draft, tiny_llama):  # one that is always wrong, one that is always right
+    for path in (tiny_draft, tiny_llama):  # one that is always rejected, one that is always accepted
         with engine_of(path, share=1.0) as draft:
             model = ModelDrafter(draft, CONTEXT)
             assert decode(target, sampling, 40, Speculation(StepTimeModel(free_rows), PromptLookup(), model)) == plain
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen3", "phi3"])
-def test_caches_roll_back_exactly_with_windows_of_attention_too(family: str, tmp_path: Path) -> None:
+def test_caches_roll_back_exactly_with_sliding_windows_too(family: str, tmp_path: Path) -> None:
     with engine_of(write_gguf(random_model(family), family, tmp_path / "tiny.gguf", "Q8_0")) as engine:
         plain = decode(engine, SAMPLINGS[0], 30, None)  # longer than the windows of 8
         assert decode(engine, SAMPLINGS[0], 30, Speculation(StepTimeModel(free_rows), None, Oracle(plain, 3))) == plain
 
 
-def test_the_model_itself_as_its_draft_is_always_right(target: Engine, tiny_llama: Path) -> None:
+def test_draft_tokens_of_the_model_itself_are_always_accepted(target: Engine, tiny_llama: Path) -> None:
     sampling = SAMPLINGS[1]
     with engine_of(tiny_llama, share=1.0) as draft:
         speculation = Speculation(StepTimeModel(free_rows), None, ModelDrafter(draft, CONTEXT))
@@ -141,38 +141,38 @@ def test_sequences_together_equal_sequences_alone_with_draft_tokens_for_all(targ
         while waiting and scheduler.has_room:
             index, prompt = waiting.pop(0)
             running[scheduler.add(prompt, 20, Sampler(SAMPLINGS[1]))] = index
-        for answer, _ in scheduler.step():
-            if answer.generated == 20:
-                done[running.pop(answer)] = answer.tokens
-                scheduler.remove(answer)
+        for sequence, _ in scheduler.step():
+            if sequence.generated == 20:
+                done[running.pop(sequence)] = sequence.tokens
+                scheduler.remove(sequence)
     assert [done[i] for i in range(4)] == alone
 
 
-def test_a_common_beginning_is_computed_once(target: Engine) -> None:
-    beginning = [(7 * i) % 300 for i in range(48)]
-    prompts = [[*beginning, 1, 2], [*beginning, 3], [*beginning, 4, 5, 6]]
+def test_a_common_prefix_is_computed_once(target: Engine) -> None:
+    prefix = [(7 * i) % 300 for i in range(48)]
+    prompts = [[*prefix, 1, 2], [*prefix, 3], [*prefix, 4, 5, 6]]
     alone = [decode(target, SAMPLINGS[0], 6, None, prompt) for prompt in prompts]
     scheduler = Scheduler(target, [Slot(target.new_cache(CONTEXT)) for _ in prompts], prefill_rows=16)
     before = len(target.passes)
-    answers = [scheduler.add(prompt, 6, Sampler(SAMPLINGS[0])) for prompt in prompts]
-    while any(answer.generated < 6 for answer in answers):
-        for answer, _ in scheduler.step():
-            if answer.generated == 6:
-                scheduler.remove(answer)
-    assert [answer.tokens for answer in answers] == alone
-    assert sum(p.rows for p in target.passes[before:]) < 2 * len(beginning) + 3 * 6
+    sequences = [scheduler.add(prompt, 6, Sampler(SAMPLINGS[0])) for prompt in prompts]
+    while any(sequence.generated < 6 for sequence in sequences):
+        for sequence, _ in scheduler.step():
+            if sequence.generated == 6:
+                scheduler.remove(sequence)
+    assert [sequence.tokens for sequence in sequences] == alone
+    assert sum(p.rows for p in target.passes[before:]) < 2 * len(prefix) + 3 * 6
 
 
-def test_an_answer_does_not_wait_for_one_that_has_gone(target: Engine) -> None:
-    beginning = [(5 * i) % 300 for i in range(40)]
+def test_a_sequence_does_not_wait_for_a_prefix_source_that_was_removed(target: Engine) -> None:
+    prefix = [(5 * i) % 300 for i in range(40)]
     scheduler = Scheduler(target, [Slot(target.new_cache(CONTEXT)) for _ in range(2)], prefill_rows=16)
-    first = scheduler.add([*beginning, 1], 4, Sampler(SAMPLINGS[0]))
-    second = scheduler.add([*beginning, 2], 4, Sampler(SAMPLINGS[0]))
+    first = scheduler.add([*prefix, 1], 4, Sampler(SAMPLINGS[0]))
+    second = scheduler.add([*prefix, 2], 4, Sampler(SAMPLINGS[0]))
     scheduler.step()
     scheduler.remove(first)
     while second.generated < 4:
         scheduler.step()
-    assert second.tokens == decode(target, SAMPLINGS[0], 4, None, [*beginning, 2])
+    assert second.tokens == decode(target, SAMPLINGS[0], 4, None, [*prefix, 2])
 
 
 # -- the distribution ---------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ LIMIT = 18.5
 
 
 def second_tokens(verify: str) -> torch.Tensor:
-    """Counts of the token after a draft token was verified, by a rule that is right or wrong in a known way."""
+    """Counts of the token after verification of a draft token, by a right rule or a known wrong one."""
     counts = torch.zeros(6)
     for seed in range(DRAWS):
         sampler = Sampler(Sampling(**{**FILTERS.__dict__, "seed": seed}))
@@ -228,7 +228,7 @@ def test_verified_tokens_have_the_distribution_of_plain_sampling() -> None:
 @pytest.mark.parametrize(
     "wrong", ["accepts every draft token", "accepts likely draft tokens, else draws again", "forgets the filters"]
 )
-def test_the_statistic_finds_acceptance_that_is_wrong(wrong: str) -> None:
+def test_the_statistic_finds_wrong_acceptance(wrong: str) -> None:
     assert chi_square(second_tokens(wrong), exact()) > 2 * LIMIT
 
 
@@ -268,9 +268,9 @@ def test_random_numbers_are_uniform_and_depend_on_seed_position_and_token_alone(
 # -- draft length ----------------------------------------------------------------------------------------------
 
 
-def drafted(speculation: Speculation, most: int = 16) -> int:
+def drafted(speculation: Speculation, max_tokens: int = 16) -> int:
     draft = Draft(PROMPT, Sampler(SAMPLINGS[0]))
-    speculation.propose([(draft, most)], 1)
+    speculation.propose([(draft, max_tokens)], 1)
     return len(draft.draft_tokens)
 
 
@@ -280,12 +280,12 @@ def costly(rows: int) -> PassCost:
 
 
 def test_free_rows_are_filled_and_costly_ones_are_not() -> None:
-    sure = Oracle([1] * 60, 1000)
-    assert drafted(Speculation(StepTimeModel(free_rows), None, sure)) >= 8
-    assert drafted(Speculation(StepTimeModel(costly), None, sure)) == 0
+    oracle = Oracle([1] * 60, 1000)
+    assert drafted(Speculation(StepTimeModel(free_rows), None, oracle)) >= 8
+    assert drafted(Speculation(StepTimeModel(costly), None, oracle)) == 0
 
 
-def test_a_slow_draft_model_is_asked_less() -> None:
+def test_a_slow_draft_model_proposes_fewer_draft_tokens() -> None:
     lengths = [
         drafted(Speculation(StepTimeModel(free_rows, draft_token_s), None, Oracle([1] * 60, 1000)))
         for draft_token_s in (0.01, 0.5, 2)
@@ -293,7 +293,7 @@ def test_a_slow_draft_model_is_asked_less() -> None:
     assert lengths[0] > lengths[1] > lengths[2] == 0
 
 
-def test_a_drafter_that_is_always_wrong_is_soon_left_alone() -> None:
+def test_a_drafter_that_is_always_rejected_is_soon_no_longer_asked() -> None:
     speculation = Speculation(StepTimeModel(free_rows, 0.3), None, Oracle([1] * 60, 1000))
     assert drafted(speculation) > 1
     for _ in range(40):
@@ -306,12 +306,12 @@ def test_a_drafter_that_is_always_wrong_is_soon_left_alone() -> None:
 
 def test_acceptance_is_counted_by_position() -> None:
     acceptance = Acceptance()
-    for position, right in [(0, True), (1, True), (2, False), (0, True), (1, False)]:
-        acceptance.record(position, ConfidenceBucket("model", 5), right)
+    for position, accepted in [(0, True), (1, True), (2, False), (0, True), (1, False)]:
+        acceptance.record(position, ConfidenceBucket("model", 5), accepted)
     assert acceptance.positions == [(2, 2), (2, 1), (1, 0)]
 
 
-def test_the_pace_follows_what_passes_take() -> None:
+def test_step_times_follow_measured_passes() -> None:
     step_times = StepTimeModel(free_rows)
     for _ in range(30):
         step_times.record_pass(PassStats(rows=1, start_s=0, seconds=3.0, read_bytes=0, stall_s=2.0, kernel_s=0.9))
@@ -343,11 +343,11 @@ def looked_up(tokens: list[int], count: int = 4) -> list[int]:
         ([], []),
     ],
 )
-def test_lookup_goes_on_as_the_text_did_the_last_time(tokens: list[int], expected: list[int]) -> None:
+def test_prompt_lookup_proposes_the_continuation_of_the_last_occurrence(tokens: list[int], expected: list[int]) -> None:
     assert looked_up(tokens) == expected
 
 
-def test_what_a_draft_model_has_read_of_a_conversation_is_not_read_again(target: Engine, tiny_llama: Path) -> None:
+def test_a_draft_model_does_not_compute_a_cached_prefix_again(target: Engine, tiny_llama: Path) -> None:
     drafter = ModelDrafter(target, 64)
     tokens = list(range(3, 33))
     first = Draft(tokens, Sampler(Sampling(temperature=0)))

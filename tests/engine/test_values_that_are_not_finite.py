@@ -1,4 +1,4 @@
-"""NaN and infinity in a checkpoint are errors that name the place; keys and values beyond fp16 get a cache that holds them."""
+"""NaN and infinity in a checkpoint are errors that name the place. Keys and values beyond fp16 get a wider cache."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def load(path: Path, profile: Profile, **options: Any) -> headrace.Model:
     return headrace.load(path, **given)
 
 
-def spoiled(shape: tuple[int, ...], value: float, kind: Any = np.float32) -> np.ndarray:
+def damaged(shape: tuple[int, ...], value: float, kind: Any = np.float32) -> np.ndarray:
     found = np.full(shape, 0.01, kind)
     found.reshape(-1)[3] = value
     return found
@@ -47,8 +47,8 @@ WIDTH = -(-len(VOCABULARY["tokens"]) // 64) * 64
 def test_a_value_that_is_not_finite_is_an_error_that_names_its_tensor(
     tmp_path: Path, profile: Profile, name: str, shape: tuple[int, ...], word: str, value: float, temperature: float
 ) -> None:
-    more = {"blk.0.attn_output.weight": np.ones((WIDTH, 64), np.float32)}  # so that values are seen at all
-    more |= {"blk.0.ffn_down.weight": np.ones((WIDTH, 64), np.float32), name: spoiled(shape, value)}
+    more = {"blk.0.attn_output.weight": np.ones((WIDTH, 64), np.float32)}  # without these no value reaches the logits
+    more |= {"blk.0.ffn_down.weight": np.ones((WIDTH, 64), np.float32), name: damaged(shape, value)}
     path = write_scripted(tmp_path / "m.gguf", **VOCABULARY, eos=TOKEN("<|im_end|>"), tensors=more)
     with load(path, profile) as model:
         for _ in range(2):
@@ -88,7 +88,7 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("kv_bits", [16, 8])
-@pytest.mark.parametrize("words", [1, 9], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("words", [1, 9], ids=["decode rows", "prefill rows"])
 @pytest.mark.parametrize("draft", [None, "prompt"])
 def test_keys_and_values_beyond_fp16_are_kept_in_a_type_that_holds_them(
     large: tuple[Path, torch.nn.Module], profile: Profile, words: int, kv_bits: int, draft: str | None
@@ -98,10 +98,10 @@ def test_keys_and_values_beyond_fp16_are_kept_in_a_type_that_holds_them(
         text = "tell me " * words
         first = model.generate(text, raw=True, sampling=GREEDY, max_tokens=6)
         tokens = model.encode(text, raw=True)
-        pieces = [piece.token for piece in model.stream(text, raw=True, sampling=GREEDY, max_tokens=6)]
+        streamed = [one.token for one in model.stream(text, raw=True, sampling=GREEDY, max_tokens=6)]
     assert first.kv_cache_type == ("BF16" if kv_bits == 16 else "Q8 with scales in F32")
     assert first.as_json()["kv_cache_type"] == first.kv_cache_type
-    found = [token for token in pieces if token is not None]
+    found = [token for token in streamed if token is not None]
     with torch.no_grad():
         given = torch.tensor([tokens + found])
         logits = theirs(given).logits[0, len(tokens) - 1 : -1]
@@ -115,7 +115,7 @@ def test_a_sequence_whose_keys_fit_is_kept_in_fp16(tiny_llama: Path, profile: Pr
         assert model.generate("tell me", raw=True, sampling=GREEDY, max_tokens=3).kv_cache_type == "F16"
 
 
-def test_large_keys_of_one_sequence_change_nothing_for_those_beside_it(
+def test_large_keys_of_one_sequence_change_nothing_for_other_sequences(
     large: tuple[Path, torch.nn.Module], profile: Profile
 ) -> None:
     texts = ["tell me " * count for count in (1, 9, 3, 12)]

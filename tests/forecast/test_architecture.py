@@ -1,4 +1,4 @@
-"""What is known of models: the table, a file, a folder, a number of parameters."""
+"""The sizes of models: from the table, a file, a folder, a number of parameters."""
 
 import json
 import math
@@ -71,14 +71,14 @@ def test_a_known_model_has_its_known_number_of_parameters(name: str, params: flo
     assert published(name).params == pytest.approx(params, rel=0.001)
 
 
-def test_a_token_of_gpt_3_leaves_4_72_megabytes() -> None:
+def test_a_token_of_gpt_3_takes_4_72_megabytes_of_kv_cache() -> None:
     gpt3 = published("gpt-3")
     assert gpt3.kv_bytes(1) == 4_718_592
     assert gpt3.kv_bytes(2048) == 2048 * 4_718_592
     assert gpt3.kv_bytes(1, bits=8) == 4_718_592 / 2
 
 
-def test_a_row_of_a_mixture_reads_what_is_active() -> None:
+def test_a_row_of_an_moe_reads_the_active_parameters() -> None:
     model = published("mixtral-8x7b")
     assert model.active_params is not None
     active = 2 * (model.active_params - model.vocab * model.hidden)  # the table is looked up
@@ -89,12 +89,12 @@ def test_a_row_of_a_mixture_reads_what_is_active() -> None:
     assert model.read_bytes(4) == pytest.approx(active / 4)
 
 
-def test_the_experts_of_the_active_parameters_are_those_of_the_widths() -> None:
+def test_expert_params_from_active_params_equal_those_from_the_widths() -> None:
     model = published("mixtral-8x7b")
     assert replace(model, active_params=None).expert_params == pytest.approx(model.expert_params, rel=0.005)
 
 
-def test_a_window_holds_no_more_than_its_tokens() -> None:
+def test_a_sliding_window_cache_holds_no_more_than_its_tokens() -> None:
     model = published("gemma-3-27b")
     assert (model.window, model.window_layers) == (1024, 52)
     each = 2 * 2 * model.kv_heads * model.head_dim
@@ -104,21 +104,21 @@ def test_a_window_holds_no_more_than_its_tokens() -> None:
     assert replace(model, window_layers=0).kv_bytes(10_000) > 4 * model.kv_bytes(10_000)
 
 
-def test_a_hybrid_keeps_only_what_grows() -> None:
+def test_the_kv_cache_of_a_hybrid_counts_only_its_attention_layers() -> None:
     model = published("qwen3-next-80b-a3b")
     assert model.kv_layers is not None
     assert model.kv_bytes(100) == replace(model, kv_layers=None).kv_bytes(100) * model.kv_layers / model.layers
 
 
-def test_a_latent_is_kept_in_place_of_keys_and_values() -> None:
+def test_the_mla_cache_holds_latents_instead_of_k_and_v() -> None:
     model = published("deepseek-v3")
     assert model.kv_dim_per_layer is not None
     assert model.kv_bytes(1) == 2 * model.layers * model.kv_dim_per_layer
 
 
-def test_arithmetic_is_two_per_parameter_and_grows_with_the_context() -> None:
+def test_flop_is_two_per_parameter_and_grows_with_the_context() -> None:
     gpt3 = published("gpt-3")
-    assert gpt3.flop() == 2 * gpt3.params  # its head is its table, and is multiplied
+    assert gpt3.flop() == 2 * gpt3.params  # its head is tied to its table, and is multiplied
     assert gpt3.flop(2048) - gpt3.flop() == 4 * 96 * 12288 * 2048
 
 
@@ -148,19 +148,19 @@ def test_sizes_that_make_no_sense_are_an_error(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("params", [1e6, 1e8, 7e9, 175e9, 1e13])
-def test_a_guessed_shape_has_about_as_many_parameters(params: float) -> None:
+def test_an_estimated_shape_has_about_as_many_parameters(params: float) -> None:
     model = of_params(params)
 
     assert model.params == params
     assert 12 * model.layers * model.hidden**2 == pytest.approx(params, rel=0.6 if params < 1e8 else 0.15)
     assert model.heads * model.head_dim == model.hidden
-    assert "guessed" in model.source
+    assert "estimated" in model.source
 
 
-def test_the_guess_for_175_billion_is_about_the_shape_of_gpt_3() -> None:
-    guess, real = of_params(175e9), published("gpt-3")
-    assert guess.layers == pytest.approx(real.layers, rel=0.05)
-    assert guess.hidden == pytest.approx(real.hidden, rel=0.05)
+def test_the_estimate_for_175_billion_is_about_the_shape_of_gpt_3() -> None:
+    estimate, real = of_params(175e9), published("gpt-3")
+    assert estimate.layers == pytest.approx(real.layers, rel=0.05)
+    assert estimate.hidden == pytest.approx(real.hidden, rel=0.05)
 
 
 @pytest.mark.parametrize("params", [175.0, 0.0, -1e9, -math.inf])
@@ -213,7 +213,7 @@ def test_a_config_gives_the_parameters_of_its_widths(tmp_path: Path) -> None:
     assert model.kv_bytes(100) == real.kv_bytes(100)
 
 
-def test_a_config_of_a_mixture_gives_its_active_parameters(tmp_path: Path) -> None:
+def test_a_config_of_an_moe_gives_its_active_parameters(tmp_path: Path) -> None:
     model = of_config(config(tmp_path, vocab_size=32000, num_local_experts=8, num_experts_per_tok=2))
     real = published("mixtral-8x7b")
     assert (model.experts, model.experts_per_token) == (8, 2)
@@ -239,7 +239,7 @@ def test_the_text_part_of_a_config_counts(tmp_path: Path) -> None:
         json.dumps(CONFIG | {"vocab_size": None}),
     ],
 )
-def test_a_config_that_does_not_say_enough_is_an_error(tmp_path: Path, text: str) -> None:
+def test_an_incomplete_config_is_an_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(UsageError) as caught:
@@ -247,7 +247,7 @@ def test_a_config_that_does_not_say_enough_is_an_error(tmp_path: Path, text: str
     assert "num_hidden_layers" in str(caught.value.hint) or "experts" in str(caught.value)
 
 
-def test_a_config_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_config_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no weights"):
         of_config(tmp_path / "config.json")
 

@@ -20,30 +20,30 @@ def test_fitted_rates_are_shares_and_seconds(family: str) -> None:
 
 
 @pytest.mark.parametrize("category", sorted(CONSTANTS.feeds))
-def test_fitted_feeds_are_shares(category: str) -> None:
+def test_fitted_feed_rates_are_shares(category: str) -> None:
     feed, rates = CONSTANTS.feed_of(category)
 
     assert all(0 < share <= 1 for share in (feed.link_share, feed.unhidden, feed.expert_share))
-    # Of the disk's nominal rate: a file in the page cache, or one disk faster than its name says, may exceed it.
+    # Share of the disk's nominal rate: a file in the page cache, or a disk above its nominal rate, may exceed 1.
     assert 0 < feed.disk_share < 1.5
     assert 0 < rates.layer_s < 0.01
 
 
 @pytest.mark.parametrize("category", ["decode", "prefill", "tensor parallel", "dense streaming", "MoE streaming"])
-def test_measurements_lie_on_both_sides_of_what_is_predicted(category: str) -> None:
+def test_measurements_lie_on_both_sides_of_the_prediction(category: str) -> None:
     low, high = CONSTANTS.spread[category]
     assert 0.3 < low < 1 < high < 3
 
 
-def test_every_family_of_devices_has_the_rates_of_a_software() -> None:
+def test_every_family_of_devices_has_software_rates() -> None:
     assert set(SOFTWARE.values()) <= set(CONSTANTS.rates)
     assert {entry.get("family", "cuda") for entry in table("devices").values()} & set(SOFTWARE) == set(SOFTWARE)
 
 
-def test_software_that_nobody_measured_is_taken_to_be_a_server() -> None:
+def test_unmeasured_software_has_the_rates_of_servers() -> None:
     assert CONSTANTS.rates_of("abacus") == CONSTANTS.rates_of("server")
     assert CONSTANTS.rates_of("server") != Rates()
 
 
-def test_a_way_of_streaming_that_nobody_measured_is_taken_to_be_as_assumed() -> None:
+def test_an_unmeasured_category_of_streaming_has_the_default_rates() -> None:
     assert CONSTANTS.feed_of("carrier pigeons")[0] == FeedRates()

@@ -1,4 +1,4 @@
-"""Experts that a pass touches, and those that a cache holds."""
+"""Experts that a pass uses, and the hit rate of a cache."""
 
 import pytest
 from hypothesis import given, settings
@@ -13,22 +13,22 @@ ROWS = st.integers(1, 200)
 
 
 @st.composite
-def mixtures(draw: st.DrawFn) -> tuple[int, int]:
+def moe_sizes(draw: st.DrawFn) -> tuple[int, int]:
     experts = draw(st.integers(2, 128))
     return experts, draw(st.integers(1, experts))
 
 
 @PROPERTY
-@given(mixtures(), ROWS)
-def test_uniform_choices_touch_what_the_formula_says(mixture: tuple[int, int], rows: int) -> None:
-    n, k = mixture
+@given(moe_sizes(), ROWS)
+def test_uniform_routing_uses_the_experts_of_the_formula(moe: tuple[int, int], rows: int) -> None:
+    n, k = moe
     assert distinct(n, k, rows) == pytest.approx(n * (1 - (1 - k / n) ** rows), rel=1e-6)
 
 
 @PROPERTY
-@given(mixtures(), SKEWS)
-def test_the_chances_of_a_row_add_up_to_what_it_chooses(mixture: tuple[int, int], skew: float) -> None:
-    n, k = mixture
+@given(moe_sizes(), SKEWS)
+def test_the_probabilities_of_a_row_add_up_to_its_experts(moe: tuple[int, int], skew: float) -> None:
+    n, k = moe
     chances = chosen(n, k, skew)
 
     assert len(chances) == n
@@ -38,11 +38,11 @@ def test_the_chances_of_a_row_add_up_to_what_it_chooses(mixture: tuple[int, int]
 
 
 @PROPERTY
-@given(mixtures(), ROWS, SKEWS, LOCALITIES)
-def test_more_rows_touch_more_experts_but_never_more_than_there_are(
-    mixture: tuple[int, int], rows: int, skew: float, locality: float
+@given(moe_sizes(), ROWS, SKEWS, LOCALITIES)
+def test_more_rows_use_more_experts_but_never_more_than_exist(
+    moe: tuple[int, int], rows: int, skew: float, locality: float
 ) -> None:
-    n, k = mixture
+    n, k = moe
     few, many = (distinct(n, k, number, skew=skew, locality=locality) for number in (rows, rows + 1))
 
     assert k * (1 - 1e-6) <= few <= many + 1e-9
@@ -50,39 +50,39 @@ def test_more_rows_touch_more_experts_but_never_more_than_there_are(
 
 
 @PROPERTY
-@given(mixtures(), ROWS, SKEWS, SKEWS)
-def test_more_skew_touches_fewer_experts(mixture: tuple[int, int], rows: int, one: float, other: float) -> None:
-    n, k = mixture
+@given(moe_sizes(), ROWS, SKEWS, SKEWS)
+def test_more_skew_uses_fewer_experts(moe: tuple[int, int], rows: int, one: float, other: float) -> None:
+    n, k = moe
     even, skewed = (distinct(n, k, rows, skew=skew) for skew in sorted((one, other)))
     assert skewed <= even * (1 + 1e-6)
 
 
 @PROPERTY
-@given(mixtures(), ROWS, SKEWS, LOCALITIES, LOCALITIES)
-def test_rows_that_repeat_each_other_touch_fewer_experts(
-    mixture: tuple[int, int], rows: int, skew: float, one: float, other: float
+@given(moe_sizes(), ROWS, SKEWS, LOCALITIES, LOCALITIES)
+def test_rows_with_temporal_locality_use_fewer_experts(
+    moe: tuple[int, int], rows: int, skew: float, one: float, other: float
 ) -> None:
-    n, k = mixture
+    n, k = moe
     independent, alike = (distinct(n, k, rows, skew=skew, locality=locality) for locality in sorted((one, other)))
     assert alike <= independent + 1e-9
     assert distinct(n, k, rows, skew=skew, locality=1) == pytest.approx(k, rel=1e-6)
 
 
 @PROPERTY
-@given(mixtures(), SKEWS, LOCALITIES, st.floats(0, 1), st.floats(0, 1))
+@given(moe_sizes(), SKEWS, LOCALITIES, st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_cache_is_hit_more_often(
-    mixture: tuple[int, int], skew: float, locality: float, one: float, other: float
+    moe: tuple[int, int], skew: float, locality: float, one: float, other: float
 ) -> None:
-    n, k = mixture
+    n, k = moe
     small, large = (hit_rate(n, k, share * n, skew=skew, locality=locality) for share in sorted((one, other)))
     assert 0 <= small <= large + 1e-9
     assert large <= 1 + 1e-9
 
 
 @PROPERTY
-@given(mixtures(), SKEWS, LOCALITIES)
-def test_a_cache_of_everything_always_hits(mixture: tuple[int, int], skew: float, locality: float) -> None:
-    n, k = mixture
+@given(moe_sizes(), SKEWS, LOCALITIES)
+def test_a_cache_of_all_experts_always_hits(moe: tuple[int, int], skew: float, locality: float) -> None:
+    n, k = moe
     assert hit_rate(n, k, n, skew=skew, locality=locality) == 1
     assert hit_rate(n, k, 2 * n, skew=skew, locality=locality) == 1
 
@@ -91,7 +91,7 @@ def test_an_empty_cache_never_hits() -> None:
     assert hit_rate(64, 6, 0, skew=0.5, locality=0.5) == 0
 
 
-def test_uniform_choices_hit_the_share_that_is_cached() -> None:
+def test_uniform_routing_hits_the_cached_share() -> None:
     assert hit_rate(64, 6, 16) == pytest.approx(0.25, rel=1e-6)
 
 

@@ -28,7 +28,7 @@ def written(folder: Path, text: str) -> str:
 # Parts
 
 
-def test_parts_are_put_together() -> None:
+def test_parts_make_a_machine() -> None:
     machine = find_machine("8x a100-80gb + epyc-7763 + 512GB + 4x nvme-gen4 + 2 nodes + infiniband-hdr")
 
     assert (machine.device, machine.devices, machine.nodes, machine.all_devices) == ("a100-80gb", 8, 2, 16)
@@ -106,7 +106,7 @@ def test_a_unified_machine_has_one_memory_and_no_bus() -> None:
     assert machine.way_from("disk") == ("disk", "host memory", "host memory")
 
 
-def test_what_comes_from_disk_is_written_and_read_before_it_crosses_the_bus() -> None:
+def test_weights_from_disk_are_written_and_read_before_they_cross_the_bus() -> None:
     machine = find_machine("rtx-4090 + 64GB + nvme-gen4")
 
     assert machine.way_from("device") == ()
@@ -129,7 +129,7 @@ def test_a_device_of_the_table_is_a_machine(name: str) -> None:
     assert any(name in source for source in machine.sources)
 
 
-# What was guessed
+# Assumptions
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_a_device_of_the_table_is_a_machine(name: str) -> None:
         ("m4-max-40 + 64GB", "not verified"),
     ],
 )
-def test_what_is_guessed_is_said(text: str, said: str) -> None:
-    assert any(said in guess for guess in find_machine(text).assumptions)
+def test_assumptions_are_listed(text: str, said: str) -> None:
+    assert any(said in assumption for assumption in find_machine(text).assumptions)
 
 
-def test_where_everything_is_named_nothing_is_guessed() -> None:
+def test_a_fully_named_machine_has_no_assumptions() -> None:
     # A processor's memory is named, since the figures of the processors in the table were not all verified.
     text = "8x a100-80gb + 512GB + ddr4-3200-8ch + nvme-gen4 + 2 nodes + infiniband-hdr"
     assert find_machine(text).assumptions == ()
@@ -178,13 +178,13 @@ def test_parts_that_make_no_machine_are_an_error_with_a_hint(text: str, said: st
 
 
 @pytest.mark.parametrize("text", ["0x rtx-4090", "rtx-4090 + 0 nodes"])
-def test_none_of_something_is_an_error(text: str) -> None:
+def test_a_count_of_zero_is_an_error(text: str) -> None:
     with pytest.raises(UsageError):
         find_machine(text)
 
 
 @pytest.mark.parametrize("kind", ["memory_gb_per_s", "fp16_tflops"])
-def test_a_device_without_a_number_that_is_needed_is_an_error(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_device_without_a_required_number_is_an_error(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     entry = {key: value for key, value in DEVICES["rtx-4090"].items() if key != kind and key != "fp32_tflops"}
     monkeypatch.setitem(DEVICES, "rtx-4090", entry)
     with pytest.raises(UsageError, match="the table has no"):
@@ -283,11 +283,11 @@ def test_a_file_that_names_itself_is_an_error(tmp_path: Path) -> None:
         "device_bytes_per_s = inf",
     ],
 )
-def test_a_number_of_a_file_that_cannot_be_is_an_error(tmp_path: Path, line: str) -> None:
+def test_an_impossible_number_in_a_file_is_an_error(tmp_path: Path, line: str) -> None:
     with pytest.raises(UsageError):
         find_machine(written(tmp_path, f'parts = "rtx-4090"\n{line}'))
 
 
-def test_a_file_gives_the_number_that_the_table_lacks(tmp_path: Path) -> None:
+def test_a_file_supplies_a_number_missing_from_the_table(tmp_path: Path) -> None:
     machine: Machine = find_machine(written(tmp_path, 'parts = "m5"\nflop_per_s = 1.6e13'))
     assert machine.flop_per_s == 1.6e13

@@ -76,11 +76,11 @@ def test_the_price_of_flop_is_per_unit() -> None:
     assert flop_price(2.0, 1e15, unit=1e15) == pytest.approx(2.0)
 
 
-def test_a_markup_is_how_many_times_the_cost() -> None:
+def test_a_markup_is_price_over_cost() -> None:
     assert markup(60, 0.24) == pytest.approx(250)
 
 
-def test_selling_pays_from_the_first_batch_that_earns_what_it_costs() -> None:
+def test_break_even_is_the_first_batch_that_earns_its_cost() -> None:
     passes = {8: 0.012, 1: 0.010, 2: 0.010, 4: 0.011}  # dollars of a pass at $3.6 an hour: a thousandth of the seconds
     assert break_even_batch(5e-6, 3.6, passes) == 2
     assert break_even_batch(1e-5, 3.6, passes) == 1
@@ -90,25 +90,25 @@ def test_selling_pays_from_the_first_batch_that_earns_what_it_costs() -> None:
 # Life
 
 
-def test_training_takes_six_and_answering_two_per_parameter_and_token() -> None:
+def test_training_takes_six_flop_and_inference_two_per_parameter_and_token() -> None:
     assert training_flop(175e9, 300e9) == pytest.approx(3.15e23)
     assert inference_flop(175e9, 1) == pytest.approx(3.5e11)
 
 
-def test_serving_is_the_rest_of_a_life() -> None:
+def test_the_serving_share_is_the_rest_after_training() -> None:
     life = Life(making_flop=6e20, flop_per_token=2e9, tokens=1e11)
     assert life.total_flop == pytest.approx(8e20)
     assert life.serving_share == pytest.approx(0.25)
 
 
-def test_a_smaller_model_has_paid_when_it_saved_what_its_making_took() -> None:
+def test_a_smaller_model_breaks_even_when_it_has_saved_its_training_flop() -> None:
     tokens = break_even_tokens(1e21, 140e9, 16e9)
     large = Life(making_flop=0, flop_per_token=140e9, tokens=tokens)
     small = Life(making_flop=1e21, flop_per_token=16e9, tokens=tokens)
     assert large.total_flop == pytest.approx(small.total_flop)
 
 
-def test_a_model_that_is_no_smaller_never_pays() -> None:
+def test_a_model_that_is_no_smaller_never_breaks_even() -> None:
     assert break_even_tokens(1e21, 16e9, 16e9) == float("inf")
 
 
@@ -148,7 +148,7 @@ def test_growing_for_the_years_until_a_size_reaches_it(now: float, times: float,
     assert grown(now, years_until(now, wanted, per_year), per_year) == pytest.approx(wanted)
 
 
-def test_what_is_there_takes_no_years() -> None:
+def test_an_existing_stock_takes_no_years() -> None:
     assert years_until(10, 5, 2) == 0
 
 

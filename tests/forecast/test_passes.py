@@ -55,7 +55,7 @@ def streamed(model: Architecture, placement: Placement, work: PassShape | None =
 
 @PROPERTY
 @given(MODELS, WORKS)
-def test_a_pass_takes_no_less_than_its_bytes_and_its_arithmetic(model: Architecture, work: PassShape) -> None:
+def test_a_pass_takes_no_less_than_its_bytes_and_its_flop(model: Architecture, work: PassShape) -> None:
     found = resident_pass(model, A100, ONE, work, RATES)
 
     assert found.seconds >= (found.weight_bytes + found.kv_bytes) / A100.bytes_per_s
@@ -72,7 +72,7 @@ def test_a_dense_model_reads_every_weight_but_the_table() -> None:
     assert found.binding == "memory"
 
 
-def test_many_rows_are_bound_by_arithmetic() -> None:
+def test_prefill_is_compute_bound() -> None:
     assert resident_pass(LLAMA, A100, ONE, row(rows=4096), RATES).binding == "compute"
 
 
@@ -88,14 +88,14 @@ def test_more_rows_are_never_faster_and_never_slower_per_row(model: Architecture
 
 @PROPERTY
 @given(MODELS, WORKS)
-def test_fewer_bits_are_never_slower_if_nothing_is_unpacked(model: Architecture, work: PassShape) -> None:
+def test_fewer_bits_are_never_slower_without_dequantisation(model: Architecture, work: PassShape) -> None:
     packed, plain = (resident_pass(model, A100, ONE, replace(work, bits=bits), RATES).seconds for bits in (4.0, 16.0))
     assert packed <= plain
 
 
 @PROPERTY
 @given(MODELS, WORKS)
-def test_unpacking_is_slower_and_a_chain_of_operations_slower_still(model: Architecture, work: PassShape) -> None:
+def test_dequantisation_is_slower_and_a_chain_of_operations_slower_still(model: Architecture, work: PassShape) -> None:
     work = replace(work, bits=4.0)
     fused, memory, chain = (
         resident_pass(model, A100, ONE, replace(work, unpacking=how), RATES).seconds
@@ -104,13 +104,13 @@ def test_unpacking_is_slower_and_a_chain_of_operations_slower_still(model: Archi
     assert fused < memory < chain
 
 
-def test_nothing_is_unpacked_of_sixteen_bits() -> None:
+def test_sixteen_bits_need_no_dequantisation() -> None:
     for how in ("fused", "memory", "chain"):
         assert unpack_bytes(16, how, RATES) == 0
         assert weight_traffic(LLAMA, row(unpacking=how), RATES) == LLAMA.read_bytes(16)
 
 
-def test_unpacking_through_memory_writes_and_reads_two_bytes_per_weight() -> None:
+def test_dequantisation_through_memory_writes_and_reads_two_bytes_per_weight() -> None:
     fused, memory = (weight_traffic(LLAMA, row(bits=4.0, unpacking=how), RATES) for how in ("fused", "memory"))
     assert memory == pytest.approx(fused + 4 * (LLAMA.params - LLAMA.vocab * LLAMA.hidden))
 
@@ -120,7 +120,7 @@ def test_two_dies_reach_less_of_their_bandwidth() -> None:
     assert one < two
 
 
-def test_a_mixture_reads_the_experts_of_all_its_rows() -> None:
+def test_an_moe_reads_the_experts_of_all_its_rows() -> None:
     reads = [weight_traffic(MIXTRAL, row(rows=rows), RATES) for rows in (1, 2, 8, 1000)]
     assert reads == sorted(reads)
     assert reads[0] == pytest.approx(MIXTRAL.read_bytes(16))
@@ -161,7 +161,7 @@ def test_every_doubling_of_the_devices_adds_one_hop_to_each_reduction() -> None:
 
 
 @pytest.mark.parametrize("depth", [2, 4, 8])
-def test_stages_do_not_make_one_sequence_faster(depth: int) -> None:
+def test_pipeline_stages_do_not_make_one_sequence_faster(depth: int) -> None:
     alone = resident_pass(LLAMA, A100, ONE, row(), RATES)
     staged = resident_pass(LLAMA, A100, Parallelism(depth=depth), row(), RATES)
 
@@ -170,7 +170,7 @@ def test_stages_do_not_make_one_sequence_faster(depth: int) -> None:
     assert staged.flop == pytest.approx(alone.flop)
 
 
-def test_stages_make_many_sequences_faster_but_not_as_many_times_as_there_are_stages() -> None:
+def test_pipeline_stages_make_a_batch_faster_but_by_less_than_their_number() -> None:
     work = PassShape(rows=2048, sequences=64, context=512)
     alone, staged = (resident_pass(LLAMA, A100, split, work, RATES).seconds for split in (ONE, Parallelism(depth=4)))
     assert alone / 4 < staged < alone
@@ -188,8 +188,8 @@ def test_every_weight_lies_somewhere_and_the_device_comes_first(
     weights = model.all_bytes(bits)
 
     assert found.device + found.host + found.disk == pytest.approx(1, abs=1e-6)
-    room = max(0.0, device - kv)
-    assert found.device * weights == pytest.approx(min(weights, room), rel=1e-6, abs=1e-6 * weights)
+    free_bytes = max(0.0, device - kv)
+    assert found.device * weights == pytest.approx(min(weights, free_bytes), rel=1e-6, abs=1e-6 * weights)
     assert found.host * weights <= host * (1 + 1e-9) + 1
     if found.disk > 1e-6:
         spilled = max(0.0, kv - device)
@@ -197,12 +197,12 @@ def test_every_weight_lies_somewhere_and_the_device_comes_first(
     assert found.kv_host == pytest.approx(max(0.0, kv - device) / kv if kv else 0, abs=1e-9)
 
 
-def test_what_fits_is_all_on_the_device() -> None:
+def test_a_model_that_fits_is_all_on_the_device() -> None:
     assert place(LLAMA, 16, 1e9, 80e9, 64e9) == Placement()
 
 
 @pytest.mark.parametrize("shares", [{"host": -0.1}, {"host": 0.6, "disk": 0.5}, {"kv_host": 1.1}, {"disk": -1}])
-def test_shares_that_are_none_are_an_error(shares: dict[str, float]) -> None:
+def test_impossible_shares_are_an_error(shares: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="shares"):
         Placement(**shares)
 
@@ -225,7 +225,7 @@ def test_a_streamed_pass_is_no_faster_than_its_pipes_nor_than_its_compute(
     assert found.seconds >= max(found.parts.values()) * (1 - 1e-9)
 
 
-def test_the_further_away_the_weights_lie_the_slower_is_the_pass() -> None:
+def test_weights_in_a_slower_tier_make_a_slower_pass() -> None:
     places = [Placement(), Placement(host=0.5), Placement(host=1), Placement(host=0.5, disk=0.5), Placement(disk=1)]
     seconds = [streamed(LLAMA, place) for place in places]
     assert seconds == sorted(seconds)
@@ -243,7 +243,7 @@ def test_caches_in_host_memory_cross_the_bus() -> None:
     assert streamed(LLAMA, Placement(kv_host=1), long) > streamed(LLAMA, Placement(), long)
 
 
-def test_more_rows_share_what_is_streamed() -> None:
+def test_more_rows_share_the_streamed_weights() -> None:
     one, many = streamed(LLAMA, Placement(host=1)), streamed(LLAMA, Placement(host=1), row(rows=16))
     assert many < 2 * one
 
@@ -262,13 +262,13 @@ def test_more_hits_are_faster(work: PassShape, one: float, other: float) -> None
         assert many < few
 
 
-def test_where_every_expert_is_there_nothing_is_read() -> None:
+def test_a_pass_with_every_expert_in_memory_reads_none() -> None:
     all_there = expert_pass(MIXTRAL, PC.device_spec, ONE, row(), 1.0, 5e9, RATES, FEED)
     assert all_there.seconds == resident_pass(MIXTRAL, PC.device_spec, ONE, row(), RATES).seconds
     assert all_there.parts["experts"] == 0
 
 
-def test_what_is_missed_is_read_after_the_router_has_spoken() -> None:
+def test_missed_experts_are_read_after_routing() -> None:
     inner = resident_pass(MIXTRAL, PC.device_spec, ONE, row(), RATES).seconds
     missed = expert_pass(MIXTRAL, PC.device_spec, ONE, row(), 0.0, 5e9, RATES, FEED)
     read_s = MIXTRAL.expert_params * 2 * 2 / 8 / (5e9 * FEED.expert_share)

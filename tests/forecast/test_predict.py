@@ -48,12 +48,12 @@ def of(model: str = "llama-3-8b", machine: str = PC, **asked: Any) -> Forecast:
     return forecast(published(model), find_machine(machine), Workload(**asked))
 
 
-# What must hold for every forecast
+# Properties of every forecast
 
 
 @PROPERTY
 @given(CASES, ASKS)
-def test_the_expected_lies_between_low_and_high(case: tuple[str, str], workload: Workload) -> None:
+def test_the_expected_value_lies_between_low_and_high(case: tuple[str, str], workload: Workload) -> None:
     found = answer(*case, workload)
     assume(found is not None)
     assert found is not None
@@ -69,7 +69,7 @@ def test_the_expected_lies_between_low_and_high(case: tuple[str, str], workload:
 
 @PROPERTY
 @given(CASES, ASKS)
-def test_shares_are_shares_and_everything_lies_somewhere(case: tuple[str, str], workload: Workload) -> None:
+def test_shares_add_up_and_every_weight_has_a_tier(case: tuple[str, str], workload: Workload) -> None:
     found = answer(*case, workload)
     assume(found is not None)
     assert found is not None
@@ -128,7 +128,7 @@ def test_a_longer_context_is_never_faster(case: tuple[str, str], workload: Workl
     assert long.kv_bytes >= short.kv_bytes
 
 
-# Where it is known what should come out
+# Known results
 
 
 def test_a_model_that_fits_is_bound_by_memory() -> None:
@@ -160,7 +160,7 @@ def test_a_model_that_does_not_fit_is_streamed_and_far_slower() -> None:
     assert streams.s_per_token.expected > 2 * fits.s_per_token.expected * streams.weights_bytes / fits.weights_bytes
 
 
-def test_what_host_memory_does_not_hold_comes_from_disk() -> None:
+def test_weights_beyond_host_memory_come_from_disk() -> None:
     found = of("llama-3-70b", bits=16.0)
     assert found.placement.disk > 0
     assert found.s_per_token.expected > found.decode.bytes_by_tier["disk"] / found.machine.disk_bytes_per_s
@@ -170,13 +170,13 @@ def test_experts_are_read_on_demand() -> None:
     found = of("deepseek-v3", "rtx-4090 + 128GB + nvme-gen4", bits=4.85)
 
     assert found.category == "MoE streaming"
-    assert any("routing guessed" in reason for reason in found.reasons)
+    assert any("routing assumed" in reason for reason in found.reasons)
     more = of("deepseek-v3", "rtx-4090 + 256GB + nvme-gen4", bits=4.85)
     assert more.s_per_token.expected < found.s_per_token.expected
     assert more.decode.bytes_by_tier["disk"] < found.decode.bytes_by_tier["disk"]
 
 
-def test_a_faster_disk_helps_what_streams_from_it() -> None:
+def test_a_faster_disk_helps_a_streamed_model() -> None:
     slow, fast = (of("llama-3-70b", f"rtx-4090 + 64GB + {disk}") for disk in ("nvme-gen3", "2x nvme-gen5"))
     assert fast.s_per_token.expected < slow.s_per_token.expected
 
@@ -187,7 +187,7 @@ def test_a_long_prompt_is_computed_in_chunks() -> None:
     assert long.ttft_s.expected > 3.9 * short.ttft_s.expected
 
 
-def test_more_host_memory_is_never_slower_for_a_mixture() -> None:
+def test_more_host_memory_is_never_slower_for_an_moe() -> None:
     sizes = (256, 384, 450, 460, 512)
     found = [of("deepseek-v3", f"rtx-4090 + {size}GB + nvme-gen4", bits=4.85) for size in sizes]
     seconds = [one.s_per_token.expected for one in found]
@@ -214,7 +214,7 @@ def test_a_draft_is_reported_if_it_pays() -> None:
     assert any("drafts" in reason for reason in drafted.reasons)
 
 
-def test_a_draft_that_does_not_pay_is_not_used_and_that_is_said() -> None:
+def test_a_draft_that_does_not_pay_is_not_used_and_the_reason_is_given() -> None:
     found = of("llama-3-8b", bits=4.85, draft=published("llama-3-8b"))
 
     assert found.draft_tokens == 0
@@ -241,7 +241,7 @@ def test_idle_hours_make_a_token_dearer() -> None:
     assert idle.s_per_token == busy.s_per_token
 
 
-def test_dollars_and_joules_are_those_of_the_time() -> None:
+def test_dollars_and_joules_follow_from_the_time() -> None:
     found = of(batch=8)
     assert found.usd_per_h is not None
     assert found.usd_per_million_output is not None
@@ -267,7 +267,7 @@ def test_a_machine_without_a_price_has_no_cost() -> None:
     assert (found.usd_per_h, found.usd_per_million_output, found.usd_per_million_input) == (None, None, None)
 
 
-# Memory that is safe to give
+# Safe memory
 
 
 def test_no_machine_gives_all_its_memory() -> None:
@@ -278,10 +278,10 @@ def test_no_machine_gives_all_its_memory() -> None:
         assert (safe_host_bytes(machine) == 0) == machine.unified
 
 
-# Outside of what was measured
+# Outside the measurements
 
 
-def test_outside_of_what_was_measured_the_intervals_are_wider() -> None:
+def test_intervals_are_wider_outside_the_measurements() -> None:
     inside, beyond = of(bits=2.0), of(bits=1.6)
 
     assert not outside(inside.model, inside.machine, inside.workload)
@@ -291,7 +291,7 @@ def test_outside_of_what_was_measured_the_intervals_are_wider() -> None:
     assert ratio[1] == pytest.approx(ratio[0] ** 2)
 
 
-def test_everything_that_is_outside_is_named() -> None:
+def test_everything_outside_the_measurements_is_named() -> None:
     named = outside(of_params(2e12), find_machine("100x h100-sxm"), Workload(batch=2000, prompt_tokens=40000))
     assert len(named) == 4
 
@@ -315,7 +315,7 @@ def test_caches_that_do_not_fit_are_an_error_that_names_the_batch_that_does() ->
         of(batch=most + 1)
 
 
-def test_where_not_even_one_cache_fits_a_shorter_one_is_hinted_at() -> None:
+def test_the_hint_is_a_shorter_context_if_not_even_one_cache_fits() -> None:
     with pytest.raises(UsageError) as caught:
         of("llama-2-7b", "epyc-7763 + 3GB + nvme-gen4", prompt_tokens=3000)
     assert "--kv-bits 8" in str(caught.value.hint)
@@ -340,7 +340,7 @@ def test_a_context_longer_than_the_model_s_is_an_error() -> None:
         {"utilisation": 1.5},
     ],
 )
-def test_a_question_that_makes_no_sense_is_an_error(wrong: dict[str, float]) -> None:
+def test_an_impossible_workload_is_an_error(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         Workload(**wrong)  # type: ignore[arg-type]
 
@@ -352,8 +352,8 @@ def test_a_machine_with_hardly_any_memory_has_none_to_give() -> None:
     assert "--batch -" not in str(caught.value.hint)
 
 
-def test_a_host_that_computes_reads_the_caches_that_it_holds() -> None:
-    """They are several times what a device holds, and were free."""
+def test_a_computing_host_reads_the_caches_in_its_memory() -> None:
+    """These caches are several times a device's memory; they once cost no time."""
     model = replace(published("llama-3-8b"), context=131072)
     machine = find_machine("rtx-4090 + 256GB")
     long = forecast(model, machine, Workload(batch=8, prompt_tokens=100_000, tokens=100))

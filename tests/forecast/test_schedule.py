@@ -1,4 +1,4 @@
-"""The schedule of a streamed pass: the simulation against the closed form, and what must hold for every schedule."""
+"""The schedule of a streamed pass: simulation against closed form, and properties of every schedule."""
 
 from itertools import pairwise
 
@@ -27,7 +27,7 @@ BUSY_LINK = ScheduledUnit(latency_s=0.040, transfer_s=0.010, compute_s=0.010)
 
 @PROPERTY
 @given(UNITS, COUNTS, SLOTS)
-def test_the_closed_form_is_what_the_simulation_gives(unit: ScheduledUnit, count: int, slots: int) -> None:
+def test_the_closed_form_equals_the_simulation(unit: ScheduledUnit, count: int, slots: int) -> None:
     assert closed_form(unit, count, slots) == pytest.approx(simulate([unit] * count, slots).seconds, rel=1e-9)
 
 
@@ -36,12 +36,12 @@ def test_the_closed_form_is_what_the_simulation_gives(unit: ScheduledUnit, count
     [(DISCUSSION, 5, 1.04), (BUSY_LINK, 5, 1.24), (BUSY_LINK, 6, 1.05)],
     ids=["an idle link", "a busy link", "a busy link and one slot more"],
 )
-def test_a_hundred_layers_take_what_the_discussion_says(unit: ScheduledUnit, slots: int, expected: float) -> None:
+def test_a_hundred_layers_take_the_claimed_time(unit: ScheduledUnit, slots: int, expected: float) -> None:
     assert closed_form(unit, 100, slots) == pytest.approx(expected)
     assert simulate([unit] * 100, slots).seconds == pytest.approx(expected)
 
 
-def test_five_at_a_time_without_overlap_take_what_the_discussion_says() -> None:
+def test_groups_of_five_without_overlap_take_the_claimed_time() -> None:
     assert grouped([DISCUSSION] * 100, 5) == pytest.approx(1.8)
 
 
@@ -89,10 +89,8 @@ def test_a_pinned_unit_needs_neither_slot_nor_link() -> None:
 
 @PROPERTY
 @given(UNITS, st.integers(1, 20), SLOTS)
-def test_passes_that_follow_each_other_take_the_period_of_each_unit(
-    unit: ScheduledUnit, count: int, slots: int
-) -> None:
-    # The rhythm repeats after as many units as there are slots: one pass may be longer than the next, so many are averaged.
+def test_consecutive_passes_take_the_period_of_each_unit(unit: ScheduledUnit, count: int, slots: int) -> None:
+    # The pattern repeats after `slots` units. One pass may be longer than the next, so the passes are averaged.
     timeline = simulate([unit] * count, slots, passes=2 * slots + 2)
     steady = [timeline.pass_s(number) for number in range(slots + 2, 2 * slots + 2)]
 
@@ -101,7 +99,7 @@ def test_passes_that_follow_each_other_take_the_period_of_each_unit(
 
 @PROPERTY
 @given(UNITS, st.integers(1, 20))
-def test_with_slots_enough_every_steady_pass_is_as_long_as_the_next(unit: ScheduledUnit, count: int) -> None:
+def test_with_enough_slots_all_steady_passes_take_equal_time(unit: ScheduledUnit, count: int) -> None:
     assume(max(unit.transfer_s, unit.compute_s) > 0)
     slots = min(slots_needed(unit), 40)
     assume(slots == slots_needed(unit))
@@ -113,14 +111,14 @@ def test_with_slots_enough_every_steady_pass_is_as_long_as_the_next(unit: Schedu
 
 @PROPERTY
 @given(MIXED, SLOTS, PASSES)
-def test_the_passes_add_up_to_the_whole(units: list[ScheduledUnit], slots: int, passes: int) -> None:
+def test_the_passes_add_up_to_the_total(units: list[ScheduledUnit], slots: int, passes: int) -> None:
     timeline = simulate(units, slots, passes=passes)
     assert sum(timeline.pass_s(number) for number in range(passes)) == pytest.approx(timeline.seconds)
 
 
 @PROPERTY
 @given(UNITS)
-def test_the_slots_that_are_needed_are_enough_and_not_one_too_many(unit: ScheduledUnit) -> None:
+def test_slots_needed_is_the_smallest_sufficient_number(unit: ScheduledUnit) -> None:
     each = max(unit.transfer_s, unit.compute_s)
     assume(each > 0)
     slots = slots_needed(unit)
@@ -129,18 +127,18 @@ def test_the_slots_that_are_needed_are_enough_and_not_one_too_many(unit: Schedul
     assert slots == 1 or period(unit, slots - 1) > each
 
 
-def test_the_discussion_needs_five_slots_and_six_with_a_busy_link() -> None:
+def test_the_claimed_example_needs_five_slots_and_six_with_a_busy_link() -> None:
     assert slots_needed(DISCUSSION) == 5
     assert slots_needed(BUSY_LINK) == 6
 
 
-def test_of_units_that_take_no_time_one_slot_is_enough() -> None:
+def test_one_slot_is_enough_for_units_without_time() -> None:
     assert slots_needed(ScheduledUnit(0, 0, 0)) == 1
 
 
 @PROPERTY
 @given(MIXED, SLOTS, SLOTS, PASSES)
-def test_what_is_not_computed_is_stalled(units: list[ScheduledUnit], slots: int, readers: int, passes: int) -> None:
+def test_time_without_compute_is_stall(units: list[ScheduledUnit], slots: int, readers: int, passes: int) -> None:
     timeline = simulate(units, slots, readers=readers, passes=passes)
     computed = passes * sum(unit.compute_s for unit in units)
 
@@ -161,7 +159,7 @@ def test_no_resource_is_used_twice_at_a_time(units: list[ScheduledUnit], slots: 
     assert all(old.arrive_s <= new.start_s + 1e-9 for old, new in zip(loaded, loaded[readers:], strict=False))
 
 
-def test_nothing_takes_no_time() -> None:
+def test_an_empty_schedule_takes_no_time() -> None:
     assert simulate([], 1).seconds == 0
 
 
@@ -171,6 +169,6 @@ def test_without_a_slot_a_reader_or_a_pass_there_is_no_schedule(numbers: dict[st
         simulate([DISCUSSION], **numbers)
 
 
-def test_a_group_of_none_is_an_error() -> None:
+def test_an_empty_group_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one unit"):
         grouped([DISCUSSION], 0)

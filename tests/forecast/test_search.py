@@ -28,10 +28,10 @@ LARGE = published("llama-3-70b")
 
 @pytest.fixture(scope="module")
 def found() -> Sequence[Forecast]:
-    """Every machine of the table with a price."""
+    """Forecasts on every priced machine of the table."""
     begun = time.process_time()
     all_of_them = configurations(LLAMA, None, Workload())
-    # About 1 s here: a search is made while somebody waits.
+    # About 1 s here: a user waits for a search.
     assert time.process_time() - begun < 5
     return all_of_them
 
@@ -70,13 +70,13 @@ def test_changes_are_worth_it_and_the_best_comes_first(model: str, machine: str,
     assert len({change.what for change in named}) == len(named)
 
 
-def test_what_streams_from_disk_is_told_of_memory_and_of_disks() -> None:
+def test_a_model_streamed_from_disk_gets_suggestions_of_memory_and_disks() -> None:
     now = forecast(LARGE, PC, Workload())
     named = {change.what for change in changes(now, most=20)}
     assert {"twice the host's memory", "a second disk", "2x rtx-4090"} <= named
 
 
-def test_no_more_changes_are_named_than_asked_for() -> None:
+def test_the_number_of_changes_is_limited() -> None:
     assert len(changes(forecast(LARGE, PC, Workload()), most=2)) == 2
 
 
@@ -105,7 +105,7 @@ def test_a_draft_is_a_much_smaller_model_with_the_same_vocabulary() -> None:
     assert small.params < 0.2 * LARGE.params
 
 
-def test_where_no_smaller_one_shares_the_vocabulary_there_is_no_draft() -> None:
+def test_without_a_smaller_model_of_the_same_vocabulary_there_is_no_draft() -> None:
     assert draft_for(published("gpt-neox-20b")) is None
 
 
@@ -119,7 +119,7 @@ def test_every_configuration_is_within_what_was_asked(found: Sequence[Forecast])
     assert all(one.usd_per_h is not None for one in found)
 
 
-def test_of_one_machine_only_its_own_counts_are_tried() -> None:
+def test_a_given_machine_is_tried_with_multiples_of_its_devices_only() -> None:
     own = configurations(LLAMA, PC, Workload(prompt_tokens=64, tokens=64))
     assert {one.machine.device for one in own} == {"rtx-4090"}
     assert {one.machine.devices for one in own} == {1, 2, 4, 8}
@@ -134,7 +134,9 @@ def test_a_unified_machine_is_not_multiplied() -> None:
 
 
 @pytest.mark.parametrize("wanted", [5.0, 30.0, 150.0])
-def test_the_cheapest_meets_the_wish_and_nothing_that_does_is_cheaper(found: Sequence[Forecast], wanted: float) -> None:
+def test_the_cheapest_meets_the_required_speed_and_no_other_is_cheaper(
+    found: Sequence[Forecast], wanted: float
+) -> None:
     best = cheapest(found, tok_per_s=wanted, usd=None)
 
     assert speed(best) >= wanted
@@ -144,19 +146,19 @@ def test_the_cheapest_meets_the_wish_and_nothing_that_does_is_cheaper(found: Seq
     )
 
 
-def test_the_speed_may_be_that_of_all_together(found: Sequence[Forecast]) -> None:
+def test_the_speed_may_be_the_total_of_all_sequences(found: Sequence[Forecast]) -> None:
     best = cheapest(found, tok_per_s=1000, usd=None, each=False)
     assert best.tok_per_s >= 1000
     assert cost(best) <= cost(cheapest(found, tok_per_s=200, usd=None))
 
 
-def test_for_given_money_the_fastest_is_named(found: Sequence[Forecast]) -> None:
+def test_a_budget_alone_selects_the_fastest(found: Sequence[Forecast]) -> None:
     best = cheapest(found, tok_per_s=None, usd=1.0)
     assert cost(best) <= 1.0
     assert all(speed(one) <= speed(best) for one in found if cost(one) <= 1.0)
 
 
-def test_both_wishes_are_met_at_once(found: Sequence[Forecast]) -> None:
+def test_speed_and_budget_are_met_together(found: Sequence[Forecast]) -> None:
     best = cheapest(found, tok_per_s=30, usd=1.0)
     assert speed(best) >= 30
     assert cost(best) <= 1.0
@@ -218,7 +220,7 @@ def test_along_the_frontier_fewer_bits_are_more_speed(found: Sequence[Forecast])
     assert bits[0] == 16
 
 
-def test_of_nothing_there_is_no_frontier() -> None:
+def test_no_forecasts_have_an_empty_frontier() -> None:
     assert frontier([], "cost") == []
 
 
@@ -238,7 +240,7 @@ def test_sellers_are_compared_with_what_it_costs_here() -> None:
     assert offers
 
 
-def test_what_nobody_sells_has_no_sellers() -> None:
+def test_a_model_without_offers_has_no_sellers() -> None:
     assert sellers(forecast(published("gpt-2"), PC, Workload())) == []
 
 
@@ -252,18 +254,18 @@ def test_the_name_of_more_devices_can_be_read_again(text: str) -> None:
     assert find_machine(many.name).devices == 4
 
 
-def test_another_machine_is_suggested_even_if_its_name_begins_alike() -> None:
+def test_another_machine_is_suggested_even_if_its_name_has_the_same_prefix() -> None:
     now = forecast(LLAMA, find_machine("m4 + 16GB + nvme-gen4"), Workload())
     assert any("m4-max-40" in change.what for change in changes(now, most=20))
 
 
-def test_a_search_tries_only_what_was_not_said() -> None:
+def test_a_search_varies_only_open_options() -> None:
     own = configurations(LLAMA, PC, Workload(), all_bits=(16.0,), batches=(4,), drafts=False)
     assert own
     assert {(one.workload.bits, one.workload.batch, one.workload.draft) for one in own} == {(16.0, 4, None)}
 
 
-def test_each_node_streams_its_own_part() -> None:
+def test_each_node_streams_its_own_slice() -> None:
     workload = Workload(bits=16.0)
     one, three = (
         forecast(LARGE, find_machine(f"rtx-4090 + 64GB + nvme-gen4{more}"), workload).s_per_token.expected

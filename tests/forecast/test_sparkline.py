@@ -11,7 +11,7 @@ PROPERTY = settings(max_examples=80, deadline=None)
 
 @PROPERTY
 @given(st.lists(st.floats(0, 10), max_size=12), st.integers(1, 70))
-def test_the_columns_hold_what_the_spans_cover(edges: list[float], columns: int) -> None:
+def test_the_columns_show_the_share_covered_by_spans(edges: list[float], columns: int) -> None:
     ordered = sorted(edges[: len(edges) // 2 * 2])
     spans = list(zip(ordered[::2], ordered[1::2], strict=True))
     shares = busy(spans, 2.0, 8.0, columns)

@@ -1,4 +1,4 @@
-"""Pipes and what flows through them: shared ones are shared, and the busiest binds."""
+"""Flows through pipes: common pipes are shared, and the busiest is the bottleneck."""
 
 import pytest
 from hypothesis import given, settings
@@ -75,14 +75,14 @@ def test_more_flows_are_never_faster_nor_slower_than_one_after_the_other(
     assert both <= (first + second) * (1 + 1e-9)
 
 
-def test_nothing_to_carry_takes_no_time() -> None:
+def test_no_flows_take_no_time() -> None:
     pipes = topology({"bus": 1.0})
     for flows in ([], [Flow(0, ("bus",))], [Flow(9, ())]):
         assert pipes.load(flows).seconds == 0
         assert pipes.load(flows).binding == "nothing"
 
 
-def test_a_route_through_a_pipe_that_is_not_there_is_an_error() -> None:
+def test_a_route_through_an_unknown_pipe_is_an_error() -> None:
     with pytest.raises(KeyError):
         topology({"bus": 1.0}).load([Flow(1, ("buss",))])
 

@@ -12,7 +12,7 @@ os.environ.setdefault("NO_PROXY", "127.0.0.1,localhost")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no token of this machine's."""
+    """An empty cache, without this machine's token."""
     folder = tmp_path / "hub-cache"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(folder))

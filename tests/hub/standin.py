@@ -1,4 +1,4 @@
-"""A hub of our own on 127.0.0.1, as far as huggingface_hub asks one: listings, trees, files, ranges, and what goes wrong.
+"""A stand-in hub on 127.0.0.1 for huggingface_hub: listings, trees, files, ranges, and faults.
 
 Large files are redirected to a "CDN": the same server under its other name, localhost, which the client takes for another
 host. Every request and every byte of a body is counted.
@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-LARGE = 1 << 10  # from so many bytes on a file is "LFS": it has a SHA-256, and the CDN serves it
+LARGE = 1 << 10  # min bytes of an "LFS" file: it has a SHA-256, and the CDN serves it
 
 
 def commit_of(files: dict[str, bytes]) -> str:
@@ -25,25 +25,23 @@ def commit_of(files: dict[str, bytes]) -> str:
 
 @dataclass
 class StandIn:
-    """What it holds, how it misbehaves, and what it was asked."""
+    """State of the stand-in: its files, its faults, and the requests so far."""
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     license: str | None = None
-    refuse: tuple[int, dict[str, str]] | None = None  # status and headers of every answer
+    refuse: tuple[int, dict[str, str]] | None = None  # status and headers of every response
     break_after: int | None = None  # bytes of a large file after which the connection is cut
-    breaks: int = 0  # how often; -1 is always
-    reset: bool = False  # cut by a reset rather than by an end
-    corrupt: bool = False  # large files arrive with a bit changed
+    breaks: int = 0  # number of cut connections; -1 is always
+    reset: bool = False  # True: connections are cut by a reset and not by an end
+    corrupt: bool = False  # True: large files arrive with a bit changed
     ignore_ranges: bool = False
-    listed_too_long: int = 0  # the listing claims so many bytes more than a large file has
-    lies: dict[str, str] = field(default_factory=dict)  # headers that answers about files have instead of the true ones
-    commits: list[str] = field(
-        default_factory=list
-    )  # what listings call the commit, one after the other; the last stays
-    spoil: dict[str, bytes] = field(default_factory=dict)  # files that arrive with another content than listed
-    absent: list[str] = field(default_factory=list)  # files that are listed and not there
-    extra: list[str] = field(default_factory=list)  # further files that the tree names, not the listing
-    token: str | None = None  # without it, 401
+    listed_too_long: int = 0  # bytes that the listing adds to the size of a large file
+    lies: dict[str, str] = field(default_factory=dict)  # false headers of responses about files
+    commits: list[str] = field(default_factory=list)  # commits of the next listings; the last one stays
+    altered: dict[str, bytes] = field(default_factory=dict)  # files that arrive with another content than listed
+    absent: list[str] = field(default_factory=list)  # files that are listed and missing
+    extra: list[str] = field(default_factory=list)  # files that only the tree names, not the listing
+    token: str | None = None  # required token; without it, 401
     hold: threading.Event | None = None  # large files stop after break_after bytes until it is set
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
     bytes_sent: Counter[str] = field(default_factory=Counter)
@@ -150,21 +148,21 @@ class Handler(BaseHTTPRequestHandler):
         common = {"X-Repo-Commit": commit_of(files)}
         content = None if name in self.hub.absent else files.get(name)
         if content is not None and len(content) < LARGE:
-            sent = self.hub.spoil.get(name, content)
+            sent = self.hub.altered.get(name, content)
             self.answer(200, sent, {**common, "ETag": f'"{git_id(content)}"', **self.hub.lies}, count=name)
         elif content is None:
             self.answer(404, b"", {**common, "X-Error-Code": "EntryNotFound", **self.hub.lies})
         else:
             location = f"http://localhost:{self.hub.port}/cdn/{repo}/{quote(name)}"
             linked = {
-                "X-FusedCall-Size": str(len(content)),
-                "X-FusedCall-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+                "X-Linked-Size": str(len(content)),
+                "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
             }
             self.answer(302, b"", {**common, **linked, "Location": location, **self.hub.lies})
 
     def cdn(self, repo: str, name: str) -> None:
         self.hub.tokens_seen_by_cdn.append(self.headers.get("Authorization", ""))
-        content = self.hub.spoil.get(name, self.hub.repos[repo][name])
+        content = self.hub.altered.get(name, self.hub.repos[repo][name])
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if match is None or self.hub.ignore_ranges:
@@ -202,12 +200,12 @@ class Handler(BaseHTTPRequestHandler):
         sent = self.hub.bytes_sent
         try:
             for start in range(0, len(body), 1 << 16):
-                piece = body[start : start + (1 << 16)]
-                if count is not None:  # before the client can have it, or its test may look too early
-                    sent[count] += len(piece)
-                self.wfile.write(piece)
+                chunk = body[start : start + (1 << 16)]
+                if count is not None:  # counted before the client has it, or its test may look too early
+                    sent[count] += len(chunk)
+                self.wfile.write(chunk)
             self.wfile.flush()
-        except OSError:  # the client has heard enough
+        except OSError:  # the client closed the connection
             self.close_connection = True
 
     def cut_off(self) -> None:
@@ -235,11 +233,11 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: Any) -> None:
-        """A connection that was cut on purpose is no news."""
+        """Print nothing: connections are cut on purpose."""
 
 
 def serve(hub: StandIn) -> Server:
-    """Start it; the caller shuts it down."""
+    """Start the server; the caller shuts it down."""
     server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     hub.port = server.server_address[1]
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

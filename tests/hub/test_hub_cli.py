@@ -1,4 +1,4 @@
-"""`pull`, `list`, `show` and `rm` as a user meets them: a second process with the environment that people set."""
+"""`pull`, `list`, `show` and `rm` in a second process, with the environment that users set."""
 
 import json
 import os
@@ -69,9 +69,7 @@ def test_a_model_of_the_hub_is_forecast_for_another_machine_by_its_header(
     assert json.loads(result.stdout)["decode"]["tok_per_s"]["expected"] > 0
 
 
-def test_the_environment_says_where_the_hub_and_the_cache_are(
-    standin: StandIn, tmp_path: Path, tiny_llama: Path
-) -> None:
+def test_the_environment_sets_the_hub_and_the_cache(standin: StandIn, tmp_path: Path, tiny_llama: Path) -> None:
     standin.add("org/tiny", {"README.md": b"# tiny", "tiny-Q8_0.gguf": tiny_llama.read_bytes()})
     standin.token = "hf_secret"
     assert headrace(standin, tmp_path, "pull", "org/tiny").returncode == 1
@@ -123,7 +121,7 @@ def test_a_model_is_shown_pulled_listed_and_removed(hub: StandIn, tiny_llama: Pa
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(standin: StandIn, tmp_path: Path) -> None:
     content = os.urandom(24 << 20)
     standin.add("org/big", {"m.gguf": content})
-    # The library writes in pieces of 10 MiB: one is on the disk when the server falls silent.
+    # The library writes in chunks of 10 MiB: one is on the disk when the server falls silent.
     standin.break_after, standin.breaks, standin.hold = 15 << 20, -1, threading.Event()
     process = subprocess.Popen(
         [*COMMAND, "pull", "org/big"],
@@ -193,7 +191,7 @@ def test_a_folder_of_safetensors_is_shown_from_its_headers(hub: StandIn) -> None
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff\xfe", b"[" * 100_000], ids=["list", "cut", "bytes", "deep"])
-def test_a_config_that_is_none_is_an_error(hub: StandIn, content: bytes) -> None:
+def test_an_invalid_config_is_an_error(hub: StandIn, content: bytes) -> None:
     hub.add("org/bad", {"config.json": content, "model.safetensors": os.urandom(4000)})
     result = run("show", "org/bad")
 

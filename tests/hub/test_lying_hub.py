@@ -1,4 +1,4 @@
-"""A hub or a mirror that lies: nothing is written outside of the cache, nothing wrong stays in it, names are escaped."""
+"""A hub or a mirror that lies: nothing is written outside the cache, nothing wrong stays in it, names are escaped."""
 
 import os
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ REPO = Reference(repo="org/model")
 LARGE = os.urandom(5000)
 CONFIG = b'{"model_type": "llama"}'
 FOLDER = {"config.json": CONFIG, "tokenizer.json": b'{"a": 1}', "model.safetensors": LARGE}
-# WeightMap that lead out of a folder, or that no file may have.
+# Names that lead out of a folder, or that no file may have.
 OUT = [
     "../../../escaped",
     "..",
@@ -44,7 +44,7 @@ def lying(hub: StandIn) -> StandIn:
 
 
 def everything(folder: Path, cache: Path) -> set[Path]:
-    """All that lies in the folder around the cache, but not in the cache."""
+    """All files of the folder around the cache, without the cache."""
     return {path for path in folder.rglob("*") if cache not in (path, *path.parents)}
 
 
@@ -61,7 +61,7 @@ def check_nothing_outside(cache: Path, before: set[Path]) -> None:
 
 
 def pull_whatever_comes(cache: Path) -> None:
-    """A pull that may fail, in our words, but writes nothing outside of the repository's own folder."""
+    """A pull that may fail with a `HubError`, but writes nothing outside the repository's own folder."""
     before = everything(cache.parent, cache)
     path = None
     with suppress(HeadraceError):
@@ -73,7 +73,7 @@ def pull_whatever_comes(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("value", OUT)
-@pytest.mark.parametrize("name", ["ETag", "X-FusedCall-ETag", "X-Repo-Commit"])
+@pytest.mark.parametrize("name", ["ETag", "X-Linked-ETag", "X-Repo-Commit"])
 def test_a_header_that_leads_out_of_the_cache_writes_nothing_there(
     name: str, value: str, lying: StandIn, cache: Path
 ) -> None:
@@ -85,7 +85,7 @@ def test_a_header_that_leads_out_of_the_cache_writes_nothing_there(
 
 
 def test_a_missing_file_of_a_commit_that_leads_out_writes_nothing_there(lying: StandIn, cache: Path) -> None:
-    """The library notes in a folder of that name that the file is absent."""
+    """The library records the absent file in a folder of that name."""
     lying.lies["X-Repo-Commit"] = "../../../escaped"
     lying.absent.append("tokenizer.json")
     pull_whatever_comes(cache)
@@ -115,8 +115,8 @@ def test_a_commit_that_is_no_hash_is_refused(commit: str, lying: StandIn, cache:
     assert not list(cache.rglob("*.json"))
 
 
-def test_a_branch_that_is_at_two_commits_is_no_way_out_of_the_cache(lying: StandIn, cache: Path) -> None:
-    """What the branch's own file in the cache says is taken for the name of a folder later."""
+def test_a_branch_at_two_commits_does_not_lead_out_of_the_cache(lying: StandIn, cache: Path) -> None:
+    """The library later uses the branch's file in the cache as the name of a folder."""
     outside = cache.parent / "outside"
     outside.mkdir()
     (outside / "model.gguf").write_bytes(b"GGUF")
@@ -180,27 +180,27 @@ SHORT, LONG = CONFIG[:-1], CONFIG + b" "
 
 @pytest.mark.parametrize("sent", [SHORT, LONG, b"", CONFIG.replace(b"llama", b"other")])
 def test_a_small_file_of_another_content_is_an_error_and_is_not_kept(sent: bytes, lying: StandIn, cache: Path) -> None:
-    lying.spoil["config.json"] = sent
+    lying.altered["config.json"] = sent
     with pytest.raises(HeadraceError, match=r"config\.json"):
         pull(REPO, say=None)
     assert not [path for path in cache.rglob("*") if path.is_file() and path.read_bytes() == sent and sent]
     assert local_path(REPO) is None
     assert cached_models() == []
 
-    lying.spoil.clear()
+    lying.altered.clear()
     path = pull(REPO, say=None)
     assert (Path(path) / "config.json").read_bytes() == CONFIG
 
 
 @pytest.mark.parametrize("sent", [LARGE[:-1], LARGE + b"x", b"", LARGE[::-1]])
 def test_a_large_file_of_another_content_is_an_error_and_is_not_kept(sent: bytes, lying: StandIn, cache: Path) -> None:
-    lying.spoil["model.safetensors"] = sent
+    lying.altered["model.safetensors"] = sent
     with pytest.raises(HeadraceError, match=r"model\.safetensors"):
         pull(REPO, say=None)
     assert not [path for path in cache.rglob("*") if path.is_file() and path.read_bytes() == sent and sent]
     assert local_path(REPO) is None
 
-    lying.spoil.clear()
+    lying.altered.clear()
     assert (Path(pull(REPO, say=None)) / "model.safetensors").read_bytes() == LARGE
 
 
@@ -212,8 +212,8 @@ def test_a_cached_file_of_another_length_than_listed_is_fetched_again(lying: Sta
     assert (Path(again) / "config.json").read_bytes() == CONFIG
 
 
-def test_run_does_not_open_what_pull_has_refused(lying: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    lying.spoil["config.json"] = LONG
+def test_run_does_not_open_a_model_that_pull_refused(lying: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    lying.altered["config.json"] = LONG
     for _ in range(2):
         result = CliRunner().invoke(main, ["run", "org/model", "hi", "-q"])
         assert isinstance(result.exception, SystemExit), repr(result.exception)
@@ -239,7 +239,7 @@ def test_names_of_a_hub_are_shown_escaped(files: tuple[str, ...], command: str, 
 
 
 @pytest.mark.parametrize("refuse", [None, (503, "\x1b[31m"), (429, "\x9b31m")])
-def test_what_a_hub_says_of_itself_is_shown_escaped(refuse: tuple[int, str] | None, hub: StandIn) -> None:
+def test_messages_of_a_hub_are_shown_escaped(refuse: tuple[int, str] | None, hub: StandIn) -> None:
     hub.add("org/model", {"model.gguf": LARGE})
     hub.license = EVIL
     hub.refuse = None if refuse is None else (refuse[0], {"Retry-After": refuse[1]})

@@ -1,4 +1,4 @@
-"""Fetching: nothing twice, interruptions go on, and what the hub can answer. All traffic stays on 127.0.0.1."""
+"""Downloads: nothing twice, resumed after interruptions, all errors of the hub. All traffic stays on 127.0.0.1."""
 
 import errno
 import hashlib
@@ -30,7 +30,7 @@ SAFETENSORS = {
 
 @pytest.fixture(autouse=True)
 def small_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library writes what came in pieces of 10 MiB, which a break loses, and waits a second before it tries again."""
+    """Small chunks and no wait: the library loses unwritten chunks of 10 MiB, and waits a second before a retry."""
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
     monkeypatch.setattr("time.sleep", lambda _: None)
 
@@ -64,7 +64,7 @@ def test_a_gguf_file_is_fetched_once_and_nothing_else_is(gguf: StandIn, cache: P
     assert local_path(REPO) == path
 
 
-def test_a_second_pull_asks_once_and_fetches_nothing(gguf: StandIn) -> None:
+def test_a_second_pull_sends_one_request_and_fetches_nothing(gguf: StandIn) -> None:
     path = pull(REPO, say=None)
     gguf.forget()
 
@@ -90,7 +90,7 @@ def test_the_default_is_the_hubs_even_where_another_file_is_the_only_one_here(gg
     assert local_path(REPO) is None
 
 
-def test_a_safetensors_model_is_a_folder_with_what_is_needed(hub: StandIn) -> None:
+def test_a_safetensors_model_is_a_folder_with_the_needed_files(hub: StandIn) -> None:
     hub.add("org/model", SAFETENSORS)
     folder = Path(pull(REPO, say=None))
 
@@ -137,7 +137,7 @@ def test_a_whole_commit_hash_is_a_revision(gguf: StandIn) -> None:
     assert not gguf.bytes_sent
 
 
-def test_what_is_cached_needs_no_network(gguf: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_model_needs_no_network(gguf: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     path = pull(REPO, say=None)
     gguf.forget()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -155,7 +155,7 @@ def test_a_connection_that_breaks_once_goes_on_by_itself(gguf: StandIn, reset: b
 
     assert Path(pull(REPO, say=None)).read_bytes() == MODEL
     assert gguf.bytes_sent["m-Q4_K_M.gguf"] <= len(MODEL) + 300_000
-    if not reset:  # after a reset the client may have lost what was on its way
+    if not reset:  # after a reset the client may have lost data in flight
         assert gguf.bytes_sent["m-Q4_K_M.gguf"] == len(MODEL)
         assert [r[2] for r in gguf.asked("/cdn/", "GET")] == ["", "bytes=300000-"]
 
@@ -185,7 +185,7 @@ def test_a_connection_that_always_breaks_is_an_error_and_the_next_call_fetches_t
     assert not partial(cache).exists()
 
 
-def test_ctrl_c_keeps_what_came(gguf: StandIn, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_the_partial_download(gguf: StandIn, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reported = 0
 
     def interrupt(self: object, n: int) -> None:
@@ -226,7 +226,7 @@ def test_a_partial_file_that_is_complete_or_too_long_does_no_harm(gguf: StandIn,
     assert not gguf.bytes_sent
 
 
-# What can be wrong
+# Errors
 
 
 def test_a_file_whose_checksum_differs_is_an_error_and_is_not_kept(gguf: StandIn, cache: Path) -> None:
@@ -256,9 +256,7 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error_that_says_how_to_go_on(
     assert "goes on" in str(failed(match="disk is full").hint)
 
 
-def test_a_disk_without_room_is_an_error_before_anything_is_fetched(
-    gguf: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_space_is_an_error_before_the_download(gguf: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10_000))
     error = failed(match="needs 1 MB more")
@@ -314,7 +312,7 @@ def test_a_rate_limit_says_when_to_try_again(hub: StandIn, headers: dict[str, st
     assert when in str(failed(match="429").hint)
 
 
-def test_switched_off_and_not_cached_is_an_error_without_a_request(
+def test_an_uncached_model_with_the_network_off_is_an_error_without_a_request(
     gguf: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -330,7 +328,7 @@ def test_no_network_is_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "network" in str(error.hint)
 
 
-def test_what_is_no_hub_is_an_error(hub: StandIn) -> None:
+def test_a_server_that_is_no_hub_is_an_error(hub: StandIn) -> None:
     hub.refuse = (200, {"Content-Type": "text/html"})
     failed(match="does not answer as the hub|without its commit")
 
@@ -392,7 +390,7 @@ def test_an_interrupted_download_can_be_removed(gguf: StandIn, cache: Path) -> N
     assert not (cache / "models--org--model").exists()
 
 
-def test_removing_what_is_not_there_is_an_error(hub: StandIn, gguf: StandIn) -> None:
+def test_removing_an_absent_model_is_an_error(hub: StandIn, gguf: StandIn) -> None:
     with pytest.raises(HubError, match="not in the cache"):
         removal(REPO)
     pull(REPO, say=None)

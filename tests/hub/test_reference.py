@@ -1,4 +1,4 @@
-"""What is the name of a model at the hub, and what is not."""
+"""Names of models at the hub: which texts are one."""
 
 import pytest
 from hypothesis import given
@@ -36,7 +36,7 @@ def test_a_name_is_taken_apart_and_put_together(text: str, repo: str, revision: 
         "org/" + "x" * 97, "org//repo", "C:/x", "https://host/org/repo",
     ],
 )  # fmt: skip
-def test_what_is_rather_a_path_is_no_name(text: str) -> None:
+def test_a_text_like_a_path_is_no_name(text: str) -> None:
     assert parse_reference(text) is None
 
 

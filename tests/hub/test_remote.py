@@ -1,4 +1,4 @@
-"""Headers read over range requests: what `plan` and `show` need of a model that nobody has fetched."""
+"""Headers read by range requests: `plan` and `show` need them of models that are not downloaded."""
 
 import os
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_a_part_that_the_repository_lacks_is_missing(hub: StandIn, tmp_path: Pat
         open_checkpoint("hf://org/model/absent.gguf", remote.open_source)
 
 
-def test_what_is_no_gguf_file_is_an_error_that_names_it(hub: StandIn) -> None:
+def test_a_file_that_is_no_gguf_is_an_error_that_names_its_format(hub: StandIn) -> None:
     hub.add("org/model", {"m.gguf": os.urandom(5000)})
     remote = remote_sources(Reference(repo="org/model", revision="main"))
 
@@ -105,7 +105,7 @@ def test_a_small_file_and_a_folder_are_read_too(hub: StandIn) -> None:
     assert source.pread(10, source.size) == b""
 
 
-def test_a_server_that_ignores_ranges_is_left_before_the_file_comes(hub: StandIn) -> None:
+def test_a_server_that_ignores_ranges_is_left_before_the_body(hub: StandIn) -> None:
     hub.add("org/model", {"m.gguf": os.urandom(8 * MIB)})
     hub.ignore_ranges = True
     remote = remote_sources(REPO)
@@ -138,7 +138,7 @@ def test_a_network_that_is_switched_off_is_an_error_without_a_request(
     assert not hub.requests
 
 
-def test_reading_ahead_doubles_in_a_row_and_begins_anew_elsewhere() -> None:
+def test_prefetch_doubles_on_consecutive_requests_and_restarts_elsewhere() -> None:
     content = os.urandom(40 * MIB + 7)
     asked: list[tuple[int, int]] = []
 

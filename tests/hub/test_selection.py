@@ -1,4 +1,4 @@
-"""Which files of a repository are needed."""
+"""Selection of a repository's needed files."""
 
 import pytest
 
@@ -28,14 +28,14 @@ SAFE = ["config.json", "tokenizer.json", "model.safetensors.index.json"]
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
-def test_the_only_gguf_model_is_it() -> None:
+def test_the_only_gguf_model_is_chosen() -> None:
     selection = files_needed(listed("README.md", "a.gguf", "mmproj-a.gguf", "imatrix.gguf"), None)
 
     assert (selection.format, selection.opened, selection.nbytes) == ("gguf", "a.gguf", 101)
     assert "only" in selection.reason
 
 
-def test_of_several_q4_k_m_is_taken() -> None:
+def test_q4_k_m_is_chosen_among_several() -> None:
     assert chosen(GGUF) == ["m-Q4_K_M.gguf"]
 
 
@@ -55,7 +55,7 @@ def test_a_file_or_a_quantisation_is_found_in_any_case(wanted: str, name: str) -
 
 
 @pytest.mark.parametrize("wanted", ["Q4_XS", "Q4_K", "Q3_K_M", "mmproj-m-F16.gguf", "F16"])
-def test_what_is_not_there_is_an_error_with_the_choices(wanted: str) -> None:
+def test_an_absent_file_is_an_error_with_the_choices(wanted: str) -> None:
     with pytest.raises(UsageError, match="no GGUF model is called") as caught:
         chosen(GGUF, wanted)
     assert "m-Q8_0.gguf" in str(caught.value.hint)
@@ -108,7 +108,7 @@ def test_a_single_file_model_is_preferred_to_other_copies() -> None:
     assert chosen(names) == ["config.json", "model.safetensors"]
 
 
-def test_where_there_are_both_safetensors_are_taken_unless_a_file_is_named() -> None:
+def test_safetensors_are_preferred_to_gguf_unless_a_file_is_named() -> None:
     assert sorted(chosen([*SAFE, *SHARDS, *GGUF])) == sorted([*SAFE, *SHARDS])
     assert chosen([*SAFE, *SHARDS, *GGUF], "Q8_0") == ["m-Q8_0.gguf"]
 
@@ -122,7 +122,7 @@ def test_a_missing_shard_is_an_error() -> None:
     "names",
     [[], ["README.md"], ["config.json", "pytorch_model.bin"], ["adapter_config.json", "adapter_model.safetensors"]],
 )
-def test_without_weights_the_error_says_what_is_there_and_what_to_do(names: list[str]) -> None:
+def test_without_weights_the_error_names_the_files_and_has_a_hint(names: list[str]) -> None:
     with pytest.raises(UnsupportedError, match="no GGUF file") as caught:
         chosen(names)
     assert all(f"*.{name.rsplit('.', 1)[1]}" in str(caught.value) for name in names)

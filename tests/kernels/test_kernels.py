@@ -1,4 +1,4 @@
-"""The fast kernels against the slow twin, and the promise that few rows do not influence each other."""
+"""The fast kernels against the slow twin, and row-invariance: decode rows do not influence each other."""
 
 import ctypes
 import sys
@@ -30,7 +30,7 @@ def quantised(kind: str) -> torch.Tensor:
     return packed
 
 
-def product(kernels: Kernels | ReferenceKernels, x: torch.Tensor, kind: str, packed: torch.Tensor) -> torch.Tensor:
+def matmul(kernels: Kernels | ReferenceKernels, x: torch.Tensor, kind: str, packed: torch.Tensor) -> torch.Tensor:
     out = torch.full((x.shape[0], ROWS + 5), 99.0)
     kernels.matmul(x, [(0, WeightSlice(kind, ROWS, packed.data_ptr(), 3))], [out])
     assert (out[:, :3] == 99).all()
@@ -45,11 +45,11 @@ def kernels() -> Kernels:
 
 @pytest.mark.parametrize("rows", [1, 3, DECODE_MAX_ROWS, DECODE_MAX_ROWS + 1, 70])
 @pytest.mark.parametrize("kind", TYPES)
-def test_products_equal_the_slow_twin(kernels: Kernels, kind: str, rows: int) -> None:
+def test_matmuls_equal_the_slow_twin(kernels: Kernels, kind: str, rows: int) -> None:
     packed = quantised(kind)
     x = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(rows))
     expected = torch_reference.matmul(x, kind, packed.data_ptr(), ROWS)
-    error = (product(kernels, x, kind, packed) - expected).norm() / expected.norm()
+    error = (matmul(kernels, x, kind, packed) - expected).norm() / expected.norm()
 
     # ggml quantises the activations to 8 bits per block of 32 or 256: about 0.7 %. bf16 has 8 bits too, fp32 none to lose.
     exact = kind == "F32" or (kind in PRECISE_TYPES and rows > DECODE_MAX_ROWS)
@@ -60,24 +60,24 @@ def test_products_equal_the_slow_twin(kernels: Kernels, kind: str, rows: int) ->
 def test_the_result_of_a_row_does_not_depend_on_the_rows_beside_it(kernels: Kernels, kind: str) -> None:
     packed = quantised(kind)
     x = torch.randn(DECODE_MAX_ROWS, COLUMNS)
-    together = product(kernels, x, kind, packed)
+    together = matmul(kernels, x, kind, packed)
     for row in range(DECODE_MAX_ROWS):
-        assert torch.equal(product(kernels, x[row : row + 1].clone(), kind, packed)[0], together[row])
+        assert torch.equal(matmul(kernels, x[row : row + 1].clone(), kind, packed)[0], together[row])
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "F16"])
-def test_the_result_does_not_depend_on_how_the_weight_is_cut(kernels: Kernels, kind: str) -> None:
+def test_the_result_does_not_depend_on_where_weight_slices_end(kernels: Kernels, kind: str) -> None:
     packed = quantised(kind)
     block, size = block_of(kind)
     row_bytes = COLUMNS // block * size
     for rows in (1, 5):
         x = torch.randn(rows, COLUMNS)
-        whole, cut = torch.empty(rows, ROWS), torch.empty(rows, ROWS)
+        whole, sliced = torch.empty(rows, ROWS), torch.empty(rows, ROWS)
         kernels.matmul(x, [(0, WeightSlice(kind, ROWS, packed.data_ptr(), 0))], [whole])
         for first in range(0, ROWS, 7):
             count = min(7, ROWS - first)
-            kernels.matmul(x, [(0, WeightSlice(kind, count, packed.data_ptr() + first * row_bytes, first))], [cut])
-        assert torch.equal(whole, cut)
+            kernels.matmul(x, [(0, WeightSlice(kind, count, packed.data_ptr() + first * row_bytes, first))], [sliced])
+        assert torch.equal(whole, sliced)
 
 
 def test_several_weights_share_one_call(kernels: Kernels) -> None:
@@ -86,7 +86,7 @@ def test_several_weights_share_one_call(kernels: Kernels) -> None:
     outs = [torch.empty(2, ROWS), torch.empty(2, ROWS)]
     kernels.matmul(x, [(i, WeightSlice(k, ROWS, p.data_ptr(), 0)) for i, (k, p) in enumerate(packed.items())], outs)
     for out, (kind, data) in zip(outs, packed.items(), strict=True):
-        assert torch.equal(out, product(kernels, x, kind, data))
+        assert torch.equal(out, matmul(kernels, x, kind, data))
 
 
 def test_every_computable_type_is_known_to_ggml() -> None:
@@ -101,7 +101,7 @@ def test_without_ggml_the_slow_twin_runs_and_says_so(monkeypatch: pytest.MonkeyP
     assert isinstance(kernels, ReferenceKernels)
     assert "slow" in why
     packed, x = quantised("Q4_0"), torch.randn(2, COLUMNS)
-    assert torch.equal(product(kernels, x, "Q4_0", packed), torch_reference.matmul(x, "Q4_0", packed.data_ptr(), ROWS))
+    assert torch.equal(matmul(kernels, x, "Q4_0", packed), torch_reference.matmul(x, "Q4_0", packed.data_ptr(), ROWS))
 
 
 def repacked(kernels: Kernels, kind: str) -> tuple[WeightSlice, torch.Tensor]:
@@ -114,7 +114,7 @@ def repacked(kernels: Kernels, kind: str) -> tuple[WeightSlice, torch.Tensor]:
 
 @pytest.mark.parametrize("rows", [1, 2, 5, DECODE_MAX_ROWS, 70])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q2_K"])
-def test_an_interleaved_copy_gives_the_same_products(kind: str, rows: int) -> None:
+def test_a_repacked_copy_gives_the_same_results(kind: str, rows: int) -> None:
     kernels = Kernels(2, row_invariant=False)
     weight_slice, packed = repacked(kernels, kind)
     x = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(rows))
@@ -122,12 +122,12 @@ def test_an_interleaved_copy_gives_the_same_products(kind: str, rows: int) -> No
     kernels.matmul(x, [(0, weight_slice)], [out], invariant_rows=rows)
     kernels.matmul(x, [(0, WeightSlice(kind, ROWS, packed.data_ptr(), 0))], [plain], invariant_rows=rows)
 
-    # The activations are rounded to 8 bits in another way: the difference is a rounding of a rounding.
+    # Activations are rounded to 8 bits differently: the difference is a rounding of a rounding.
     assert (out - plain).norm() / plain.norm() < 1e-2
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q2_K"])
-def test_rows_of_an_interleaved_product_do_not_depend_on_each_other(kind: str) -> None:
+def test_rows_of_a_repacked_matmul_do_not_depend_on_each_other(kind: str) -> None:
     kernels = Kernels(2, row_invariant=True)
     weight_slice, packed = repacked(kernels, kind)
     x = torch.randn(23, COLUMNS)
@@ -140,21 +140,21 @@ def test_rows_of_an_interleaved_product_do_not_depend_on_each_other(kind: str) -
     assert packed.numel()  # the weight_slice points into it
 
 
-def test_exact_rows_are_computed_as_if_they_were_alone(kernels: Kernels) -> None:
+def test_row_invariant_rows_are_computed_as_if_they_were_alone(kernels: Kernels) -> None:
     packed = quantised("Q4_K")
     weight_slice = [(0, WeightSlice("Q4_K", ROWS, packed.data_ptr(), 0))]
     x = torch.randn(90, COLUMNS)
-    mixed, alone, many = torch.empty(90, ROWS), torch.empty(40, ROWS), torch.empty(50, ROWS)
+    mixed, alone, prefill = torch.empty(90, ROWS), torch.empty(40, ROWS), torch.empty(50, ROWS)
     kernels.matmul(x, weight_slice, [mixed], invariant_rows=40)
     kernels.matmul(x[:40].contiguous(), weight_slice, [alone], invariant_rows=40)
-    kernels.matmul(x[40:].contiguous(), weight_slice, [many])
+    kernels.matmul(x[40:].contiguous(), weight_slice, [prefill])
 
     assert torch.equal(mixed[:40], alone)
-    assert torch.equal(mixed[40:], many)
+    assert torch.equal(mixed[40:], prefill)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q2_K"])
-def test_interleaving_in_place_gives_the_products_of_a_copy(kind: str) -> None:
+def test_repacking_in_place_gives_the_results_of_a_copy(kind: str) -> None:
     kernels = Kernels(2)
     weight_slice, packed = repacked(kernels, kind)
     x = torch.randn(9, COLUMNS)
@@ -168,31 +168,31 @@ def test_interleaving_in_place_gives_the_products_of_a_copy(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q8_0", "F16"])
 @pytest.mark.parametrize("pad_decode_rows_to_tiles", [False, True])
-def test_tiles_change_no_more_than_the_last_bits(kind: str, pad_decode_rows_to_tiles: bool) -> None:
+def test_the_tile_kernel_changes_no_more_than_the_last_bits(kind: str, pad_decode_rows_to_tiles: bool) -> None:
     packed, x = quantised(kind), torch.randn(70, COLUMNS)
     tiled = Kernels(2, tiled=[kind], pad_decode_rows_to_tiles=pad_decode_rows_to_tiles)
-    for rows, exact in ((1, None), (5, None), (16, None), (70, None), (70, 5), (70, 70)):
+    for rows, invariant_rows in ((1, None), (5, None), (16, None), (70, None), (70, 5), (70, 70)):
         out, expected = torch.zeros(rows, ROWS), torch.empty(rows, ROWS)
         slices = [(0, WeightSlice(kind, ROWS - 7, packed.data_ptr(), 0)), (0, cut_off(kind, packed, ROWS - 7))]
-        tiled.matmul(x[:rows].contiguous(), slices, [out], exact)
+        tiled.matmul(x[:rows].contiguous(), slices, [out], invariant_rows)
         Kernels(2).matmul(x[:rows].contiguous(), slices, [expected], rows)
-        many = kind in ("F16", "Q8_0") and rows == 70 and exact != 70  # by torch, in fp32
-        torch.testing.assert_close(out, expected, rtol=0, atol=(2e-2 if many else 1e-5) * float(expected.abs().max()))
+        unpacked = kind in ("F16", "Q8_0") and rows == 70 and invariant_rows != 70  # by torch, in fp32
+        torch.testing.assert_close(
+            out, expected, rtol=0, atol=(2e-2 if unpacked else 1e-5) * float(expected.abs().max())
+        )
 
 
 @pytest.mark.parametrize("pad_decode_rows_to_tiles", [False, True])
-def test_exact_rows_do_not_depend_on_their_number_where_many_go_through_tiles(pad_decode_rows_to_tiles: bool) -> None:
+def test_decode_rows_are_row_invariant_where_prefill_rows_go_through_tiles(pad_decode_rows_to_tiles: bool) -> None:
     packed, x = quantised("Q4_K"), torch.randn(DECODE_MAX_ROWS, COLUMNS)
     kernels = Kernels(2, tiled=["Q4_K"], pad_decode_rows_to_tiles=pad_decode_rows_to_tiles)
-    together = product(kernels, x, "Q4_K", packed)
-    assert {dots for _, dots, _ in kernels._matmul_graphs} == {
-        not pad_decode_rows_to_tiles
-    }  # the way that was asked for
+    together = matmul(kernels, x, "Q4_K", packed)
+    assert {dots for _, dots, _ in kernels._matmul_graphs} == {not pad_decode_rows_to_tiles}  # the requested kernel
     for first, last in ((0, 1), (3, 8), (4, 16)):
-        assert torch.equal(product(kernels, x[first:last].clone(), "Q4_K", packed), together[first:last])
+        assert torch.equal(matmul(kernels, x[first:last].clone(), "Q4_K", packed), together[first:last])
 
 
-def test_experts_of_many_rows_go_through_tiles() -> None:
+def test_prefill_rows_of_experts_go_through_tiles() -> None:
     packed, x = quantised("Q4_K"), torch.randn(24, COLUMNS)
     weight_slice = WeightSlice("Q4_K", ROWS, packed.data_ptr(), 0)
     results = []
@@ -225,7 +225,7 @@ def cut_off(kind: str, packed: torch.Tensor, first: int) -> WeightSlice:
     return WeightSlice(kind, ROWS - first, packed.data_ptr() + first * (COLUMNS // block * size), first)
 
 
-def test_threads_that_spin_give_the_same() -> None:
+def test_spinning_threads_give_the_same_results() -> None:
     weights = torch.randn(4096, 256)
     x = torch.randn(1, 256)
     found = []
@@ -240,9 +240,9 @@ def test_threads_that_spin_give_the_same() -> None:
     assert torch.equal(*found)
 
 
-def test_a_shortened_matrix_is_near() -> None:
+def test_a_matrix_quantised_to_q8_is_near_the_original() -> None:
     kernels = Kernels(2)
-    for columns, error in ((256, 0.01), (40, 1e-6)):  # in blocks of 8 bits; as it is
+    for columns, error in ((256, 0.01), (40, 1e-6)):  # in blocks of 8 bits; unchanged
         weights, x = torch.randn(24, columns), torch.randn(1, columns)
         weight_slice, _owner = kernels.quantise_q8(weights)
         output = torch.empty(1, 24)

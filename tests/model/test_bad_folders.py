@@ -91,8 +91,8 @@ FAULTS = {
         "experts", without("model.layers.1.block_sparse_moe.experts.5.w2.weight"), model="mixtral"
     ),
     "a misspelt model type": Fault("llamma", config(model_type="llamma")),
-    "code of its own": Fault(
-        "code of its own", config(model_type="mymodel", auto_map={"AutoModelForCausalLM": "modeling_mine.MyModel"})
+    "its own code": Fault(
+        "its own code", config(model_type="mymodel", auto_map={"AutoModelForCausalLM": "modeling_mine.MyModel"})
     ),
     "no model type": Fault("names no model_type", config(model_type=None)),
     "an encoder of speech": Fault("whisper", config(model_type="whisper", is_encoder_decoder=True)),

@@ -142,9 +142,7 @@ Case = tuple[str, str, int]  # architecture, key, number of the value
 
 def cases(architectures: Sequence[str]) -> list[Case]:
     """All cases of these architectures."""
-    keys = {
-        name: {*FAMILIES[name].metadata, *OF_ALL, *(OF_EXPERTS if name == MOE else ())} for name in architectures
-    }
+    keys = {name: {*FAMILIES[name].metadata, *OF_ALL, *(OF_EXPERTS if name == MOE else ())} for name in architectures}
     full = [(name, f"{name}.{key}") for name in architectures for key in keys[name]]
     return [(name, key, i) for name, key in full for i in range(len(VALUES))]
 

@@ -1,7 +1,7 @@
-"""Chat templates: the text that transformers' `apply_chat_template` makes, or an error with a hint, within bounds.
+"""Chat templates yield the text of transformers' `apply_chat_template` or an error with a hint, within time and memory limits.
 
-The oracle for text and refusal is transformers itself, on published templates (`data/chat_templates`), on those that its own
-package holds, and on short ones for single features.
+The oracle for text and refusal is transformers itself, on published templates (`data/chat_templates`), on those in its own
+package, and on short ones for single features.
 """
 
 import ast
@@ -42,7 +42,7 @@ RESULT = {"role": "tool", "tool_call_id": "call00001", "name": "get_weather", "c
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> Iterator[None]:
-    """A tokenizer collects garbage when it is made; what torch and transformers hold is left out of that here."""
+    """Exclude the objects of torch and transformers from the garbage collection that each new Tokenizer runs."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -78,7 +78,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "ends with the assistant": [user("a"), assistant("b")],
 }  # fmt: skip
 
-# One feature each. Whatever transformers makes of it is right.
+# One feature each. transformers' result is the expected one.
 FEATURES = {
     "tojson": "{{ messages | tojson }}",
     "tojson of a text": "{{ messages[0]['content'] | tojson }}",
@@ -117,7 +117,7 @@ FEATURES = {
     ),
     "generation": "a{% generation %}{{ messages[0].content }}\n {%- endgeneration %}b",
     "generation trims": "a\n  {% generation %}\n  b\n  {% endgeneration %}\n  c",
-    "generation has a scope of its own": "{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}[{{ x }}]",
+    "generation has its own scope": "{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}[{{ x }}]",
     "generation in a loop": (
         "{% for m in messages %}{% set n = loop.index %}{% generation %}{{ n }}{{ m.role }}{{ loop.last }}"
         "{% endgeneration %}{% endfor %}"
@@ -213,7 +213,7 @@ OF_TRANSFORMERS = (
 
 
 def templates_in(source: str) -> Iterator[str]:
-    """Texts in Python code that are chat templates."""
+    """The chat templates among the string constants of Python code."""
 
     class Found(ast.NodeVisitor):
         def __init__(self) -> None:
@@ -230,13 +230,13 @@ def templates_in(source: str) -> Iterator[str]:
 
 @cache
 def oracle() -> PreTrainedTokenizerFast:
-    """A tokenizer of transformers with the special tokens of `headrace_tokenizer`."""
+    """A tokenizer of transformers with the special tokens of `tokenizer_of`."""
     vocabulary = {BOS: 0, EOS: 1}
     return PreTrainedTokenizerFast(tokenizer_object=Backend(models.BPE(vocabulary, [])), bos_token=BOS, eos_token=EOS)
 
 
 def wanted(template: str, messages: list[dict[str, Any]]) -> str | None:
-    """The text that transformers makes; None where it refuses."""
+    """The text that transformers renders; None if it refuses."""
     try:
         found = oracle().apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True
@@ -248,7 +248,7 @@ def wanted(template: str, messages: list[dict[str, Any]]) -> str | None:
 
 
 def tokenizer_of(template: str, folder: Path, **more: Any) -> Tokenizer:
-    """Of a GGUF file in which every byte is a token, and the two special tokens are such as a text may show."""
+    """The tokenizer of a GGUF file in which every byte is a token; BOS and EOS are user-defined, so they are shown."""
     vocabulary = byte_level(control=(), more=[(BOS, USER_DEFINED), (EOS, USER_DEFINED)])
     tokens = vocabulary["tokens"]
     given = {"bos": tokens.index(BOS), "eos": tokens.index(EOS), "add_bos": False, "template": template} | more
@@ -272,7 +272,7 @@ def check(template: str, folder: Path) -> None:
     conversations = CONVERSATIONS
     try:
         tokenizer = tokenizer_of(template, folder)
-    except CheckpointError as error:  # broken in itself, seen at once
+    except CheckpointError as error:  # a broken template, refused at load
         if not error.hint:
             raise
         different = {name: (text, None) for name in CONVERSATIONS if (text := wanted(template, CONVERSATIONS[name]))}
@@ -296,7 +296,7 @@ def test_a_published_template_renders_as_in_transformers(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", OF_TRANSFORMERS)
-def test_a_template_of_transformers_itself_renders_as_there(name: str, tmp_path: Path) -> None:
+def test_a_template_in_transformers_package_renders_as_in_transformers(name: str, tmp_path: Path) -> None:
     code = Path(transformers.__file__).parent / "models" / name
     if not code.exists():
         pytest.skip(f"this version of transformers has no {name}")
@@ -307,7 +307,7 @@ def test_a_template_of_transformers_itself_renders_as_there(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_a_feature_of_templates_is_as_in_transformers(name: str, tmp_path: Path) -> None:
+def test_a_template_feature_renders_as_in_transformers(name: str, tmp_path: Path) -> None:
     check(FEATURES[name], tmp_path)
 
 
@@ -318,7 +318,7 @@ def test_a_conversation_without_messages_is_refused_as_in_transformers(tmp_path:
 
 
 def test_special_tokens_that_the_file_does_not_name_are_undefined(tmp_path: Path) -> None:
-    """A template may ask; transformers gives only tokens that there are."""
+    """transformers passes a template only tokens that exist."""
     template = "{{ bos_token is defined }} {{ eos_token is defined }}"
     vocabulary = byte_level(control=())
     path = write_scripted(tmp_path / "model.gguf", **vocabulary, template=template)
@@ -326,7 +326,7 @@ def test_special_tokens_that_the_file_does_not_name_are_undefined(tmp_path: Path
     assert tokenizer.decode(tokenizer.chat([user("hi")])) == "False False"
 
 
-def test_the_unknown_and_the_padding_token_can_be_named_in_a_template(tmp_path: Path) -> None:
+def test_the_unknown_and_the_padding_token_are_template_variables(tmp_path: Path) -> None:
     template = "[{{ unk_token }}][{{ pad_token }}]"
     vocabulary = byte_level(control=(), more=[("<u>", USER_DEFINED), ("<p>", USER_DEFINED)])
     tokens = vocabulary["tokens"]
@@ -341,7 +341,7 @@ def test_the_unknown_and_the_padding_token_can_be_named_in_a_template(tmp_path: 
 
 
 def backend_of_bytes() -> Backend:
-    """Every byte is a token."""
+    """A tokenizer in which every byte is a token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     found = Backend(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -353,7 +353,7 @@ CONFIG = {"model_type": "llama", "vocab_size": 260, "hidden_size": 64, "num_atte
 
 
 def folder_with(backend: Backend, folder: Path, **settings: Any) -> Path:
-    """A folder whose tokenizer is this; its weights are one matrix."""
+    """A folder with this tokenizer; its weights are one matrix."""
     folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
@@ -367,9 +367,9 @@ def folder_with(backend: Backend, folder: Path, **settings: Any) -> Path:
 NAMED = {"default": "D{{ messages[0].content }}", "tool_use": "T{{ tools }}", "rag": "R"}
 
 
-@pytest.mark.parametrize("way", ["a list in tokenizer_config.json", "files"])
-def test_of_named_templates_the_default_is_used_where_there_are_no_tools(way: str, tmp_path: Path) -> None:
-    if way == "files":
+@pytest.mark.parametrize("storage", ["a list in tokenizer_config.json", "files"])
+def test_the_default_of_several_templates_is_used_without_tools(storage: str, tmp_path: Path) -> None:
+    if storage == "files":
         path = folder_with(backend_of_bytes(), tmp_path / "model")
         (path / "chat_template.jinja").write_text(NAMED["default"])
         (path / "additional_chat_templates").mkdir()
@@ -381,7 +381,7 @@ def test_of_named_templates_the_default_is_used_where_there_are_no_tools(way: st
     assert tokenizer.decode(tokenizer.chat([user("hi")])) == "Dhi"
 
 
-def test_named_templates_of_a_gguf_file_leave_the_default_as_it_is(tmp_path: Path) -> None:
+def test_further_templates_of_a_gguf_file_leave_the_default_unchanged(tmp_path: Path) -> None:
     metadata = {
         "tokenizer.chat_templates": ["tool_use", "rag"],
         "tokenizer.chat_template.tool_use": NAMED["tool_use"],
@@ -391,7 +391,7 @@ def test_named_templates_of_a_gguf_file_leave_the_default_as_it_is(tmp_path: Pat
     assert tokenizer.decode(tokenizer.chat([user("hi")])) == "Dhi"
 
 
-def test_a_folder_gives_its_template_all_special_tokens_that_it_names(tmp_path: Path) -> None:
+def test_a_folders_template_gets_all_special_tokens_in_its_config(tmp_path: Path) -> None:
     backend = backend_of_bytes()
     backend.add_tokens(["<s>", "</s>", "<u>", "<p>"])
     template = "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}|{{ sep_token is defined }}"
@@ -403,8 +403,8 @@ def test_a_folder_gives_its_template_all_special_tokens_that_it_names(tmp_path: 
     assert tokenizer.chat([user("a")]) == tokenizer.encode(right)
 
 
-def test_a_conversation_in_a_folder_has_the_tokens_of_transformers(tmp_path: Path) -> None:
-    """No beginning token is put before what the template writes."""
+def test_a_folders_conversation_has_the_tokens_of_transformers(tmp_path: Path) -> None:
+    """No BOS token is added before the rendered template."""
     backend = backend_of_bytes()
     backend.add_special_tokens(["<s>"])
     number = backend.token_to_id("<s>")
@@ -439,8 +439,8 @@ BROKEN = {
     "the other half": "a{{ '\\udfff' }}b",
     "half a pair of surrogates from a slice": "{{ '\\ud83d\\ude00'[0] }}",
     "half a pair of surrogates from a filter": "{{ '%c' | format(55296) }}",
-    "surrogates in a message of its own": "{{ raise_exception('\\ud800') }}",
-    "escape sequences in a message of its own": "{{ raise_exception(messages) }}",
+    "surrogates in an error message": "{{ raise_exception('\\ud800') }}",
+    "escape sequences in an error message": "{{ raise_exception(messages) }}",
     "a message that is missing": "{{ raise_exception() }}",
     "a codec that is unknown": "{{ 'a'.encode('unheard_of') }}",
     "a text that cannot be encoded": "{{ '\\ud800'.encode() }}",
@@ -494,7 +494,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_template_is_refused_with_a_hint(name: str, tmp_path: Path) -> None:
-    """Where transformers refuses it, or makes a text that no tokenizer takes. Some are only unusual."""
+    """Refused if transformers refuses it or renders invalid Unicode. Some of these templates are only unusual."""
     template = BROKEN[name]
     right = wanted(template, [user("hi")])
     is_text = right is not None and right == right.encode(errors="replace").decode()
@@ -503,20 +503,20 @@ def test_a_broken_template_is_refused_with_a_hint(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\ude00\ud83d"])
-def test_half_a_pair_of_surrogates_in_a_prompt_is_refused_with_a_hint(text: str, tmp_path: Path) -> None:
-    """JSON can spell them, and so can a batch file; no tokenizer takes them."""
+def test_an_unpaired_surrogate_in_a_prompt_is_refused_with_a_hint(text: str, tmp_path: Path) -> None:
+    """JSON and batch files can contain them; no tokenizer accepts them."""
     tokenizer = tokenizer_of("{{ messages[0].content }}", tmp_path)
     assert refusal(lambda: tokenizer.chat([user(text)])) == FINE
     assert refusal(lambda: tokenizer.prompt(text, raw=True)) == FINE
     assert refusal(lambda: tokenizer.encode(text)) == FINE
 
 
-def test_a_template_may_hold_a_zero_byte_and_any_character(tmp_path: Path) -> None:
+def test_a_template_may_contain_a_zero_byte_and_any_character(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("\0{{ '\\0' }}\U0010ffff\u202e{{ messages[0].content }}", tmp_path)
     assert tokenizer.chat([user("a")]) == tokenizer.encode("\0\0\U0010ffff\u202ea")
 
 
-# Hostile templates: bounds on time and memory, in a process of their own
+# Hostile templates: limits on time and memory, in a separate process
 
 
 def doubled(start: str, step: str, end: str) -> str:
@@ -598,7 +598,7 @@ def chat_within_bounds(name: str) -> str:
 
 
 def chat_in_threads(names: tuple[str, ...]) -> str:
-    """The same for several at once, each in a thread: an endless one costs only its own bound of time."""
+    """Several templates at once, each in a thread: an endless one uses up only its own time limit."""
 
     def one(name: str) -> str:
         with tempfile.TemporaryDirectory() as folder:
@@ -619,7 +619,7 @@ def test_a_template_that_never_ends_is_refused_in_any_thread() -> None:
 
 
 def test_a_template_is_usable_again_after_one_conversation_took_too_long(tmp_path: Path) -> None:
-    """What a bound has stopped leaves nothing behind."""
+    """An ended process leaves nothing behind."""
     template = "{% if messages[0].content == 'flood' %}{{ 'x' * 10 ** 15 }}{% endif %}[{{ messages[0].content }}]"
     tokenizer = tokenizer_of(template, tmp_path)
     outcome = refusal(lambda: tokenizer.chat([user("flood")]))
@@ -631,7 +631,7 @@ def test_a_template_is_usable_again_after_one_conversation_took_too_long(tmp_pat
 
 
 def growing(kind: str) -> Backend:
-    """A tokenizer that makes 2^36 characters of one, or of one token."""
+    """A tokenizer that expands one character or one token to 2^36 characters."""
     backend = backend_of_bytes()
     if kind == "normalizers":
         backend.normalizer = normalizers.Sequence([normalizers.Replace("a", "aa")] * 36)
@@ -664,7 +664,7 @@ GROWING = (
 
 
 def tokenize_within_bounds(kind: str) -> str:
-    """Runs in a worker of bounded memory, which the library ends where memory is refused."""
+    """Runs in a worker of bounded memory; the library aborts it when an allocation fails."""
     with tempfile.TemporaryDirectory() as folder:
 
         def use() -> object:
@@ -676,12 +676,12 @@ def tokenize_within_bounds(kind: str) -> str:
         return refusal(use)
 
 
-def test_a_tokenizer_that_makes_a_text_endlessly_longer_is_refused() -> None:
+def test_a_tokenizer_that_expands_text_without_limit_is_refused() -> None:
     assert not faults(tokenize_within_bounds, GROWING, seconds=30, memory=GIB)
 
 
-def test_a_tokenizer_that_spells_characters_out_is_still_accepted(tmp_path: Path) -> None:
-    """Published ones prepend a mark, compose characters, and spell some of them as several."""
+def test_a_tokenizer_that_expands_single_characters_is_accepted(tmp_path: Path) -> None:
+    """Published tokenizers prepend a character, compose characters, and replace some by several."""
     backend = backend_of_bytes()
     spelled = [
         normalizers.Prepend("_"),

@@ -89,7 +89,7 @@ def test_sequences_are_independent_and_the_cache_rolls_back(name: str, tmp_path:
 def test_a_moe_layer_without_a_known_layout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(moe._OWN, "JetMoeMoE")
     write_folder(tiny_model("jetmoe"), tmp_path / "model")
-    with pytest.raises(HeadraceError, match="jetmoe model multiplies its experts in a way of its own") as refusal:
+    with pytest.raises(HeadraceError, match="jetmoe model computes its experts in its own code") as refusal:
         streamed(tmp_path / "model", Kernels(1))
     assert refusal.value.hint
 

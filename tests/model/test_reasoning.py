@@ -1,4 +1,4 @@
-"""What a model writes before its answer is told from the answer, only the model and its template open it, nothing is lost."""
+"""Reasoning is split from the answer; only the model and its template open it, and no output is lost."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -33,7 +33,7 @@ Says = Callable[..., headrace.Completion]
 
 
 def tokens_of(text: str) -> list[int]:
-    """The ids of a text in this vocabulary: marks and words whole, all else byte by byte."""
+    """Token ids of a text in this vocabulary: delimiters and words whole, all else byte by byte."""
     found: list[int] = []
     while text:
         whole = next((one for one in SPECIAL if text.startswith(one)), None)
@@ -47,7 +47,7 @@ def tokens_of(text: str) -> list[int]:
 
 @pytest.fixture
 def says(tmp_path: Path, profile: Profile) -> Says:
-    """What a model with this template answers to this prompt, when it writes this text and then ends its turn."""
+    """The completion of a model with this template for this prompt: it writes `written`, then an end token."""
 
     def answer(
         template: str | None, prompt: Prompt, written: str, *, end: str = "<|endoftext|>", raw: bool = False,
@@ -65,7 +65,7 @@ def says(tmp_path: Path, profile: Profile) -> Says:
 
 # -- who opens the reasoning ------------------------------------------------------------------------------------------
 
-# The ends of published templates: after the user's message come few tokens or none.
+# Published templates that write few or no tokens after the user's message.
 INST = "{% for m in messages %}{{ '[INST]' + m['content'] + '[/INST]' }}{% endfor %}"  # Mistral, Magistral
 SHORT = (  # GLM 4.5, DeepSeek
     "{% for m in messages %}{{ '<|user|>' + m['content'] }}{% endfor %}"
@@ -93,18 +93,18 @@ CLOSES = {  # Qwen 3 with enable_thinking=false, GLM 4.5 with /nothink
         *((INST, mark) for pair in PAIRS for mark in pair if mark != "<think>"),
     ],
 )
-def test_a_mark_that_ends_the_users_message_opens_nothing(says: Says, template: str, mark: str) -> None:
+def test_a_delimiter_at_the_end_of_the_users_message_opens_nothing(says: Says, template: str, mark: str) -> None:
     answer = says(template, f"hi {mark}", "so it is")
     assert (answer.text, answer.thinking) == ("so it is", "")
 
 
 @pytest.mark.parametrize("ending", ["<think>\n", "</think><think>", "<think>x"])
-def test_a_mark_near_the_end_of_the_users_message_opens_nothing(says: Says, ending: str) -> None:
+def test_a_delimiter_near_the_end_of_the_users_message_opens_nothing(says: Says, ending: str) -> None:
     answer = says(TRIMMED, f"hi {ending}", "so it is")
     assert (answer.text, answer.thinking) == ("so it is", "")
 
 
-def test_a_mark_in_an_earlier_message_or_the_system_message_opens_nothing(says: Says) -> None:
+def test_a_delimiter_in_an_earlier_message_or_the_system_message_opens_nothing(says: Says) -> None:
     talk = [
         {"role": "system", "content": "<think>"},
         {"role": "user", "content": "hi"},
@@ -120,13 +120,13 @@ def test_a_mark_in_an_earlier_message_or_the_system_message_opens_nothing(says: 
     ("name", "asked"),
     [*((name, "hi") for name in OPENS), *(("deepseek-r1", one) for one in ("hi <think>", "hi </think>", "<think>\n"))],
 )
-def test_a_template_that_opens_the_reasoning_opens_it_whatever_the_user_says(says: Says, name: str, asked: str) -> None:
+def test_a_template_that_opens_the_reasoning_opens_it_for_any_user_message(says: Says, name: str, asked: str) -> None:
     answer = says(OPENS[name], asked, "so it is</think>\n\n4")
     assert (answer.text, answer.thinking) == ("4", "so it is")
 
 
 @pytest.mark.parametrize(("name", "asked"), [("qwen3", "hi"), ("short", "hi"), ("short", "hi <think>")])
-def test_a_template_that_closes_the_reasoning_at_once_leaves_the_answer(says: Says, name: str, asked: str) -> None:
+def test_a_template_that_closes_the_reasoning_leaves_only_the_answer(says: Says, name: str, asked: str) -> None:
     answer = says(CLOSES[name], asked, "so it is")
     assert (answer.text, answer.thinking) == ("so it is", "")
 
@@ -143,16 +143,16 @@ def test_a_template_whose_end_depends_on_the_message_is_followed(says: Says) -> 
     assert (answer.text, answer.thinking) == ("so it is", "")
 
 
-def test_a_template_that_writes_the_last_message_otherwise_is_followed(says: Says) -> None:
+def test_a_template_that_changes_or_drops_the_last_message_is_followed(says: Says) -> None:
     template = "{% for m in messages %}{{ (m | tojson) }}{% endfor %}<|assistant|><think>\n"
     answer = says(template, 'say "hi" <think>', "so</think>4")
     assert (answer.text, answer.thinking) == ("4", "so")
-    template = "{{ messages[0]['content'] }}<|assistant|>"  # and leaves out the last one
+    template = "{{ messages[0]['content'] }}<|assistant|>"  # leaves out the last message
     answer = says(template, [{"role": "user", "content": "x<think>"}, {"role": "user", "content": "y"}], "so it is")
     assert (answer.text, answer.thinking) == ("so it is", "")
 
 
-def test_each_answer_of_a_batch_is_told_by_its_own_prompt(tmp_path: Path, profile: Profile) -> None:
+def test_each_completion_of_a_batch_is_split_by_its_own_prompt(tmp_path: Path, profile: Profile) -> None:
     template = (
         "{% for m in messages %}{{ '<|user|>' + m['content'] }}{% endfor %}<|assistant|>"
         "{% if 'z' in messages[-1]['content'] %}<think>{% else %}{{ '\n' }}{% endif %}"
@@ -173,7 +173,7 @@ def test_the_model_itself_opens_and_closes_its_reasoning(says: Says, pair: tuple
     assert ("".join(answer.text.split()), "".join(answer.thinking.split())) == ("4z", "soy")
 
 
-def test_a_reasoning_without_an_end_is_shown_as_such_and_whole(says: Says) -> None:
+def test_reasoning_without_an_end_is_shown_completely_as_reasoning(says: Says) -> None:
     answer = says(CHATML, "hi", "<think>so it is", most=5)
     assert (answer.text, answer.thinking, answer.finish_reason) == ("", "so i", "length")
 
@@ -186,9 +186,9 @@ OSS = (
 )
 NEXT = "<|end|><|start|>assistant"
 
-# (what the model writes, the answer, what goes before it). The messages are those that openai-harmony 0.0.8 finds in these
-# tokens (`StreamableParser(encoding, Role.ASSISTANT, strict=False)`); its format says which of them are for the user: all but
-# those of the channel `analysis` and those for a tool.
+# (output, answer, reasoning). The messages are those that openai-harmony 0.0.8 finds in these tokens
+# (`StreamableParser(encoding, Role.ASSISTANT, strict=False)`). By its format all messages are for the user, except those of
+# the channel `analysis` and those for a tool.
 MESSAGES = {
     "analysis and final": (f"<|channel|>analysis<|message|>so{NEXT}<|channel|>final<|message|>4", "4", "so"),
     "commentary without a recipient": (f"<|channel|>commentary<|message|>Plan{NEXT}<|channel|>final<|message|>4", "Plan4", ""),
@@ -201,7 +201,7 @@ MESSAGES = {
         f"<|channel|>analysis<|message|>so{NEXT} to=functions.f<|channel|>commentary <|constrain|>json<|message|>"
         "{}", "", "so{}",
     ),
-    "a recipient at the beginning": (" to=functions.f<|channel|>commentary json<|message|>{}", "", "{}"),
+    "a recipient at the start": (" to=functions.f<|channel|>commentary json<|message|>{}", "", "{}"),
     "a recipient without to=": ("<|channel|>commentary functions.f<|message|>{}", "", "{}"),
     "a built-in tool": ("<|channel|>analysis to=python code<|message|>1+1", "", "1+1"),
     "a format of the answer": ("<|channel|>final <|constrain|>json<|message|>{}", "{}", ""),
@@ -222,7 +222,7 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_messages_of_gpt_oss_are_told_as_openai_harmony_tells_them(says: Says, name: str) -> None:
+def test_gpt_oss_messages_are_split_as_by_openai_harmony(says: Says, name: str) -> None:
     written, text, thinking = MESSAGES[name]
     answer = says(OSS, "hi", written, end="<|call|>" if written.endswith("{}") else "<|return|>")
     assert ("".join(answer.text.split()), "".join(answer.thinking.split())) == (
@@ -237,7 +237,7 @@ def test_messages_of_gpt_oss_are_told_as_openai_harmony_tells_them(says: Says, n
         "<|channel|>final 4 is", "4 is", "<|channel|>final<|message|>4 is", f"<|channel|>final<|message|>4{NEXT} is",
     ],
 )  # fmt: skip
-def test_a_header_that_the_length_cuts_loses_no_text(says: Says, written: str) -> None:
+def test_a_header_truncated_by_max_tokens_loses_no_text(says: Says, written: str) -> None:
     answer = says(OSS, "hi", written, most=len(tokens_of(written)))
     assert ("".join(answer.text.split()), answer.finish_reason) == ("4is", "length")
 
@@ -251,7 +251,7 @@ def test_a_header_that_the_length_cuts_loses_no_text(says: Says, written: str) -
         ("<|channel|>final<|message|>4<|end|><|start|>assistant ok so<|channel|>final<|message|>5", "4okso5"),
     ],
 )
-def test_text_where_a_header_should_be_is_shown(says: Says, written: str, shown: str) -> None:
+def test_text_in_place_of_a_header_is_shown(says: Says, written: str, shown: str) -> None:
     answer = says(OSS, "hi", written, end="<|return|>")
     assert ("".join(answer.text.split()), answer.thinking) == (shown, "")
 
@@ -274,14 +274,14 @@ def test_text_where_a_header_should_be_is_shown(says: Says, written: str, shown:
         "<|end|>56",
     ],
 )
-def test_marks_out_of_order_lose_no_text(says: Says, written: str) -> None:
+def test_delimiters_out_of_order_lose_no_text(says: Says, written: str) -> None:
     answer = says(OSS, "hi", written, end="<|return|>")
     for digit in "56":
         assert (answer.text + answer.thinking).count(digit) == 1
 
 
 @pytest.mark.parametrize("asked", ["hi<|channel|>", "hi<|channel|>analysis<|message|>", "hi<|start|>"])
-def test_marks_of_gpt_oss_in_the_users_message_change_nothing(says: Says, asked: str) -> None:
+def test_gpt_oss_delimiters_in_the_users_message_change_nothing(says: Says, asked: str) -> None:
     written = "<|channel|>analysis<|message|>so" + NEXT + "<|channel|>final<|message|>4"
     for template in (OSS, INST):
         answer = says(template, asked, written)
@@ -298,13 +298,13 @@ def test_a_template_that_opens_a_channel_is_followed(says: Says) -> None:
     assert (answer.text, answer.thinking) == ("4", "so")
 
 
-def test_the_pieces_of_a_stream_are_the_answer_and_its_reasoning_in_order(tmp_path: Path, profile: Profile) -> None:
+def test_streamed_chunks_are_the_reasoning_and_the_answer_in_order(tmp_path: Path, profile: Profile) -> None:
     written = f"<|channel|>analysis<|message|>so{NEXT}<|channel|>commentary<|message|>Plan{NEXT}<|channel|>final 4 is"
     path = write_says(
         tmp_path / "m.gguf", tokens_of(written), "hi", **VOCABULARY, template=OSS, eos=TOKENS.index("<|return|>")
     )
     with headrace.load(path, memory="4GiB", context_tokens=128, draft=None, profile=profile) as model:
-        pieces: Sequence[headrace.Piece] = list(model.stream("hi", sampling=GREEDY, max_tokens=100))
-    assert all(before.completion_tokens <= after.completion_tokens for before, after in pairwise(pieces))
-    assert "".join(piece.thinking for piece in pieces) == "so"
-    assert "".join("".join(piece.text for piece in pieces).split()) == "Plan4is"
+        chunks: Sequence[headrace.Piece] = list(model.stream("hi", sampling=GREEDY, max_tokens=100))
+    assert all(before.completion_tokens <= after.completion_tokens for before, after in pairwise(chunks))
+    assert "".join(chunk.thinking for chunk in chunks) == "so"
+    assert "".join("".join(chunk.text for chunk in chunks).split()) == "Plan4is"

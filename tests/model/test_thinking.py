@@ -1,4 +1,4 @@
-"""What a model thinks is told from what it answers, by its marks, whether or not the prompt has opened the thought."""
+"""Reasoning is split from the answer by the model's delimiters, also where the prompt has opened it."""
 
 import pytest
 
@@ -10,7 +10,7 @@ WORDS = ["\n\n", " so", " it", " is", " 4", "analysis", "final", "assistant", "c
 
 
 class Spelled:
-    """A decoder of tokens that are the numbers of words; marks are silent, as special tokens are."""
+    """A decoder of token ids that index words; delimiters decode to nothing, like special tokens."""
 
     def __init__(self, vocabulary: list[str]):
         self._vocabulary = vocabulary
@@ -24,7 +24,7 @@ class Spelled:
 
 
 def parts(marks: list[str], said: list[str], tail: list[str], raw: bool = False) -> tuple[str, str]:
-    """(answer, thought), where the template has written `tail` after the conversation."""
+    """(answer, reasoning), with `tail` written by the template after the conversation."""
     vocabulary = [*marks, *WORDS, "?"]
     number = {word: i for i, word in enumerate(vocabulary)}
     found = Marks() if raw else Marks.among(lambda token: number.get(token))
@@ -40,17 +40,17 @@ def parts(marks: list[str], said: list[str], tail: list[str], raw: bool = False)
         (["?", "<think>", "\n"], ["\n", " so", " it", "\n\n", "</think>", "\n\n", " is", " 4"]),
     ],
 )
-def test_pairs(prompt: list[str], said: list[str]) -> None:
+def test_a_delimiter_pair_encloses_the_reasoning(prompt: list[str], said: list[str]) -> None:
     answer, thought = parts(QWEN, said, prompt)
     assert (answer, thought.rstrip()) == ("is 4", "so it")
 
 
-def test_a_thought_that_the_prompt_has_closed_is_none() -> None:
+def test_reasoning_closed_by_the_prompt_is_empty() -> None:
     said = [" is", " 4"]
     assert parts(QWEN, said, ["?", "<think>", "\n\n", "</think>", "\n\n"]) == ("is 4", "")
 
 
-def test_channels() -> None:
+def test_gpt_oss_channels_split_reasoning_and_answer() -> None:
     said = ["<|channel|>", "analysis", "<|message|>", " so", " it", "<|end|>"]
     said += ["<|start|>", "assistant", "<|channel|>", "commentary", " to=f", "<|message|>", " is", "<|end|>"]
     said += ["<|start|>", "assistant", "<|channel|>", "final", "<|message|>", " it", " is", " 4"]
@@ -58,11 +58,11 @@ def test_channels() -> None:
     assert parts(GPT_OSS, ["<|message|>", " 4"], ["<|start|>", "assistant"]) == ("4", "")
 
 
-def test_a_thought_that_has_no_end_is_no_answer() -> None:
+def test_reasoning_without_an_end_is_no_answer() -> None:
     assert parts(QWEN, ["<think>", " so", " it"], ["?"]) == ("", "so it")
 
 
-def test_raw_text_and_models_without_marks_are_left_as_they_are() -> None:
+def test_raw_output_and_models_without_delimiters_are_not_split() -> None:
     said = ["<think>", " so", "</think>", "\n\n", " 4"]
     assert parts(QWEN, said, ["?"], raw=True) == ("<think> so</think>\n\n 4", "")
     assert parts([], ["\n\n", " so", " 4"], ["?"]) == ("\n\n so 4", "")

@@ -1,4 +1,4 @@
-"""Tokenizers that a GGUF file describes, against the one that the file was made of."""
+"""Tokenizers read from GGUF files, against the tokenizer that each file was written from."""
 
 import json
 from pathlib import Path
@@ -30,12 +30,10 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def backend() -> Backend:
-    """A tokenizer as Gemma's are: BPE over characters with bytes to fall back on, spaces written as a sign of their own."""
+    """A tokenizer like Gemma's: BPE over characters with byte fallback, spaces written as U+2581."""
     made = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     made.normalizer = normalizers.Replace(" ", "▁")
-    made.pre_tokenizer = pre_tokenizers.Parallelism(
-        Regex(r"[^\n]+|\n+"), "isolated"
-    )  # no piece goes on in another line
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")  # no token crosses a line
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     first = [*CONTROL, *VISIBLE, *(f"<0x{byte:02X}>" for byte in range(256))]
     made.train_from_iterator(
@@ -43,9 +41,9 @@ def backend() -> Backend:
         trainers.BpeTrainer(vocab_size=600, special_tokens=first, show_progress=False),
     )
     fresh = json.loads(made.to_str())
-    fresh["added_tokens"] = []  # bytes are no special tokens, they were only to have their numbers
+    fresh["added_tokens"] = []  # byte tokens are not special; they were listed only to get their ids
     made = Backend.from_str(json.dumps(fresh))
-    made.pre_tokenizer = pre_tokenizers.Parallelism(" ", "merged_with_previous")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
     made.add_tokens([AddedToken(token, normalized=False) for token in VISIBLE])
     return made
@@ -53,14 +51,14 @@ def backend() -> Backend:
 
 @pytest.fixture(scope="module")
 def ours(backend: Backend, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """From a file as llama.cpp's converter writes it for Gemma 4."""
+    """The tokenizer of a file as llama.cpp's converter writes it for Gemma 4."""
     return described(backend, "gemma4", None, tmp_path_factory.mktemp("tokenizer") / "gemma4.gguf")
 
 
 def described(
-    backend: Backend, kind: str, pre: str | None, path: Path, *, says_begin: bool = True, template: str = TEMPLATE
+    backend: Backend, kind: str, pre: str | None, path: Path, *, writes_add_bos: bool = True, template: str = TEMPLATE
 ) -> Tokenizer:
-    """What is read from a file that describes this tokenizer."""
+    """The tokenizer read from a GGUF file written from `backend`."""
     tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
     kinds = [3 if t in CONTROL else 4 if t in VISIBLE else 6 if t.startswith("<0x") else 1 for t in tokens]
     writer = gguf.GGUFWriter(path, "gemma4" if kind == "gemma4" else "llama")
@@ -74,10 +72,10 @@ def described(
     for name, token in (("bos", "<bos>"), ("eos", "<eos>"), ("unk", "<unk>"), ("pad", "<pad>")):
         getattr(writer, f"add_{name}_token_id")(tokens.index(token))
     writer.add_add_space_prefix(False)
-    if says_begin:
+    if writes_add_bos:
         writer.add_add_bos_token(True)
     writer.add_chat_template(template)
-    writer.add_tensor("token_embd.weight", np.zeros((1, 32), np.float32))  # without one, it would be refused
+    writer.add_tensor("token_embd.weight", np.zeros((1, 32), np.float32))  # a file without tensors would be refused
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -86,9 +84,7 @@ def described(
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_gemma4s_text_becomes_the_tokens_of_the_tokenizer_that_the_file_was_made_of(
-    ours: Tokenizer, backend: Backend, text: str
-) -> None:
+def test_gemma4_encodes_and_decodes_like_the_source_tokenizer(ours: Tokenizer, backend: Backend, text: str) -> None:
     expected = backend.encode(text).ids
     assert ours.encode(text, special=False) == expected
     assert ours.decode(expected) == backend.decode(expected)
@@ -96,7 +92,7 @@ def test_gemma4s_text_becomes_the_tokens_of_the_tokenizer_that_the_file_was_made
     assert "".join(stream.step(token) for token in expected) == backend.decode(expected)
 
 
-def test_gemma4s_turns_begin_with_one_beginning_token_and_end_where_the_model_stops(
+def test_gemma4_prompts_have_one_bos_token_and_its_turns_have_their_end_tokens(
     ours: Tokenizer, backend: Backend
 ) -> None:
     number = backend.token_to_id
@@ -104,18 +100,18 @@ def test_gemma4s_turns_begin_with_one_beginning_token_and_end_where_the_model_st
     assert tokens[:2] == [number("<bos>"), number("<|turn>")]
     assert ours.encode("hi")[0] == number("<bos>")
     assert ours.end_ids == {number("<eos>"), number("<turn|>"), number("<|tool_response>")}
-    assert "<|channel>" in ours.decode([number("<|channel>")])  # what a parser of channels needs to see
+    assert "<|channel>" in ours.decode([number("<|channel>")])  # a channel parser needs this text
 
 
 def by(pattern: str) -> Any:
-    return pre_tokenizers.Parallelism(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
 
 
 THREE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @pytest.mark.parametrize(
-    ("pre", "cut", "words"),
+    ("pre", "split", "words"),
     [
         ("command-r", pre_tokenizers.Digits(individual_digits=True), True),
         ("refact", pre_tokenizers.Digits(individual_digits=True), True),
@@ -126,14 +122,14 @@ THREE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\
         ("seed-coder", by(THREE.replace("{1,3}", "").replace(r"\p{N}]+[\r\n]*", r"\p{N}\r\n]+")), False),
     ],
 )
-def test_text_is_cut_as_it_was_when_the_merges_were_learned(pre: str, cut: Any, words: bool, tmp_path: Path) -> None:
+def test_a_pre_tokenizer_splits_text_as_in_training(pre: str, split: Any, words: bool, tmp_path: Path) -> None:
     backend = Backend(models.BPE())
     bytes_last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     backend.decoder = decoders.ByteLevel()
     text = "in 2024 and 12345, don't  stop();\r\n\n1999 2000 2024\n((a)))\n"
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=False
-    )  # so merges cross all cuts
+    )  # so merges cross all splits
     backend.train_from_iterator(
         [text] * 9,
         trainers.BpeTrainer(
@@ -141,7 +137,7 @@ def test_text_is_cut_as_it_was_when_the_merges_were_learned(pre: str, cut: Any, 
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )  # fmt: skip
-    backend.pre_tokenizer = pre_tokenizers.Sequence([bytes_last] if cut is None else [cut, bytes_last])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([bytes_last] if split is None else [split, bytes_last])
     ours = described(backend, "gpt2", pre, tmp_path / "tokenizer.gguf")
     assert ours.encode(text, special=False) == backend.encode(text).ids
 
@@ -155,7 +151,7 @@ def test_text_is_cut_as_it_was_when_the_merges_were_learned(pre: str, cut: Any, 
         ("kimi-k2", ["it's", " ", "世界", "ab", " ", "123", "4", "!x", "\n", "y"]),
     ],
 )
-def test_text_is_cut_by_several_patterns_one_after_another(pre: str, words: list[str]) -> None:
+def test_a_pre_tokenizer_applies_several_patterns_in_order(pre: str, words: list[str]) -> None:
     text = "".join(words)
     assert text == "it's 世界ab 1234!x\ny"
     assert [text[slice(*place)] for _, place in pre_tokenizer(pre).pre_tokenize_str(text)] == words
@@ -169,18 +165,18 @@ def test_text_is_cut_by_several_patterns_one_after_another(pre: str, words: list
         ("falcon", ["don", "'", "t", " ", "(", "3", "D", ")", " x", "2", ",", " ", "123", "45", "!", "\n"]),
     ],
 )
-def test_models_with_cuts_of_their_own(pre: str, words: list[str]) -> None:
+def test_pre_tokenizers_of_single_families_split_text_as_published(pre: str, words: list[str]) -> None:
     text = "".join(words)
     assert text == "don't (3D) x2, 12345!\n"
     assert [text[slice(*place)] for _, place in pre_tokenizer(pre).pre_tokenize_str(text)] == words
 
 
-def test_a_way_to_cut_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_pre_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="`somehow`"):
         described(of_bytes("ab ab"), "gpt2", "somehow", tmp_path / "tokenizer.gguf")
 
 
-def test_a_message_that_ends_is_not_the_end_of_a_turn_of_several() -> None:
+def test_the_end_of_one_message_does_not_end_a_turn_with_several() -> None:
     assert find_end_tokens({"<|end|>", "<|endoftext|>"}.__contains__) == (["<|end|>", "<|endoftext|>"], [])
     assert find_end_tokens({"<|end|>", "<|return|>", "<|call|>"}.__contains__) == (
         ["<|return|>", "<|call|>"],
@@ -202,26 +198,26 @@ def of_bytes(text: str) -> Backend:
     return made
 
 
-def test_files_in_llama_3s_way_begin_texts_and_take_words_whole_without_saying_so(tmp_path: Path) -> None:
+def test_llama_3_pre_tokenizers_add_bos_and_ignore_merges_by_default(tmp_path: Path) -> None:
     made = json.loads(of_bytes("abcd abcd").to_str())
     made["model"]["merges"] = [pair for pair in made["model"]["merges"] if pair != ["ab", "cd"]]
     backend = Backend.from_str(json.dumps(made))
     word = backend.token_to_id("abcd")
     assert word is not None
     assert word not in backend.encode("abcd").ids
-    ours = described(backend, "gpt2", "llama-bpe", tmp_path / "tokenizer.gguf", says_begin=False)
+    ours = described(backend, "gpt2", "llama-bpe", tmp_path / "tokenizer.gguf", writes_add_bos=False)
     assert ours.encode("abcd") == [backend.token_to_id("<bos>"), word]
-    other = described(backend, "gpt2", "qwen2", tmp_path / "other.gguf", says_begin=False)
+    other = described(backend, "gpt2", "qwen2", tmp_path / "other.gguf", writes_add_bos=False)
     assert other.encode("abcd") == backend.encode("abcd").ids
 
 
-def test_marks_of_what_the_assistant_says_change_nothing(tmp_path: Path) -> None:
+def test_generation_tags_in_a_template_change_nothing(tmp_path: Path) -> None:
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}!{% endfor %}"
     ours = described(of_bytes("hello"), "gpt2", "gpt-2", tmp_path / "tokenizer.gguf", template=template)
     assert ours.decode(ours.chat([{"role": "user", "content": "hello"}])) == "hello!"
 
 
-def test_bytes_that_begin_no_character_do_not_end_the_answer(ours: Tokenizer, backend: Backend) -> None:
+def test_invalid_utf8_bytes_do_not_end_the_output(ours: Tokenizer, backend: Backend) -> None:
     number = backend.token_to_id
     stream = ours.stream()
     tokens = [
@@ -237,7 +233,7 @@ def test_bytes_that_begin_no_character_do_not_end_the_answer(ours: Tokenizer, ba
     assert text.endswith("ba")
 
 
-def test_thoughts_are_told_from_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasoning_is_split_from_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = of_bytes("hello so")
     marks = ["<think>", "</think>"]
     backend.add_tokens(marks)

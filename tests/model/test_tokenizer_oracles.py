@@ -1,4 +1,4 @@
-"""Text to tokens and back for every kind of tokenizer, against llama.cpp, sentencepiece and transformers."""
+"""Encoding and decoding with every kind of tokenizer, against llama.cpp, sentencepiece and transformers."""
 
 import json
 import re
@@ -27,7 +27,7 @@ from headrace.model.tokenizer import Tokenizer
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 
-# Every name that the pinned llama.cpp accepts, found by asking it.
+# Every pre-tokenizer name that the pinned llama.cpp accepts, found by trying them.
 LLAMA_CPP_NAMES = (
     "default", "minicpm5", "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
     "jina-v5-nano", "deepseek-llm", "deepseek-coder", "deepseek-v3", "spark2_5", "youtu", "falcon", "mpt", "starcoder",
@@ -42,9 +42,9 @@ LLAMA_CPP_NAMES = (
 )  # fmt: skip
 ACCEPTED = [name for name in LLAMA_CPP_NAMES if (pre_tokenizer(name) is not None)]
 
-# Where llama.cpp only comes near the published pattern: it takes every letter that is not ASCII for upper and lower case, leaves
-# marks out of words, sees no case in words at all, or takes all white space for U+000B before it looks for ranges. For texts that
-# show it the published pattern is the oracle, run by `tokenizers`.
+# Names for which llama.cpp only approximates the published pattern: it takes every letter outside ASCII for upper and lower
+# case, leaves marks out of words, ignores case in words, or takes all white space for U+000B before it matches ranges. For
+# texts that show the difference the oracle is the published pattern, run by `tokenizers`.
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -76,13 +76,13 @@ def opened(path: Path) -> Tokenizer:
 
 
 def written(path: Path, metadata: Mapping[str, Any], architecture: str = "llama") -> tuple[Tokenizer, LlamaVocabulary]:
-    """A vocabulary as headrace and as llama.cpp read it."""
+    """One vocabulary, read by headrace and by llama.cpp."""
     made.write_vocabulary(path, metadata, architecture=architecture)
     return opened(path), LlamaVocabulary(path)
 
 
 def expected(oracle: LlamaVocabulary, text: str) -> list[int]:
-    """llama.cpp's tokens of a prompt to complete: one beginning token at most, and no end token after the text."""
+    """llama.cpp's tokens of a raw prompt: at most one BOS token, and no end token after the text."""
     ids = oracle.tokens(text, add_special=False)
     return ids if oracle.begin is None or ids[:1] == [oracle.begin] else [oracle.begin, *ids]
 
@@ -90,7 +90,7 @@ def expected(oracle: LlamaVocabulary, text: str) -> list[int]:
 def wrong(
     ours: Callable[[str], list[int]], theirs: Callable[[str], list[int]], texts: Iterable[str], tokens: Sequence[str]
 ) -> dict[str, tuple[list[str], list[str]]]:
-    """The texts that give other tokens, with what was found and what is right."""
+    """The texts with wrong tokens, with (found, expected)."""
     found = {}
     for text in texts:
         got, right = ours(text), theirs(text)
@@ -100,13 +100,13 @@ def wrong(
 
 
 def with_types(metadata: Mapping[str, Any], tokens: Sequence[str], kind: int) -> list[int]:
-    """A file's types of tokens, where these tokens have another."""
+    """The token types of a file, with `kind` for these tokens."""
     types = zip(metadata["tokens"], metadata["token_type"], strict=True)
     return [kind if token in tokens else one for token, one in types]
 
 
 def specials(metadata: Mapping[str, Any]) -> list[str]:
-    """A file's control and user-defined tokens, but for the beginning token."""
+    """A file's control and user-defined tokens except BOS."""
     kinds = zip(metadata["tokens"], metadata["token_type"], strict=True)
     begin = metadata["tokens"][metadata.get("bos_token_id", 0)]
     return [token for token, kind in kinds if kind in (made.CONTROL, made.USER_DEFINED) and token != begin]
@@ -121,33 +121,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def published(metadata: Mapping[str, Any], patterns: Sequence[str]) -> Backend:
-    """A byte-level vocabulary and a published way to cut texts, as a tokenizer.json has them."""
+    """A byte-level vocabulary with a published pre-tokenizer, as in a tokenizer.json."""
     vocabulary = {token: i for i, token in enumerate(metadata["tokens"])}
     merges = [tuple(merge.split(" ")) for merge in metadata["merges"]]
     found = Backend(models.BPE(vocabulary, merges, ignore_merges=metadata["pre"] == "tekken"))
-    cuts = [pre_tokenizers.Parallelism(Regex(pattern), "isolated") for pattern in patterns]
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    found.pre_tokenizer = pre_tokenizers.Sequence([*cuts, last])
+    found.pre_tokenizer = pre_tokenizers.Sequence([*splits, last])
     kinds = list(zip(metadata["tokens"], metadata["token_type"], strict=True))
     found.add_special_tokens([token for token, kind in kinds if kind == made.CONTROL])
     found.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == made.USER_DEFINED])
     return found
 
 
-def test_every_name_that_transformers_knows_is_among_those_compared() -> None:
+def test_every_pre_tokenizer_of_transformers_is_compared() -> None:
     assert set(GGUF_PRE_TOKENIZER_SPLITS) <= set(ACCEPTED)
     assert len(ACCEPTED) >= 66
 
 
 @pytest.mark.parametrize("pre", [*ACCEPTED, None])
-def test_byte_level_texts_become_llama_cpps_tokens(pre: str | None, folder: Path) -> None:
+def test_byte_level_bpe_encodes_like_llama_cpp(pre: str | None, folder: Path) -> None:
     metadata = made.byte_level(pre)
     ours, oracle = written(folder / "byte-level.gguf", metadata)
     by_pattern = published(metadata, PUBLISHED[str(pre)]) if pre in PUBLISHED else None
 
     def right(text: str) -> list[int]:
         ids = expected(oracle, text)
-        if by_pattern is None or not shows_where_llama_cpp_only_comes_near(pre, text):
+        if by_pattern is None or not shows_the_approximation(pre, text):
             return ids
         begins = [] if oracle.begin is None else [oracle.begin]
         return [*begins, *by_pattern.encode(text, add_special_tokens=False).ids]
@@ -158,7 +158,7 @@ def test_byte_level_texts_become_llama_cpps_tokens(pre: str | None, folder: Path
     assert wrong(ours.encode, right, texts, metadata["tokens"]) == {}
 
 
-def shows_where_llama_cpp_only_comes_near(pre: str | None, text: str) -> bool:
+def shows_the_approximation(pre: str | None, text: str) -> bool:
     if pre in ("deepseek-coder", "deepseek-llm"):
         return any(character.isspace() and ord(character) > 127 for character in text)
     cases = any(a.isupper() != b.isupper() for a, b in pairwise(text) if a.isalpha() and b.isalpha())
@@ -167,7 +167,7 @@ def shows_where_llama_cpp_only_comes_near(pre: str | None, text: str) -> bool:
 
 @pytest.mark.parametrize("flag", [None, True, False])
 @pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "default", "deepseek-r1-qwen"])
-def test_a_beginning_token_is_added_where_the_file_or_the_kind_says_so(
+def test_a_bos_token_is_added_by_the_files_flag_or_the_pre_tokenizers_default(
     pre: str, flag: bool | None, folder: Path
 ) -> None:
     metadata = made.byte_level(pre, add_bos_token=flag)
@@ -179,7 +179,7 @@ def test_a_beginning_token_is_added_where_the_file_or_the_kind_says_so(
 
 
 @pytest.mark.parametrize("flag", ["add_eos_token", "add_sep_token"])
-def test_a_prompt_to_complete_does_not_end_with_an_end_token(flag: str, folder: Path) -> None:
+def test_a_raw_prompt_gets_no_end_token(flag: str, folder: Path) -> None:
     for metadata in (made.byte_level("qwen2"), made.sentencepiece_bpe()):
         metadata |= {flag: True, "seperator_token_id": metadata["tokens"].index("</tool>")}
         ours, oracle = written(folder / "ends.gguf", metadata)
@@ -197,7 +197,7 @@ DEEPSEEK = (
 
 
 @pytest.mark.parametrize("kind", [made.CONTROL, made.USER_DEFINED])
-def test_special_tokens_outside_the_byte_alphabet_are_whole(kind: int, folder: Path) -> None:
+def test_special_tokens_outside_the_byte_alphabet_are_matched_whole(kind: int, folder: Path) -> None:
     metadata = made.byte_level(
         "deepseek-r1-qwen", special=DEEPSEEK, user=("<think>", "</think>", "日本", "né", "a b", "\t\t")
     )
@@ -229,13 +229,13 @@ SPM_TEXTS = [*made.hostile_texts(), *made.texts_with([*made.SPECIAL, *made.USER,
 
 
 @pytest.mark.parametrize("prefix", [None, True, False])
-def test_sentencepiece_texts_become_llama_cpps_tokens(prefix: bool | None, folder: Path) -> None:
+def test_sentencepiece_bpe_encodes_like_llama_cpp(prefix: bool | None, folder: Path) -> None:
     metadata = made.sentencepiece_bpe(add_space_prefix=prefix)
     ours, oracle = written(folder / "sentencepiece.gguf", metadata)
     assert wrong(ours.encode, lambda text: expected(oracle, text), SPM_TEXTS, metadata["tokens"]) == {}
 
 
-def test_texts_without_special_tokens_become_sentencepieces_own_tokens(folder: Path) -> None:
+def test_texts_without_special_tokens_encode_like_sentencepiece(folder: Path) -> None:
     metadata = made.sentencepiece_bpe(special=(), user=())
     ours = opened(made.write_vocabulary(folder / "plain.gguf", metadata))
     texts = [text for text in made.hostile_texts() if "<s>" not in text and holds_words(text)]
@@ -244,14 +244,14 @@ def test_texts_without_special_tokens_become_sentencepieces_own_tokens(folder: P
 
 @pytest.mark.parametrize("begins", [None, True, False])
 @pytest.mark.parametrize("ends", [None, True, False])
-def test_sentencepiece_files_say_what_a_text_begins_with(begins: bool | None, ends: bool | None, folder: Path) -> None:
+def test_sentencepiece_files_add_bos_by_their_flag(begins: bool | None, ends: bool | None, folder: Path) -> None:
     metadata = made.sentencepiece_bpe(add_bos_token=begins, add_eos_token=ends)
     ours, oracle = written(folder / "flags.gguf", metadata)
     texts = ["", "a", " a", "<s>", "<s>a", "<s>[INST] hi [/INST]", "a</s>", "</s>hi", "</s> hi", " <s> a"]
     assert wrong(ours.encode, lambda text: expected(oracle, text), texts, metadata["tokens"]) == {}
 
 
-def test_tokens_of_its_own_that_hold_spaces_or_their_sign_are_found_as_they_are_spelled(folder: Path) -> None:
+def test_user_defined_tokens_with_spaces_are_matched_by_their_text(folder: Path) -> None:
     user = ("▁<a>", " <b>", "<c> ", "<d e>", "▁▁▁▁▁▁▁▁▁▁", "          ", "\u00a0", "ﬁ", "</s>>")
     metadata = made.sentencepiece_bpe(special=("<|x|>", "<|x|>y", "x|>y"), user=user)
     ours, oracle = written(folder / "spaces.gguf", metadata)
@@ -268,7 +268,7 @@ def test_tokens_of_its_own_that_hold_spaces_or_their_sign_are_found_as_they_are_
 
 
 @pytest.mark.parametrize("architecture", ["gemma", "gemma2", "gemma3", "llama"])
-def test_gemmas_texts_become_llama_cpps_tokens_and_sentencepieces(architecture: str, folder: Path) -> None:
+def test_gemma_encodes_like_llama_cpp_and_sentencepiece(architecture: str, folder: Path) -> None:
     metadata = made.gemma()
     ours, oracle = written(folder / "gemma.gguf", metadata, architecture)
     texts = [
@@ -283,7 +283,7 @@ def test_gemmas_texts_become_llama_cpps_tokens_and_sentencepieces(architecture: 
     assert wrong(lambda text: ours.encode(text, special=False), model.encode, texts, metadata["tokens"]) == {}
 
 
-def test_gemma_4s_texts_become_llama_cpps_tokens(folder: Path) -> None:
+def test_gemma_4_encodes_like_llama_cpp(folder: Path) -> None:
     metadata = made.gemma4()
     ours, oracle = written(folder / "gemma4.gguf", metadata, "gemma4")
     texts = [
@@ -295,7 +295,7 @@ def test_gemma_4s_texts_become_llama_cpps_tokens(folder: Path) -> None:
     assert wrong(ours.encode, lambda text: expected(oracle, text), texts, metadata["tokens"]) == {}
 
 
-def test_phi_3s_special_tokens_absorb_the_white_space_after_them(folder: Path) -> None:
+def test_phi_3_special_tokens_strip_the_white_space_after_them(folder: Path) -> None:
     turns = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}<|assistant|>\n"
     metadata = made.phi3(**{".tokenizer.chat_template": turns})
     ours, oracle = written(folder / "phi3.gguf", metadata, "phi3")
@@ -303,7 +303,7 @@ def test_phi_3s_special_tokens_absorb_the_white_space_after_them(folder: Path) -
     texts = [*made.hostile_texts(), *made.texts_with(specials_of_phi3)]
     assert wrong(ours.encode, lambda text: expected(oracle, text), texts, metadata["tokens"]) == {}
     theirs = AutoTokenizer.from_pretrained(str(phi3_folder(folder / "phi3", metadata)))
-    # transformers absorbs white space that C does not know too, and keeps U+2581 that stands before a special token
+    # transformers also strips white space unknown to C, and keeps U+2581 before a special token
     texts = [text for text in texts if "\u00a0" not in text]
     assert wrong(ours.encode, lambda text: theirs(text).input_ids, texts, metadata["tokens"]) == {}
     messages = [
@@ -321,7 +321,7 @@ def test_phi_3s_special_tokens_absorb_the_white_space_after_them(folder: Path) -
 
 
 def holds_words(text: str) -> bool:
-    """Of nothing but spaces, in all or between special tokens, llama.cpp makes other tokens than sentencepiece."""
+    """False for texts or parts of only spaces: llama.cpp encodes these differently from sentencepiece."""
     parts = re.split(r"<extra_id_\d>|</s>", text)
     return all(part.replace("▁", "").strip() or not part for part in parts)
 
@@ -330,7 +330,7 @@ def holds_words(text: str) -> bool:
     ("normalise", "merges"),
     [("nmt_nfkc", True), ("nmt_nfkc_cf", True), ("identity", True), ("identity", False), ("nfkc", False)],
 )
-def test_unigram_texts_become_llama_cpps_tokens_and_sentencepieces(normalise: str, merges: bool, folder: Path) -> None:
+def test_unigram_encodes_like_llama_cpp_and_sentencepiece(normalise: str, merges: bool, folder: Path) -> None:
     metadata = made.t5(normalise=normalise, merge_spaces=merges)
     ours, oracle = written(folder / "t5.gguf", metadata, "t5")
     texts = [text for text in (*made.hostile_texts(), *made.texts_with([*made.T5_USER, "</s>"])) if holds_words(text)]
@@ -342,7 +342,7 @@ def test_unigram_texts_become_llama_cpps_tokens_and_sentencepieces(normalise: st
 
 
 @pytest.mark.parametrize("prefix", [None, True, False])
-def test_unigram_files_say_whether_a_space_is_put_first(prefix: bool | None, folder: Path) -> None:
+def test_unigram_files_add_a_space_prefix_by_their_flag(prefix: bool | None, folder: Path) -> None:
     metadata = made.t5(normalise="identity", merge_spaces=False) | {"add_space_prefix": prefix}
     ours, oracle = written(folder / "t5.gguf", metadata, "t5")
     texts = [text for text in (*made.hostile_texts(), *made.texts_with(made.T5_USER)) if holds_words(text)]
@@ -350,7 +350,7 @@ def test_unigram_files_say_whether_a_space_is_put_first(prefix: bool | None, fol
     assert wrong(lambda text: ours.encode(text, special=False), right, texts, metadata["tokens"]) == {}
 
 
-def test_an_encoder_reads_its_end_token(folder: Path) -> None:
+def test_encoder_input_ends_with_the_end_token(folder: Path) -> None:
     encoder = {".t5.decoder_start_token_id": 0, ".t5.vocab_size": len(made.t5()["tokens"])}
     for flag in (None, True):
         ours, oracle = written(folder / "t5.gguf", {**made.t5(), "add_eos_token": flag, **encoder}, "t5")
@@ -358,23 +358,23 @@ def test_an_encoder_reads_its_end_token(folder: Path) -> None:
             assert ours.encode(text) == oracle.tokens(text)
 
 
-def test_the_blanks_of_t5_are_whole_though_files_call_them_padding(folder: Path) -> None:
+def test_t5_sentinels_stored_as_padding_are_matched_whole(folder: Path) -> None:
     metadata = made.t5()
-    blanks = metadata["tokens"][-len(made.T5_USER) :]
+    sentinels = metadata["tokens"][-len(made.T5_USER) :]
     size = len(metadata["tokens"])
     metadata["tokens"] = [
-        *metadata["tokens"][: -len(blanks)],
-        *(f"[PAD{i}]" for i in range(size - len(blanks), size - len(blanks) + 100)),
+        *metadata["tokens"][: -len(sentinels)],
+        *(f"[PAD{i}]" for i in range(size - len(sentinels), size - len(sentinels) + 100)),
     ]
-    metadata["token_type"] = [*metadata["token_type"][: -len(blanks)], *[made.UNUSED] * 100]
-    metadata["scores"] = [*metadata["scores"][: -len(blanks)], *[-10000.0] * 100]
+    metadata["token_type"] = [*metadata["token_type"][: -len(sentinels)], *[made.UNUSED] * 100]
+    metadata["scores"] = [*metadata["scores"][: -len(sentinels)], *[-10000.0] * 100]
     ours = opened(made.write_vocabulary(folder / "blanks.gguf", metadata, architecture="t5"))
-    last = len(metadata["tokens"]) - 1  # T5 numbers its blanks from the end
-    for text, blank in (("a <extra_id_0> b", last), ("<extra_id_99>", last - 99), ("x<extra_id_7>y", last - 7)):
-        assert [token for token in ours.encode(text, special=False) if token > last - 100] == [blank]
+    last = len(metadata["tokens"]) - 1  # T5 numbers its sentinels from the end
+    for text, sentinel in (("a <extra_id_0> b", last), ("<extra_id_99>", last - 99), ("x<extra_id_7>y", last - 7)):
+        assert [token for token in ours.encode(text, special=False) if token > last - 100] == [sentinel]
 
 
-# Tokens that llama.cpp takes for others than their file says
+# Tokens whose type in the file llama.cpp overrides by their text
 
 
 BY_TEXT = {
@@ -395,7 +395,7 @@ BY_TEXT = {
 
 @pytest.mark.parametrize("kind", [made.CONTROL, made.USER_DEFINED])
 @pytest.mark.parametrize("family", BY_TEXT)
-def test_tokens_that_llama_cpp_knows_by_their_text_are_found_whole(family: str, kind: int, folder: Path) -> None:
+def test_tokens_that_llama_cpp_knows_by_their_text_are_matched_whole(family: str, kind: int, folder: Path) -> None:
     tokens = BY_TEXT[family]
     metadata = made.byte_level("qwen2", special=[token for token in tokens if token != "</s>"], user=())
     metadata["token_type"] = with_types(metadata, tokens, kind)
@@ -433,13 +433,13 @@ def streamed(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     return "".join(stream.step(token) for token in ids)
 
 
-def test_every_token_is_shown_as_llama_cpp_shows_it(kind: tuple[Tokenizer, LlamaVocabulary, dict[str, Any]]) -> None:
+def test_every_token_decodes_like_llama_cpp(kind: tuple[Tokenizer, LlamaVocabulary, dict[str, Any]]) -> None:
     ours, oracle, metadata = kind
     found = {}
     for i, token in enumerate(metadata["tokens"]):
-        piece = oracle.piece(i)
+        data = oracle.piece(i)
         try:
-            shown = piece.decode()
+            shown = data.decode()
         except UnicodeDecodeError:
             continue  # part of a character
         if streamed(ours, [i]) != shown:
@@ -447,7 +447,7 @@ def test_every_token_is_shown_as_llama_cpp_shows_it(kind: tuple[Tokenizer, Llama
     assert found == {}
 
 
-def test_streamed_text_is_that_of_the_tokens_with_the_space_that_they_begin_with(
+def test_streamed_text_equals_llama_cpps_with_its_leading_space(
     kind: tuple[Tokenizer, LlamaVocabulary, dict[str, Any]],
 ) -> None:
     ours, oracle, metadata = kind
@@ -460,9 +460,9 @@ def test_streamed_text_is_that_of_the_tokens_with_the_space_that_they_begin_with
     assert found == {}
 
 
-def test_decoding_gives_back_what_was_encoded(kind: tuple[Tokenizer, LlamaVocabulary, dict[str, Any]]) -> None:
+def test_decoding_inverts_encoding(kind: tuple[Tokenizer, LlamaVocabulary, dict[str, Any]]) -> None:
     ours, oracle, metadata = kind
-    spaces = metadata["model"] != "gpt2"  # there the sign for a space stands for one in texts too
+    spaces = metadata["model"] != "gpt2"  # there U+2581 in a text decodes to a space
     found = {}
     for text in made.hostile_texts():
         ids = oracle.tokens(text, add_special=False, parse_special=False)
@@ -475,13 +475,13 @@ def test_decoding_gives_back_what_was_encoded(kind: tuple[Tokenizer, LlamaVocabu
             and metadata.get("add_space_prefix", True)
             and metadata["model"] == "llama"
         ):
-            continue  # llama.cpp puts a space after a token of the user's
+            continue  # llama.cpp puts a space after a user-defined token
         if ours.decode(ids) != right:
             found[text] = (ours.decode(ids), right)
     assert found == {}
 
 
-def test_a_character_split_over_tokens_is_shown_once_it_is_whole(
+def test_a_character_split_over_tokens_is_held_back_until_complete(
     kind: tuple[Tokenizer, LlamaVocabulary, dict[str, Any]],
 ) -> None:
     ours, _, metadata = kind
@@ -499,7 +499,7 @@ def test_a_character_split_over_tokens_is_shown_once_it_is_whole(
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that goes on from "Once" with " a time" and from a user's turn with " hi", where it ends."""
+    """A model that continues "Once" with " a time" and a user's turn with " hi", then ends."""
     vocabulary = sentencepiece(
         ["▁", *"Onceatimh", "▁O", "▁On", "ce", "▁Once", "▁a", "▁t", "im", "▁tim", "▁time", "hi", "▁hi"],
         control=["<|im_start|>", "<|im_end|>"],
@@ -514,27 +514,25 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
 
 
-def test_a_completion_goes_on_with_the_space_of_its_first_token(once: Path, profile: Profile) -> None:
+def test_a_completion_keeps_the_space_of_its_first_token(once: Path, profile: Profile) -> None:
     save_profile(profile)
     greedy = Sampling(temperature=0.0)
     with headrace.load(str(once), memory="2GiB", draft="none") as model:
         assert model.generate("Once", raw=True, max_tokens=8, sampling=greedy).text == " a time"
         assert (
-            "".join(piece.text for piece in model.stream("Once", raw=True, max_tokens=8, sampling=greedy)) == " a time"
+            "".join(chunk.text for chunk in model.stream("Once", raw=True, max_tokens=8, sampling=greedy)) == " a time"
         )
-        answers = model.generate(["Once", "Once"], raw=True, max_tokens=8, sampling=greedy)
-        assert [answer.text for answer in answers] == [" a time", " a time"]
+        completions = model.generate(["Once", "Once"], raw=True, max_tokens=8, sampling=greedy)
+        assert [one.text for one in completions] == [" a time", " a time"]
 
 
-def test_an_answer_begins_without_the_space_of_its_first_token_as_with_transformers(
-    once: Path, profile: Profile
-) -> None:
+def test_a_chat_answer_drops_the_space_of_its_first_token_like_transformers(once: Path, profile: Profile) -> None:
     save_profile(profile)
     with headrace.load(str(once), memory="2GiB", draft="none") as model:
         assert model.generate("so", max_tokens=8, sampling=Sampling(temperature=0.0)).text == "hi"
 
 
-# Folders of Hugging Face
+# Hugging Face folders
 
 
 SPLIT = GGUF_PRE_TOKENIZER_SPLITS["llama3"]
@@ -555,14 +553,14 @@ def bytes_backend(
 
 
 def around(backend: Backend, template: str) -> Backend:
-    tokens = [piece for piece in template.split() if piece != "$A"]
+    tokens = [token for token in template.split() if token != "$A"]
     numbers = [(token, backend.token_to_id(token)) for token in dict.fromkeys(tokens)]
     backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=numbers)
     return backend
 
 
-def pieces_backend(kind: str, special: Sequence[AddedToken] = ()) -> Backend:
-    """A SentencePiece vocabulary as a tokenizer.json has it: "legacy" as Llama 2 and Mistral, "metaspace", or "gemma"."""
+def sentencepiece_backend(kind: str, special: Sequence[AddedToken] = ()) -> Backend:
+    """A SentencePiece vocabulary as in a tokenizer.json: "legacy" like Llama 2 and Mistral, "metaspace", or "gemma"."""
     metadata = made.gemma() if kind == "gemma" else made.sentencepiece_bpe(special=(), user=())
     tokens = [token.replace(" ", "▁") for token in metadata["tokens"]]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -605,16 +603,16 @@ def unigram_backend(*, charsmap: bool = True) -> Backend:
 
 
 def phi3_folder(path: Path, metadata: Mapping[str, Any]) -> Path:
-    """Phi-3's own tokenizer.json, whose special tokens absorb the white space after them."""
-    absorbing = [AddedToken(token, rstrip=token not in ("<|endoftext|>",), normalized=False) for token in made.PHI3]
-    found = pieces_backend("legacy", absorbing)
+    """Phi-3's own tokenizer.json, whose special tokens strip the white space after them."""
+    stripping = [AddedToken(token, rstrip=token not in ("<|endoftext|>",), normalized=False) for token in made.PHI3]
+    found = sentencepiece_backend("legacy", stripping)
     found.add_special_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
     assert [found.id_to_token(i) for i in range(found.get_vocab_size())] == metadata["tokens"]
     return written_folder(path, around(found, "<s> $A"), {"bos_token": "<s>", "eos_token": "<|endoftext|>"})
 
 
 def written_folder(path: Path, backend: Backend, settings: Mapping[str, Any], model_type: str = "llama") -> Path:
-    """A model's folder: its tokenizer, what is said of it, and as little of a model as opens."""
+    """A model folder with its tokenizer, its settings, and the least weights that open."""
     path.mkdir()
     backend.save(str(path / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings}
@@ -653,11 +651,11 @@ FOLDERS: dict[str, tuple[Callable[[], Backend], dict[str, Any]]] = {
         lambda: around(bytes_backend(special=GLM), "[gMASK] <sop> $A"),
         {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
     ),
-    "glm 4 that names a beginning": (lambda: around(bytes_backend(special=GLM), "[gMASK] <sop> $A"), BOTH),
-    "a prefix and a beginning": (lambda: around(bytes_backend(special=GLM), "<s> <sop> $A"), BOTH),
-    "a suffix that is no end": (lambda: around(bytes_backend(special=GLM), "<s> $A <|assistant|>"), BOTH),
-    "an end after the text": (lambda: around(bytes_backend(), "$A </s>"), BOTH),
-    "a beginning and an end": (lambda: around(bytes_backend(), "<s> $A </s>"), BOTH),
+    "glm 4 with a bos_token": (lambda: around(bytes_backend(special=GLM), "[gMASK] <sop> $A"), BOTH),
+    "bos and a prefix": (lambda: around(bytes_backend(special=GLM), "<s> <sop> $A"), BOTH),
+    "a suffix other than eos": (lambda: around(bytes_backend(special=GLM), "<s> $A <|assistant|>"), BOTH),
+    "eos after the text": (lambda: around(bytes_backend(), "$A </s>"), BOTH),
+    "bos and eos": (lambda: around(bytes_backend(), "<s> $A </s>"), BOTH),
     "gpt2": (lambda: bytes_backend((GPT2,)), BOTH),
     "gpt2 with a space first": (lambda: bytes_backend((GPT2,), prefix=True), BOTH),
     "deepseek": (
@@ -668,31 +666,33 @@ FOLDERS: dict[str, tuple[Callable[[], Backend], dict[str, Any]]] = {
     "says add_bos_token and add_eos_token": (bytes_backend, {**BOTH, "add_bos_token": True, "add_eos_token": True}),
     "says add_bos_token false": (lambda: around(bytes_backend(), "<s> $A"), {**BOTH, "add_bos_token": False}),
     "truncated and padded": (truncated, BOTH),
-    "llama 2": (lambda: around(pieces_backend("legacy"), "<s> $A"), BOTH),
+    "llama 2": (lambda: around(sentencepiece_backend("legacy"), "<s> $A"), BOTH),
     "llama 2 by its class": (
-        lambda: around(pieces_backend("legacy"), "<s> $A"),
+        lambda: around(sentencepiece_backend("legacy"), "<s> $A"),
         {**BOTH, "tokenizer_class": "LlamaTokenizer", "legacy": True},
     ),
     "llama 2 by its class, not legacy": (
-        lambda: around(pieces_backend("metaspace"), "<s> $A"),
+        lambda: around(sentencepiece_backend("metaspace"), "<s> $A"),
         {**BOTH, "tokenizer_class": "LlamaTokenizer", "legacy": False},
     ),
-    "llama 2 by its class without a beginning": (
-        lambda: pieces_backend("metaspace"),
+    "llama 2 by its class without bos": (
+        lambda: sentencepiece_backend("metaspace"),
         {**BOTH, "tokenizer_class": "LlamaTokenizer", "add_bos_token": False},
     ),
-    "llama 2 by its class with an end": (
-        lambda: pieces_backend("metaspace"),
+    "llama 2 by its class with eos": (
+        lambda: sentencepiece_backend("metaspace"),
         {**BOTH, "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True},
     ),
     "mistral": (
-        lambda: around(pieces_backend("metaspace", [AddedToken(t, normalized=False) for t in ("[INST]", "[/INST]")]), "<s> $A"),
+        lambda: around(
+            sentencepiece_backend("metaspace", [AddedToken(t, normalized=False) for t in ("[INST]", "[/INST]")]), "<s> $A"
+        ),
         BOTH,
     ),
-    "gemma": (lambda: around(pieces_backend("gemma"), "<s> $A"), BOTH),
-    "added tokens that strip": (lambda: around(pieces_backend("metaspace", STRIPPING), "<s> $A"), BOTH),
+    "gemma": (lambda: around(sentencepiece_backend("gemma"), "<s> $A"), BOTH),
+    "added tokens that strip": (lambda: around(sentencepiece_backend("metaspace", STRIPPING), "<s> $A"), BOTH),
     "unigram": (unigram_backend, {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}),
-    "unigram with an end": (
+    "unigram with eos": (
         lambda: around(unigram_backend(), "$A </s>"),
         {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     ),
@@ -700,7 +700,7 @@ FOLDERS: dict[str, tuple[Callable[[], Backend], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folders_texts_become_transformers_tokens(name: str, tmp_path: Path) -> None:
+def test_a_folder_encodes_like_transformers(name: str, tmp_path: Path) -> None:
     build, settings = FOLDERS[name]
     path = written_folder(tmp_path / "model", build(), settings)
     ours, theirs = opened(path), AutoTokenizer.from_pretrained(str(path))
@@ -712,7 +712,7 @@ def test_a_folders_texts_become_transformers_tokens(name: str, tmp_path: Path) -
     def right(text: str) -> list[int]:
         ids = list(theirs(text).input_ids)
         if empty[-1:] == [end]:
-            ids.pop()  # nothing would follow an end
+            ids.pop()  # output cannot follow an end token
         begin = theirs.bos_token_id
         return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
 
@@ -724,7 +724,7 @@ def test_a_folders_texts_become_transformers_tokens(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folders_tokens_become_transformers_text(name: str, tmp_path: Path) -> None:
+def test_a_folder_decodes_like_transformers(name: str, tmp_path: Path) -> None:
     build, settings = FOLDERS[name]
     path = written_folder(tmp_path / "model", build(), settings)
     ours, theirs = opened(path), AutoTokenizer.from_pretrained(str(path))
@@ -738,8 +738,8 @@ def test_a_folders_tokens_become_transformers_text(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["legacy", "metaspace"])
-def test_a_folders_completion_goes_on_with_the_space_of_its_first_token(kind: str, tmp_path: Path) -> None:
-    ours = opened(written_folder(tmp_path / "model", around(pieces_backend(kind), "<s> $A"), BOTH))
+def test_a_folders_completion_keeps_the_space_of_its_first_token(kind: str, tmp_path: Path) -> None:
+    ours = opened(written_folder(tmp_path / "model", around(sentencepiece_backend(kind), "<s> $A"), BOTH))
     prompt = ours.prompt("The quick brown", raw=True)
     whole = ours.prompt("The quick brown fox jumps", raw=True)
     assert whole[: len(prompt)] == prompt
@@ -748,7 +748,7 @@ def test_a_folders_completion_goes_on_with_the_space_of_its_first_token(kind: st
     assert "".join(shown) == " fox jumps"
 
 
-def test_a_conversation_of_a_folder_holds_what_its_template_writes_once(tmp_path: Path) -> None:
+def test_a_folders_conversation_repeats_no_token_of_its_template(tmp_path: Path) -> None:
     template = "[gMASK]<sop>{% for m in messages %}<|user|>\n{{ m.content }}{% endfor %}<|assistant|>"
     path = written_folder(
         tmp_path / "model", around(bytes_backend(special=GLM), "[gMASK] <sop> $A"),

@@ -1,7 +1,7 @@
-"""Small vocabularies of every kind of tokenizer, and texts that show where one is read wrongly.
+"""Small vocabularies of every kind of tokenizer, and texts that expose errors in reading them.
 
-The vocabularies are trained on the texts' own kind of text: prose, code, digits, many scripts. The merges of the byte-level
-ones cross words, so that each way to cut a text gives tokens of its own.
+The vocabularies are trained on similar texts: prose, code, digits, many scripts. Byte-level merges cross words, so that
+each pre-tokenizer yields different tokens.
 """
 
 import inspect
@@ -38,7 +38,7 @@ LINES = (
     "https://example.com/path?query=1&other=two#frag user@example.org C:\\Users\\name ~/.config/app.toml <b>html</b>",
     "e\u0301te\u0301 no\u0308el a\u030a  tabs\t\tand   spaces    and\u00a0nbsp \u3000ideographic  space",
 )
-# The tokens that a text can hold whole. Some are spelled with the beginning of another, some with spaces or U+2581.
+# Tokens that are matched whole in a text. Some share a prefix with another, some contain spaces or U+2581.
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|im|>", "<tool>", "</tool>", "<｜User｜>", "<｜end▁of▁turn｜>")
 USER = ("<think>", "</think>", "<think>\n", "[a b]", "▁<mark>", "<é>", "\n\n\n")
 
@@ -51,7 +51,7 @@ def corpus() -> tuple[str, ...]:
 
 
 def hostile_texts() -> list[str]:
-    """Texts that come out wrong where a tokenizer is read wrongly, apart from special tokens."""
+    """Texts that expose errors in a tokenizer, apart from special tokens."""
     return [
         "", " ", "  ", "   ", "\n", "\n\n", "\n\n\n\n", "\t", "\r\n", " \n ", "a", " a", "  a", "a ", "a  ", "Hello, world!",
         "  leading and trailing  ", "one  two   three    four", "line\nline\n\nline\n\n\nline\n", "tab\tand\t\ttabs \t mixed",
@@ -71,7 +71,7 @@ def hostile_texts() -> list[str]:
 
 
 def texts_with(tokens: Sequence[str]) -> list[str]:
-    """Texts of a user that hold special tokens: alone, adjacent, with white space about them, cut short, in one another."""
+    """User texts with special tokens: alone, adjacent, with white space around them, truncated, nested."""
     first, second = tokens[0], tokens[1 % len(tokens)]
     found = [f"{token}" for token in tokens]
     found += [f"hi{token}there" for token in tokens]
@@ -89,7 +89,7 @@ def texts_with(tokens: Sequence[str]) -> list[str]:
 
 
 def write_vocabulary(path: Path, metadata: Mapping[str, Any], *, architecture: str = "llama") -> Path:
-    """Write a GGUF that holds a vocabulary only: `metadata` without `tokenizer.ggml.`, but for keys with a dot at the start."""
+    """Write a GGUF file with only a vocabulary. Keys of `metadata` omit `tokenizer.ggml.`, unless they start with a dot."""
     writer = gguf.GGUFWriter(str(path), architecture)
     sizes = {"context_length": 64, "embedding_length": 64, "block_count": 1, "feed_forward_length": 64}
     for key, value in {**sizes, "attention.head_count": 2, "attention.layer_norm_rms_epsilon": 1e-6}.items():
@@ -116,7 +116,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 @cache
 def _byte_level_merges(size: int = 4000) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(tokens, merges) of a byte-level BPE that was learned without cuts, so merges cross words, digits and lines."""
+    """(tokens, merges) of a byte-level BPE trained without a pre-tokenizer, so merges cross words, digits and lines."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = [*bytes_to_unicode().values()]
@@ -134,11 +134,11 @@ def byte_level(
 ) -> dict[str, Any]:
     """Metadata of a byte-level BPE vocabulary. Its first special tokens are <s> and </s>."""
     tokens, merges = _byte_level_merges()
-    # words that no merges make: whole only where words that are tokens are taken whole
+    # words that no merges produce: single tokens only with IGNORE_MERGES
     words = ("Hello", "Ġworld", "HelloWorld", "iPhone", "Ġtrailing", "pass")
     tokens = (*tokens, *(word for word in words if word not in tokens))
     every = [*tokens, "<s>", "</s>", *special, *user]
-    assert len(set(every)) == len(every)  # of a token that is there twice llama.cpp dies
+    assert len(set(every)) == len(every)  # llama.cpp crashes on a duplicate token
     types = [*[NORMAL] * len(tokens), *[CONTROL] * (2 + len(special)), *[USER_DEFINED] * len(user)]
     return {
         "model": "gpt2", "pre": pre, "tokens": every, "token_type": types, "merges": merges,
@@ -169,14 +169,14 @@ def trained(
 
 
 def sentencepiece_pieces(model: sentencepiece.SentencePieceProcessor, user: Sequence[str] = ()) -> dict[str, Any]:
-    """Tokens, scores and types of a trained model, with `user` as its user-defined symbols, as llama.cpp's converter has them."""
+    """Tokens, scores and types of a trained model as llama.cpp's converter writes them; `user` are user-defined symbols."""
     ids = range(model.get_piece_size())
     tokens, types = [model.id_to_piece(i) for i in ids], []
     for i, token in enumerate(tokens):
         kinds = [(model.is_unknown(i), UNKNOWN), (model.is_control(i), CONTROL), (model.is_byte(i), BYTE)]
         kinds += [(model.is_unused(i), UNUSED), (token in user, USER_DEFINED)]
         types.append(next((kind for holds, kind in kinds if holds), NORMAL))
-    # a user's own tokens are held with the spaces that they stand for
+    # user-defined tokens are stored with real spaces
     tokens = [
         token.replace("▁", " ") if kind == USER_DEFINED else token for token, kind in zip(tokens, types, strict=True)
     ]
@@ -184,7 +184,7 @@ def sentencepiece_pieces(model: sentencepiece.SentencePieceProcessor, user: Sequ
 
 
 def sentencepiece_bpe(*, special: Sequence[str] = SPECIAL, user: Sequence[str] = USER, **more: Any) -> dict[str, Any]:
-    """Metadata of a SentencePiece BPE vocabulary as Llama 2 and Mistral have it, and tokens added to it."""
+    """Metadata of a SentencePiece BPE vocabulary like Llama 2's and Mistral's, with added tokens."""
     found = sentencepiece_pieces(trained())
     added = [token for token in (*special, *user) if token not in found["tokens"]]
     found["tokens"] += added
@@ -209,12 +209,12 @@ GEMMA_USER = (
 
 
 def gemma_model() -> sentencepiece.SentencePieceProcessor:
-    """Trained as Gemma's: no prefix, runs of newlines and of spaces as symbols of their own."""
+    """A model trained like Gemma's: no space prefix, runs of newlines and of spaces as single tokens."""
     return trained(prefix=False, user=GEMMA_USER, control=("<start_of_turn>", "<end_of_turn>"))
 
 
 def gemma(**more: Any) -> dict[str, Any]:
-    """Metadata of a SentencePiece vocabulary as Gemma 1 to 3 have it."""
+    """Metadata of a SentencePiece vocabulary like Gemma 1 to 3's."""
     found = sentencepiece_pieces(gemma_model(), GEMMA_USER)
     return {
         "model": "llama", "pre": "default", "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0,
@@ -226,12 +226,12 @@ T5_USER = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
 
 
 def t5_model(*, normalise: str = "nmt_nfkc", merge_spaces: bool = True) -> sentencepiece.SentencePieceProcessor:
-    """Trained as T5's: unigram, normalised, runs of spaces merged, no bytes to fall back on."""
+    """A model trained like T5's: unigram, normalised, runs of spaces merged, no byte fallback."""
     return trained("unigram", normalise=normalise, merge_spaces=merge_spaces, byte_fallback=False, pad=True)
 
 
 def t5(*, normalise: str = "nmt_nfkc", merge_spaces: bool = True, **more: Any) -> dict[str, Any]:
-    """Metadata of a unigram vocabulary as T5 has it."""
+    """Metadata of a unigram vocabulary like T5's."""
     model = t5_model(normalise=normalise, merge_spaces=merge_spaces)
     found = sentencepiece_pieces(model)
     found["tokens"] += T5_USER
@@ -245,7 +245,7 @@ def t5(*, normalise: str = "nmt_nfkc", merge_spaces: bool = True, **more: Any) -
 
 
 def charsmap(model: sentencepiece.SentencePieceProcessor) -> bytes:
-    """SentencePiece's table of normalisation: field 2 of field 3 of the model's protocol buffer."""
+    """SentencePiece's normalisation table: field 2 of field 3 of the model's protocol buffer."""
     return dict(_fields(dict(_fields(model.serialized_model_proto())).get(3, b""))).get(2, b"")
 
 
@@ -276,9 +276,9 @@ def _fields(data: bytes) -> list[tuple[int, bytes]]:
 
 
 def gemma4(**more: Any) -> dict[str, Any]:
-    """Metadata of Gemma 4's kind: BPE by merges over characters, spaces as U+2581, bytes to fall back on."""
+    """Metadata like Gemma 4's: BPE merges over characters, spaces as U+2581, byte fallback."""
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.Parallelism("\n", "isolated")
+    made.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
     lines = [text.replace(" ", "▁") for text in (*corpus(), *hostile_texts()) if "\0" not in text]
     made.train_from_iterator(
         lines, trainers.BpeTrainer(vocab_size=2500, min_frequency=2, limit_alphabet=600, show_progress=False)
@@ -303,7 +303,7 @@ PHI3 = ("<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|system|>", "<|e
 
 
 def phi3(**more: Any) -> dict[str, Any]:
-    """Metadata of Phi-3: Llama 2's vocabulary and control tokens that absorb the white space after them."""
+    """Metadata of Phi-3: Llama 2's vocabulary and control tokens that strip the white space after them."""
     name = {".general.name": "Phi-3 Mini 4K Instruct"}
     found = {**name, **sentencepiece_bpe(special=PHI3, user=()), "eos_token_id": 0, **more}
     found["eos_token_id"] = found["tokens"].index("<|endoftext|>")

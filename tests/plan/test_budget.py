@@ -1,4 +1,4 @@
-"""The budget that is found, on file trees that look like machines and containers."""
+"""Budget detection on file trees of machines and containers."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from headrace.cgroup import usable_cores
 from headrace.plan import detect_budget, given_budget
 from headrace.units import GIB, MIB
 
-NO_LIMIT_V1 = 9223372036854771712  # what version 1 says where there is none: 2**63 rounded down to a page
+NO_LIMIT_V1 = 9223372036854771712  # value of version 1 without a limit: 2**63 rounded down to a page
 LESS_MARGIN = 0.9
 
 
@@ -52,7 +52,7 @@ def test_without_a_cgroup_the_available_memory_counts(tmp_path: Path) -> None:
     assert budget.reason == "no --memory; 8.00 GiB of memory is available, less 10%"
 
 
-def test_an_old_kernel_without_available_memory_tells_the_free_one(tmp_path: Path) -> None:
+def test_an_old_kernel_without_available_memory_reports_free_memory(tmp_path: Path) -> None:
     write(tmp_path / "proc/meminfo", f"MemTotal: {16 * MIB} kB\nMemFree: {2 * MIB} kB\n")
 
     assert detect_budget(tmp_path).nbytes == int(2 * GIB * LESS_MARGIN)
@@ -182,7 +182,7 @@ def test_this_machine_has_a_budget() -> None:
     assert detect_budget().nbytes > 0
 
 
-def test_a_given_budget_is_kept_to_the_byte_and_says_where_it_is_from() -> None:
+def test_a_given_budget_is_kept_to_the_byte_with_its_reason() -> None:
     budget = given_budget(4 * GIB + 1)
 
     assert budget.nbytes == 4 * GIB + 1

@@ -1,4 +1,4 @@
-"""What drafting is worth, before it is done."""
+"""The predicted gain of drafting."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,27 +27,32 @@ def compute_bound(rows: int) -> PassCost:
     return PassCost(disk_s=0.0, compute_s=0.5 * rows)
 
 
-def test_published_tokens_per_pass_are_met_by_the_formula() -> None:
+def test_the_formula_matches_published_tokens_per_pass() -> None:
     # A model of a third of the size: 3.4 / 4.5 / 5.9 tokens at 4 / 8 / 16 draft tokens; Q4_0 of the same model 4.4 / 6.8 / 10.8.
-    for chance, published in ((0.80, (3.4, 4.5, 5.9)), (0.94, (4.4, 6.8, 10.8))):
+    for acceptance_rate, published in ((0.80, (3.4, 4.5, 5.9)), (0.94, (4.4, 6.8, 10.8))):
         for draft_tokens, tokens in zip((4, 8, 16), published, strict=True):
-            formula = sum(chance**i for i in range(draft_tokens + 1))
+            formula = sum(acceptance_rate**i for i in range(draft_tokens + 1))
             assert formula == pytest.approx(tokens, rel=0.2)
 
 
-@given(chance=st.floats(0, 0.99), most=st.integers(0, 30), sequences=st.integers(1, 32), draft_token_s=st.floats(0, 1))
+@given(
+    acceptance_rate=st.floats(0, 0.99),
+    most=st.integers(0, 30),
+    sequences=st.integers(1, 32),
+    draft_token_s=st.floats(0, 1),
+)
 def test_the_best_number_of_draft_tokens_is_never_worse_than_none(
-    chance: float, most: int, sequences: int, draft_token_s: float
+    acceptance_rate: float, most: int, sequences: int, draft_token_s: float
 ) -> None:
     for cost in (disk_bound, compute_bound):
-        none = predict_decode(chance, 0, sequences, draft_token_s, cost)
-        best = predict_decode(chance, most, sequences, draft_token_s, cost)
+        none = predict_decode(acceptance_rate, 0, sequences, draft_token_s, cost)
+        best = predict_decode(acceptance_rate, most, sequences, draft_token_s, cost)
         assert best.s_per_token <= none.s_per_token
         assert best.tokens_per_pass <= sequences * (1 + most)
         assert 0 <= best.draft_tokens <= most
 
 
-def test_free_draft_tokens_are_taken_and_costly_ones_are_not() -> None:
+def test_free_draft_tokens_are_used_and_costly_ones_are_not() -> None:
     assert predict_decode(0.9, 20, 1, 0.01, disk_bound).draft_tokens > 8
     assert predict_decode(0.9, 20, 1, 3.0, disk_bound).draft_tokens == 0
     assert predict_decode(0.9, 20, 1, 0.0, compute_bound).draft_tokens == 0
@@ -66,8 +71,8 @@ def test_a_draft_takes_its_memory_from_pinned_weights() -> None:
     assert with_draft.floor_bytes > plain.floor_bytes + with_draft.draft_bytes * 0.9
 
 
-def test_auto_drafts_where_the_disk_binds_and_not_where_everything_fits() -> None:
-    # Rows of a matrix in F16, so that a copy in four bits would pay.
+def test_auto_drafts_if_disk_bound_and_not_if_everything_fits() -> None:
+    # An F16 model, so that a 4-bit copy would pay.
     target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)
     options = drafting_options(target, "auto")
     assert [option.name for option in options] == ["none", "prompt", "self"]
@@ -79,7 +84,7 @@ def test_auto_drafts_where_the_disk_binds_and_not_where_everything_fits() -> Non
     assert ample.name == "none"
 
 
-def test_a_copy_is_not_made_for_a_short_answer() -> None:
+def test_a_low_bit_copy_is_not_made_for_a_short_output() -> None:
     target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)
     options = drafting_options(target, "auto")
     assert options[-1].prepare_s > 1
@@ -89,7 +94,7 @@ def test_a_copy_is_not_made_for_a_short_answer() -> None:
     assert choose_drafting(target, profile, budget_of(1400 * MIB), REQUEST, options)[0].name == "self"
 
 
-def test_what_does_not_fit_is_said_and_left_out() -> None:
+def test_a_draft_that_does_not_fit_is_named_and_skipped() -> None:
     target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)
     floor = make_plan(target, MEASURED, budget_of(20 * GIB), REQUEST).floor_bytes
     chosen, why = choose_drafting(
@@ -128,7 +133,7 @@ def test_more_sequences_until_compute_binds() -> None:
     assert choose_sequences(target, SLOW_DISK, budget_of(2 * GIB), REQUEST, options, 5).sequences <= 5
 
 
-def test_caches_in_8_bits_take_half_and_a_little() -> None:
+def test_8_bit_kv_caches_take_slightly_more_than_half() -> None:
     target = model(layers=4)
     whole, half = (
         make_plan(target, MEASURED, budget_of(2 * GIB), replace(REQUEST, kv_bits=bits)).kv_bytes for bits in (16, 8)
@@ -138,7 +143,7 @@ def test_caches_in_8_bits_take_half_and_a_little() -> None:
     assert four.kv_bytes == 4 * whole
 
 
-def test_interleaving_a_copy_needs_room_and_in_place_needs_many_rows() -> None:
+def test_a_repacked_copy_needs_spare_memory_and_repacking_in_place_needs_a_batch() -> None:
     repacked = replace(
         MEASURED, repacked_weights_per_s={"Q4_K": {"1": 40e9, "4": 20e9, "16": 8e9}}, disk_bytes_per_s={"1": 4e9}
     )
@@ -159,7 +164,7 @@ def test_interleaving_a_copy_needs_room_and_in_place_needs_many_rows() -> None:
     assert many.cost(16).compute_s < 0.9 * replace(many, weights=plain).cost(16).compute_s
 
 
-def test_many_sequences_get_fewer_draft_tokens_each() -> None:
+def test_sequences_of_a_larger_batch_get_fewer_draft_tokens_each() -> None:
     counts = [replace(REQUEST, sequences=n, drafting=LOOKUP).max_draft_tokens for n in (1, 4, 16, 64, 100)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] == LOOKUP.max_draft_tokens
@@ -167,7 +172,7 @@ def test_many_sequences_get_fewer_draft_tokens_each() -> None:
     assert all(replace(REQUEST, sequences=n, drafting=LOOKUP).verify_rows <= 64 for n in range(1, 65))
 
 
-def test_single_rows_are_padded_to_tiles_where_many_draft_tokens_are_accepted() -> None:
+def test_decode_rows_are_padded_to_tiles_at_a_high_acceptance_rate() -> None:
     rates = {"1": 40e9, "2": 24e9, "4": 14e9, "8": 10e9, "16": 10e9, "512": 0.5e9}
     slow = {"32": 100e9, "512": 100e9}
     tiled = replace(
@@ -179,8 +184,8 @@ def test_single_rows_are_padded_to_tiles_where_many_draft_tokens_are_accepted() 
     )
     target = model(layers=16, heads=16, head_dim=128, feed_forward=8192)
     assert tiled.tiled == {"Q4_K"}
-    for chance, pays in ((0.05, False), (0.9, True)):
-        drafting = replace(LOOKUP, acceptance_rate=chance)
+    for rate, pays in ((0.05, False), (0.9, True)):
+        drafting = replace(LOOKUP, acceptance_rate=rate)
         plan = make_plan(target, tiled, budget_of(1100 * MIB), replace(REQUEST, drafting=drafting))
         assert plan.pad_decode_rows_to_tiles == pays
     alone = make_plan(target, tiled, budget_of(1100 * MIB), REQUEST)

@@ -1,9 +1,8 @@
-"""Learning from runs: factors that are known are found again, and records that are none are named."""
+"""Learning from runs: known factors are recovered, and invalid records are named."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from headrace.plan.fit import FACTORS, apply_fit, fit_runs, pass_seconds, quanti
 from headrace.plan.record import PassGroup, RunRecord, keep_record, read_records, records_path
 
 HERE = "a processor, 2 cores, 8 GiB"
-TRUE = {"disk": 1.2, "kernel": 0.8, "layer": 1.5, "io_cpu": 0.5}  # none of them where the search begins
+TRUE = {"disk": 1.2, "kernel": 0.8, "layer": 1.5, "io_cpu": 0.5}  # all different from the start of the search
 
 
 def record(passes: tuple[PassGroup, ...], model: str = "tiny", **other: object) -> RunRecord:
@@ -55,8 +54,9 @@ def group(disk_s: float, kernel_s: float, layer_s: float, rows: int = 1, seconds
 
 
 def made(factors: Mapping[str, float], model: str = "tiny", scale: float = 1.0) -> RunRecord:
-    """A run whose passes took exactly what these factors say: bound by disk, by kernels, by layers, and by several."""
-    sizes = product((0.05, 0.3, 1.0), (0.05, 0.3, 1.0), (0.02, 0.4))
+    """A run whose passes match these factors exactly: bound by disk, by kernels, by layers, and by several."""
+    times = (0.05, 0.3, 1.0)
+    sizes = [(disk, kernel, layer) for disk in times for kernel in times for layer in (0.02, 0.4)]
     groups = [
         group(scale * disk, scale * kernel, scale * layer, rows) for rows, (disk, kernel, layer) in enumerate(sizes, 1)
     ]
@@ -70,7 +70,7 @@ RECORDS = [made(TRUE, "small", 0.1), made(TRUE, "large")]
 # Fitting
 
 
-def test_the_factors_that_made_the_runs_are_found_again() -> None:
+def test_the_factors_that_made_the_runs_are_recovered() -> None:
     fit = fit_runs(RECORDS, HERE)
 
     assert dict(fit.factors) == pytest.approx(TRUE, rel=0.05)
@@ -80,14 +80,14 @@ def test_the_factors_that_made_the_runs_are_found_again() -> None:
     assert (fit.runs, fit.groups) == (2, 36)
 
 
-def test_a_model_that_ran_often_says_no_more_than_one_that_ran_once() -> None:
+def test_a_model_that_ran_often_weighs_no_more_than_one_that_ran_once() -> None:
     slow = {**TRUE, "disk": 2.4}
     once = fit_runs([made(TRUE, "one"), made(slow, "other")], HERE)
     often = fit_runs([made(TRUE, "one")] * 5 + [made(slow, "other")], HERE)
     assert often.factors["disk"] == pytest.approx(once.factors["disk"], rel=0.02)
 
 
-def test_one_run_that_was_disturbed_does_not_decide() -> None:
+def test_one_disturbed_run_does_not_dominate() -> None:
     own = made(TRUE)
     disturbed = replace(own, passes=(replace(own.passes[0], seconds=50 * own.passes[0].seconds), *own.passes[1:]))
     assert dict(fit_runs([disturbed], HERE).factors) == pytest.approx(TRUE, rel=0.1)
@@ -104,14 +104,14 @@ def test_runs_that_were_predicted_with_the_rates_of_another_probe_do_not_count()
     assert "last probe" in str(caught.value.hint)
 
 
-def test_a_factor_that_no_run_says_anything_of_stays() -> None:
+def test_a_factor_that_no_run_constrains_stays() -> None:
     no_disk = [record(tuple(group(0.0, 1.0, 0.1 * number, seconds=0.8 + 0.15 * number) for number in range(1, 5)))]
     fit = fit_runs(no_disk, HERE)
     assert fit.factors["disk"] == pytest.approx(FACTORS["disk"], rel=0.02)
     assert fit.factors["io_cpu"] == pytest.approx(FACTORS["io_cpu"], rel=0.02)
 
 
-def test_runs_predicted_by_an_earlier_fit_say_the_same() -> None:
+def test_runs_predicted_by_an_earlier_fit_give_the_same_factors() -> None:
     earlier = {"disk": 1.1, "kernel": 0.9, "layer": 1.3, "io_cpu": 0.25}
     later = [
         replace(
@@ -149,7 +149,7 @@ def test_runs_of_another_machine_change_nothing() -> None:
     assert fit_runs([*RECORDS, other], HERE) == fit_runs(RECORDS, HERE)
 
 
-def test_nothing_is_too_few() -> None:
+def test_no_runs_are_too_few() -> None:
     with pytest.raises(UsageError):
         fit_runs([], HERE)
 
@@ -160,7 +160,7 @@ def test_nothing_is_too_few() -> None:
 PROFILE = replace(guessed_profile(), source="measured 2025-01-01", disk_bytes_per_s={"1": 2e9})
 
 
-def test_a_fit_makes_the_rates_what_the_runs_showed() -> None:
+def test_a_fit_scales_the_rates_to_the_runs() -> None:
     fit = replace(fit_runs(RECORDS, HERE), factors=TRUE)
     fitted = apply_fit(PROFILE, fit)
 
@@ -193,16 +193,16 @@ def test_another_fit_undoes_the_one_before() -> None:
     assert dict(back.disk_bytes_per_s) == pytest.approx(dict(PROFILE.disk_bytes_per_s))
 
 
-def test_a_quantile_lies_between_two_by_proportion() -> None:
+def test_a_quantile_is_interpolated_linearly() -> None:
     assert quantile([1.0, 2.0, 4.0], 0.5) == 2.0
     assert quantile([1.0, 2.0, 4.0], 0.75) == 3.0
     assert quantile([5.0], 0.9) == 5.0
 
 
-# Keeping and reading
+# Saving and loading
 
 
-def test_a_record_that_is_kept_is_read_back(tmp_path: Path) -> None:
+def test_a_saved_record_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "runs.jsonl"
     keep_record(RECORDS[0], path)
     before = path.read_bytes()
@@ -213,13 +213,13 @@ def test_a_record_that_is_kept_is_read_back(tmp_path: Path) -> None:
     assert read_records(path) == RECORDS
 
 
-def test_records_are_kept_in_the_home() -> None:
+def test_records_are_saved_in_the_home() -> None:
     keep_record(RECORDS[0])
     assert records_path().name == "runs.jsonl"
     assert read_records(records_path()) == [RECORDS[0]]
 
 
-def test_where_nothing_can_be_written_a_run_does_not_fail(tmp_path: Path) -> None:
+def test_an_unwritable_folder_does_not_fail_a_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     keep_record(RECORDS[0], tmp_path / "file" / "runs.jsonl")
     assert (tmp_path / "file").read_text() == ""
@@ -264,7 +264,7 @@ def of_group(**values: object) -> str:
     ],
     ids=lambda line: line[-30:],
 )
-def test_a_line_that_is_no_record_is_an_error_that_names_it(tmp_path: Path, line: str) -> None:
+def test_an_invalid_line_is_an_error_that_names_it(tmp_path: Path, line: str) -> None:
     path = tmp_path / "runs.jsonl"
     keep_record(RECORDS[0], path)
     with path.open("a") as file:
@@ -275,7 +275,7 @@ def test_a_line_that_is_no_record_is_an_error_that_names_it(tmp_path: Path, line
     assert "remove the line" in str(caught.value.hint)
 
 
-def test_records_of_an_earlier_schema_are_passed_over(tmp_path: Path) -> None:
+def test_records_of_an_earlier_schema_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     path.write_text(changed(schema=1) + "\n" + changed() + "\n")
     assert len(read_records(path)) == 1
@@ -289,7 +289,7 @@ def test_another_schema_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
-def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, content: bytes | None) -> None:
+def test_an_unreadable_file_is_an_error(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "runs.jsonl"
     if content is not None:
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Plans of synthetic models: what must hold for every model, machine and budget."""
+"""Plans of synthetic models: properties of every model, machine and budget."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def model(
     metadata: Mapping[str, object] | None = None,
     without: tuple[str, ...] = (),
 ) -> Checkpoint:
-    """The header of a llama; without more said, one of 8 billion weights."""
+    """The header of a llama, by default with 8 billion weights."""
     hidden, kv_width = heads * head_dim, kv_heads * head_dim
     tensors = [tensor("token_embd.weight", (vocab, hidden), kind), tensor("output_norm.weight", (hidden,))]
     tensors += [] if tied else [tensor("output.weight", (vocab, hidden), kind)]
@@ -133,7 +133,7 @@ def requests(draw: st.DrawFn) -> Request:
     return Request(prompt_tokens=draw(st.integers(1, context)), context_tokens=context)
 
 
-PROFILES = {"guessed": guessed_profile(), "measured": MEASURED, "fast disk": FAST_DISK}
+PROFILES = {"unmeasured": guessed_profile(), "measured": MEASURED, "fast disk": FAST_DISK}
 MACHINES = st.sampled_from(sorted(PROFILES))
 BUDGETS = st.integers(450 * MIB, 12 * GIB)
 
@@ -147,7 +147,7 @@ def planned(checkpoint: Checkpoint, profile: Profile, nbytes: int, request: Requ
     try:
         return make_plan(checkpoint, profile, budget_of(nbytes), request)
     except BudgetError as error:
-        # What the plan itself says, and not what it says while it looks for changes.
+        # The error of the plan itself, not of a plan made for a suggestion.
         if f"the budget is {gib(nbytes)} " in str(error):
             reject()
         raise
@@ -160,21 +160,21 @@ def scarce(checkpoint: Checkpoint, profile: Profile, request: Request, share: fl
 
 
 def linears(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """What is multiplied in every pass: matrices but the embedding, which counts if it is the head too."""
+    """Matrices multiplied in every pass: all but the embedding, which counts if it is also the head."""
     matrices = {name: one for name, one in checkpoint.tensors.items() if len(one.shape) == 2}
     if "output.weight" in matrices:
         del matrices["token_embd.weight"]
     return matrices
 
 
-def taken(plan: Plan) -> int:
+def used_bytes(plan: Plan) -> int:
     return plan.pinned_bytes + plan.ring_bytes + plan.kv_bytes + plan.activation_bytes + plan.runtime_bytes
 
 
-def whole_things(checkpoint: Checkpoint) -> int:
-    """Bytes that a plan may leave unused or spend otherwise, since slots and rows are whole.
+def rounding_bytes(checkpoint: Checkpoint) -> int:
+    """Max bytes that a plan leaves unused or spends otherwise, because slots and rows are integers.
 
-    The ring grows by a slot and takes it from the pins; every tensor is pinned by eights of rows.
+    The ring grows by a slot, taken from pinned rows; every tensor is pinned by multiples of `ROW_MULTIPLE` rows.
     """
     matrices = linears(checkpoint).values()
     return UNIT_BYTES + max(one.row_bytes for one in matrices) + ROW_MULTIPLE * sum(one.row_bytes for one in matrices)
@@ -191,11 +191,11 @@ def floor_named(error: BudgetError) -> int:
 
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, requests())
-def test_what_is_taken_fits_into_the_budget(shape: Shape, machine: str, nbytes: int, request: Request) -> None:
+def test_used_bytes_fit_into_the_budget(shape: Shape, machine: str, nbytes: int, request: Request) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
     plan = planned(checkpoint, profile, nbytes, request)
 
-    assert taken(plan) <= nbytes
+    assert used_bytes(plan) <= nbytes
     parts = (plan.pinned_bytes, plan.ring_bytes, plan.kv_bytes, plan.activation_bytes, plan.runtime_bytes)
     assert all(part >= 0 for part in parts)
     assert plan.floor_bytes <= nbytes
@@ -222,7 +222,7 @@ def test_pinned_and_streamed_are_all_weights(shape: Shape, machine: str, nbytes:
 
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, requests())
-def test_what_is_streamed_has_a_ring_and_what_is_not_has_none(
+def test_a_streaming_plan_has_a_ring_and_a_pinned_one_has_none(
     shape: Shape, machine: str, nbytes: int, request: Request
 ) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
@@ -238,7 +238,7 @@ def test_what_is_streamed_has_a_ring_and_what_is_not_has_none(
 
 @PROPERTY
 @given(SHAPES, MACHINES, requests())
-def test_where_everything_fits_nothing_is_streamed(shape: Shape, machine: str, request: Request) -> None:
+def test_a_model_that_fits_is_not_streamed(shape: Shape, machine: str, request: Request) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
     plan = make_plan(checkpoint, profile, budget_of(128 * GIB), request)
 
@@ -261,7 +261,7 @@ def test_a_plan_that_streams_could_not_have_pinned_everything(
     plan = planned(checkpoint, profile, nbytes, request)
     assume(plan.streamed_bytes_per_pass > 0)
 
-    # The margin: 24 MiB and a hundredth of the budget. 8 KiB per tensor: pins begin and end on whole pages.
+    # The margin is 24 MiB and a hundredth of the budget. Pinned rows begin and end on whole pages: 8 KiB per tensor.
     margin = 24 * MIB + nbytes // 100 + 8192 * len(linears(checkpoint))
     without_ring = plan.weights_bytes + plan.kv_bytes + plan.activation_bytes + plan.runtime_bytes + margin
     assert without_ring > nbytes
@@ -269,7 +269,7 @@ def test_a_plan_that_streams_could_not_have_pinned_everything(
 
 @PROPERTY
 @given(LARGE, MACHINES, SHARES, requests())
-def test_what_remains_of_the_budget_is_small_while_weights_are_streamed(
+def test_a_streaming_plan_leaves_little_of_the_budget_unused(
     shape: Shape, machine: str, share: float, request: Request
 ) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
@@ -278,7 +278,7 @@ def test_what_remains_of_the_budget_is_small_while_weights_are_streamed(
     assume(plan.streamed_bytes_per_pass > 0)
 
     margin = 24 * MIB + nbytes // 100 + 8192 * len(linears(checkpoint))
-    assert nbytes - taken(plan) <= margin + whole_things(checkpoint)
+    assert nbytes - used_bytes(plan) <= margin + rounding_bytes(checkpoint)
 
 
 def test_every_large_tensor_is_pinned_by_the_same_share() -> None:
@@ -311,7 +311,7 @@ def test_below_the_floor_is_an_error_that_names_a_budget_which_works(
 
     assert floor > nbytes
     plan = make_plan(checkpoint, MEASURED, budget_of(floor), request, runtime_bytes=runtime_bytes)
-    assert taken(plan) <= floor
+    assert used_bytes(plan) <= floor
     # No larger than it must be: the hint is rounded up to a MiB.
     with pytest.raises(BudgetError):
         make_plan(checkpoint, MEASURED, budget_of(floor - MIB - 1), request, runtime_bytes=runtime_bytes)
@@ -334,7 +334,7 @@ def test_the_floor_is_the_same_for_every_budget() -> None:
     assert make_plan(model(), MEASURED, budget_of(floors.pop()))
 
 
-def test_where_the_cache_is_the_larger_part_a_shorter_context_is_hinted_at() -> None:
+def test_the_hint_is_a_shorter_context_if_the_kv_cache_is_large() -> None:
     checkpoint, request = model(kv_heads=32, context=1 << 17), Request(prompt_tokens=16, context_tokens=1 << 16)
 
     with pytest.raises(BudgetError) as caught:
@@ -359,7 +359,7 @@ def test_more_memory_never_makes_decode_slower(
     small = planned(checkpoint, profile, min(one, other), request)
     large = planned(checkpoint, profile, max(one, other), request)
 
-    slack_s = whole_things(checkpoint) / large.disk_bytes_per_s
+    slack_s = rounding_bytes(checkpoint) / large.disk_bytes_per_s
     assert large.decode.seconds <= small.decode.seconds + slack_s
 
 
@@ -373,7 +373,7 @@ def test_more_memory_makes_decode_slower_by_no_more_than_it_gives_to_prefill(
     large = planned(checkpoint, profile, max(one, other), request)
 
     given_bytes = max(0, large.activation_bytes - small.activation_bytes)
-    slack_s = (whole_things(checkpoint) + given_bytes) / large.disk_bytes_per_s
+    slack_s = (rounding_bytes(checkpoint) + given_bytes) / large.disk_bytes_per_s
     assert large.decode.seconds <= small.decode.seconds + slack_s
     assert large.prefill_passes <= small.prefill_passes
 
@@ -392,7 +392,7 @@ def test_a_faster_disk_never_makes_anything_slower(shape: Shape, machine: str, n
 
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, requests())
-def test_every_prediction_is_a_range_around_what_is_expected(
+def test_every_prediction_is_a_range_around_the_expected_value(
     shape: Shape, machine: str, nbytes: int, request: Request
 ) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
@@ -410,7 +410,7 @@ def test_every_prediction_is_a_range_around_what_is_expected(
 
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, requests())
-# Near the floor no 65 rows fit: stepping down from a prompt of 513 tokens by 64 must not end at one.
+# Near the floor 65 rows do not fit: stepping down from a prompt of 513 tokens by 64 must not end at one row.
 @example({}, "measured", 700 * MIB, Request(prompt_tokens=513, context_tokens=1024))
 def test_a_prefill_takes_no_more_passes_than_the_fewest_rows_need(
     shape: Shape, machine: str, nbytes: int, request: Request
@@ -423,13 +423,13 @@ def test_a_prefill_takes_no_more_passes_than_the_fewest_rows_need(
     assert plan.prefill_rows >= DECODE_MAX_ROWS
 
 
-def test_a_guess_is_less_certain_than_a_measurement_and_says_so() -> None:
-    guessed = make_plan(model(), guessed_profile(), budget_of(4 * GIB))
+def test_an_assumed_profile_is_less_certain_than_a_measured_one_and_says_so() -> None:
+    unmeasured = make_plan(model(), guessed_profile(), budget_of(4 * GIB))
     measured = make_plan(model(), MEASURED, budget_of(4 * GIB))
 
-    assert "rates guessed" in guessed.line()
+    assert "rates guessed" in unmeasured.line()
     assert "rates measured 2025-01-01" in measured.line()
-    ratio = [plan.ttft_s.high / plan.ttft_s.low for plan in (guessed, measured)]
+    ratio = [plan.ttft_s.high / plan.ttft_s.low for plan in (unmeasured, measured)]
     assert ratio[0] > 5 > 2 > ratio[1]
 
 
@@ -508,10 +508,10 @@ def test_nonsense_in_the_metadata_is_planned_or_refused(metadata: dict[str, obje
         return
     assert plan.kv_bytes >= 0
     assert plan.activation_bytes > 0
-    assert taken(plan) <= nbytes
+    assert used_bytes(plan) <= nbytes
 
 
-# What would help
+# Suggestions
 
 
 def check_changes(plan: Plan) -> None:
@@ -531,7 +531,7 @@ def test_changes_are_three_at_most_and_each_is_faster(
     check_changes(planned(checkpoint, profile, nbytes, request))
 
 
-def test_a_plan_that_waits_for_the_disk_has_changes_and_one_with_all_pinned_asks_for_no_memory() -> None:
+def test_a_disk_bound_plan_has_changes_and_a_fully_pinned_one_asks_for_no_memory() -> None:
     slow = make_plan(model(), MEASURED, budget_of(2 * GIB))
     pinned = make_plan(model(), MEASURED, budget_of(64 * GIB))
 
@@ -548,7 +548,7 @@ def everything_pinned(plan: Plan) -> Suggestion | None:
 @given(LARGE, SHARES, requests())
 @example({}, 0.3, Request())
 @example({}, 0.3, Request(prompt_tokens=4096, context_tokens=8192))
-def test_the_memory_that_is_said_to_pin_everything_does(shape: Shape, share: float, request: Request) -> None:
+def test_the_suggested_memory_for_pinning_everything_does_so(shape: Shape, share: float, request: Request) -> None:
     checkpoint, profile = model(**shape), SLOW_DISK
     nbytes = scarce(checkpoint, profile, request, share)
     change = everything_pinned(planned(checkpoint, profile, nbytes, request))
@@ -563,7 +563,7 @@ def test_the_memory_that_is_said_to_pin_everything_does(shape: Shape, share: flo
     assert plan.decode.seconds == pytest.approx(change.s_per_token)
 
 
-def test_the_memory_of_a_change_is_one_word_for_the_shell() -> None:
+def test_the_memory_of_a_change_is_one_word_on_the_command_line() -> None:
     plan = make_plan(model(), MEASURED, budget_of(2 * GIB))
     options = [change.what for change in plan.changes if change.what.startswith("--memory")]
 
@@ -573,7 +573,7 @@ def test_the_memory_of_a_change_is_one_word_for_the_shell() -> None:
 
 @pytest.mark.parametrize("limit", [100, 8192])
 def test_a_short_context_with_a_heavy_cache_is_planned(limit: int) -> None:
-    # 2.6 MB of keys and values per token: 100 tokens are more than a tenth of a budget near the floor.
+    # 2.6 MB of KV cache per token: 100 tokens are more than a tenth of a budget near the floor.
     checkpoint = model(layers=80, heads=64, kv_heads=64, feed_forward=1024, vocab=32_000, context=limit)
     plan = make_plan(checkpoint, MEASURED, budget_of(1040 * MIB), Request(prompt_tokens=16, context_tokens=100))
 
@@ -582,7 +582,7 @@ def test_a_short_context_with_a_heavy_cache_is_planned(limit: int) -> None:
     assert not any("--ctx-size 256" in change.what for change in plan.changes)
 
 
-def test_a_shorter_context_is_offered_where_the_cache_takes_much() -> None:
+def test_a_shorter_context_is_suggested_for_a_large_kv_cache() -> None:
     checkpoint = model(kv_heads=32, feed_forward=4096, vocab=32_000, kind="Q4_K", context=8192)
     plan = make_plan(checkpoint, FAST_DISK, budget_of(5 * GIB), Request(prompt_tokens=16, context_tokens=8192))
     slow = make_plan(checkpoint, MEASURED, budget_of(5 * GIB), Request(prompt_tokens=16, context_tokens=8192))
@@ -591,7 +591,7 @@ def test_a_shorter_context_is_offered_where_the_cache_takes_much() -> None:
     assert "--ctx-size 4096" not in {change.what for change in plan.changes}
 
 
-# What is said of it
+# Output
 
 
 @PROPERTY
@@ -618,7 +618,7 @@ def test_writing_into_the_json_does_not_change_the_plan() -> None:
     assert plan.ttft_s.expected == before
 
 
-def test_the_runtime_that_is_known_counts_instead_of_the_profiles() -> None:
+def test_a_known_runtime_replaces_the_profiles() -> None:
     assumed = make_plan(model(), MEASURED, budget_of(2 * GIB))
     known = make_plan(model(), MEASURED, budget_of(2 * GIB), runtime_bytes=200 * MIB)
 
@@ -628,7 +628,7 @@ def test_the_runtime_that_is_known_counts_instead_of_the_profiles() -> None:
     assert known.pinned_bytes > assumed.pinned_bytes
 
 
-def test_the_cache_holds_keys_and_values_of_every_layer_in_half_precision() -> None:
+def test_the_kv_cache_holds_k_and_v_of_every_layer_in_half_precision() -> None:
     plan = make_plan(model(), MEASURED, budget_of(2 * GIB), Request(prompt_tokens=16, context_tokens=1000))
 
     assert plan.kv_bytes == 2 * 32 * 8 * 128 * 2 * 1000
@@ -659,7 +659,7 @@ def test_a_profile_is_replaced_by_the_next(tmp_path: Path) -> None:
     assert load_profile(path) == FAST_DISK
 
 
-def test_the_profile_is_kept_in_headraces_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_profile_is_saved_in_headraces_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "mine"))
     assert load_profile() is None
     assert save_profile(MEASURED) == profile_path() == tmp_path / "mine" / "profile.json"
@@ -691,7 +691,7 @@ def test_no_profile_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"null", b"[]", b"{}", b"7", b'"text"', b"\xff\xfe\x00", b"[" * 100_000]
 )
-def test_a_file_that_is_no_profile_is_ignored(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_profile_is_ignored(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "profile.json"
     path.write_bytes(content)
 
@@ -710,7 +710,7 @@ def test_a_truncated_profile_is_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "key", sorted(set(asdict(MEASURED)) - {"schema", "factors", "spread", "probed_at", "io_cpu_share"})
 )
-def test_a_profile_that_lacks_something_is_ignored(tmp_path: Path, key: str) -> None:
+def test_an_incomplete_profile_is_ignored(tmp_path: Path, key: str) -> None:
     values = asdict(MEASURED)
     del values[key]
     path = tmp_path / "profile.json"
@@ -742,7 +742,7 @@ def test_a_profile_with_impossible_values_is_ignored(tmp_path: Path, key: str, v
     assert load_profile(path) is None
 
 
-def test_the_disk_is_that_of_the_file_or_else_the_slowest_known(tmp_path: Path) -> None:
+def test_the_disk_rate_is_the_files_or_else_the_slowest_known(tmp_path: Path) -> None:
     own = replace(MEASURED, disk_bytes_per_s={str(tmp_path.stat().st_dev): 3 * GB, "nothing": 1 * GB})
 
     assert own.disk(str(tmp_path)) == 3 * GB
@@ -754,22 +754,22 @@ def test_the_disk_is_that_of_the_file_or_else_the_slowest_known(tmp_path: Path) 
 def test_a_rate_between_two_measured_numbers_of_rows_is_interpolated_in_time() -> None:
     assert MEASURED.kernel("Q4_K", 1) == 30e9
     assert MEASURED.kernel("Q4_K", 16) == pytest.approx(3e9)
-    assert MEASURED.kernel("Q4_K", 1000) == pytest.approx(3e9 * 16 / 1000)  # beyond, every row takes the same time
+    assert MEASURED.kernel("Q4_K", 1000) == pytest.approx(3e9 * 16 / 1000)  # beyond it every row takes the same time
     assert 1 / MEASURED.kernel("Q4_K", 10) == pytest.approx((1 / 9e9 + 1 / 3e9) / 2)
 
 
-def test_a_type_that_was_not_measured_is_as_slow_as_the_slowest() -> None:
+def test_an_unmeasured_type_is_as_slow_as_the_slowest() -> None:
     assert MEASURED.kernel("IQ1_S", 1) == MEASURED.kernel("F16", 1)
 
 
-def test_a_model_that_takes_its_prompt_whole_needs_room_for_it() -> None:
+def test_single_pass_prefill_needs_more_memory() -> None:
     checkpoint = model(
         layers=4, heads=8, head_dim=128, feed_forward=4096, kv_heads=2, vocab=1000, kind="Q4_K", tied=False
     )
     own = shape_of(checkpoint)
-    whole = replace(own, single_sequence=True)
+    single_pass = replace(own, single_sequence=True)
     request = Request(context_tokens=4096, prompt_tokens=2048)
-    for shape, fits in ((own, True), (whole, False)):
+    for shape, fits in ((own, True), (single_pass, False)):
         try:
             found = plan_memory(shape, None, MEASURED, given_budget(700 * MIB), request, None)
             assert fits
@@ -778,7 +778,7 @@ def test_a_model_that_takes_its_prompt_whole_needs_room_for_it() -> None:
             assert not fits
 
 
-def test_scores_that_come_into_memory_are_counted() -> None:
+def test_materialised_attention_scores_are_counted() -> None:
     shape: Shape = {
         "layers": 4,
         "heads": 8,

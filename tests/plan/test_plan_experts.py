@@ -1,4 +1,4 @@
-"""What a plan says of mixtures of experts: who is pinned first, how many experts stay, what a token reads."""
+"""Plans of MoE models: pinning order, cached experts, and bytes read per token."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -66,14 +66,14 @@ def test_the_sizes_of_experts_are_read_from_the_header() -> None:
     assert all("exps" not in tensor.name for tensor in shape_of(MODEL).linears)
 
 
-def test_below_the_floor_it_is_refused_and_at_the_floor_it_is_planned() -> None:
+def test_a_budget_below_the_floor_is_refused_and_at_the_floor_is_planned() -> None:
     floor = plan(4096).floor_bytes
     with pytest.raises(BudgetError, match="needs at least"):
         plan(floor // MIB - 8)
     assert plan(floor // MIB + 1).expert_slots >= 4
 
 
-def test_the_trunk_is_pinned_before_experts_get_more_than_they_need() -> None:
+def test_dense_weights_are_pinned_before_experts_get_more_than_the_minimum() -> None:
     for memory in range(plan(4096).floor_bytes // MIB + 1, 1200, 25):
         one = plan(memory)
         assert one.streamed_bytes_per_pass == 0 or one.expert_slots == 4
@@ -124,7 +124,7 @@ def brute_missed(experts: Experts, rows: int) -> float:
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("cached", [0, 17, 100, 511, 512])
-def test_what_is_missed_is_what_is_not_held(rows: int, cached: int) -> None:
+def test_missed_experts_are_those_not_in_memory(rows: int, cached: int) -> None:
     experts = shape_of(MODEL).experts
     assert experts is not None
     scores = np.full((LAYERS, COUNT), CHOSEN / COUNT, np.float32)
@@ -132,7 +132,7 @@ def test_what_is_missed_is_what_is_not_held(rows: int, cached: int) -> None:
     assert known.missed(rows) == pytest.approx(brute_missed(known, rows), abs=1e-9)
 
 
-def test_the_hit_rate_of_an_earlier_run_is_what_is_expected_of_the_next() -> None:
+def test_the_predicted_hit_rate_is_that_of_an_earlier_run() -> None:
     experts = shape_of(MODEL).experts
     assert experts is not None
     scores = np.full((LAYERS, COUNT), CHOSEN / COUNT, np.float32)
@@ -142,7 +142,7 @@ def test_the_hit_rate_of_an_earlier_run_is_what_is_expected_of_the_next() -> Non
         assert known.source == "from an earlier run"
 
 
-def test_routing_is_kept_and_found_again_and_rubbish_is_not() -> None:
+def test_routing_is_saved_and_loaded_and_an_invalid_file_is_ignored() -> None:
     assert load_routing(MODEL) is None
     scores = np.random.default_rng(0).random((LAYERS, COUNT)).astype(np.float32)
     save_routing(MODEL, Routing(scores=scores, cached=100, hit_rate=0.4))
@@ -155,26 +155,26 @@ def test_routing_is_kept_and_found_again_and_rubbish_is_not() -> None:
         assert load_routing(MODEL) is None
 
 
-def test_a_smaller_file_is_offered_for_what_it_saves_of_the_experts() -> None:
-    """Not as if all of them were read for each token."""
+def test_a_smaller_file_is_suggested_by_the_expert_bytes_it_saves() -> None:
+    """A token reads only its routed experts, not all of them."""
     tight = plan(700)
     offers = [change for change in tight.changes if change.what.startswith("the same model as")]
     assert offers
     assert all(change.s_per_token < tight.decode_s_per_token.expected for change in offers)
 
 
-def test_a_forecast_of_a_file_counts_the_experts_that_a_token_chooses() -> None:
+def test_a_forecast_of_a_file_counts_the_routed_experts_of_a_token() -> None:
     found = architecture_of(MODEL)
     experts = LAYERS * COUNT * 3 * HIDDEN * WIDTH
-    trunk = LAYERS * 4 * HIDDEN * HIDDEN + 4096 * HIDDEN  # the table is the head
+    dense = LAYERS * 4 * HIDDEN * HIDDEN + 4096 * HIDDEN  # the head is tied to the table
     assert (found.experts, found.experts_per_token, found.dense_layers, found.tied) == (COUNT, CHOSEN, 0, True)
-    assert found.params == experts + trunk
-    assert found.active_params == trunk + experts * CHOSEN / COUNT
+    assert found.params == experts + dense
+    assert found.active_params == dense + experts * CHOSEN / COUNT
     assert found.bits == 4.5
-    assert found.read_bytes(4.5) == pytest.approx((trunk + experts * CHOSEN / COUNT) * 4.5 / 8)
+    assert found.read_bytes(4.5) == pytest.approx((dense + experts * CHOSEN / COUNT) * 4.5 / 8)
 
 
-def test_experts_that_are_made_of_fewer_bytes_are_read_as_those() -> None:
+def test_experts_stored_in_fewer_bytes_are_read_in_those() -> None:
     experts = shape_of(MODEL).experts
     assert experts is not None
     packed = replace(experts, read_share=0.75)

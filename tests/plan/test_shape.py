@@ -1,4 +1,4 @@
-"""The sizes that a plan is made from, by the header alone, against the model that is built from it."""
+"""The sizes for a plan, from the header alone, compared with the built model."""
 
 from pathlib import Path
 
@@ -26,11 +26,11 @@ from headrace.plan.shape import Built, shape_of
 @pytest.mark.parametrize(
     ("architecture", "numbers", "heads"),
     [
-        # (heads, width of a head): a window layer and a full one in turns; of six layers four have a cache of their own.
+        # (heads, width of a head): sliding-window and full layers alternate; four of six layers have their own cache.
         ("gemma4", 2 * (2 * (2 * 32) + 2 * (2 * 64)), 8),
         ("gemma4-31b", 2 * (2 * (2 * 32) + 2 * (1 * 64)), 6),
         ("gemma4-26b", 2 * (2 * (2 * 32) + 2 * (1 * 64)), 6),
-        ("deepseek2", 3 * (64 + 16), 3),  # one vector and what is rotated, for all heads
+        ("deepseek2", 3 * (64 + 16), 3),  # MLA: one latent and one RoPE key for all heads
         ("deepseek2-lite", 3 * (64 + 16), 3),
         ("glm-dsa", 3 * (64 + 16), 3),
         ("glm4moe", 2 * 3 * (2 * 32), 6),  # the fourth layer is for multi-token prediction
@@ -41,7 +41,7 @@ from headrace.plan.shape import Built, shape_of
         ("llama", 2 * 3 * (2 * 16), 6),
     ],
 )
-def test_the_cache_is_counted_by_the_layers_that_have_one(
+def test_the_kv_cache_counts_only_layers_that_have_one(
     architecture: str, numbers: int, heads: int, tmp_path: Path
 ) -> None:
     shape = shape_of(open_checkpoint(write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf")))
@@ -70,7 +70,7 @@ def test_the_cache_is_counted_by_the_layers_that_have_one(
         "qwen3next",
     ],
 )
-def test_what_a_pass_multiplies_is_what_the_model_multiplies(architecture: str, tmp_path: Path) -> None:
+def test_the_headers_matrices_are_those_that_the_model_multiplies(architecture: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf"))
     pinned = dict.fromkeys(checkpoint.tensors, 0)
     options = StreamOptions(
@@ -83,7 +83,7 @@ def test_what_a_pass_multiplies_is_what_the_model_multiplies(architecture: str, 
     assert multiplied <= by_header
 
 
-def test_once_the_model_is_built_it_says_what_its_layers_keep(tmp_path: Path) -> None:
+def test_a_built_model_supplies_the_kv_elements_of_its_layers(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(random_model("llama"), "llama", tmp_path / "tiny.gguf"))
     built = Built(linears=shape_of(checkpoint).linears, experts=(), single_sequence=False, cached=((2, 40), (1, 30)))
     shape = shape_of(checkpoint, built)
@@ -91,7 +91,9 @@ def test_once_the_model_is_built_it_says_what_its_layers_keep(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("architecture", ["granitehybrid", "lfm2", "mamba", "qwen3next"])
-def test_models_that_keep_states_are_planned_without_drafts_and_one_by_one(architecture: str, tmp_path: Path) -> None:
+def test_recurrent_models_are_planned_without_drafts_and_with_single_sequences(
+    architecture: str, tmp_path: Path
+) -> None:
     checkpoint = open_checkpoint(write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf"))
     budget, profile = Budget(nbytes=8 << 30, reason="test"), guessed_profile()
     options = drafting_options(checkpoint, "auto")
@@ -101,7 +103,7 @@ def test_models_that_keep_states_are_planned_without_drafts_and_one_by_one(archi
     assert choose_sequences(checkpoint, profile, budget, request, options, 16).sequences == 1
 
 
-def test_that_all_positions_are_seen_where_a_model_would_choose_is_said(tmp_path: Path) -> None:
+def test_a_plan_names_sparse_attention_that_is_computed_densely(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(random_model("glm-dsa"), "glm-dsa", tmp_path / "tiny.gguf"))
     budget = Budget(nbytes=8 << 30, reason="test")
     said = {

@@ -1,4 +1,4 @@
-"""Which experts stay in memory: against a slow twin that recomputes every chance from the whole history."""
+"""Eviction of experts: against a slow twin that recomputes every probability from the whole history."""
 
 import time
 
@@ -18,60 +18,62 @@ def counts(*chosen: int) -> np.ndarray:
 
 
 class Twin:
-    """The same predictions in plain Python and double precision, from the whole history at every question."""
+    """The same predictions in plain Python and double precision, from the whole history at every call."""
 
     def __init__(self) -> None:
         self.history: list[tuple[int, list[float], int]] = []
 
-    def chances(self) -> list[list[float]]:
-        usual = [[0.0] * EXPERTS for _ in range(LAYERS)]
+    def probabilities(self) -> list[list[float]]:
+        frequency = [[0.0] * EXPERTS for _ in range(LAYERS)]
         last = [[0.0] * EXPERTS for _ in range(LAYERS)]
-        chance = [[0.0] * EXPERTS for _ in range(LAYERS)]
-        agreement, deviation = 0.0, 16.0
-        for layer, asked, rows in self.history:
-            pairs = list(zip(asked, last[layer], usual[layer], strict=True))
-            agreement = agreement * (1 - 1 / 2000) + sum((a - u) * (b - u) for a, b, u in pairs)
-            deviation = deviation * (1 - 1 / 2000) + sum((b - u) ** 2 for _, b, u in pairs)
-            locality = min(max(agreement / deviation, 0.0), 0.9)
+        probability = [[0.0] * EXPERTS for _ in range(LAYERS)]
+        covariance, variance = 0.0, 16.0
+        for layer, routed, rows in self.history:
+            pairs = list(zip(routed, last[layer], frequency[layer], strict=True))
+            covariance = covariance * (1 - 1 / 2000) + sum((r - f) * (b - f) for r, b, f in pairs)
+            variance = variance * (1 - 1 / 2000) + sum((b - f) ** 2 for _, b, f in pairs)
+            locality = min(max(covariance / variance, 0.0), 0.9)
             kept = 0.5 ** (rows**0.5 / HALF_LIFE)
-            usual[layer] = [kept * u + (1 - kept) * a for a, _, u in pairs]
-            last[layer] = asked
-            chance[layer] = [(1 - locality) * u + locality * a for a, u in zip(asked, usual[layer], strict=True)]
-        return chance
+            frequency[layer] = [kept * f + (1 - kept) * r for r, _, f in pairs]
+            last[layer] = routed
+            probability[layer] = [
+                (1 - locality) * f + locality * r for r, f in zip(routed, frequency[layer], strict=True)
+            ]
+        return probability
 
 
 rows_of_a_pass = st.lists(st.sets(st.integers(0, EXPERTS - 1), min_size=2, max_size=2), min_size=1, max_size=4)
-visits = st.lists(st.tuples(rows_of_a_pass, st.sets(st.integers(0, EXPERTS - 1))), max_size=30)
+steps = st.lists(st.tuples(rows_of_a_pass, st.sets(st.integers(0, EXPERTS - 1))), max_size=30)
 
 
 @settings(deadline=None)
-@given(visits, st.integers(1, LAYERS * EXPERTS))
-def test_the_one_that_goes_is_the_least_likely_of_those_not_held(passes: list, slots: int) -> None:
+@given(steps, st.integers(1, LAYERS * EXPERTS))
+def test_the_evicted_expert_is_the_least_likely_of_those_not_held(passes: list, slots: int) -> None:
     cache, twin = ExpertCache(layers=LAYERS, experts=EXPERTS, slots=slots), Twin()
     inside: dict[int, tuple[int, int]] = {}
-    for visit, (rows, failing) in enumerate(passes):
-        layer = visit % LAYERS
+    for step, (rows, failing) in enumerate(passes):
+        layer = step % LAYERS
         chosen = counts(*(expert for row in rows for expert in row))
         cache.note(layer, chosen, len(rows))
         twin.history.append((layer, [int(c) / len(rows) for c in chosen], len(rows)))
-        chance = twin.chances()
-        asked = [int(e) for e in np.flatnonzero(chosen)]
-        held = [slot for slot in (cache.find(layer, e) for e in asked) if slot is not None]
-        assert held == [slot for e in asked for slot, what in inside.items() if what == (layer, e)]
+        probability = twin.probabilities()
+        routed = [int(e) for e in np.flatnonzero(chosen)]
+        held = [slot for slot in (cache.find(layer, e) for e in routed) if slot is not None]
+        assert held == [slot for e in routed for slot, what in inside.items() if what == (layer, e)]
         for slot in held:
             cache.hold(slot)
-        for expert in [e for e in asked if (layer, e) not in inside.values()]:
-            leaving = {slot: chance[i][e] for slot, (i, e) in inside.items() if slot not in held}
+        for expert in [e for e in routed if (layer, e) not in inside.values()]:
+            evictable = {slot: probability[i][e] for slot, (i, e) in inside.items() if slot not in held}
             slot = cache.place(layer, expert)
             if len(inside) < slots:
                 assert slot is not None
                 assert slot not in inside
-            elif not leaving:
+            elif not evictable:
                 assert slot is None
                 continue
             else:
                 # single precision of the fast path, double of the twin: near ties may go either way
-                assert leaving[slot] == pytest.approx(min(leaving.values()), abs=1e-5)
+                assert evictable[slot] == pytest.approx(min(evictable.values()), abs=1e-5)
             assert slot not in held
             held.append(slot)
             inside[slot] = (layer, expert)
@@ -97,7 +99,7 @@ def test_a_slot_held_twice_stays_until_both_have_released_it() -> None:
     assert cache.find(0, 0) is None
 
 
-def test_a_failed_read_is_found_by_nobody_and_its_slot_waits_for_those_who_hold_it() -> None:
+def test_a_failed_read_is_not_found_and_its_slot_is_free_after_the_last_release() -> None:
     cache = ExpertCache(layers=1, experts=EXPERTS, slots=1)
     slot = cache.place(0, 0)
     assert slot is not None
@@ -110,7 +112,7 @@ def test_a_failed_read_is_found_by_nobody_and_its_slot_waits_for_those_who_hold_
     assert cache.place(0, 1) == slot
 
 
-def test_the_agreement_of_neighbouring_tokens_is_measured() -> None:
+def test_the_temporal_locality_of_neighbouring_tokens_is_measured() -> None:
     rng = np.random.default_rng(0)
     for repeated in (0.0, 0.4, 1.0):
         cache = ExpertCache(layers=1, experts=64, slots=8)
@@ -130,7 +132,7 @@ def test_a_prefill_counts_as_the_root_of_its_rows_in_tokens() -> None:
     np.testing.assert_allclose(tokens.scores, prefill.scores, rtol=1e-4)  # ten roundings against one
 
 
-def test_remembered_scores_say_who_goes_before_anything_was_asked() -> None:
+def test_remembered_scores_choose_the_evicted_expert_before_the_first_step() -> None:
     scores = np.array([[0.5, 0.1, 0.9, 0.0, 0.0, 0.0]], np.float32)
     cache = ExpertCache(layers=1, experts=EXPERTS, slots=2, scores=scores)
     for expert in (0, 1):
@@ -159,9 +161,9 @@ def test_a_token_costs_little_even_with_tens_of_thousands_of_slots() -> None:
     layers, experts, chosen = 60, 512, 8
     cache = ExpertCache(layers=layers, experts=experts, slots=20_000)
     rng = np.random.default_rng(0)
-    asked = [[rng.permutation(experts)[:chosen] for _ in range(layers)] for _ in range(110)]
+    routed = [[rng.permutation(experts)[:chosen] for _ in range(layers)] for _ in range(110)]
     spent = []
-    for number, token in enumerate(asked):
+    for number, token in enumerate(routed):
         if number < 100:  # fill it quickly
             for layer in range(layers):
                 for expert in range(4 * number, min(4 * number + 4, experts)):
@@ -180,4 +182,4 @@ def test_a_token_costs_little_even_with_tens_of_thousands_of_slots() -> None:
                 if slot is not None:
                     cache.release(slot)
         spent.append(time.process_time() - start)
-    assert min(spent) < 0.02  # 480 lookups; some 2 ms measured, with room for a slow or a busy machine
+    assert min(spent) < 0.02  # 480 lookups; some 2 ms measured; the limit allows for a slow or busy machine

@@ -22,10 +22,10 @@ Layers = Sequence[Sequence[Sequence[Slice]]]
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Layers, np.ndarray]:
-    """A file with two matrices for every expert, and their numbers: (layers, experts, 2, rows, columns)."""
-    numbers = np.random.default_rng(0).standard_normal((LAYERS, EXPERTS, 2, ROWS, COLUMNS)).astype(np.float32)
+    """A file with two matrices for every expert, and their values: (layers, experts, 2, rows, columns)."""
+    values = np.random.default_rng(0).standard_normal((LAYERS, EXPERTS, 2, ROWS, COLUMNS)).astype(np.float32)
     path = tmp_path_factory.mktemp("experts") / "weights"
-    path.write_bytes(b"header" + numbers.tobytes())
+    path.write_bytes(b"header" + values.tobytes())
     size = ROWS * COLUMNS * 4
 
     def part(layer: int, expert: int, which: int) -> Slice:
@@ -36,7 +36,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Layers, np.ndarray
         )
 
     layers = [[[part(i, e, 0), part(i, e, 1)] for e in range(EXPERTS)] for i in range(LAYERS)]
-    return layers, numbers
+    return layers, values
 
 
 def stream_of(layers: Layers, slots: int, readers: int, **options: object) -> ExpertStream:
@@ -51,7 +51,7 @@ def contents(address: int) -> np.ndarray:
     return np.frombuffer((ctypes.c_float * (ROWS * COLUMNS)).from_address(address), np.float32).reshape(ROWS, COLUMNS)
 
 
-def check(stream: ExpertStream, numbers: np.ndarray, layer: int, wanted: Sequence[int], rows: int = 1) -> None:
+def check(stream: ExpertStream, values: np.ndarray, layer: int, wanted: Sequence[int], rows: int = 1) -> None:
     """Fetch some experts of a layer: each comes once, with its own bytes, which stay while it is used."""
     counts = np.zeros(EXPERTS, np.int64)
     counts[list(wanted)] = 1
@@ -60,60 +60,58 @@ def check(stream: ExpertStream, numbers: np.ndarray, layer: int, wanted: Sequenc
         for expert, address in ready:
             seen.append(expert)
             for which, weight_slice in enumerate(stream.bundles[layer][expert].slices(address)):
-                assert np.array_equal(contents(weight_slice.address), numbers[layer, expert, which])
+                assert np.array_equal(contents(weight_slice.address), values[layer, expert, which])
     assert sorted(seen) == sorted(wanted)
 
 
 @pytest.mark.parametrize("readers", [0, 1, 4])
 @pytest.mark.parametrize("slots", [1, 2, 5, LAYERS * EXPERTS])
 def test_every_expert_comes_with_its_own_bytes(stored: tuple[Layers, np.ndarray], slots: int, readers: int) -> None:
-    layers, numbers = stored
+    layers, values = stored
     random = np.random.default_rng(slots)
     with stream_of(layers, slots, readers) as stream:
         for _ in range(12):
             for layer in range(LAYERS):
                 wanted = random.choice(EXPERTS, size=random.integers(1, EXPERTS + 1), replace=False).tolist()
-                check(stream, numbers, layer, wanted, rows=int(random.integers(1, 40)))
-        asked = stream.counters.hits + stream.counters.ahead + stream.counters.misses
+                check(stream, values, layer, wanted, rows=int(random.integers(1, 40)))
+        requested = stream.counters.hits + stream.counters.ahead + stream.counters.misses
         assert stream.counters.reads == 2 * stream.counters.misses
         if slots == LAYERS * EXPERTS:
             assert stream.counters.misses <= slots
-        assert asked > 0
+        assert requested > 0
 
 
-def test_the_memory_of_all_slots_is_taken_beforehand(stored: tuple[Layers, np.ndarray]) -> None:
-    layers, numbers = stored
+def test_the_memory_of_all_slots_is_populated_beforehand(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, values = stored
     with stream_of(layers, 8000, 2) as stream:
         before = resident_bytes()
-        check(stream, numbers, 0, [1, 2, 3])
+        check(stream, values, 0, [1, 2, 3])
         until = time.perf_counter() + 30
         while resident_bytes() - before < 8000 * 3 * PAGE_BYTES and time.perf_counter() < until:
             time.sleep(0.01)
         assert resident_bytes() - before >= 8000 * 3 * PAGE_BYTES  # an expert's two matrices touch three pages at least
-        check(stream, numbers, 0, [3, 1])
+        check(stream, values, 0, [3, 1])
         assert (stream.counters.hits, stream.counters.misses) == (2, 3)
 
 
-def test_what_is_in_memory_is_not_read_again(stored: tuple[Layers, np.ndarray]) -> None:
-    layers, numbers = stored
+def test_experts_in_memory_are_not_read_again(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, values = stored
     with stream_of(layers, LAYERS * EXPERTS, 2) as stream:
-        check(stream, numbers, 0, [1, 2, 3])
+        check(stream, values, 0, [1, 2, 3])
         before = stream.counters.read_bytes
-        check(stream, numbers, 0, [3, 1])
+        check(stream, values, 0, [3, 1])
         assert stream.counters.read_bytes == before
         assert (stream.counters.hits, stream.counters.misses) == (2, 3)
 
 
 @pytest.mark.parametrize("readers", [0, 1, 3])
-def test_reading_ahead_gives_the_same_bytes_and_counts_what_was_wasted(
-    stored: tuple[Layers, np.ndarray], readers: int
-) -> None:
-    layers, numbers = stored
+def test_prefetch_gives_the_same_bytes_and_counts_wasted_bytes(stored: tuple[Layers, np.ndarray], readers: int) -> None:
+    layers, values = stored
     random = np.random.default_rng(1)
     with stream_of(layers, 12, readers) as stream:
         for _ in range(20):
             for layer in range(LAYERS):
-                check(stream, numbers, layer, random.choice(EXPERTS, size=3, replace=False).tolist())
+                check(stream, values, layer, random.choice(EXPERTS, size=3, replace=False).tolist())
                 if layer + 1 < LAYERS:
                     stream.prefetch(layer + 1, random.choice(EXPERTS, size=4, replace=False).tolist())
         counters = stream.counters
@@ -125,8 +123,8 @@ def test_reading_ahead_gives_the_same_bytes_and_counts_what_was_wasted(
         assert counters.read_bytes >= bundle
 
 
-def test_what_was_read_ahead_in_vain_is_not_used_before_it_has_come(stored: tuple[Layers, np.ndarray]) -> None:
-    layers, numbers = stored
+def test_an_unused_prefetch_in_flight_is_not_used_before_it_has_arrived(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, values = stored
     going, gate = threading.Event(), threading.Event()
 
     class Slow(WeightFile):
@@ -139,14 +137,14 @@ def test_what_was_read_ahead_in_vain_is_not_used_before_it_has_come(stored: tupl
     with stream_of(layers, 12, 2, file_of=Slow) as stream:
         stream._readers.start([stream._read] * stream._readers.count)
         stream.prefetch(1, [0])
-        assert going.wait(10)  # one of its reads is under way, and stays so
-        check(stream, numbers, 1, [5])  # the layer asks for another
+        assert going.wait(10)  # one of its reads is in flight, and stays so
+        check(stream, values, 1, [5])  # the layer requests another
         threading.Timer(0.3, gate.set).start()
-        check(stream, numbers, 1, [0, 5])  # and now for this one
+        check(stream, values, 1, [0, 5])  # and now for this one
 
 
-def test_slots_that_are_full_of_what_was_read_ahead_in_vain_come_free_again(stored: tuple[Layers, np.ndarray]) -> None:
-    layers, numbers = stored
+def test_slots_full_of_unused_prefetches_come_free_again(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, values = stored
     gate = threading.Event()
 
     class Slow(WeightFile):
@@ -156,19 +154,19 @@ def test_slots_that_are_full_of_what_was_read_ahead_in_vain_come_free_again(stor
 
     with stream_of(layers, 2, 4, file_of=Slow) as stream:
         stream._readers.start([stream._read] * stream._readers.count)
-        stream.prefetch(1, [0, 1])  # both slots, all four reads under way
+        stream.prefetch(1, [0, 1])  # both slots, all four reads in flight
         threading.Timer(0.3, gate.set).start()
-        check(stream, numbers, 1, [4, 5, 6])
+        check(stream, values, 1, [4, 5, 6])
 
 
-def test_reading_ahead_more_than_there_are_slots_leaves_room_for_what_is_asked(
+def test_prefetching_more_than_the_slots_leaves_slots_for_requested_experts(
     stored: tuple[Layers, np.ndarray],
 ) -> None:
-    layers, numbers = stored
+    layers, values = stored
     with stream_of(layers, 2, 2) as stream:
         stream.prefetch(1, [0, 1, 2, 3])
-        check(stream, numbers, 1, [4, 5, 6])
-        check(stream, numbers, 2, [0])
+        check(stream, values, 1, [4, 5, 6])
+        check(stream, values, 2, [0])
 
 
 def faulty(error: Callable[[], None], after: int) -> Callable[[str], WeightFile]:
@@ -192,42 +190,42 @@ def io_error() -> None:
 def test_a_failing_disk_is_an_error_and_the_next_pass_starts_afresh(
     stored: tuple[Layers, np.ndarray], readers: int, after: int
 ) -> None:
-    layers, numbers = stored
+    layers, values = stored
     with stream_of(layers, 6, readers, file_of=faulty(io_error, after)) as stream:
         with pytest.raises(ReadError, match="reading failed"):
             for layer in range(LAYERS):
-                check(stream, numbers, layer, [0, 1, 2, 3, 4])
+                check(stream, values, layer, [0, 1, 2, 3, 4])
         for layer in range(LAYERS):
-            check(stream, numbers, layer, [0, 1, 2, 3, 4])
+            check(stream, values, layer, [0, 1, 2, 3, 4])
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("headrace-expert")]
 
 
 def test_a_silent_disk_is_an_error(stored: tuple[Layers, np.ndarray]) -> None:
-    layers, numbers = stored
+    layers, values = stored
     silence = threading.Event()
     options = {"file_of": faulty(lambda: silence.wait(20) and None, 1), "stall_limit_s": 0.2}
     stream = stream_of(layers, 4, 1, **options)
     try:
         with pytest.raises(ReadError, match="delivered nothing"):
-            check(stream, numbers, 0, [0, 1, 2])
+            check(stream, values, 0, [0, 1, 2])
     finally:
         silence.set()
         stream.close()
 
 
 def test_an_interrupt_between_groups_leaves_nothing_held(stored: tuple[Layers, np.ndarray]) -> None:
-    layers, numbers = stored
+    layers, values = stored
     counts = np.ones(EXPERTS, np.int64)
     with stream_of(layers, 3, 2) as stream:
         for _ in range(5):
             groups = stream.fetch(0, counts, 1)
             next(groups)
             groups.close()
-        check(stream, numbers, 0, list(range(EXPERTS)))
+        check(stream, values, 0, list(range(EXPERTS)))
 
 
-def test_an_interrupt_gives_no_slot_away_that_a_read_ahead_still_writes_into(stored: tuple[Layers, np.ndarray]) -> None:
-    layers, numbers = stored
+def test_an_interrupt_frees_no_slot_that_a_prefetch_still_writes_into(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, values = stored
     going, gate = threading.Event(), threading.Event()
 
     class Slow(WeightFile):
@@ -237,20 +235,20 @@ def test_an_interrupt_gives_no_slot_away_that_a_read_ahead_still_writes_into(sto
             return super().read(offset, target, needed)
 
     with stream_of(layers, 3, 2, file_of=Slow) as stream:
-        check(stream, numbers, 0, [0])
+        check(stream, values, 0, [0])
         going.set()
         groups = stream.fetch(0, np.eye(EXPERTS, dtype=np.int64)[0], 1, lambda: stream.prefetch(1, [3]))
-        next(groups)  # what the layer needs is in memory, and a read ahead is under way
+        next(groups)  # the layer's experts are in memory, and a prefetch is in flight
         threading.Timer(0.3, gate.set).start()
         groups.close()
-        check(stream, numbers, 1, [5, 6, 7])  # takes every slot
-        check(stream, numbers, 1, [3])
+        check(stream, values, 1, [5, 6, 7])  # takes every slot
+        check(stream, values, 1, [3])
 
 
 def test_an_interrupt_while_readers_stop_does_not_close_the_stream(stored: tuple[Layers, np.ndarray]) -> None:
-    layers, numbers = stored
+    layers, values = stored
     with stream_of(layers, 4, 2) as stream:
-        check(stream, numbers, 0, [0, 1])
+        check(stream, values, 0, [0, 1])
         stream._readers.stop()  # and here came the interrupt
         stream.rewind()
-        check(stream, numbers, 0, [2, 3])
+        check(stream, values, 0, [2, 3])

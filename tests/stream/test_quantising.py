@@ -1,4 +1,4 @@
-"""A low-bit copy that is made while it is read."""
+"""Low-bit draft copies, quantised while they are read."""
 
 import ctypes
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_reads_of_any_range_give_the_same_bytes(original: Checkpoint) -> None:
     files.close()
 
 
-def test_our_blocks_of_q4_k_are_nearly_as_good_as_those_that_are_searched_for() -> None:
+def test_our_q4_k_blocks_are_nearly_as_good_as_ggmls_searched_ones() -> None:
     weights = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32) * 0.02
     weights[3] = 0  # a block of zeros
     weights[5] = 0.01  # one sign only
@@ -80,9 +80,9 @@ def test_our_blocks_of_q4_k_are_nearly_as_good_as_those_that_are_searched_for() 
 def test_f16_and_f32_sources_give_the_same_blocks() -> None:
     halves = np.random.default_rng(1).standard_normal((8, 256)).astype(np.float16)
     floats = halves.astype(np.float32)
-    virtual = []
+    packed = []
     for kind, source in (("F16", halves), ("F32", floats)):
         target = (ctypes.c_uint8 * (8 * 144))()
         convert(kind, source.ctypes.data, "Q4_K", ctypes.addressof(target), 8, 256)
-        virtual.append(bytes(target))
-    assert virtual[0] == virtual[1]
+        packed.append(bytes(target))
+    assert packed[0] == packed[1]

@@ -1,27 +1,27 @@
-"""The consumer sleeps until all that it waits for is there."""
+"""The consumer sleeps until all that it waits for has arrived."""
 
 import threading
 
 from headrace.stream.readers import ReadCounters, Readers
 
 
-def test_the_consumer_is_woken_once_and_only_when_all_is_there() -> None:
+def test_the_consumer_is_woken_once_and_only_when_all_has_arrived() -> None:
     readers = Readers(1, name="test", counters=ReadCounters(), spans=None)
     notify, woken = readers.arrived.notify, []
-    readers.arrived.notify = lambda n=1: (woken.append(len(there)), notify(n))[1]  # type: ignore[method-assign]
-    there: list[int] = []
+    readers.arrived.notify = lambda n=1: (woken.append(len(arrived)), notify(n))[1]  # type: ignore[method-assign]
+    arrived: list[int] = []
     asleep = threading.Event()
 
     def ready() -> bool:
         asleep.set()
-        return len(there) == 3
+        return len(arrived) == 3
 
     consumer = threading.Thread(target=readers.wait, args=(ready, "three"))
     consumer.start()
     asleep.wait()
     for number in range(3):
         with readers.arrived:
-            there.append(number)
+            arrived.append(number)
             readers.wake()
     consumer.join(timeout=10)
     assert not consumer.is_alive()

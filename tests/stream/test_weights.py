@@ -24,7 +24,7 @@ Bytes = dict[str, bytes]
 
 
 def make_file(path: Path, shapes: list[tuple[int, int]]) -> tuple[list[Tensor], Bytes]:
-    """Tensors of random F32 rows at odd offsets, and what they hold."""
+    """Tensors of random F32 rows at odd offsets, and their contents."""
     random = np.random.default_rng(0)
     tensors, contents, offset = [], {}, 96
     with path.open("wb") as file:
@@ -44,13 +44,13 @@ def make_file(path: Path, shapes: list[tuple[int, int]]) -> tuple[list[Tensor], 
 
 
 def read_pass(stream: WeightStream) -> Bytes:
-    """One pass: what every tensor's rows were when they were delivered."""
+    """One pass: the rows of every tensor as they were delivered."""
     got: Bytes = {}
-    for index, visit in enumerate(stream.layout.groups):
-        rows: dict[str, dict[int, bytes]] = {tensor.name: {} for tensor in visit.tensors}
+    for index, group in enumerate(stream.layout.groups):
+        rows: dict[str, dict[int, bytes]] = {tensor.name: {} for tensor in group.tensors}
         for batch in stream.weights_of(index):
             for i, weight_slice in batch:
-                tensor = visit.tensors[i]
+                tensor = group.tensors[i]
                 rows[tensor.name][weight_slice.first] = ctypes.string_at(
                     weight_slice.address, weight_slice.rows * tensor.row_bytes
                 )
@@ -58,11 +58,11 @@ def read_pass(stream: WeightStream) -> Bytes:
     return got
 
 
-def layout_of(tensors: list[Tensor], share: float, unit_bytes: int, lent: float = 0.0) -> Layout:
+def layout_of(tensors: list[Tensor], share: float, unit_bytes: int, decode_share: float = 0.0) -> Layout:
     groups = [tensors[:2], *[[tensor] for tensor in tensors[2:]]]
     pinned = {t.name: int(share * t.rows) for t in tensors}
-    at_times = {t.name: int(lent * (t.rows - pinned[t.name])) for t in tensors}
-    return make_layout(groups, pinned, unit_bytes, read_bytes=20_000, decode_pinned_rows=at_times)
+    decode_pinned = {t.name: int(decode_share * (t.rows - pinned[t.name])) for t in tensors}
+    return make_layout(groups, pinned, unit_bytes, read_bytes=20_000, decode_pinned_rows=decode_pinned)
 
 
 SHAPES = [(7, 33), (64, 256), (1, 5000), (300, 40), (5, 1024)]
@@ -87,37 +87,38 @@ def test_every_pass_delivers_every_byte(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     share=st.floats(0, 1),
-    lent=st.floats(0, 1),
+    decode_share=st.floats(0, 1),
     unit_bytes=st.integers(1, 60_000),
     slots=st.integers(1, 20),
     readers=st.integers(0, 4),
-    lends=st.lists(st.booleans(), min_size=2, max_size=6),
+    reuses=st.lists(st.booleans(), min_size=2, max_size=6),
 )
-def test_every_pass_delivers_every_byte_whether_memory_is_lent_or_not(
-    tmp_path: Path, share: float, lent: float, unit_bytes: int, slots: int, readers: int, lends: list[bool]
+def test_every_pass_delivers_every_byte_with_prefill_memory_reused_or_not(
+    tmp_path: Path, share: float, decode_share: float, unit_bytes: int, slots: int, readers: int, reuses: list[bool]
 ) -> None:
     tensors, contents = make_file(tmp_path / "w", SHAPES)
-    with WeightStream(layout_of(tensors, share, unit_bytes, lent), slots=slots, readers=readers) as stream:
-        for one in lends:
-            stream.reuse_prefill_memory(one)
+    with WeightStream(layout_of(tensors, share, unit_bytes, decode_share), slots=slots, readers=readers) as stream:
+        for reuse in reuses:
+            stream.reuse_prefill_memory(reuse)
             assert read_pass(stream) == contents
 
 
-def test_lent_rows_are_read_once_while_they_have_their_memory(tmp_path: Path) -> None:
+def test_decode_pinned_rows_are_read_once_while_they_have_their_memory(tmp_path: Path) -> None:
     tensors, _ = make_file(tmp_path / "w", SHAPES)
-    layout = layout_of(tensors, 0.3, 9000, lent=0.5)
-    rest = sum(unit.length for visit in layout.groups for _, unit in visit.streamed)
-    lent = sum(unit.length for visit in layout.groups for rows in visit.decode_pinned for unit in rows.units)
-    assert lent
-    assert layout.streamed_bytes == rest + lent
+    layout = layout_of(tensors, 0.3, 9000, decode_share=0.5)
+    rest = sum(unit.length for group in layout.groups for _, unit in group.streamed)
+    decode_pinned = sum(unit.length for group in layout.groups for rows in group.decode_pinned for unit in rows.units)
+    assert decode_pinned
+    everything = rest + decode_pinned
+    assert layout.streamed_bytes == everything
     read = []
     with WeightStream(layout, slots=4, readers=0) as stream:
-        for lends in (False, False, True, True, False, True):
+        for reuse in (False, False, True, True, False, True):
             before = stream.counters.read_bytes
-            stream.reuse_prefill_memory(lends)
+            stream.reuse_prefill_memory(reuse)
             read_pass(stream)
             read.append(stream.counters.read_bytes - before)
-    assert read[1:] == [rest + lent, rest + lent, rest, rest + lent, rest + lent]
+    assert read[1:] == [everything, everything, rest, everything, everything]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
@@ -129,12 +130,12 @@ def test_serial_and_pipelined_streams_read_the_same_bytes(tmp_path: Path, share:
         with WeightStream(layout, slots=4, readers=readers) as stream:
             for _ in range(3):
                 assert read_pass(stream) == contents
-            stream._readers.stop()  # the pipelined one is ahead by what the ring holds; count what was consumed
+            stream._readers.stop()  # the pipelined one has prefetched the ring; count consumed bytes
             read[readers] = layout.pinned_bytes + stream._released * layout.streamed_bytes // max(
                 1, layout.streamed_units
             )
             if readers == 0:
-                pinned = sum(unit.length for visit in layout.groups for rows in visit.pinned for unit in rows.units)
+                pinned = sum(unit.length for group in layout.groups for rows in group.pinned for unit in rows.units)
                 assert stream.counters.read_bytes == pinned + 3 * layout.streamed_bytes
             else:
                 ahead = stream.counters.read_bytes - pinned - 3 * layout.streamed_bytes
@@ -174,7 +175,7 @@ def test_reads_go_on_over_the_end_of_a_pass(tmp_path: Path) -> None:
 
 
 class Faulty:
-    """A file whose reads go wrong from the n-th on."""
+    """A file whose reads fail from the n-th on."""
 
     def __init__(self, path: str, fault: Callable[[], None], after: int):
         self._file, self._fault, self._left = WeightFile(path), fault, after
@@ -227,7 +228,7 @@ def test_a_silent_disk_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
 
 
 def test_a_read_that_never_came_back_cannot_write_into_later_passes(tmp_path: Path) -> None:
-    """It may still end, into memory that others have by then: so the stream goes on no more."""
+    """It may still end, into memory that others have by then; so the stream stays unusable."""
     tensors, _ = make_file(tmp_path / "w", SHAPES)
     silence = threading.Event()
     options = {"file_of": faulty(lambda: void(silence.wait(20))), "stall_limit_s": 0.2}
@@ -248,7 +249,7 @@ def test_a_read_that_never_came_back_cannot_write_into_later_passes(tmp_path: Pa
 
 
 @pytest.mark.parametrize("readers", [0, 2])
-def test_a_closed_stream_says_so(tmp_path: Path, readers: int) -> None:
+def test_a_closed_stream_raises_a_read_error(tmp_path: Path, readers: int) -> None:
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     stream = WeightStream(layout_of(tensors, 0.3, 9000), slots=3, readers=readers)
     assert read_pass(stream) == contents
@@ -335,26 +336,26 @@ def test_many_readers_and_rewinds_never_mix_up_slots(tmp_path: Path) -> None:
                 assert read_pass(stream) == contents
 
 
-def test_settled_pieces_are_delivered_and_read_again_after_an_interrupt(tmp_path: Path) -> None:
+def test_repacked_slices_are_delivered_and_read_again_after_an_interrupt(tmp_path: Path) -> None:
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     calls = 0
 
-    def settle(weight_slice: WeightSlice, tensor: Tensor) -> WeightSlice:
+    def flip(weight_slice: WeightSlice, tensor: Tensor) -> WeightSlice:
         nonlocal calls
         calls += 1
         nbytes = weight_slice.rows * tensor.columns * 4
         flipped = bytes(255 - byte for byte in ctypes.string_at(weight_slice.address, nbytes))
         ctypes.memmove(weight_slice.address, flipped[: nbytes // 2], nbytes // 2)
         if calls == 3:
-            raise KeyboardInterrupt  # in the middle of a weight_slice
+            raise KeyboardInterrupt  # in the middle of a slice
         ctypes.memmove(weight_slice.address, flipped, nbytes)
         return weight_slice
 
-    with WeightStream(layout_of(tensors, 1.0, 8192), slots=2, readers=2, on_pinned=settle) as stream:
+    with WeightStream(layout_of(tensors, 1.0, 8192), slots=2, readers=2, on_pinned=flip) as stream:
         with pytest.raises(KeyboardInterrupt):
             read_pass(stream)
         stream.rewind()
         expected = {name: bytes(255 - byte for byte in data) for name, data in contents.items()}
         assert read_pass(stream) == expected
         assert read_pass(stream) == expected
-        assert calls == 3 + len(SHAPES) - 2  # once each, and again the visit that was interrupted
+        assert calls == 3 + len(SHAPES) - 2  # once each, and again the interrupted group

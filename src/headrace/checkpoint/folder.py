@@ -94,7 +94,7 @@ def _by_path(
 
 def _check_config(path: str, config: Mapping[str, Any]) -> None:
     if not isinstance(config.get("model_type"), str):
-        remote = " (it has code of its own, which headrace does not run)" if config.get("auto_map") else ""
+        remote = " (it has its own code, which headrace does not run)" if config.get("auto_map") else ""
         raise UnsupportedError(
             f"{path}: config.json names no model_type{remote}",
             hint="use a version of the model that transformers supports, or a GGUF file",

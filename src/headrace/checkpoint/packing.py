@@ -266,7 +266,7 @@ def _remove(partial: Path, own_files: set[str]) -> None:
 
 def _unwritable(path: Path, error: OSError) -> HeadraceError:
     return HeadraceError(
-        f"cannot write {path}: {error.strerror}", hint="make room or name another disk; nothing was left behind"
+        f"cannot write {path}: {error.strerror}", hint="free disk space or name another disk; nothing was left behind"
     )
 
 
@@ -337,7 +337,7 @@ def _check_disk_space(partial: Path, needed: int) -> None:
     if needed > free:
         raise HeadraceError(
             f"the next file takes {gigabytes(needed)}, {partial} has {gigabytes(free)} free",
-            hint="make room or name another disk; nothing was left behind",
+            hint="free disk space or name another disk; nothing was left behind",
         )
 
 

@@ -34,7 +34,7 @@ class Input:
 
     value: float
     unit: str
-    label: str  # stated (in the claim), measured, table, guessed
+    label: str  # one of `LABELS`; "stated" means in the claim
     low: float | None = None
     high: float | None = None
     source: str = ""

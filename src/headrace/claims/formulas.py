@@ -312,7 +312,7 @@ def price_over_rental(
 def hourly_price_over_rental(
     usd_per_h: float, gflop_per_word: float, words_per_s: float, rental_usd_per_h: float, utilisation: float
 ) -> float:
-    """That markup by the hour; the paid pace and the computed pace may differ."""
+    """Hourly form of that markup; the paid pace and the computed pace may differ."""
     rent = Tariff(rent_usd_per_h=rental_usd_per_h, utilisation=utilisation).usd_per_h
     return markup(usd_per_h, rent * gflop_per_word * words_per_s / 1e5)
 

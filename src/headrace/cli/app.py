@@ -49,7 +49,7 @@ class FilePath(click.Path):
 
 
 class Group(click.Group):
-    """A command group that turns our errors into a message, a hint and an exit code. (click itself suggests near commands.)"""
+    """A command group that turns our errors into message, hint and exit code. (click itself suggests near commands.)"""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command, and exit with the error's own code."""
@@ -141,7 +141,7 @@ sampling_options = shared(
 
 
 def find_model(function: F) -> F:
-    """Replace a model's name by its path: on this disk, or at the hub, from where it is fetched if need be.
+    """Replace a model's name by its path, on this disk or at the hub. A hub model is fetched if need be.
 
     A model that does not exist is refused before anything slow is imported.
     """
@@ -210,12 +210,12 @@ def run(model: str, **options: Any) -> None:
 @click.option(
     "--require-tok-s",
     type=click.FloatRange(0, min_open=True),
-    help="Find the cheapest configuration with this speed of each sequence.",
+    help="Find the cheapest configuration with this many tokens per second for each sequence.",
 )
 @click.option(
     "--budget-usd",
     type=click.FloatRange(0, min_open=True),
-    help="Find the fastest configuration within these dollars per hour.",
+    help="Find the fastest configuration within this many dollars per hour.",
 )
 @click.option(
     "--usd-per-kwh",
@@ -365,7 +365,7 @@ def pull(model: str, as_json: bool) -> None:
 def pack(model: str, **options: Any) -> None:
     """Write OUT, a copy of the BF16 folder MODEL in three quarters of its bytes, from which the same bits are read.
 
-    For disk-bound runs, which then read a quarter less. The original is not touched. The copy cannot be opened before it is whole.
+    For disk-bound runs, which then read a quarter less. The original is not touched; the copy opens only once it is whole.
     """
     from headrace.cli.pack import pack_command
 

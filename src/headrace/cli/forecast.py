@@ -233,7 +233,7 @@ def forecast_rows(one: Forecast) -> list[tuple[str, str, str]]:
             )
         )
     rows += [("", "", reason) for reason in one.reasons]
-    rows += [("guessed", "", assumption) for assumption in one.machine.assumptions]
+    rows += [("assumed", "", assumption) for assumption in one.machine.assumptions]
     rows.append(
         (
             "sure",

@@ -92,7 +92,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence
 
 
 def timeline_rows(timeline: Timeline, last: bool = True) -> dict[str, list[tuple[float, float]]]:
-    """Reads, compute and stalls of a simulated pass, in seconds from its beginning; neighbouring spans are joined."""
+    """Reads, compute and stalls of a simulated pass, in seconds from its start; neighbouring spans are joined."""
     spans = timeline.spans[-timeline.units_per_pass :] if last else timeline.spans
     start = spans[0].compute_s if last else 0.0
     end = spans[-1].done_s

@@ -43,8 +43,8 @@ from headrace.plan.shape import is_linear
 from headrace.text import printable
 from headrace.units import gib, gigabytes, rate, seconds
 
-DEFAULT_PROMPT_TOKENS = 512
-DEFAULT_USD_PER_KWH = 0.15
+USUAL_PROMPT_TOKENS = 512
+USUAL_USD_PER_KWH = 0.15
 
 
 def profile_for(model: str, *, say: bool) -> Profile:
@@ -54,7 +54,7 @@ def profile_for(model: str, *, say: bool) -> Profile:
         return profile
     if say:
         show.note("measuring this machine once (about 15 s); `headrace probe` does it again")
-    # The probe runs in a process of its own: its memory must not count against this one's ceiling.
+    # The probe runs in a separate process: its memory must not count against this one's ceiling.
     command = [sys.executable, "-c", "from headrace.cli import main; main()", "probe", model, "--json"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -63,7 +63,7 @@ def profile_for(model: str, *, say: bool) -> Profile:
         printed, trouble = "", f"no process can be started: {error.strerror}"
     profile = load_profile() or profile_of(printed)  # the printed one, where it cannot be kept
     if profile is None:
-        show.note(f"the machine could not be measured ({trouble}); planning with guessed rates")
+        show.note(f"the machine could not be measured ({trouble}); planning with assumed rates")
         return guessed_profile()
     return profile
 
@@ -117,19 +117,19 @@ def plan_or_forecast(
         bits=bits,
         kv_bits=kv_bits,
         batch=batch,
-        prompt_tokens=prompt_tokens or DEFAULT_PROMPT_TOKENS,
+        prompt_tokens=prompt_tokens or USUAL_PROMPT_TOKENS,
         tokens=tokens,
         draft=draft,
         require_tok_s=require_tok_s,
         budget_usd=budget_usd,
-        usd_per_kwh=DEFAULT_USD_PER_KWH if usd_per_kwh is None else usd_per_kwh,
+        usd_per_kwh=USUAL_USD_PER_KWH if usd_per_kwh is None else usd_per_kwh,
         utilisation=1.0 if utilisation is None else utilisation,
     )
     forecast_command(model, memory, wishes, html, as_json)
 
 
 def _is_model(model: str) -> bool:
-    """True if the model has weights whose headers can be read: on this disk, or by its name at the hub."""
+    """True if the headers of the model's weights can be read, on this disk or at the hub."""
     path = Path(model)
     path_exists = exists(path)
     if path.is_dir():
@@ -160,7 +160,7 @@ def plan_command(
         )
     if batch > 1 and checkpoint.has_encoder:
         raise UsageError(f"{checkpoint.name} has an encoder: it runs one prompt at a time", hint="use --batch 1")
-    prompt_tokens = prompt_tokens or DEFAULT_PROMPT_TOKENS
+    prompt_tokens = prompt_tokens or USUAL_PROMPT_TOKENS
     context = ctx_size or min(prompt_tokens + tokens, limit)
     request = Request(
         context_tokens=context, prompt_tokens=min(prompt_tokens, context), sequences=batch, kv_bits=kv_bits
@@ -232,7 +232,7 @@ def _rows(plan: Plan, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     decode, ttft = plan.decode_s_per_token, plan.ttft_s
     types = sorted({t.type for t in checkpoint.tensors.values() if is_linear(t)}, key=bits_per_weight)
     buffers = f"ring {gib(plan.ring_bytes)}, activations {gib(plan.activation_bytes)}"
-    measured = plan.profile.source != "guessed"
+    measured = plan.profile.source.startswith("measured")
     passes = f"{plan.prefill_passes} pass{'es' if plan.prefill_passes > 1 else ''} of {plan.prefill_rows} rows"
     return [
         ("model", plan.model, f"{checkpoint.architecture}, {plan.type_bits:.2f} bits/weight ({', '.join(types)})"),

@@ -1,7 +1,7 @@
 """Attention over several sequences, each with its own KV cache, behind transformers' attention interface.
 
-A step packs the new rows of all sequences one after another into a batch of one. In each layer, each sequence
-appends the keys and values of its rows to its cache, and attends to that cache alone. So prefill, decode, verification
+A step packs the new rows of all sequences one after another into a batch of one. In each layer, a sequence
+appends its rows' keys and values to its cache, and attends to that cache alone. So prefill, decode, verification
 and batches differ only in their numbers of rows, and a rollback only sets a length.
 """
 
@@ -295,7 +295,7 @@ class _Pool:
 class FloatBuffers:
     """Memory for keys and values in fp32, of one layer after another.
 
-    fp16 matmuls take four times as long as fp32 where the processor has none of its own. A row over 100 positions takes 94 us
+    fp16 matmuls take four times as long as fp32 if the processor has no fp16 units. A row over 100 positions takes 94 us
     in fp16 and 19 in fp32. Over 600 positions it takes 492 and 98. The conversion to fp32 takes 7 and 30 us.
     """
 
@@ -316,7 +316,7 @@ class FloatBuffers:
 
 
 class Entry(NamedTuple):
-    """New rows of one sequence in a pass: cache, slice of the pass, row invariance, and position of the first row.
+    """New rows of one sequence: cache, slice of the pass, row invariance, and position of the first row.
 
     A sequence may have several entries, one after another.
     """
@@ -493,7 +493,7 @@ class PackedAttention:
         else:
             self.layers[layer] = key.shape[1], key.shape[1] * (key.shape[3] + value.shape[3])
         if mask is not None:
-            self.unknown_arguments.add("a mask of its own")
+            self.unknown_arguments.add("an attention mask")
         asked = {name for name, value in others.items() if value is not None and value is not False}
         self.unknown_arguments |= {name for name in asked if name not in _HARMLESS and not name.startswith("output_")}
 

@@ -1,9 +1,9 @@
 """Decode steps are captured and replayed.
 
-For a small batch the sequence of tensor operations is the same for every token, some forty small operations a layer. Through
-modules, hooks and the interpreter they take 0.5 ms a layer; from a flat list a quarter less. A `CapturedStep` is such a list.
-It holds torch's operations and the engine's own calls (matmul, attention, experts, embedding lookup), with all operands at
-fixed addresses. Replay is bit-identical.
+For a small batch the sequence of tensor operations is the same for every token: some forty a layer. Through modules, hooks
+and the interpreter they take 0.5 ms a layer; from a flat list a quarter less. A `CapturedStep` is such a list. It holds
+torch's operations and the engine's own calls (matmul, attention, experts, embedding lookup), with all operands at fixed
+addresses. Replay is bit-identical.
 
 A captured step must not depend on tensor values or on numbers that change from token to token. An operation that reads a value
 makes the step uncapturable. Two captures of successive tokens must be identical before the second is replayed.

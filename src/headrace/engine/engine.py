@@ -138,9 +138,8 @@ class Engine:
         self._streams: list[WeightStream] = []
         self._places: dict[Step, tuple[WeightStream, int]] = {}
         self._pending: dict[PackedLinear, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._rows_read: dict[
-            tuple[str, int], np.ndarray[Any, np.dtype[np.uint8]]
-        ] = {}  # cached embedding rows, the latest last
+        # Cached embedding rows, the latest last.
+        self._rows_read: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.uint8]]] = {}
         self._rows_read_bytes = 0
         self._scratch = Arena(1 << 20)
         self._plain = torch.empty(0)  # dequantised `kv_b_proj` of the current MLA layer
@@ -493,7 +492,7 @@ class Engine:
 
     @torch.inference_mode()
     def _forward_native(self, batch: Sequence[Rows]) -> torch.Tensor:
-        """Run the native attention mode: one sequence after another, each in forwards of its own.
+        """Run the native attention mode: one sequence after another, each in separate forwards.
 
         With recurrent state, later rows go one by one: few models can resume a state with several rows. An encoder's prompt
         has too few decoder rows for prefill kernels, so those are row-invariant in any case.
@@ -594,7 +593,7 @@ class Engine:
         assert isinstance(step, LinearStep)
         tensors = step.tensors
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        # The head gets only the few rows that need logits: all are row-invariant, even if they are all rows of the pass.
+        # The head gets only rows that need logits. They are few, so all are row-invariant, even if they are the whole pass.
         invariant = self._invariant_rows if rows.shape[0] == self._rows and linear is not self._head else rows.shape[0]
         empty = rows.new_empty if self._capture is None else self._capture.empty
         outputs = [empty((rows.shape[0], tensor.outputs)) for tensor in tensors]

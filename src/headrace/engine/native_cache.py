@@ -108,7 +108,7 @@ def memory_of(model: PreTrainedModel) -> str | None:
 
 
 def _places_in_modules(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
-    """(module, attribute) of state in modules: empty attributes of those that set up a cache of their own."""
+    """(module, attribute) of state in modules: empty attributes of those that set up a cache themselves."""
     keepers = [one for one in model.modules() if hasattr(one, "_setup_cache") and not isinstance(one, PreTrainedModel)]
     return [
         (module, name)
@@ -120,8 +120,7 @@ def _places_in_modules(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
 
 
 def _rwkv_state(config: PreTrainedConfig) -> list[torch.Tensor]:
-    """RWKV-4's state of all layers: the last inputs of both halves of a layer, and numerator, denominator and largest exponent of
-    its sum."""
+    """RWKV-4's state of all layers: last inputs of a layer's halves; numerator, denominator, largest exponent of its sum."""
     state = [torch.zeros((1, config.hidden_size, config.num_hidden_layers)) for _ in range(5)]
     state[4] -= 1e30
     return state

@@ -56,9 +56,9 @@ def recommended(found: Mapping[str, object]) -> Sampling:
 class Sampler:
     """Draws the tokens of one sequence. A draw depends on the logits, the seed and the position alone.
 
-    Each position has its own random numbers, one per token of the vocabulary, and takes the token with the largest
+    Each position has its own random numbers, one per token of the vocabulary. It takes the token with the largest
     p / -log(u). This is an exact draw from p (the exponential race, or Gumbel-max). So a draft token drawn with the same
-    numbers is mostly the same token, and verified tokens are exactly those of plain decoding
+    numbers is mostly the same token. Verified tokens are exactly those of plain decoding
     (Daliri, Musco, Suresh: Coupling without Communication and Drafter-Invariant Speculative Decoding, 2024).
     """
 

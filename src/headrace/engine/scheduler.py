@@ -116,7 +116,7 @@ class Scheduler:
         max_draft_tokens: int = 0,
         deterministic: bool = True,
     ):
-        """Options are fixed for all sequences.
+        """Set the options that hold for all sequences.
 
         Args:
             engine: makes the passes.
@@ -214,9 +214,7 @@ class Scheduler:
                 self._widen(overflow.cache)
                 return []
             logits = torch.split(found, [1 + len(draft.draft_tokens) for draft in drafts])
-        except (
-            BaseException
-        ):  # before the pass as well: some caches may already count on a prefix that others are to compute
+        except BaseException:  # before the pass as well: some caches may already count on a prefix yet to be computed
             for sequence in self.sequences:
                 sequence.slot.cache.rollback()
             raise

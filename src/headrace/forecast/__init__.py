@@ -1,1 +1,1 @@
-"""What any model costs on any machine: seconds, bytes, joules and money. Pure arithmetic on facts with sources; no torch."""
+"""Predicted cost of any model on any machine: seconds, bytes, joules, money. Pure arithmetic on facts with sources; no torch."""

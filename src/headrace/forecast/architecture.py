@@ -1,4 +1,4 @@
-"""What the forecast knows of a model: its sizes, from a table, a file, a config.json, or a number of parameters alone."""
+"""The sizes of a model for a forecast: from a table, a file, a config.json, or a parameter count alone."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from headrace.errors import CheckpointError, UsageError, did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The sizes of a published model. Experts are routed ones; `source` says where the numbers are from."""
+    """The sizes of a published model. `experts` counts routed ones; `source` is the origin of the numbers."""
 
     name: str
     params: float
@@ -28,7 +28,7 @@ class Architecture:
     kv_heads: int
     head_dim: int
     source: str
-    active_params: float | None = None  # of a mixture of experts: those that a token uses
+    active_params: float | None = None  # parameters that a token uses, for MoE
     feed_forward: int | None = None
     gated: bool = True
     vocab: int = 0
@@ -38,15 +38,15 @@ class Architecture:
     experts_per_token: int = 0
     shared_experts: int = 0
     expert_feed_forward: int | None = None
-    dense_layers: int = 0  # of a mixture of experts: layers without
-    kv_dim_per_layer: float | None = None  # numbers kept per token and layer, where not 2 * kv_heads * head_dim
-    kv_layers: int | None = None  # of a hybrid: those whose cache grows
+    dense_layers: int = 0  # layers without experts, for MoE
+    kv_dim_per_layer: float | None = None  # KV elements per token and layer, where not 2 * kv_heads * head_dim
+    kv_layers: int | None = None  # layers with a KV cache, for a hybrid model
     window: int | None = None
     window_layers: int = 0
     native_bits: float = 16.0
     training_tokens: float | None = None
-    weights_bytes: float | None = None  # of a file: what every pass reads, exactly
-    bits: float | None = None  # of a file
+    weights_bytes: float | None = None  # exact bytes that every pass reads, for a file
+    bits: float | None = None  # bits per weight of a file
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -57,18 +57,18 @@ class Architecture:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether a token uses only some of the weights."""
+        """True for MoE: a token uses only some of the weights."""
         return self.experts > 0
 
     @property
     def computed_params(self) -> float:
-        """Parameters that a token multiplies: the table of embeddings is only looked up."""
+        """Parameters that a token multiplies, without the embedding table, which is only looked up."""
         table = 0 if self.tied else self.vocab * self.hidden
         return (self.active_params or self.params) - table
 
     @property
     def expert_params(self) -> float:
-        """Parameters of all routed experts: from the difference between all and active ones, or from the widths."""
+        """Parameters of all routed experts: from total minus active parameters, or from the widths."""
         if not self.is_mixture:
             return 0.0
         if self.active_params is not None:
@@ -79,7 +79,7 @@ class Architecture:
 
     @property
     def trunk_params(self) -> float:
-        """Parameters that every token uses."""
+        """Dense parameters, which every token uses."""
         return self.params - self.expert_params
 
     @property
@@ -88,7 +88,7 @@ class Architecture:
         return self.layers - self.dense_layers if self.is_mixture else 0
 
     def read_bytes(self, bits: float, distinct_experts: float | None = None) -> float:
-        """Bytes of weights that a pass reads; of a mixture, with so many different experts per layer."""
+        """Bytes of weights that a pass reads; an MoE pass uses `distinct_experts` experts per layer."""
         table = 0.0 if self.tied else float(self.vocab * self.hidden)
         if not self.is_mixture:
             exact = self.weights_bytes if self.bits == bits else None
@@ -101,27 +101,27 @@ class Architecture:
         return self.params * bits / 8
 
     def kv_bytes(self, tokens: float, bits: float = 16) -> float:
-        """Bytes of keys and values of one conversation of so many tokens."""
-        numbers = self.kv_dim_per_layer or 2.0 * self.kv_heads * self.head_dim
+        """Bytes of KV cache of one sequence of `tokens` tokens."""
+        elements = self.kv_dim_per_layer or 2.0 * self.kv_heads * self.head_dim
         layers = self.kv_layers if self.kv_layers is not None else self.layers
         short = min(self.window_layers, layers)
         kept = (layers - short) * tokens + short * min(tokens, self.window or tokens)
-        return kept * numbers * bits / 8
+        return kept * elements * bits / 8
 
     def flop(self, context: float = 0) -> float:
-        """Floating point operations for one token after so many: 2 N, and attention to what was before."""
+        """FLOP of one token after `context` tokens: 2 N, plus attention to the context."""
         layers = self.kv_layers if self.kv_layers is not None else self.layers
         return 2 * self.computed_params + 4 * layers * self.heads * self.head_dim * context
 
 
 @cache
 def table(name: str) -> Mapping[str, Any]:
-    """One of the tables of facts in `data/`, as written."""
+    """One of the tables of facts in `data/`, unchanged."""
     return tomllib.loads((files("headrace.forecast") / "data" / f"{name}.toml").read_text())
 
 
 def published(name: str) -> Architecture:
-    """A model of the table by its name.
+    """A model from the table, by name.
 
     Raises:
         UsageError: no such model.
@@ -135,14 +135,14 @@ def published(name: str) -> Architecture:
 
 
 def of_params(params: float) -> Architecture:
-    """A dense model of which only the number of parameters is known: its shape is guessed.
+    """A dense model with a given number of parameters and an estimated shape.
 
     Raises:
-        UsageError: fewer than a million parameters: a unit was surely forgotten.
+        UsageError: fewer than a million parameters, so a unit is probably missing.
     """
     if not 1e6 <= params < inf:
         raise UsageError(f"{params:g} parameters is no language model", hint="write it like --params 175e9")
-    # Depth as published models have it: 12 layers of width 768 at 1e8, 96 of 12288 at 1.75e11 (P = 12 L d^2, d = 128 L).
+    # Depth of published models: 12 layers of width 768 at 1e8, 96 of 12288 at 1.75e11 (P = 12 L d^2, d = 128 L).
     layers = max(1, round((params / (12 * 128**2)) ** (1 / 3)))
     hidden = max(128, round(sqrt(params / 12 / layers) / 128) * 128)
     return Architecture(
@@ -154,7 +154,7 @@ def of_params(params: float) -> Architecture:
         kv_heads=hidden // 128,
         head_dim=128,
         gated=False,
-        source="guessed from the number of parameters: P = 12 L d^2 with d = 128 L",
+        source="estimated from the number of parameters: P = 12 L d^2 with d = 128 L",
     )
 
 
@@ -162,7 +162,7 @@ def of_config(path: Path) -> Architecture:
     """The sizes of a Hugging Face folder, from its config.json.
 
     Raises:
-        UsageError: there is none, or it does not say enough.
+        UsageError: the file is missing or incomplete.
     """
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -191,8 +191,8 @@ def of_config(path: Path) -> Architecture:
     attention = hidden * head_dim * 2 * (heads + kv_heads)
     tied = bool(config.get("tie_word_embeddings", False))
     tables = vocab * hidden * (1 if tied else 2)
-    one = matrices * hidden * (expert_ff or dense_ff)
-    params = layers * (attention + one * max(1, experts)) + tables
+    mlp = matrices * hidden * (expert_ff or dense_ff)
+    params = layers * (attention + mlp * max(1, experts)) + tables
     return Architecture(
         name=str(config.get("_name_or_path") or path.parent.name),
         params=float(params),
@@ -202,7 +202,7 @@ def of_config(path: Path) -> Architecture:
         kv_heads=kv_heads,
         head_dim=head_dim,
         source="config.json; parameters counted from its widths",
-        active_params=float(params - layers * one * (experts - chosen)) if experts else None,
+        active_params=float(params - layers * mlp * (experts - chosen)) if experts else None,
         feed_forward=dense_ff,
         gated=gated,
         vocab=vocab,

@@ -1,13 +1,12 @@
-"""Mixtures of experts: how many experts a pass touches, and how many of those a cache holds.
+"""MoE routing: distinct experts that a pass uses, and the hit rate of an expert cache.
 
-With `k` of `n` experts chosen per row, and rows that choose independently, the expected share of experts that `rows`
-rows touch is
+Each row is routed to `k` of `n` experts, independently of other rows. The expected share of experts that `rows` rows use is
 
     1 - (1 - k / n) ** rows                              (Erdil 2025, "Inference economics of language models", equation 32)
 
-Real routing is skewed and neighbouring tokens agree, so fewer are touched; `skew` is the exponent of a Zipf law over
-experts (0: uniform). Consecutive tokens of one text also repeat experts: `locality` is the share of choices that repeat
-the previous row's.
+Real routing is skewed and neighbouring tokens agree, so fewer experts are used. `skew` is the exponent of a Zipf law over
+experts (0: uniform). Consecutive tokens of one text also repeat experts (temporal locality): `locality` is the share of
+choices that repeat the previous row's.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from math import exp
 
 @lru_cache(maxsize=256)
 def popularity(experts: int, skew: float) -> tuple[float, ...]:
-    """Share of the choices that each expert gets, most popular first, under a Zipf law."""
+    """Share of the routed choices of each expert under a Zipf law, most popular first."""
     weights = [(rank + 1) ** -skew for rank in range(experts)]
     total = sum(weights)
     return tuple(weight / total for weight in weights)
@@ -25,10 +24,10 @@ def popularity(experts: int, skew: float) -> tuple[float, ...]:
 
 @lru_cache(maxsize=4096)
 def chosen(experts: int, per_row: int, skew: float) -> tuple[float, ...]:
-    """Chance that a row chooses each expert, most popular first; they add up to `per_row`.
+    """Probability that a row chooses each expert, most popular first; the sum is `per_row`.
 
-    Drawing `per_row` different experts in proportion to their popularity p: the chance is 1 - exp(-c p), with c such that the
-    sum is right (the limit of sampling without replacement; Rosen 1972).
+    A row draws `per_row` distinct experts in proportion to their popularity p. The probability is 1 - exp(-c p), with c solved
+    for the sum (the limit of sampling without replacement; Rosen 1972).
     """
     if per_row >= experts:
         return (1.0,) * experts
@@ -44,24 +43,24 @@ def chosen(experts: int, per_row: int, skew: float) -> tuple[float, ...]:
 
 
 def distinct(experts: int, per_row: int, rows: int, *, skew: float = 0.0, locality: float = 0.0) -> float:
-    """Expected number of different experts that one layer reads for `rows` rows together.
+    """Expected number of distinct experts that one layer uses for `rows` rows.
 
     Args:
         experts: routed experts in the layer.
-        per_row: chosen for each row.
+        per_row: experts per row.
         rows: rows of the pass.
         skew: exponent of the Zipf law.
-        locality: share of a row's choices that repeat those of the row before; only the others bring something new.
+        locality: share of a row's choices that repeat the previous row's; only the others are new.
     """
     effective = 1 + (rows - 1) * (1 - locality)
     return sum(1 - float((1 - chance) ** effective) for chance in chosen(experts, per_row, skew))
 
 
 def hit_rate(experts: int, per_row: int, cached: float, *, skew: float = 0.0, locality: float = 0.0) -> float:
-    """Share of the choices of a row that a cache of `cached` experts per layer holds.
+    """Hit rate of a row in a cache of `cached` experts per layer.
 
-    The cache keeps the last row's experts and otherwise the most popular ones: the best fixed set for independent choices
-    (Aho, Denning, Ullman 1971), plus what neighbouring rows share.
+    The cache holds the last row's experts and the most popular ones: the best fixed set for independent choices
+    (Aho, Denning, Ullman 1971), plus the experts shared by neighbouring rows.
     """
     if cached >= experts:
         return 1.0

@@ -1,6 +1,6 @@
-"""What a model costs over its life: training, shrinking and serving, and when serving a smaller one pays.
+"""Lifetime FLOP of a model: training, distillation, serving, and the break-even of serving a smaller model.
 
-training  = 6 * N * D FLOP        N parameters that compute, D tokens (Kaplan et al. 2020, section 2.1)
+training  = 6 * N * D FLOP        N computing parameters, D tokens (Kaplan et al. 2020, section 2.1)
 inference = 2 * N FLOP per token
 """
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 
 def training_flop(params: float, tokens: float) -> float:
-    """6 N D."""
+    """Training FLOP: 6 N D."""
     return 6 * params * tokens
 
 
 def inference_flop(params: float, tokens: float) -> float:
-    """2 N per token; attention to a long context comes on top (`Architecture.flop`)."""
+    """Inference FLOP: 2 N per token, without attention to a long context (`Architecture.flop`)."""
     return 2 * params * tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Life:
-    """FLOP of a model from its first step to its last token."""
+    """FLOP of a model from its first training step to its last token."""
 
     making_flop: float
     flop_per_token: float
@@ -27,7 +27,7 @@ class Life:
 
     @property
     def total_flop(self) -> float:
-        """All of it."""
+        """Training and inference FLOP."""
         return self.making_flop + self.flop_per_token * self.tokens
 
     @property
@@ -37,6 +37,6 @@ class Life:
 
 
 def break_even_tokens(extra_making_flop: float, flop_per_token: float, smaller_flop_per_token: float) -> float:
-    """Tokens served after which a smaller model has paid for its making; infinite if it never does."""
+    """Served tokens after which a smaller model has paid for its training; infinite if it never does."""
     saved = flop_per_token - smaller_flop_per_token
     return extra_making_flop / saved if saved > 0 else float("inf")

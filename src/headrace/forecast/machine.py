@@ -2,8 +2,8 @@
 
     8x a100-80gb + epyc-7763 + 512GB + 4x nvme-gen4 + 2 nodes + infiniband-hdr
 
-Every number knows where it is from: measured, table or guessed. What is left out is guessed, and said so in
-`assumptions`; a number without which nothing can be said (the bandwidth of a device's memory) is an error.
+Every number has an origin: measured, table or assumed. Missing parts are assumed and listed in `assumptions`. A missing
+number without a default (a device's memory bandwidth) is an error.
 """
 
 import re
@@ -20,34 +20,34 @@ from headrace.forecast.passes import DeviceSpec, Parallelism
 from headrace.forecast.topology import Pipe, Topology
 from headrace.units import GB, parse_bytes
 
-HOST_BYTES_PER_S = 50e9  # two channels of DDR4-3200: guessed where no host is named
+HOST_BYTES_PER_S = 50e9  # two channels of DDR4-3200: assumed if no host is named
 HOST_MEMORY_BYTES = 64 * GB
-LINK_SHARE = 0.82  # of a PCIe link's peak, measured by FlexGen's authors: 12.89 of 15.75 GB/s
+LINK_SHARE = 0.82  # share of a PCIe link's peak, measured by FlexGen's authors: 12.89 of 15.75 GB/s
 DISK_SHARE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """One kind of device, so many of them in each of so many nodes, and what they hang on. Bytes per second, dollars, watts."""
+    """Nodes with equal devices, host, disks and network. Units: bytes per second, dollars, watts."""
 
     name: str
     family: str
     device: str
-    devices: int  # in each node
+    devices: int  # devices per node
     nodes: int
     device_bytes_per_s: float
     device_memory_bytes: float
     flop_per_s: float
-    unified: bool  # the device computes in the host's memory
-    bus_bytes_per_s: float  # host memory to one device
+    unified: bool  # True if the device computes in host memory
+    bus_bytes_per_s: float  # rate from host memory to one device
     peer_bytes_per_s: float
     network_bytes_per_s: float
     host_bytes_per_s: float
     host_memory_bytes: float
     host_flop_per_s: float
-    root_bytes_per_s: float  # all devices together, from the host
-    disk_bytes_per_s: float  # all disks of a node together
-    watts: float | None  # of a node
+    root_bytes_per_s: float  # rate from the host to all devices together
+    disk_bytes_per_s: float  # rate of all disks of a node together
+    watts: float | None  # watts of a node
     price_usd: float | None
     rent_usd_per_h: float | None
     spot_usd_per_h: float | None
@@ -58,7 +58,7 @@ class Machine:
 
     @property
     def device_spec(self) -> DeviceSpec:
-        """A device as the formulas see it."""
+        """One device for the formulas."""
         return DeviceSpec(
             bytes_per_s=self.device_bytes_per_s,
             flop_per_s=self.flop_per_s,
@@ -69,12 +69,12 @@ class Machine:
 
     @property
     def all_devices(self) -> int:
-        """Of all nodes."""
+        """Devices of all nodes."""
         return self.devices * self.nodes
 
     @property
     def parallelism(self) -> Parallelism:
-        """Every layer over all devices."""
+        """Tensor parallelism of every layer over all devices."""
         return Parallelism(width=self.all_devices, nodes=self.nodes, node_bytes_per_s=self.network_bytes_per_s)
 
     def topology(self) -> Topology:
@@ -91,10 +91,10 @@ class Machine:
         return Topology(pipes)
 
     def way_from(self, place: str) -> tuple[str, ...]:
-        """The pipes from where weights lie to the devices that multiply them.
+        """The pipes from the place of the weights to the devices that multiply them.
 
-        From a disk they are written to host memory and read again; a device's own memory is not a pipe on the way: it
-        is counted with the product.
+        Weights from disk are written to host memory and read again. A device's own memory is no pipe here: the matmul
+        includes it.
         """
         if place == "device":
             return ()
@@ -103,10 +103,10 @@ class Machine:
 
 
 def find_machine(text: str) -> Machine:
-    """A machine from a file (TOML), or put together from the names of parts.
+    """A machine from a TOML file, or from the names of parts.
 
     Raises:
-        UsageError: a part that is not known, a number that is missing, or a contradiction.
+        UsageError: an unknown part, a missing number, or a contradiction.
     """
     if text.endswith(".toml"):
         return _from_file(Path(text))
@@ -125,7 +125,7 @@ _MEMORY = re.compile(r"\d+(?:\.\d+)?\s*[KMGT]i?B?", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a machine is put together from, by the names of the tables."""
+    """The parts of a machine, by their names in the tables."""
 
     device: tuple[int, str] | None = None
     host: str | None = None
@@ -136,7 +136,7 @@ class Parts:
     nodes: int = 1
 
     def text(self) -> str:
-        """The parts as they can be read again."""
+        """The parts as text that `find_machine` parses."""
         memory = None if self.memory_bytes is None else f"{self.memory_bytes / GB:g}GB"
         device, *disks = [
             None if part is None else part[1] if part[0] == 1 else f"{part[0]}x {part[1]}"
@@ -198,7 +198,7 @@ _INSTEAD = {
 
 
 def _named(part: str) -> tuple[int, str, str]:
-    """(how many, the name in the tables, what it is)."""
+    """(count, name in the tables, kind of part)."""
     devices, links = table("devices"), table("links")
     match = _COUNTED.fullmatch(part)
     assert match is not None
@@ -221,11 +221,11 @@ def _named(part: str) -> tuple[int, str, str]:
 
 
 def _complete(text: str, parts: Parts, given: Mapping[str, float]) -> Machine:
-    """The machine of these parts; `given` are numbers that the table may lack."""
+    """The machine of these parts; `given` are numbers that replace missing ones of the table."""
     device, host, memory_bytes, host_memory = parts.device, parts.host, parts.memory_bytes, parts.host_memory
     disks, network, nodes = parts.disks, parts.network, parts.nodes
     devices, links = table("devices"), table("links")
-    guesses: list[str] = []
+    assumptions: list[str] = []
     sources: list[str] = []
     count, name = device or (1, str(host))
     entry = devices[name]
@@ -247,35 +247,35 @@ def _complete(text: str, parts: Parts, given: Mapping[str, float]) -> Machine:
         host_rate = processor["memory_gb_per_s"] * GB
     else:
         host_rate = HOST_BYTES_PER_S
-        guesses.append(f"host memory {host_rate / GB:.0f} GB/s (no processor is named)")
+        assumptions.append(f"host memory {host_rate / GB:.0f} GB/s (no processor is named)")
     if unified and not cpu:
         own = entry["memory_gb"] * GB if memory_bytes is None else memory_bytes
         if memory_bytes is None:
-            guesses.append(f"{entry['memory_gb']} GB of memory, the largest that {name} is sold with")
+            assumptions.append(f"{entry['memory_gb']} GB of memory, the largest that {name} is sold with")
         elif own > entry["memory_gb"] * GB * 1.08:
-            guesses.append(f"{name} is sold with {entry['memory_gb']} GB at most")
+            assumptions.append(f"{name} is sold with {entry['memory_gb']} GB at most")
         memory_bytes = own
     elif memory_bytes is None:
         memory_bytes = HOST_MEMORY_BYTES
-        guesses.append(f"{memory_bytes / GB:.0f} GB of host memory (none is given)")
+        assumptions.append(f"{memory_bytes / GB:.0f} GB of host memory (none is given)")
     flop = next((entry[key] * 1e12 for key in ("fp16_tflops", "fp32_tflops") if key in entry), given.get("flop_per_s"))
     if flop is None:
         raise UsageError(f"the table has no arithmetic rate for {name}", hint="give it in a TOML file: flop_per_s")
     bus = links.get(str(entry.get("bus")), {"gb_per_s": 15.75})["gb_per_s"] * GB
     if not unified and "bus" not in entry:
-        guesses.append("PCIe 3.0 x16 to the devices")
+        assumptions.append("PCIe 3.0 x16 to the devices")
     lanes = {"lanes": 64, "pcie_gen": 4} | dict(processor or {})
     lane_rate = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.56}[int(lanes["pcie_gen"])] * GB
     peer = links[entry["peer"]]["gb_per_s"] * GB if entry.get("peer") in links else bus / 2
     if count > 1 and "peer" not in entry:
-        guesses.append("devices reach each other over PCIe, through the host")
+        assumptions.append("devices reach each other over PCIe, through the host")
     disk_rate = sum(number * links[kind]["gb_per_s"] for number, kind in disks) * GB
     network_rate = links[network]["gb_per_s"] * GB if network else 0.0
     if nodes > 1 and not network:
         network_rate = links["ethernet-10g"]["gb_per_s"] * GB if "ethernet-10g" in links else 1.25 * GB
-        guesses.append("10 Gbit Ethernet between the nodes")
+        assumptions.append("10 Gbit Ethernet between the nodes")
     if entry.get("checked") is False:
-        guesses.append(f"the figures of {name} were not verified")
+        assumptions.append(f"the figures of {name} were not verified")
     watts = entry.get("watts")
     rent, spot, price = entry.get("rent_usd_per_h"), entry.get("spot_usd_per_h"), entry.get("price_usd")
     return Machine(
@@ -301,13 +301,13 @@ def _complete(text: str, parts: Parts, given: Mapping[str, float]) -> Machine:
         rent_usd_per_h=None if rent is None else float(rent) * count * nodes,
         spot_usd_per_h=None if spot is None else float(spot) * count * nodes,
         dies=int(entry.get("dies", 1)),
-        assumptions=tuple(guesses),
+        assumptions=tuple(assumptions),
         sources=tuple(sources),
         parts=parts,
     )
 
 
-# What a file may set, and the least that makes sense of it: bytes per second, FLOP per second, counts, dollars and watts.
+# Numbers that a file may set, with their minimum: bytes per second, FLOP per second, counts, dollars and watts.
 _LEAST = {
     **dict.fromkeys(("device_bytes_per_s", "bus_bytes_per_s", "peer_bytes_per_s", "network_bytes_per_s"), 1e6),
     **dict.fromkeys(("host_bytes_per_s", "root_bytes_per_s", "disk_bytes_per_s"), 1e6),
@@ -320,10 +320,10 @@ _COUNTS = ("devices", "nodes", "dies")
 
 
 def _from_file(path: Path) -> Machine:
-    """A machine from TOML: `parts = "..."` as on the command line, and numbers of `Machine` that replace the parts' own."""
+    """A machine from TOML: `parts = "..."` as on the command line, and fields of `Machine` that override the parts."""
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:  # among them bytes that are no text, and no TOML
+    except (OSError, ValueError) as error:  # includes bytes that are no text, and invalid TOML
         raise UsageError(
             f"cannot read the machine {path}: {error}", hint='a TOML file with parts = "2x rtx-4090 + 128GB"'
         ) from error

@@ -1,11 +1,11 @@
-"""What a token costs, from both sides: the hardware's price, and a seller's.
+"""Cost of a token, from the hardware's price and from a seller's.
 
     $ per hour   = rent, or (price - resale) / hours of life + watts * $/kWh, divided by the utilisation
     $ per token  = $ per hour / 3600 * seconds per token (of all devices together)
-    markup       = what a seller is paid / what the hardware costs him
+    markup       = a seller's price / the hardware's cost
 
 Sources: the split of costs is that of Barroso, Hoelzle, Ranganathan, "The Datacenter as a Computer" (2018), chapter 6;
-the markup is the discussion's own question (250 times?).
+the markup checks a claim of 250 times the cost.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ HOURS_PER_YEAR = 8766.0
 
 @dataclass(frozen=True, kw_only=True)
 class Tariff:
-    """How the machine is paid for. Exactly one of `rent_usd_per_h` and `price_usd` is the basis."""
+    """The payment for a machine. Exactly one of `rent_usd_per_h` and `price_usd` is given."""
 
     rent_usd_per_h: float | None = None
     price_usd: float | None = None
@@ -23,8 +23,8 @@ class Tariff:
     resale_share: float = 0.1
     watts: float = 0.0
     usd_per_kwh: float = 0.0
-    overhead: float = 1.0  # power of the building for each watt of the machine (PUE)
-    utilisation: float = 1.0  # share of the hours paid for in which it computes for us
+    overhead: float = 1.0  # power of the building per watt of the machine (PUE)
+    utilisation: float = 1.0  # share of the paid hours with our computation
 
     def __post_init__(self) -> None:
         if (self.rent_usd_per_h is None) == (self.price_usd is None):
@@ -36,7 +36,7 @@ class Tariff:
 
     @property
     def usd_per_h(self) -> float:
-        """Dollars for one hour of computing for us; a rent includes the electricity."""
+        """Dollars per hour of our computation; a rent includes the electricity."""
         if self.rent_usd_per_h is not None:
             return self.rent_usd_per_h / self.utilisation
         assert self.price_usd is not None
@@ -45,22 +45,22 @@ class Tariff:
 
 
 def usd_per_million(usd_per_h: float, tok_per_s: float) -> float:
-    """Dollars for a million tokens at a rate."""
+    """Dollars per million tokens at a rate."""
     return usd_per_h / 3600 / tok_per_s * 1e6
 
 
 def markup(price_usd: float, cost_usd: float) -> float:
-    """How many times its cost a thing is sold for."""
+    """Price over cost."""
     return price_usd / cost_usd
 
 
 def break_even_batch(price_usd_per_token: float, usd_per_h: float, pass_s_by_batch: dict[int, float]) -> int | None:
-    """The smallest batch at which selling its tokens pays for the hardware, or None.
+    """The smallest batch whose sold tokens pay for the hardware, or None.
 
     Args:
-        price_usd_per_token: what an output token sells for.
-        usd_per_h: what all devices cost.
-        pass_s_by_batch: seconds of a decoding pass by batch.
+        price_usd_per_token: price of an output token.
+        usd_per_h: cost of all devices.
+        pass_s_by_batch: seconds of a decode pass by batch.
     """
     for batch, pass_s in sorted(pass_s_by_batch.items()):
         if price_usd_per_token * batch >= usd_per_h / 3600 * pass_s:
@@ -69,5 +69,5 @@ def break_even_batch(price_usd_per_token: float, usd_per_h: float, pass_s_by_bat
 
 
 def flop_price(usd_per_h: float, flop_per_s: float, unit: float = 1e14) -> float:
-    """Dollars for an hour of `unit` floating point operations per second."""
+    """Dollars per hour of `unit` FLOP/s."""
     return usd_per_h * unit / flop_per_s

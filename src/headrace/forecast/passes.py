@@ -1,4 +1,4 @@
-"""What a pass over the weights takes on a machine, resource by resource.
+"""Seconds of a pass over the weights on a machine, by resource.
 
     seconds     = launches + max(memory, compute) + unhidden * min(memory, compute) + collectives
 
@@ -7,12 +7,12 @@
     launches    = layers * layer_s + expert layers * routing_s
     collectives = layers * 2 * (hop_s * log2(devices) + start_s + bytes / link)
 
-The launches are a fixed time: one efficiency alone does not describe a decoder. Sources: the roofline is Williams,
+Launches take a fixed time, because a single efficiency does not describe a decoder. Sources: the roofline is Williams,
 Waterman, Patterson 2009; weights and caches over bandwidth as in Pope et al. 2022 ("Efficiently scaling transformer
 inference", sections 3 and 4.1: 2 reductions per layer, 2 (n - 1) / n of the activations each over a ring, or 8 /
-sqrt(n) of them on a two-dimensional parallelism); latency of a reduction growing with the logarithm of the devices: Thakur,
-Rabenseifner, Gropp 2005. Unfused kernels for packed weights unpack them to 16 bits in memory first: they write and read
-two bytes per weight more.
+sqrt(n) of them on a two-dimensional split); latency of a reduction growing with the logarithm of the devices: Thakur,
+Rabenseifner, Gropp 2005. Unfused kernels first dequantise packed weights to 16 bits in memory: they write and read two
+more bytes per weight.
 """
 
 from collections.abc import Mapping
@@ -22,65 +22,65 @@ from math import log2, sqrt
 from headrace.forecast.architecture import Architecture
 from headrace.forecast.expert_hits import distinct
 
-NODE_DEVICES = 8  # that share the fast link, unless a machine says otherwise
+NODE_DEVICES = 8  # devices that share the fast link, by default
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """How well software uses hardware: the constants that are fitted, and nothing else is."""
+    """Efficiency of software on hardware: the only fitted constants."""
 
-    memory_share: float = 0.8  # of the peak bandwidth
-    die_share: float = 0.85  # of that, where two dies share a device's memory
-    flop_share: float = 0.6  # of the peak, with many rows
-    layer_s: float = 60e-6  # fixed time of a layer: launches, and what cannot overlap
-    routing_s: float = 60e-6  # the same of choosing and gathering experts
-    start_s: float = 10e-6  # of one collective
-    hop_s: float = 10e-6  # of it, each doubling of the devices
-    unhidden: float = 0.3  # share of the shorter of memory and compute that shows
-    chain_bytes: float = 60.0  # moved per packed number where a framework unpacks it one operation at a time
+    memory_share: float = 0.8  # share of the peak bandwidth
+    die_share: float = 0.85  # further factor if two dies share a device's memory
+    flop_share: float = 0.6  # share of the peak FLOP/s in prefill
+    layer_s: float = 60e-6  # fixed seconds per layer: launches and non-overlapping work
+    routing_s: float = 60e-6  # fixed seconds per MoE layer: routing and gathering
+    start_s: float = 10e-6  # fixed seconds per collective
+    hop_s: float = 10e-6  # seconds of a collective per doubling of the devices
+    unhidden: float = 0.3  # share of the shorter of memory and compute that is not overlapped
+    chain_bytes: float = 60.0  # bytes moved per packed element if a framework dequantises one operation at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSpec:
-    """One device as the formulas see it."""
+    """One device for the formulas."""
 
     bytes_per_s: float
     flop_per_s: float
     memory_bytes: float
-    peer_bytes_per_s: float = 0.0  # to the others of its node, one way
+    peer_bytes_per_s: float = 0.0  # rate to the other devices of its node, one way
     dies: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """How the model is spread: every layer over `width` devices, its layers over `depth` groups of those."""
+    """Tensor parallelism of every layer over `width` devices, pipeline parallelism over `depth` groups of those."""
 
     width: int = 1
     depth: int = 1
-    nodes: int = 1  # that one width spans
+    nodes: int = 1  # nodes that one tensor-parallel group spans
     node_bytes_per_s: float = 0.0
     node_hop_s: float = 15e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassShape:
-    """What a pass computes: new rows, of so many sequences, each after so many tokens."""
+    """The size of a pass: `rows` new rows of `sequences` sequences, each with `context` tokens before them."""
 
     rows: float
     sequences: float
     context: float
     bits: float = 16.0
     kv_bits: float = 16.0
-    unpacking: str = "fused"  # kernels multiply packed weights where they lie; or "memory", or "chain"
-    skew: float = 0.0  # of the routing of experts
+    unpacking: str = "fused"  # dequantisation: "fused" into the kernel, through "memory", or a "chain" of operations
+    skew: float = 0.0  # Zipf exponent of expert routing
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassForecast:
-    """Seconds of a pass by what they go to; together they are `seconds`."""
+    """Predicted seconds of a pass, and the busy seconds of each resource."""
 
     seconds: float
-    parts: Mapping[str, float] = field(default_factory=dict)  # busy seconds of each resource, overlapped or not
+    parts: Mapping[str, float] = field(default_factory=dict)  # busy seconds by resource, overlapped or not
     weight_bytes: float = 0.0
     kv_bytes: float = 0.0
     flop: float = 0.0
@@ -101,7 +101,7 @@ def weight_traffic(model: Architecture, work: PassShape, rates: Rates) -> float:
 
 
 def unpack_bytes(bits: float, unpacking: str, rates: Rates) -> float:
-    """Bytes moved for each packed number beside its own: none, written and read once in 16 bits, or by a chain of operations."""
+    """Extra bytes moved per packed element: none, one 16-bit write and read, or those of a chain of operations."""
     if bits >= 16 or unpacking == "fused":
         return 0.0
     return 4.0 if unpacking == "memory" else rates.chain_bytes
@@ -110,7 +110,7 @@ def unpack_bytes(bits: float, unpacking: str, rates: Rates) -> float:
 def resident_pass(
     model: Architecture, device: DeviceSpec, parallelism: Parallelism, work: PassShape, rates: Rates
 ) -> PassForecast:
-    """A pass with everything in device memory. With `depth` above 1, the best number of micro-batches fills the stages."""
+    """A pass with everything in device memory; with `depth` above 1, at the best number of micro-batches."""
     if parallelism.depth == 1:
         return _stage_pass(model, device, parallelism, work, rates, 1.0)
     best = None
@@ -158,7 +158,7 @@ def _stage_pass(
 def collectives(
     hidden: int, layers: float, device: DeviceSpec, parallelism: Parallelism, rows: float, rates: Rates
 ) -> float:
-    """Seconds of the two reductions of every layer."""
+    """Seconds of the two all-reduces of every layer."""
     n = parallelism.width
     if n == 1:
         return 0.0

@@ -1,8 +1,8 @@
-"""The forecast: what a model costs on a machine. Seconds, bytes, what binds, joules and dollars, each as low / expected / high.
+"""The forecast of a model on a machine: seconds, bytes, bottleneck, joules and dollars, as low / expected / high.
 
-The weights are placed in the fastest memory that safely holds them; what does not fit is streamed (dense) or read on
-demand (experts), or computed by the host where it lies, whichever is quicker. The interval is the middle 80 % of the
-errors on measurements that the constants had not seen (`make accuracy`).
+Weights are placed in the fastest memory that safely holds them. The rest is streamed (dense), read on demand (experts), or
+computed by the host in place, whichever is faster. The interval is the middle 80 % of the errors on held-out
+measurements (`make accuracy`).
 """
 
 from collections.abc import Mapping
@@ -18,21 +18,21 @@ from headrace.forecast.passes import PassForecast, PassShape, Rates, resident_pa
 from headrace.forecast.streaming import ExpertHitModel, FeedRates, Placement, expert_pass, place, streamed_pass
 from headrace.units import gigabytes
 
-# What cannot be given to weights without the system taking it back: WASTE fell to an eighth of its speed on 64 GB when
-# its cache grew by 6 GB past 46; Metal recommends three quarters. A card's driver and workspaces take about a gigabyte.
+# Memory that weights can use without the system reclaiming it: WASTE fell to an eighth of its speed on 64 GB when its
+# cache grew by 6 GB past 46; Metal recommends three quarters. A card's driver and workspaces take about a gigabyte.
 UNIFIED_SAFE_SHARE = 0.72
 HOST_SAFE_SHARE = 0.85
 HOST_LEAST_LEFT = 2e9
 DEVICE_LEFT = 1.2e9
-PREFILL_ROWS = 8192  # of all prompts in one pass
-# Acceptance rate of a draft model of a third of the size: E at 4 / 8 / 16 draft tokens 3.4 / 4.5 / 5.9.
+PREFILL_ROWS = 8192  # max prompt rows of a pass
+# Acceptance rate of a draft model of a third of the size. E at 4 / 8 / 16 draft tokens 3.4 / 4.5 / 5.9.
 SMALLER_MODEL_ACCEPTANCE_RATE = 0.8
 MAX_DRAFT_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A prediction: the middle 80 % of what was measured for such predictions, and the expectation."""
+    """A prediction: the expected value, and the middle 80 % of measurements of such predictions."""
 
     low: float
     expected: float
@@ -41,7 +41,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is wanted of the model. `draft` is a smaller model that drafts."""
+    """The workload of a forecast. `draft` is a draft model."""
 
     bits: float = 16.0
     kv_bits: float = 16.0
@@ -52,7 +52,7 @@ class Workload:
     draft_bits: float = 4.85
     usd_per_kwh: float = 0.15
     utilisation: float = 1.0
-    skew: float = 0.5  # of the routing of experts
+    skew: float = 0.5  # Zipf exponent of expert routing
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 32 or not 2 <= self.kv_bits <= 32:
@@ -70,10 +70,10 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Prefill or decode: one pass, and what it yields."""
+    """Prefill or decode: one pass, and its tokens per second."""
 
     pass_s: Interval
-    tok_per_s: Interval  # of all sequences together
+    tok_per_s: Interval  # sum over all sequences
     rows: float
     binding: str
     busy_s: Mapping[str, float] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """The answer."""
+    """The predicted speed, memory and cost of a model on a machine."""
 
     model: Architecture
     machine: Machine
@@ -99,9 +99,9 @@ class Forecast:
     prefill: Phase
     decode: Phase
     ttft_s: Interval
-    s_per_token: Interval  # of each sequence
+    s_per_token: Interval  # seconds per token of each sequence
     draft_tokens: int
-    tokens_per_pass: float  # of each sequence
+    tokens_per_pass: float  # tokens per pass of each sequence
     joules_per_token: float | None
     usd_per_h: float | None
     usd_per_million_output: Interval | None
@@ -160,7 +160,7 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
 
 
 def safe_device_bytes(machine: Machine) -> float:
-    """Memory of all devices that can be given to weights and caches without anything being taken back."""
+    """Device memory, over all devices, that weights and caches can use without being reclaimed."""
     if machine.unified:
         share = UNIFIED_SAFE_SHARE if machine.family == "metal" else HOST_SAFE_SHARE
         most = min(machine.device_memory_bytes * share, machine.device_memory_bytes - HOST_LEAST_LEFT)
@@ -169,7 +169,7 @@ def safe_device_bytes(machine: Machine) -> float:
 
 
 def safe_host_bytes(machine: Machine) -> float:
-    """The same of the hosts' memory; nothing where the device computes in it."""
+    """Host memory that weights and caches can use; 0 if the device computes in it."""
     if machine.unified:
         return 0.0
     return (
@@ -179,10 +179,10 @@ def safe_host_bytes(machine: Machine) -> float:
 
 
 def forecast(model: Architecture, machine: Machine, workload: Workload) -> Forecast:
-    """What the model costs on the machine.
+    """Predict a model's speed, memory and cost on a machine.
 
     Raises:
-        UsageError: the caches alone do not fit, the context is longer than the model's, or there is nowhere to keep the weights.
+        UsageError: the caches alone do not fit, the context is too long, or the weights fit nowhere.
     """
     context = workload.prompt_tokens + workload.tokens
     if model.context and context > model.context:
@@ -286,7 +286,7 @@ def forecast(model: Architecture, machine: Machine, workload: Workload) -> Forec
 
 
 def outside(model: Architecture, machine: Machine, workload: Workload) -> list[str]:
-    """What of a question lies beyond the measurements that the constants were fitted to."""
+    """Parts of a workload outside the measurements that the constants were fitted to."""
     facts = {
         f"{machine.all_devices} devices": machine.all_devices > 64,
         f"a batch of {workload.batch}": workload.batch > 1280,
@@ -301,7 +301,7 @@ def outside(model: Architecture, machine: Machine, workload: Workload) -> list[s
 
 @dataclass(frozen=True, kw_only=True)
 class _Method:
-    """How passes are computed on this machine: a category of measurements, and the formula."""
+    """A method to compute passes on a machine: a category of measurements, and the formula."""
 
     category: str
     model: Architecture
@@ -310,9 +310,9 @@ class _Method:
     rates: Rates
     feed: FeedRates
     hits: float | None = None
-    host_hits: float = 0.0  # of these, in host memory
-    on_host: bool = False  # the host may compute what lies there
-    plain: Rates | None = None  # of software that streams nothing
+    host_hits: float = 0.0  # share of hits in host memory, part of `hits`
+    on_host: bool = False  # True if the host may compute the weights in its memory
+    plain: Rates | None = None  # rates of software without streaming
 
     def run(self, work: PassShape) -> PassForecast:
         """One pass."""
@@ -357,7 +357,7 @@ class _Method:
         return min(streamed, self._computed_on_host(work), key=lambda one: one.seconds)
 
     def _computed_on_host(self, work: PassShape) -> PassForecast:
-        """The device multiplies what it holds, then the host what it holds: nothing is moved but activations."""
+        """The device multiplies its weights, then the host its own: only activations are moved."""
         inner = resident_pass(
             self.model, self.machine.device_spec, self.machine.parallelism, work, self.plain or self.rates
         )
@@ -376,7 +376,7 @@ class _Method:
         return replace(inner, seconds=device_s + max(read_s, flop_s), parts=parts)
 
     def _experts_on_host(self, work: PassShape) -> PassForecast:
-        """The device has the trunk and what experts it can hold, the host multiplies the others where they lie."""
+        """The device holds the dense weights and the experts that fit; the host multiplies the others in place."""
         assert self.hits is not None
         rates = self.plain or self.rates
         host = self.machine.host_bytes_per_s * self.machine.nodes * load_constants().rates_of("cpu").memory_share
@@ -394,7 +394,7 @@ class _Method:
         )
 
     def _from_host(self) -> float:
-        """Experts in host memory cross the bus or are multiplied by the host, whichever is quicker."""
+        """Rate of experts in host memory: across the bus or multiplied by the host, whichever is faster."""
         host = self.machine.host_bytes_per_s * self.machine.nodes * load_constants().rates_of("cpu").memory_share
         return max(host, self._bus() * self.feed.expert_share)
 
@@ -408,11 +408,11 @@ class _Method:
         return min(machine.bus_bytes_per_s * LINK_SHARE * machine.devices, machine.root_bytes_per_s) * machine.nodes
 
     def missed_bytes(self, work: PassShape) -> float:
-        """Bytes of experts that a pass reads anew."""
+        """Bytes of missed experts that a pass reads."""
         if self.hits is None:
             return 0.0
-        chosen = self.model.expert_params * work.bits / 8 * self.model.experts_per_token / self.model.experts
-        return chosen * (1 - self.hits)
+        routed = self.model.expert_params * work.bits / 8 * self.model.experts_per_token / self.model.experts
+        return routed * (1 - self.hits)
 
 
 def _method(
@@ -420,8 +420,8 @@ def _method(
     machine: Machine,
     workload: Workload,
     where: Placement,
-    device_room: float,
-    host_room: float,
+    device_free_bytes: float,
+    host_free_bytes: float,
     reasons: list[str],
 ) -> _Method:
     constants = load_constants()
@@ -439,20 +439,21 @@ def _method(
         )
     feed, own = constants.feed_of("MoE streaming" if model.is_mixture else "dense streaming")
     plain, on_host = rates, not machine.unified and where.host > 0 and not where.disk
-    # The slower of the two kinds of software: what streams is written for it, and launches as it does.
+    # The slower of the two kinds of software: streaming software has longer launch times.
     rates = replace(rates, layer_s=max(rates.layer_s, own.layer_s))
     if model.is_mixture and not where.kv_host:
-        trunk = model.trunk_params * workload.bits / 8
-        room = device_room - trunk + (0.0 if not where.disk else host_room)
-        if room > 0:
-            hits = ExpertHitModel(cache_bytes=room, skew=workload.skew).hits(model, workload.bits)
-            near = ExpertHitModel(cache_bytes=max(0.0, device_room - trunk), skew=workload.skew).hits(
+        dense_bytes = model.trunk_params * workload.bits / 8
+        device_cache_bytes = device_free_bytes - dense_bytes
+        cache_bytes = device_cache_bytes + (0.0 if not where.disk else host_free_bytes)
+        if cache_bytes > 0:
+            hits = ExpertHitModel(cache_bytes=cache_bytes, skew=workload.skew).hits(model, workload.bits)
+            device_hits = ExpertHitModel(cache_bytes=max(0.0, device_cache_bytes), skew=workload.skew).hits(
                 model, workload.bits
             )
             source = "disk" if where.disk else "host memory"
             reasons.append(
-                f"trunk in memory, experts from {source}: {hits:.0%} of them found in {gigabytes(room)} (routing "
-                f"guessed: Zipf {workload.skew:g})"
+                f"dense weights in memory, experts from {source}: {hits:.0%} of them found in {gigabytes(cache_bytes)} (routing "
+                f"assumed: Zipf {workload.skew:g})"
             )
             return _Method(
                 category="MoE streaming",
@@ -462,7 +463,7 @@ def _method(
                 rates=rates,
                 feed=feed,
                 hits=hits,
-                host_hits=max(0.0, hits - near) if where.disk else 0.0,
+                host_hits=max(0.0, hits - device_hits) if where.disk else 0.0,
                 on_host=on_host,
                 plain=plain,
             )
@@ -485,17 +486,17 @@ def _method(
 def _speculate(
     model: Architecture, machine: Machine, workload: Workload, method: _Method, single: PassForecast
 ) -> tuple[int, float, float, PassForecast]:
-    """(draft tokens, tokens per pass and sequence, seconds of a pass with its drafting, the pass) of the best number of draft tokens."""
+    """(draft tokens, tokens per pass and sequence, seconds of drafting and pass, the pass) at the best draft length."""
     assert workload.draft is not None
     rates = load_constants().rates_of(SOFTWARE.get(machine.family, "server"))
-    small = PassShape(
+    draft_work = PassShape(
         rows=workload.batch,
         sequences=workload.batch,
         context=workload.prompt_tokens + workload.tokens / 2,
         bits=workload.draft_bits,
     )
     draft_token_s = resident_pass(
-        workload.draft, machine.device_spec, replace(machine.parallelism, width=1, nodes=1), small, rates
+        workload.draft, machine.device_spec, replace(machine.parallelism, width=1, nodes=1), draft_work, rates
     ).seconds
     best = (0, 1.0, single.seconds, single)
     tokens, share = 1.0, 1.0
@@ -533,7 +534,7 @@ def _work(workload: Workload, rows: float, context: float, sequences: float | No
 
 
 def _tiers(found: PassForecast, where: Placement, missed: float) -> dict[str, float]:
-    """Bytes that a pass reads from each place."""
+    """Bytes that a pass reads from each memory tier."""
     tiers = {"device": found.weight_bytes * where.device + found.kv_bytes * (1 - where.kv_host)}
     tiers["host"] = found.weight_bytes * where.host + found.kv_bytes * where.kv_host
     tiers["disk"] = missed if missed and where.disk else found.weight_bytes * where.disk

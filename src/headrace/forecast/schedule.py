@@ -1,16 +1,16 @@
-"""The schedule of a streamed pass: units flow through a few slots, and are computed in order.
+"""The schedule of a streamed pass: units pass through ring slots and are computed in order.
 
     start[i]  = max(done[i - slots], start[i - 1] + transfer[i - 1], arrive[i - readers])
     arrive[i] = start[i] + latency[i] + transfer[i]
     done[i]   = max(done[i - 1], arrive[i]) + compute[i]
 
-A slot is taken from the request until its unit is computed; the link carries one transfer after another, while
-latencies overlap; a pinned unit needs neither slot nor link. Passes follow each other without a break: the first units
-of the next are requested while the last of this one are computed. `closed_form` solves it for equal units, where the
-longest path has either no slot in it or as many as there can be; tests hold the two against each other.
+A unit occupies a slot from its request until it is computed. The link carries one transfer at a time, while latencies
+overlap. A pinned unit needs neither slot nor link. Passes follow each other without a break: the first units of the next
+are requested while the last of this one are computed. `closed_form` solves the recurrence for equal units. There the longest
+path contains either no slot or the maximum number of slots. Tests compare the two.
 
-Source: the recurrence is the discussion's own example (100 layers, latency 40 ms, 10 ms of compute) with the time of
-the link added; the number of slots is Little's law (Little 1961): work in progress = rate * time in the system.
+Source: the recurrence extends an example of claim 3 (100 layers, latency 40 ms, 10 ms of compute) by the time of the
+link. The number of slots is Little's law (Little 1961): work in progress = rate * time in the system.
 """
 
 from collections.abc import Sequence
@@ -20,24 +20,24 @@ from math import ceil
 
 @dataclass(frozen=True)
 class ScheduledUnit:
-    """What is loaded and computed as one: seconds until the first byte comes, of transfer, and of compute."""
+    """A unit loaded and computed as a whole: seconds to its first byte, of transfer, and of compute."""
 
     latency_s: float
     transfer_s: float
     compute_s: float
-    pinned: bool = False  # is there already: needs compute only
+    pinned: bool = False  # True if the unit is in memory and needs compute only
 
 
 @dataclass(frozen=True)
 class Span:
-    """When one unit was requested, had arrived, began to be computed and was done. A pinned one arrives at once."""
+    """Times of one unit: request, arrival, start of compute, end. A pinned unit arrives at once."""
 
     unit: int
     start_s: float
     arrive_s: float
     compute_s: float
     done_s: float
-    transfer_s: float = 0.0  # on the link, just before it had arrived
+    transfer_s: float = 0.0  # seconds on the link, just before arrival
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """When the last unit is done."""
+        """End of the last unit."""
         return self.spans[-1].done_s if self.spans else 0.0
 
     @property
     def stall_s(self) -> float:
-        """Seconds in which the compute waited for a unit."""
+        """Seconds that compute waited for a unit."""
         waited, done = 0.0, 0.0
         for span in self.spans:
             waited += span.compute_s - done
@@ -71,10 +71,10 @@ def simulate(units: Sequence[ScheduledUnit], slots: int, *, readers: int | None 
     """Run the schedule.
 
     Args:
-        units: of one pass, in order of compute.
+        units: units of one pass, in order of compute.
         slots: buffers for units that are not pinned.
-        readers: requests on their way at the same time; None: as many as there are slots.
-        passes: how often the units are visited.
+        readers: max requests in flight; None: the number of slots.
+        passes: number of passes over the units.
 
     Raises:
         ValueError: no slot, reader or pass.
@@ -126,30 +126,30 @@ def grouped(units: Sequence[ScheduledUnit], size: int) -> float:
 
 
 def closed_form(unit: ScheduledUnit, count: int, slots: int) -> float:
-    """Seconds until `count` equal units are computed: what `simulate` gives, without simulating.
+    """Seconds until `count` equal units are computed; equals `simulate` without simulating.
 
-    With t = latency + transfer + compute and m = max(transfer, compute): t + (count - 1) m where there are slots enough,
+    With t = latency + transfer + compute and m = max(transfer, compute): t + (count - 1) m with enough slots,
     else every round of `slots` units takes t.
     """
     if count < 1:
         return 0.0
-    whole = unit.latency_s + unit.transfer_s + unit.compute_s
+    unit_s = unit.latency_s + unit.transfer_s + unit.compute_s
     each = max(unit.transfer_s, unit.compute_s)
     rounds, rest = divmod(count - 1, slots)
-    return whole + rounds * max(whole, slots * each) + rest * each
+    return unit_s + rounds * max(unit_s, slots * each) + rest * each
 
 
 def period(unit: ScheduledUnit, slots: int) -> float:
-    """Seconds per unit once the pipe is full."""
-    whole = unit.latency_s + unit.transfer_s + unit.compute_s
-    return max(unit.transfer_s, unit.compute_s, whole / slots)
+    """Seconds per unit with a full pipeline."""
+    unit_s = unit.latency_s + unit.transfer_s + unit.compute_s
+    return max(unit.transfer_s, unit.compute_s, unit_s / slots)
 
 
 def slots_needed(unit: ScheduledUnit) -> int:
-    """Fewest slots with which only bandwidth or compute binds, never latency (Little's law).
+    """Fewest slots at which bandwidth or compute is the bottleneck, not latency (Little's law).
 
-    Units that are nothing but latency have no such number, as more slots always help: for those, as for units that take
-    no time at all, one.
+    Units with latency only have no such number, because more slots always help. For those, and for units without any
+    time, the result is 1.
     """
     each = max(unit.transfer_s, unit.compute_s)
     if each <= 0:

@@ -1,4 +1,4 @@
-"""Many forecasts: what would help, what is cheapest for a wanted speed, and the frontiers of speed."""
+"""Searches over forecasts: suggestions, the cheapest configuration for a speed, and Pareto frontiers."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,16 +16,16 @@ COUNTS = (1, 2, 4, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastSuggestion:
-    """Something that could be otherwise, and what it would give."""
+    """A change of machine or workload, and the predicted speed with it."""
 
     what: str
     tok_per_s: float
-    gain: float  # of a sequence's speed, or of all together where only that changes
+    gain: float  # factor of total tokens per second
     forecast: Forecast
 
 
 def changes(now: Forecast, most: int = 6) -> list[ForecastSuggestion]:
-    """What would make it faster, best first. Each by a forecast of its own."""
+    """Changes that would increase the speed, best first, each predicted by its own forecast."""
     workload, machine = now.workload, now.machine
     tried: list[tuple[str, Machine, Workload]] = []
     if not machine.unified and (now.placement.host or now.placement.disk):
@@ -53,8 +53,8 @@ def changes(now: Forecast, most: int = 6) -> list[ForecastSuggestion]:
         for bits in BITS
         if bits < 0.9 * workload.bits
     ][:2]
-    if workload.draft is None and (small := draft_for(now.model)) is not None:
-        tried.append((f"{small.name} as a draft", machine, replace(workload, draft=small)))
+    if workload.draft is None and (draft := draft_for(now.model)) is not None:
+        tried.append((f"{draft.name} as a draft", machine, replace(workload, draft=draft)))
     tried += [
         (f"a batch of {batch}", machine, replace(workload, batch=batch))
         for batch in (8, 32)
@@ -64,37 +64,34 @@ def changes(now: Forecast, most: int = 6) -> list[ForecastSuggestion]:
         tried.append((f"{name} instead", find_machine(name), workload))
     found = []
     for what, other, asked in tried:
-        if (answer := _try(now.model, other, asked)) is not None:
-            found.append(
-                ForecastSuggestion(
-                    what=what, tok_per_s=answer.tok_per_s, gain=answer.tok_per_s / now.tok_per_s, forecast=answer
-                )
-            )
+        if (predicted := _try(now.model, other, asked)) is not None:
+            gain = predicted.tok_per_s / now.tok_per_s
+            found.append(ForecastSuggestion(what=what, tok_per_s=predicted.tok_per_s, gain=gain, forecast=predicted))
     return sorted((change for change in found if change.gain > 1.03), key=lambda change: -change.gain)[:most]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seller:
-    """What somebody sells the model's tokens for, against what they cost here."""
+    """A seller's price of the model's tokens, compared with their cost here."""
 
     name: str
     date: str
     usd_per_million_output: float
-    markup: float  # over the cost of output tokens at the batch asked about
-    request_markup: float  # of a whole request, its prompt paid for as well
-    break_even_batch: int | None  # fewest conversations at a time with which selling output alone pays for the hardware
+    markup: float  # price over cost of output tokens at the workload's batch
+    request_markup: float  # price over cost of a whole request, including its prompt
+    break_even_batch: int | None  # min concurrent sequences whose sold output alone pays for the hardware
 
 
 def sellers(now: Forecast) -> list[Seller]:
-    """The offers in the table of prices for this model, dearest first."""
+    """Offers for this model in the table of prices, most expensive first."""
     if now.usd_per_h is None or now.usd_per_million_output is None or now.usd_per_million_input is None:
         return []
     keys = {key for key, entry in table("models").items() if entry["name"] == now.model.name}
     offers = [(key, entry) for key, entry in table("prices").items() if entry.get("model") in keys]
     passes: dict[int, float] = {}
     for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256) if offers else ():
-        if (answer := _try(now.model, now.machine, replace(now.workload, batch=batch))) is not None:
-            passes[batch] = answer.s_per_token.expected
+        if (predicted := _try(now.model, now.machine, replace(now.workload, batch=batch))) is not None:
+            passes[batch] = predicted.s_per_token.expected
     prompt, tokens = now.workload.prompt_tokens, now.workload.tokens
     cost = (prompt * now.usd_per_million_input.expected + tokens * now.usd_per_million_output.expected) / 1e6
     found = []
@@ -136,9 +133,9 @@ def with_devices(machine: Machine, count: int) -> Machine:
 
 
 def draft_for(model: Architecture) -> Architecture | None:
-    """The model of the table that is nearest to a thirtieth of the size, of the same family; or none.
+    """The table's model of the same family closest to a thirtieth of the size, or None.
 
-    Models of a family share a vocabulary: the same number of tokens is taken for the same.
+    Models of a family share a vocabulary; vocabularies of equal size count as the same.
     """
     near = [
         published(key)
@@ -159,10 +156,10 @@ def configurations(
     batches: Sequence[int] = BATCHES,
     drafts: bool = True,
 ) -> list[Forecast]:
-    """Forecasts over bits, batches, drafts and numbers of devices; over all devices of the table where no machine is given."""
+    """Forecasts over bits, batches, drafts and numbers of devices; without a machine, over all priced devices of the table."""
     machines = [machine] if machine is not None else [find_machine(f"{name} + 256GB + nvme-gen4") for name in _priced()]
     found = []
-    small = (workload.draft or draft_for(model)) if drafts else None
+    draft_model = (workload.draft or draft_for(model)) if drafts else None
     for one in machines:
         for count in COUNTS:
             if one.unified and count > 1:
@@ -170,24 +167,24 @@ def configurations(
             many = with_devices(one, one.devices * count)
             for bits in all_bits:
                 for batch in batches:
-                    for draft in (None, small) if small is not None else (None,):
-                        answer = _try(model, many, replace(workload, bits=bits, batch=batch, draft=draft))
-                        if answer is not None and (draft is None or answer.draft_tokens):
-                            found.append(answer)
+                    for draft in (None, draft_model) if draft_model is not None else (None,):
+                        predicted = _try(model, many, replace(workload, bits=bits, batch=batch, draft=draft))
+                        if predicted is not None and (draft is None or predicted.draft_tokens):
+                            found.append(predicted)
     return found
 
 
 def cheapest(found: Sequence[Forecast], *, tok_per_s: float | None, usd: float | None, each: bool = True) -> Forecast:
-    """The configuration that meets the wishes for least money; of those as dear, the one that keeps the most bits.
+    """The cheapest configuration that meets the requirements; at equal cost, the one with the most bits.
 
     Args:
-        found: what there is to choose from.
-        tok_per_s: wanted, for each sequence if `each`, else of all together; expected, not at best.
-        usd: most dollars per hour.
-        each: what the speed is of.
+        found: forecasts to choose from.
+        tok_per_s: min expected speed, per sequence if `each`, else in total.
+        usd: max dollars per hour.
+        each: True if the speed is per sequence.
 
     Raises:
-        UsageError: nothing meets them; the nearest is named.
+        UsageError: no configuration meets them; the message gives the nearest.
     """
     if not found:
         raise UsageError("the model fits no configuration that was tried", hint="add memory or a disk to the machine")
@@ -223,16 +220,16 @@ def cheapest(found: Sequence[Forecast], *, tok_per_s: float | None, usd: float |
                 f"{near.workload.batch}, ${cost(near):.2f} an hour"
             ),
         )
-    if tok_per_s is None:  # the most speed for the money
+    if tok_per_s is None:  # the fastest within the budget
         return max(good, key=lambda one: (speed(one), -cost(one)))
     return min(good, key=lambda one: (cost(one), -one.workload.bits, -speed(one)))
 
 
 def frontier(found: Iterable[Forecast], against: str) -> list[Forecast]:
-    """The configurations that nothing beats: none is faster for less money, or with more bits.
+    """The Pareto frontier: no other configuration is faster for less money, or with more bits.
 
     Args:
-        found: all of them.
+        found: all forecasts.
         against: `cost` (dollars per million output tokens) or `bits`.
     """
     usable = [one for one in found if against == "bits" or one.usd_per_million_output is not None]
@@ -269,7 +266,7 @@ def _priced() -> list[str]:
 
 
 def _other_machines(machine: Machine) -> list[str]:
-    """A few usual machines that are not this one."""
+    """Common machines other than this one."""
     usual = (
         "rtx-4090 + 64GB + nvme-gen4",
         "rtx-5090 + 64GB + nvme-gen4",

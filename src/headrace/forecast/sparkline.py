@@ -1,4 +1,4 @@
-"""A timeline as a few lines of text: how busy each resource is in every column, from left to right."""
+"""A timeline as lines of text: each column shows the share of time that a resource is busy."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -6,7 +6,7 @@ LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 def busy(spans: Iterable[tuple[float, float]], start_s: float, end_s: float, columns: int) -> list[float]:
-    """Share of each of so many equal parts of the time that the spans cover; they must not overlap each other."""
+    """Share of each of `columns` equal intervals that the spans cover; spans must not overlap each other."""
     width = (end_s - start_s) / columns
     covered = [0.0] * columns
     for begin, end in spans:
@@ -20,7 +20,7 @@ def busy(spans: Iterable[tuple[float, float]], start_s: float, end_s: float, col
 
 
 def strip(shares: Sequence[float]) -> str:
-    """One line of blocks."""
+    """One line of block characters."""
     return "".join(LEVELS[round(share * (len(LEVELS) - 1))] for share in shares)
 
 

@@ -1,13 +1,12 @@
-"""Passes whose weights, or caches, do not all lie in device memory.
+"""Passes whose weights or KV caches are not all in device memory.
 
-    seconds = max(feed, resident) + share * min(feed, resident)          where loads run ahead of the compute
-    feed    = the longest pipe between the bytes and the device (`topology`), at the share of its peak that is reached
-    experts = bytes of missed experts / rate                             after the router has spoken: nothing hides them
+    seconds = max(feed, resident) + share * min(feed, resident)          with prefetch
+    feed    = the busiest pipe between the bytes and the device (`topology`), at its attained share of the peak
+    experts = bytes of missed experts / rate                             after routing, without overlap
 
-What lies off the device crosses the link in every pass, weights and caches alike: an engine that computes attention on
-the host instead (FlexGen) takes about as long, as its own measurements show. Source: Sheng et al. 2023 (FlexGen),
-section 4.3, whose model takes the maximum over pipes; ours adds the share of the shorter that shows, since no measured
-engine overlaps perfectly.
+Weights and caches outside the device cross the link in every pass. An engine that computes attention on the host instead
+(FlexGen) takes about as long, by its own measurements. Source: Sheng et al. 2023 (FlexGen), section 4.3, whose model takes
+the maximum over pipes. Ours adds a share of the shorter, because no measured engine overlaps perfectly.
 """
 
 from collections.abc import Mapping
@@ -22,17 +21,17 @@ from headrace.forecast.topology import Flow, Topology
 
 @dataclass(frozen=True, kw_only=True)
 class FeedRates:
-    """How well software feeds a device: shares of the peak of links and disks, and what of the feeding cannot be hidden."""
+    """Efficiency of feeding a device: attained shares of link and disk peaks, and the share that is not overlapped."""
 
     link_share: float = 0.7
     disk_share: float = 0.75
     unhidden: float = 0.3
-    expert_share: float = 0.6  # of the rate, for experts read on demand
+    expert_share: float = 0.6  # share of the rate for experts read on demand
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Which share of the weights, and of the caches, lies where. The rest of each is in device memory."""
+    """Shares of the weights and of the KV caches outside device memory; the rest is in it."""
 
     host: float = 0.0
     disk: float = 0.0
@@ -49,14 +48,14 @@ class Placement:
 
 
 def place(model: Architecture, bits: float, kv_bytes: float, device_bytes: float, host_bytes: float) -> Placement:
-    """Caches first, then weights, into the fastest memory that has room; what fits nowhere stays on disk.
+    """Place caches, then weights, into the fastest memory with free space; the rest stays on disk.
 
     Args:
-        model: what is placed.
-        bits: per weight.
-        kv_bytes: of all caches.
-        device_bytes: of all devices together, less what the software takes.
-        host_bytes: of host memory, less what the system takes; 0 where the device computes in it.
+        model: model to place.
+        bits: bits per weight.
+        kv_bytes: bytes of all caches.
+        device_bytes: memory of all devices, without the software's own.
+        host_bytes: host memory, without the system's own; 0 if the device computes in it.
     """
     weights = model.all_bytes(bits)
     kv_on_device = min(kv_bytes, device_bytes)
@@ -79,18 +78,18 @@ def streamed_pass(
     rates: Rates,
     feed: FeedRates,
 ) -> PassForecast:
-    """A pass over weights of which some are read anew every time.
+    """A pass with streamed weights.
 
     Args:
-        model: what is computed.
+        model: model to compute.
         device: one device.
-        split: over how many.
+        split: parallelism over devices.
         work: rows, sequences, context, bits.
-        placement: where weights and caches lie.
+        placement: memory tiers of weights and caches.
         topology: the pipes of a node.
         ways: the pipes from `host` and from `disk` to the devices.
-        rates: of the resident part.
-        feed: of the rest.
+        rates: rates of the resident part.
+        feed: rates of the streamed part.
     """
     inner = resident_pass(model, device, split, work, rates)
     touched = None
@@ -114,14 +113,14 @@ def streamed_pass(
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertHitModel:
-    """A mixture's experts in memory: bytes that they may take, and how the routing repeats itself."""
+    """An expert cache: its bytes, and the skew and temporal locality of the routing."""
 
     cache_bytes: float
     skew: float = 0.5
     locality: float = 0.3
 
     def hits(self, model: Architecture, bits: float) -> float:
-        """Share of a row's experts that are there."""
+        """Share of a row's experts that are in the cache."""
         per_layer = self.cache_bytes / max(1.0, model.expert_params * bits / 8) * model.experts
         return hit_rate(model.experts, model.experts_per_token, per_layer, skew=self.skew, locality=self.locality)
 
@@ -139,19 +138,19 @@ def expert_pass(
     host_share: float = 0.0,
     host_bytes_per_s: float = inf,
 ) -> PassForecast:
-    """A pass of a mixture whose trunk is in memory and whose experts are read when the router asks for them.
+    """A pass of an MoE with dense weights in memory and experts read on demand after routing.
 
     Args:
-        model: a mixture of experts.
-        device: what computes.
-        split: over how many.
+        model: an MoE model.
+        device: one device.
+        split: parallelism over devices.
         work: rows and bits.
-        hits: share of the experts that a pass needs which are in memory.
-        bytes_per_s: at which missed ones are read.
-        rates: of the resident part.
-        feed: `expert_share` of the rate is reached.
-        host_share: of the experts that a pass needs, those in host memory; they are counted among the hits.
-        host_bytes_per_s: at which these come to the device, or are multiplied where they lie.
+        hits: share of the routed experts that are in memory.
+        bytes_per_s: read rate of missed experts.
+        rates: rates of the resident part.
+        feed: feed rates; `expert_share` of the read rate is attained.
+        host_share: share of the routed experts that are in host memory, part of `hits`.
+        host_bytes_per_s: rate at which these move to the device, or are multiplied in place.
     """
     inner = resident_pass(model, device, split, work, rates)
     touched = distinct(model.experts, model.experts_per_token, max(1, round(work.rows)), skew=work.skew)

@@ -1,12 +1,12 @@
 """Pipes between the places that hold weights: disks, memory, root complex, switches, links, devices, nodes.
 
-A transfer takes a route through several pipes; transfers that go on at the same time share the pipes that they have in
-common. With every route fixed, all of them can be done after
+A transfer takes a route through several pipes. Concurrent transfers share their common pipes. With fixed routes, all
+transfers can finish after
 
     seconds = max over pipes of (bytes through the pipe) / (bytes per second of the pipe)
 
-and not sooner (a pipe is never idle before, in a fluid schedule with rates in proportion to sizes). So the pipe at
-which the maximum is reached is what binds, and the others show how much of them is used.
+and not earlier: in a fluid schedule with rates in proportion to sizes, the busiest pipe is never idle before. That pipe is
+the bottleneck; the others have a utilisation below 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ class Pipe:
 
 @dataclass(frozen=True)
 class Flow:
-    """Bytes that take a route. A pipe named twice is crossed twice: memory that is written, then read."""
+    """Bytes that take a route. A pipe named twice is crossed twice: memory is written, then read."""
 
     nbytes: float
     route: tuple[str, ...]
@@ -35,11 +35,11 @@ class Flow:
 
 @dataclass(frozen=True)
 class Load:
-    """What a set of flows does to the pipes."""
+    """The load of a set of flows on the pipes."""
 
     seconds: float
     binding: str
-    utilisation: Mapping[str, float] = field(default_factory=dict)  # of each pipe that is used, 0 to 1
+    utilisation: Mapping[str, float] = field(default_factory=dict)  # utilisation of each used pipe, 0 to 1
 
 
 class Topology:
@@ -51,10 +51,10 @@ class Topology:
             raise ValueError("two pipes have the same name")
 
     def load(self, flows: Sequence[Flow]) -> Load:
-        """How long the flows take together, and what binds them.
+        """The time of all flows together, and their bottleneck.
 
         Raises:
-            KeyError: a route goes through a pipe that is not there.
+            KeyError: a route names an unknown pipe.
         """
         busy: dict[str, float] = {}
         for flow in flows:

@@ -1,7 +1,7 @@
-"""How many copies of a model the world's hardware could run, and how fast one can think.
+"""The number of model copies that the world's hardware could run, and the max speed of one.
 
-Copies are limited by arithmetic, by memory bandwidth, and by the memory that holds the conversations; the least of the
-three counts. The discussion counted the first alone.
+Copies are limited by FLOP/s, by memory bandwidth, and by memory for the KV caches; the smallest limit counts. The
+claims consider FLOP/s alone.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ READING_WORDS_PER_MIN = 250.0
 
 
 def reading_tok_per_s(words_per_min: float = READING_WORDS_PER_MIN, words_per_token: float = WORDS_PER_TOKEN) -> float:
-    """Tokens per second of somebody who reads: 250 words per minute are 5.56."""
+    """Tokens per second of a human reader: 250 words per minute are 5.56."""
     return words_per_min / words_per_token / 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stock:
-    """Hardware of one kind: how many devices, and what each can do."""
+    """Hardware of one kind: the number of devices, and the rates of each."""
 
     devices: float
     flop_per_s: float
@@ -29,17 +29,17 @@ class Stock:
 
 @dataclass(frozen=True, kw_only=True)
 class Mind:
-    """A model at work: what a token takes, and what a conversation keeps in memory."""
+    """A running model: FLOP per token, and memory of weights and of a conversation's KV cache."""
 
     flop_per_token: float
     weights_bytes: float
     conversation_bytes: float
-    tok_per_s: float  # of one copy
+    tok_per_s: float  # tokens per second of one copy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
-    """How many copies each limit allows, and the least."""
+    """The number of copies that each limit allows, and the smallest."""
 
     by_flop: float
     by_bandwidth: float
@@ -47,12 +47,12 @@ class Copies:
 
     @property
     def least(self) -> float:
-        """What can run."""
+        """The number of copies that can run."""
         return min(self.by_flop, self.by_bandwidth, self.by_memory)
 
     @property
     def binding(self) -> str:
-        """Which limit that is."""
+        """The smallest limit."""
         values = {"flop": self.by_flop, "bandwidth": self.by_bandwidth, "memory": self.by_memory}
         return min(values, key=lambda name: values[name])
 
@@ -63,14 +63,14 @@ def copies(stock: Stock, mind: Mind, *, group: int) -> Copies:
     Every pass of a group reads its weights once and each conversation's cache once; conversations share a pass.
     """
     groups = stock.devices / group
-    room = group * stock.memory_bytes - mind.weights_bytes
-    if room < mind.conversation_bytes:
+    free_bytes = group * stock.memory_bytes - mind.weights_bytes
+    if free_bytes < mind.conversation_bytes:
         return Copies(by_flop=0.0, by_bandwidth=0.0, by_memory=0.0)
     by_flop = stock.devices * stock.flop_per_s * stock.utilisation / (mind.flop_per_token * mind.tok_per_s)
     bytes_per_s = group * stock.bytes_per_s * stock.utilisation
-    per_pass = bytes_per_s / mind.tok_per_s - mind.weights_bytes  # of caches, in the time of one token
+    per_pass = bytes_per_s / mind.tok_per_s - mind.weights_bytes  # cache bytes readable in the time of one token
     by_bandwidth = groups * max(0.0, per_pass) / mind.conversation_bytes
-    return Copies(by_flop=by_flop, by_bandwidth=by_bandwidth, by_memory=groups * room / mind.conversation_bytes)
+    return Copies(by_flop=by_flop, by_bandwidth=by_bandwidth, by_memory=groups * free_bytes / mind.conversation_bytes)
 
 
 def grown(now: float, years: float, per_year: float) -> float:
@@ -79,14 +79,14 @@ def grown(now: float, years: float, per_year: float) -> float:
 
 
 def years_until(now: float, wanted: float, per_year: float) -> float:
-    """Years until a growing stock reaches what is wanted; infinite for one that does not grow."""
+    """Years until a growing stock reaches `wanted`; infinite if it does not grow."""
     if wanted <= now:
         return 0.0
     return log2(wanted / now) / log2(per_year) if per_year > 1 else inf
 
 
 def halving_months(factor: float, months: float) -> float:
-    """How often a cost halved that fell by `factor` within so many months."""
+    """Months per halving of a cost that fell by `factor` within `months`."""
     return months / log2(factor)
 
 
@@ -95,12 +95,12 @@ def least_token_s(
 ) -> float:
     """The shortest time per token at batch 1 over any number of devices.
 
-    On n devices in a square grid a token takes a / n to read its bytes, a = p * bits / 8 / B, and 2 sqrt(n) hops for each of
-    its L * r reductions. The best n makes it
+    On n devices in a square grid, reading a token's bytes takes a / n with a = p * bits / 8 / B. Each of its L * r reductions
+    takes 2 sqrt(n) hops. At the best n the time is
 
         3 * (L * r * t_hop) ** (2/3) * a ** (1/3)                (Erdil 2025, section 3)
 
-    which is a square-root law in the parameters where depth grows with their fourth root.
+    which is a square-root law in the parameters if depth grows with their fourth root.
     """
     reduce_s = layers * reductions * hop_s
     read_s = params * bits / 8 / bytes_per_s

@@ -175,7 +175,7 @@ def _check_disk_space(reference: Reference, needed: int) -> None:
     if needed and needed + SPARE_BYTES > free:
         raise HubError(
             f"{reference} needs {gigabytes(needed)} more, {folder} has {gigabytes(free)} free",
-            hint="make room (`headrace list`, `headrace rm`), or set HF_HOME to a folder on another disk",
+            hint="free disk space (`headrace list`, `headrace rm`), or set HF_HOME to a folder on another disk",
         )
 
 

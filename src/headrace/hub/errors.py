@@ -58,7 +58,7 @@ def _explanation(reference: Reference, error: Exception) -> HubError:
             f"the connection broke while reading {reference.repo}: {error or type(error).__name__}", hint=RESUME
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return HubError(f"the disk is full while {reference.repo} is written", hint=f"make room; {RESUME}")
+        return HubError(f"the disk is full while {reference.repo} is written", hint=f"free disk space; {RESUME}")
     if isinstance(error, OSError) and error.errno is not None:
         return HubError(f"cannot keep {reference.repo}: {error}", hint="check the folder that HF_HOME names")
     first = str(error).strip().splitlines() or [type(error).__name__]

@@ -1,8 +1,8 @@
 """Matmuls with packed weights: rows of activations times rows of weights that stay in their file's own format.
 
 Three paths behind one call. Decode rows: ggml's dot-product kernel on the packed blocks; a row's result does not depend on
-the rows beside it. Prefill rows: ggml's tile kernel, which unpacks some weights for all rows at once, for the formats in
-which it measured faster. Other formats: blocks of weights are unpacked and multiplied by torch, which is not row-invariant.
+the rows beside it. Prefill rows: ggml's tile kernel in the formats that measured faster with it; it unpacks some weights for
+all rows at once. Other formats: blocks of weights are unpacked and multiplied by torch, which is not row-invariant.
 `torch_reference` is the slow twin of all.
 """
 

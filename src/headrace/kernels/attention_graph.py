@@ -1,8 +1,8 @@
 """Attention of one row over the positions of one sequence, as operations of a ggml graph: all in fp32.
 
-K and V are given in fp32, or in fp16 as caches hold them. In fp16 the row's own K and V are written first and all are
-widened, which is exact: both give the same bits. Torch takes some twenty calls for it: 100 us when they are warm, 200 to 300
-within a pass, after matmuls have evicted the processor's caches.
+K and V are given in fp32, or in fp16 as caches hold them. In fp16 the row's own K and V are written first, then all are
+widened. Widening is exact, so both give the same bits. Torch takes some twenty calls for it, 100 us when they are warm. Within
+a pass they take 200 to 300, after matmuls have evicted the processor's caches.
 """
 
 from functools import cache

@@ -1,7 +1,7 @@
 """Convert packed rows from one format to another, in the calling thread. Used by readers, so it holds no state.
 
 ggml's own quantiser searches for the best scales of a Q4_K block and converts 14 million weights/s. A self-speculation
-draft does not need the best: scales from the smallest and the largest weight come at ten times that speed.
+draft does not need the best. Scales from the smallest and the largest weight come at ten times that speed.
 """
 
 import ctypes
@@ -40,9 +40,9 @@ def convert(source_type: str, source: int, target_type: str, target: int, rows: 
 
 
 def q4_k_blocks(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Blocks of Q4_K, (weights / 256, 144) bytes: 8 x 32 weights of 4 bits, each 32 with a scale and a minimum of 6 bits.
+    """Blocks of Q4_K, (weights / 256, 144) bytes: 8 x 32 weights of 4 bits.
 
-    A weight is d * scale * q - dmin * minimum (ggml's `block_q4_K`).
+    Each 32 weights have a scale and a minimum of 6 bits. A weight is d * scale * q - dmin * minimum (ggml's `block_q4_K`).
     """
     x = weights.reshape(-1, 8, 32)
     low = np.minimum(x.min(2), 0)

@@ -1,7 +1,7 @@
 """One ggml graph for consecutive operations on fixed addresses.
 
 A layer has some twenty small operations between its matmuls: a norm, biases, RoPE, a gate, sums. Torch takes 4 to 70 us for
-each on one row, mostly call overhead, and the next matmul starts its threads anew. In one graph the matmuls' threads compute
+each on one row, mostly call overhead. The next matmul then starts its threads anew. In one graph the matmuls' threads compute
 them. Elementwise sums and multiplications are rounded as torch rounds them. Norms and gates are ggml's everywhere
 (`Kernels.rms_norm`, `Kernels.silu`): so results are the same, bit for bit.
 """

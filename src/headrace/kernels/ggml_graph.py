@@ -1,4 +1,4 @@
-"""ggml graphs over the caller's memory: each is built once per shape, then only its pointers and number of rows change.
+"""ggml graphs over the caller's memory: built once per shape, then only pointers and the number of rows change.
 
 Building a graph costs about 30 us through ctypes, setting pointers and computing about 5 us. A model has some twenty
 shapes, so the graphs are kept. The weights, activations, results and the workspace belong to the caller.
@@ -127,7 +127,7 @@ class MatmulPointers(NamedTuple):
 
 
 class MatmulGraph(Graph):
-    """x @ w.T for several packed `w`, each with an x of its own: results of shape (rows of x, rows of w) in fp32.
+    """x @ w.T for several packed `w`, each with its own x: (rows of x, rows of w) in fp32.
 
     With `dots` it is row-invariant: a row's result does not depend on the number of rows.
     """

@@ -1,6 +1,6 @@
 """Choose and run the kernel for one matmul: packed rows at an address, times the activations' rows.
 
-On two cores of an AMD EPYC ggml multiplies Q4_K at 40 to 48 giga-weights/s for one row (the memory's speed). From two rows on
+On two cores of an AMD EPYC ggml multiplies one row with Q4_K at 40 to 48 giga-weights/s (memory speed). From two rows on
 its dot products are the limit (4.8 at 16 rows). The tile kernel reaches 10 at 16 rows and 0.56 at 512. Unpacking runs at 6.6,
 torch's bf16 GEMM at 0.36 for 512 rows.
 """
@@ -32,11 +32,11 @@ from headrace.kernels.thresholds import (
 from headrace.kernels.unpacking import ToHalf, unpack_slices
 from headrace.kernels.weight_slice import WeightSlice
 
-# Scratch for unpacked weights, which keeps torch's GEMMs wide. A prompt of 512 rows of an 8B shape on a Xeon with AMX took
-# 14.9 to 17.8 s with 16 MiB, 12.6 to 15.4 s with 8 MiB, 17.0 to 18.9 s with 4 MiB.
+# Scratch for unpacked weights, which keeps torch's GEMMs wide. Time of a prompt of 512 rows, 8B shape, Xeon with AMX:
+# 16 MiB: 14.9 to 17.8 s; 8 MiB: 12.6 to 15.4 s; 4 MiB: 17.0 to 18.9 s.
 UNPACK_BYTES = 8 << 20
-# Unpacked rows come in multiples of this, which oneDNN prefers: bf16 GEMMs over 14336 columns ran at 348 GFLOP/s with 292 rows,
-# at 401 with 256, at 418 with 512.
+# Row multiple of unpacked weights that oneDNN prefers. Speed of bf16 GEMMs, rows of 14336 columns:
+# 292: 348 GFLOP/s; 256: 401; 512: 418.
 UNPACKED_ROWS = 256
 
 
@@ -85,9 +85,8 @@ class Kernels:
         self._padded_results = torch.empty(0)
         self._copies: list[torch.Tensor] = []
         self._cached_matmuls: dict[tuple[int, ...], _CachedMatmul] = {}
-        self._last: tuple[MatmulGraph, list[MatmulPointers]] | None = (
-            None  # graph and operands of the matmul in progress
-        )
+        # Graph and operands of the matmul in progress.
+        self._last: tuple[MatmulGraph, list[MatmulPointers]] | None = None
 
     def spin(self) -> None:
         """From now on threads start at once on decode rows. Call before the first of them, and only if nothing is streamed."""
@@ -195,7 +194,7 @@ class Kernels:
         return tiled, [pair for pair in slices if pair not in tiled] if tiled else slices
 
     def matmul_each(self, jobs: Sequence["ExpertMatmul"]) -> None:
-        """As `matmul`, for slices that each have activations and an output of their own: those of experts."""
+        """Multiply experts: as `matmul`, but each slice has its own activations and output."""
         dots: list[_Job] = []
         others: list[_Job] = []
         for x, weight_slice, output, invariant_rows, chunks in jobs:
@@ -513,9 +512,10 @@ class Kernels:
 
 
 class ExpertMatmul(NamedTuple):
-    """A matmul of an expert: x (rows, columns) times a slice to output (rows, rows of the slice), fp32, rows contiguous.
+    """A matmul of an expert: x (rows, columns) times a slice to output (rows, rows of the slice).
 
-    As in `Kernels.matmul`, `invariant_rows` are computed independently, and those of a chunk depend on that chunk alone.
+    Both are fp32 with contiguous rows. As in `Kernels.matmul`, `invariant_rows` are computed independently; a chunk's rows
+    depend on that chunk alone.
     """
 
     x: torch.Tensor

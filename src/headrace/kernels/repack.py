@@ -1,10 +1,10 @@
 """ggml's repacked layout: blocks of eight rows stored together, so that one load of activations serves eight dot products.
 
-On AVX-512 matmuls with Q4_K are 1.03 to 1.4 times as fast for one row, 1.3 to 2.3 times for several. The layout is a copy,
+On AVX-512 Q4_K matmuls are 1.03 to 1.4 times as fast for one row, 1.3 to 2.3 for several. The layout is a copy,
 for pinned weights where memory holds both. It has the same values; sums are added in another order, so results differ from
 the plain layout's in the last bits.
 
-ggml only repacks tensors in a buffer type of its own, which it recognises by two fields of the tensor. A tiny tensor in such
+ggml only repacks tensors in its own buffer type, which it recognises by two fields of the tensor. A tiny tensor in such
 a buffer supplies both fields for tensors over our own memory.
 """
 

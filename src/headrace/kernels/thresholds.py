@@ -4,18 +4,18 @@
 # decoded, within this limit.
 DECODE_MAX_ROWS = 16
 
-# Min rows of ggml's tile kernels, which unpack a tile of weights for all rows at once, for most formats of 256 weights a
-# block. They add up in another order than the dot products do, so a row's last bits differ.
+# Min rows of ggml's tile kernels, which exist for most formats of 256 weights a block. They unpack a tile of weights for all
+# rows at once. They add up in another order than the dot products do, so a row's last bits differ.
 TILE_ROWS = 8
 
 # Rows of activations that the kernel for repacked weights takes together. Row-invariant rows are padded to a multiple.
 ACTIVATION_ROWS = 4
 
-# Rows of a prompt chunk, the unit of prefill and of prefix caching. Each chunk is multiplied by itself where a kernel is not
-# row-invariant, so that its results do not depend on what else a pass carries.
+# Rows of a prompt chunk, the unit of prefill and of prefix caching. Where a kernel is not row-invariant, each chunk is
+# multiplied by itself. Its results then do not depend on what else a pass carries.
 CHUNK_ROWS = 64
 
-# Rows of a chunk in the prefix that prompts often share, where all rows of a pass share each matmul anyway.
+# Rows of a chunk in the prefix that prompts may share, if all rows of a pass share each matmul anyway.
 SMALL_CHUNK_ROWS = 8
 
 # Max rows of a chunk for which an expert's weights are multiplied packed; for more rows they are unpacked first.

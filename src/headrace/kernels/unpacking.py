@@ -9,8 +9,8 @@ from headrace.checkpoint.tensor import row_bytes
 from headrace.kernels.ggml import library, type_number
 from headrace.kernels.weight_slice import WeightSlice
 
-# Weights that a thread unpacks to fp32 and then rounds: half a MiB, which stays in its core's cache in between. Two cores of a
-# Xeon unpack 5.0 giga-weights/s of Q4_K, with a quarter of it 3.3, with twice as many 3.8. ggml's graphs and torch reach 1.1.
+# Weights that a thread unpacks to fp32 and then rounds: half a MiB, which stays in its core's cache. Two cores of a Xeon unpack
+# 5.0 giga-weights/s of Q4_K, 3.3 with a quarter of it, 3.8 with twice as many. ggml's graphs and torch reach 1.1.
 CACHED_WEIGHTS = 128 << 10
 
 

@@ -27,7 +27,7 @@ class WeightSlice:
         return self.repacked == self.address
 
     def k_splits(self) -> "Iterator[WeightSlice]":
-        """Each K-split as a matrix of its own."""
+        """Each K-split as a separate matrix."""
         nbytes = self.k_split_rows * row_bytes(self.type, self.k_split_columns)
         for index in range(self.rows // self.k_split_rows):
             yield WeightSlice(self.type, self.k_split_rows, self.address + index * nbytes, 0)

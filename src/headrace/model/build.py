@@ -3,7 +3,7 @@
 Traps met here, each of which cost somebody silently wrong text:
 - RoPE frequencies are non-persistent buffers: on meta too, and in no checkpoint.
 - llama's converters permute the rows of q and k; gemma's store norms plus one.
-- A tied head has no tensor of its own.
+- A tied head has no separate tensor.
 - An unexpected tensor in the file means that the model is a different one.
 """
 
@@ -228,7 +228,7 @@ def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) 
             and not moe_layout_of(module)
         ):
             raise UnsupportedError(
-                f"{checkpoint.path}: the {kind} model multiplies its experts in a way of its own"
+                f"{checkpoint.path}: the {kind} model computes its experts in its own code"
                 f" (`{type(module).__name__}`), which is not supported",
                 hint=_USE_GGUF,
             )

@@ -1,6 +1,6 @@
 """Renders a conversation to text with the checkpoint's Jinja chat template, as transformers does.
 
-A template is a program from an untrusted file. It runs in a process of its own (`template_worker.py`). The process is ended when
+A template is a program from an untrusted file. It runs in a separate process (`template_worker.py`). The process is ended when
 it takes more than a few seconds or megabytes, and started again for the next conversation.
 """
 

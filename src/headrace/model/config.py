@@ -50,7 +50,7 @@ MODEL_TYPES = {
 _ENCODER = "an encoder, which sees what follows a token"
 _DECODER_HALF = "the decoder of a model with an encoder"
 _OTHERS = {
-    "blt": "a model over bytes, with models of its own for patches of them",
+    "blt": "a model over bytes, with separate models for patches of them",
     "cpmant": "a model that lets a token see what follows it",
     "reformer": "a model with hashed attention, drawn anew each time",
     "xlm": _ENCODER,
@@ -213,7 +213,7 @@ def check_model_type(checkpoint: Checkpoint) -> None:
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if checkpoint.has_encoder else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     )
     if kind not in CONFIG_MAPPING_NAMES or kind not in writers:
-        own_code = " needs code of its own, which headrace does not run" if values.get("auto_map") else ""
+        own_code = " needs its own code, which headrace does not run" if values.get("auto_map") else ""
         reason = own_code or f" is a {kind} model, of which transformers has no language model that generates text"
         known = did_you_mean(kind, writers)
         raise UnsupportedError(
@@ -257,7 +257,7 @@ def _corrections(checkpoint: Checkpoint, read_floats: Callable[[str], list[float
     if architecture == "gemma4":
         return values | {"rope_parameters": _gemma4_rope(checkpoint, read_floats)}
     rope = _rope(checkpoint, read_floats)
-    if architecture in ("deepseek2", "glm-dsa"):  # the RoPE part of a head has a width of its own
+    if architecture in ("deepseek2", "glm-dsa"):  # the RoPE part of a head has its own width
         rope.pop("partial_rotary_factor", None)
         logarithm = checkpoint.get("rope.scaling.yarn_log_multiplier")
         if rope["rope_type"] == "yarn" and isinstance(logarithm, float):

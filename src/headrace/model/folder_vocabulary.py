@@ -73,7 +73,7 @@ class FolderVocabulary:
     def raw(self, text: str) -> list[int]:
         """As `Vocabulary.raw`, with the prefix that the tokenizer adds."""
         ids = self._ids(text, True)
-        if self.adds_bos and ids[:2] == [self.bos_id, self.bos_id]:  # the text has a BOS token of its own
+        if self.adds_bos and ids[:2] == [self.bos_id, self.bos_id]:  # the text itself starts with a BOS token
             ids = ids[1:]
         return ids[:-1] if self._adds_eos else ids
 

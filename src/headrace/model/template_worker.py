@@ -1,4 +1,4 @@
-"""Renders one chat template in a process of its own with limits on time and memory: templates are programs from a file.
+"""Renders one chat template in a separate process with limits on time and memory: templates are programs from a file.
 
 `chat_template.py` runs it as a script. Each line of JSON gets one line of JSON in reply: first the template, then the
 conversations. The environment is that of transformers' `apply_chat_template`. Its sandbox limits a template to its

@@ -5,7 +5,7 @@ Each draft token is accepted with probability `a`, given that all before it were
     E(k) = 1 + a + a^2 + ... + a^k                        (Leviathan, Kalman, Matias 2023, equation 1)
 
 tokens and takes `k * draft_token_s + cost(1 + k rows)`. The rates below are fits of E to published tokens per pass at 4, 8 and
-16 draft tokens, over chat prompts of code and prose. At run time the engine replaces them by its own counts.
+16 draft tokens (chat prompts of code and prose). At run time the engine replaces them by its own counts.
 """
 
 from collections.abc import Callable

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from headrace.forecast.expert_hits import chosen, skew_of
 from headrace.plan.routing import Routing
 
-# Guessed exponent of the Zipf law, until a run of the model has recorded its hit rate.
+# Assumed exponent of the Zipf law, until a run of the model has recorded its hit rate.
 SKEW = 0.6
 # Seconds per MoE layer besides its weights at the kernels' rate: router, interpreter, small matmuls.
 LAYER_S = 0.2e-3
@@ -56,7 +56,7 @@ class Experts:
     @property
     def source(self) -> str:
         """Origin of the probabilities, in words."""
-        return f"guessed: Zipf with exponent {SKEW}" if self.chances is None else "from an earlier run"
+        return f"assumed: Zipf with exponent {SKEW}" if self.chances is None else "from an earlier run"
 
     @cached_property
     def _chances(self) -> npt.NDArray[np.float64]:

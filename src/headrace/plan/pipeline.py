@@ -12,7 +12,7 @@ from headrace.plan.cost import expert_seconds, layer_seconds, row_invariant_rate
 from headrace.plan.expert_cost import FOUND_LATE, Experts
 from headrace.plan.plan import Plan
 
-# Guessed seconds before the first byte of a 2 MiB request to an SSD; the readers hide it.
+# Assumed seconds before the first byte of a 2 MiB request to an SSD; the readers hide it.
 READ_LATENCY_S = 150e-6
 
 LAYERS_AHEAD = 2  # number of next layers whose experts are prefetched (`engine.expert_prefetch`)

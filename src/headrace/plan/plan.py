@@ -344,7 +344,7 @@ def _rings(memory: MemoryPlan) -> str:
 
 
 def _spread(expected: float, profile: Profile) -> Range:
-    """A range from measured over predicted; before any fit, a fifth on a measured machine, a factor of 3 on guessed rates."""
+    """A range from measured over predicted; before any fit, a fifth on a measured machine, a factor of 3 on assumed rates."""
     low, high = (0.33, 3.0) if profile.source == "guessed" else profile.spread or (0.9, 1.25)
     return Range(low=expected * low, expected=expected, high=expected * high)
 

@@ -27,7 +27,7 @@ IO_CPU_SHARE = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Measured rates of one machine. `source` is `measured <date>` or `guessed`."""
+    """Measured rates of one machine. `source` is `measured <date>`, or the label of `guessed_profile`."""
 
     source: str
     machine: str

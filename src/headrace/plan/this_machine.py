@@ -8,7 +8,7 @@ from headrace.plan.profile import Profile
 def this_machine(profile: Profile, memory_bytes: float) -> Machine:
     """The profiled machine as a forecast's `Machine`: measured rates, not peaks."""
     packed = profile.kernel("Q4_K", 1) * 4.5 / 8
-    guessed = profile.source == "guessed"
+    is_unmeasured = profile.source == "guessed"
     return Machine(
         name=profile.machine,
         family="cpu",
@@ -33,6 +33,6 @@ def this_machine(profile: Profile, memory_bytes: float) -> Machine:
         price_usd=None,
         rent_usd_per_h=None,
         spot_usd_per_h=None,
-        assumptions=("this machine has not been measured: run `headrace probe`",) if guessed else (),
+        assumptions=("this machine has not been measured: run `headrace probe`",) if is_unmeasured else (),
         sources=(f"this machine: {profile.source}",),
     )

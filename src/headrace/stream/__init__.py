@@ -1,7 +1,7 @@
-"""How weights reach the compute: pinned rows stay, the others pass through a ring of buffers, read ahead of their use.
+"""Weight streaming: pinned rows stay in memory, the others are prefetched through a ring of buffers.
 
-layout   which rows are pinned, which are streamed, and in which order a pass visits them
-memory   aligned memory made once
+layout   pinned rows, streamed rows, and the order of the weight groups of a pass
+arena    aligned memory reserved once
 files    weights read from their own file, without the page cache where the file system allows
 weights  the stream itself: readers, ring, prefetch over the end of a pass
 """

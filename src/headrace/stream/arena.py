@@ -32,7 +32,7 @@ class Arena:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def populate(self, start: int, nbytes: int) -> bool:
-        """Take the pages of a range now, as far as it lies inside, and leave what is in them. False: the system cannot.
+        """Populate the pages of a range now, clipped to the arena, and keep their contents. False: the system cannot.
 
         On a virtual machine whose host gives memory lazily, a GiB takes 1 to 2.5 s, on bare metal 0.1 to 0.3.
         """
@@ -45,6 +45,6 @@ class Arena:
         return not failed
 
     def give_back(self) -> None:
-        """Let the system have the pages; what was in them is lost."""
+        """Return the pages to the system; their contents are lost."""
         with suppress(OSError, AttributeError):
             self._map.madvise(mmap.MADV_DONTNEED)

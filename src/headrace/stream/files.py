@@ -1,6 +1,6 @@
-"""Weights read from their own file into memory of ours: O_DIRECT where it is allowed, buffered where it is not.
+"""Weights read from their own file into our memory: O_DIRECT where it is allowed, buffered where it is not.
 
-A read either delivers every byte asked for or raises `ReadError` with the file and the offset.
+A read either delivers every requested byte or raises `ReadError` with the file and the offset.
 """
 
 import errno
@@ -13,13 +13,13 @@ from typing import Protocol
 from headrace.errors import ReadError
 from headrace.stream.arena import PAGE_BYTES
 
-# One request to the disk. Larger ones are split by the kernel, smaller ones cost a turn of the interpreter each.
+# Bytes of one request to the disk. Larger ones are split by the kernel, smaller ones each cost a GIL switch.
 REQUEST_BYTES = 2 << 20
-_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # what a file system says that cannot read past the page cache
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # errors of a file system that cannot bypass the page cache
 
 
 class File(Protocol):
-    """What the stream asks of a file, so that tests can make one fail and others need not exist."""
+    """Interface of the files that the stream reads: tests make one fail, and virtual ones need not exist."""
 
     def read(self, offset: int, target: memoryview, needed: int) -> int:
         """Fill `target` from `offset`; see `WeightFile.read`."""
@@ -29,7 +29,7 @@ class File(Protocol):
 
 
 class WeightFile:
-    """An open checkpoint file. `direct` tells whether reads go past the page cache; if not, the remark says why."""
+    """An open checkpoint file. `direct`: reads bypass the page cache; if not, `remark` says why."""
 
     def __init__(self, path: str):
         self.path = path
@@ -49,7 +49,7 @@ class WeightFile:
             self._go_buffered(error)
             return
         with mmap.mmap(-1, PAGE_BYTES) as page, memoryview(page) as view:
-            # Some file systems open a file so and refuse the first read.
+            # Some file systems open a file with O_DIRECT and refuse the first read.
             try:
                 os.preadv(self._fd, [view], 0)
             except OSError as error:
@@ -57,7 +57,7 @@ class WeightFile:
                     self._go_buffered(error)
 
     def _go_buffered(self, error: OSError) -> None:
-        """From now on through the page cache."""
+        """Read through the page cache from now on."""
         fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~os.O_DIRECT)
         self.direct = False
         self.remark = f"read through the page cache: the file system refuses O_DIRECT ({error.strerror})"
@@ -72,10 +72,10 @@ class WeightFile:
         """
         done = 0
         while done < len(target):
-            weight_slice = target[done : done + REQUEST_BYTES]
-            count = self._pread(weight_slice, offset + done)
+            request = target[done : done + REQUEST_BYTES]
+            count = self._pread(request, offset + done)
             done += count
-            if count < len(weight_slice) and (count == 0 or done % PAGE_BYTES):
+            if count < len(request) and (count == 0 or done % PAGE_BYTES):
                 break  # the end of the file
         if done < needed:
             raise ReadError(
@@ -88,7 +88,7 @@ class WeightFile:
         return done
 
     def _pread(self, target: memoryview, offset: int) -> int:
-        was_direct = self.direct  # other readers may go on buffered meanwhile
+        was_direct = self.direct  # other readers may switch to buffered reads meanwhile
         try:
             return os.preadv(self._fd, [target], offset)
         except OSError as error:

@@ -1,11 +1,11 @@
-"""Which rows of which tensors are pinned, which are streamed, and in which order a pass groups them.
+"""Layout of a pass: pinned rows and streamed rows of every tensor, and the order of the weight groups.
 
-Every tensor is cut at its own row: the rows before the cut are pinned, those after it stream in units small enough for
-a slot of the ring. The same share of every tensor is pinned, so that the product with the pinned rows hides the reads
-of the others, tensor by tensor, and a machine that owns a range of rows is no special case.
+Every tensor is cut at its own row. The rows before are pinned; the others stream in units that fit a slot of the ring. Every
+tensor pins the same share, so its matmul with the pinned rows hides the reads of its other rows. A machine that owns a range
+of rows is then no special case.
 
-Behind the pinned rows some may be *decode_pinned* memory that others need at times: they are pinned while it is decode_pinned, and stream
-with the rest while it is not.
+Some rows behind the pinned ones may be *decode-pinned*, in memory that prefill needs. While decode reuses that memory they
+are pinned; otherwise they stream with the rest.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +15,14 @@ from math import lcm
 from headrace.checkpoint import Tensor
 from headrace.stream.arena import PAGE_BYTES, aligned
 
-# Rows of a weight that kernels take together, best first: 512 rows times 256 of 14336 columns of Q4_K ran at 518 GFLOP/s,
-# times 260 at 422.
+# Weight rows that kernels take together, best first. 512 rows times 256 of 14336 columns of Q4_K ran at 518 GFLOP/s, times
+# 260 at 422.
 TILES = (128, 16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """A range of rows that is read as one: its place in the file, page-aligned, and where the rows begin in it."""
+    """A range of rows that is one read: its page-aligned place in the file, and the rows' offset in it."""
 
     tensor: Tensor
     first: int
@@ -30,7 +30,7 @@ class Unit:
     start: int  # page-aligned offset in the file
     length: int  # page-aligned bytes to read
     delta: int  # bytes before the first row
-    at: int | None  # offset in the arena of pinned or of decode_pinned rows; None: only ever in a slot of the ring
+    at: int | None  # offset in the arena of pinned or decode-pinned rows; None: only ever in a slot of the ring
 
     @property
     def needed(self) -> int:
@@ -55,20 +55,18 @@ class WeightGroup:
     tensors: tuple[Tensor, ...]
     pinned: tuple[Resident, ...]  # per tensor
     decode_pinned: tuple[Resident, ...]  # per tensor
-    streamed: tuple[tuple[int, Unit], ...]  # (index of the tensor, unit), in order: what is neither
-    streamed_in_prefill: tuple[
-        tuple[int, Unit], ...
-    ]  # and the units of decode_pinned rows, while no memory is decode_pinned
+    streamed: tuple[tuple[int, Unit], ...]  # (index of the tensor, unit), in order: the other rows
+    streamed_in_prefill: tuple[tuple[int, Unit], ...]  # units of decode-pinned rows too, while prefill has their memory
 
     @property
     def in_order(self) -> bool:
-        """Whether slices must be multiplied in the order of the file: sums over slabs depend on it."""
+        """True if slices must be multiplied in the order of the file: sums over K-splits depend on it."""
         return any(tensor.k_splits for tensor in self.tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The groups of a pass, and the memory they need."""
+    """The weight groups of a pass, and the memory they need."""
 
     groups: tuple[WeightGroup, ...]
     pinned_bytes: int
@@ -77,22 +75,22 @@ class Layout:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes read from the disk in every pass while no memory is decode_pinned, page alignment included."""
+        """Bytes read from the disk in every pass while prefill has its memory, page alignment included."""
         return sum(unit.length for group in self.groups for _, unit in group.streamed_in_prefill)
 
     @property
     def reads_always(self) -> bool:
-        """Whether a pass reads even while memory is decode_pinned."""
+        """True if a pass reads even while decode reuses prefill memory."""
         return any(group.streamed for group in self.groups)
 
     @property
     def streamed_units(self) -> int:
-        """Reads in such a pass."""
+        """Reads in every pass while prefill has its memory."""
         return sum(len(group.streamed_in_prefill) for group in self.groups)
 
 
 class _Arena:
-    """Where rows are laid out one tensor after another."""
+    """Offsets of rows in an arena, one tensor after another."""
 
     def __init__(self) -> None:
         self.nbytes = 0
@@ -112,34 +110,36 @@ def make_layout(
     read_bytes: int = 4 << 20,
     decode_pinned_rows: Mapping[str, int] | None = None,
 ) -> Layout:
-    """Lay out a pass that groups groups of tensors in this order.
+    """Lay out a pass over groups of tensors in this order.
 
     Args:
         order: groups of tensors that share their activations, in execution order.
         pinned_rows: rows to pin, by tensor name, from row 0 on.
-        unit_bytes: the most a streamed unit may take, rows permitting.
-        read_bytes: the most that one read of pinned rows takes.
-        decode_pinned_rows: rows behind the pinned ones that are pinned while memory for them is decode_pinned.
+        unit_bytes: max bytes of a streamed unit, rows permitting.
+        read_bytes: max bytes of one read of pinned rows.
+        decode_pinned_rows: rows behind the pinned ones that are pinned while decode reuses prefill memory.
     """
     groups: list[WeightGroup] = []
     fixed, decode_pinned = _Arena(), _Arena()
     decode_pinned_rows = decode_pinned_rows or {}
     for group in order:
-        at_times, rest = [], []
+        decode_residents, rest = [], []
         pinned = tuple(fixed.place(tensor, 0, pinned_rows[tensor.name], read_bytes) for tensor in group)
         for index, tensor in enumerate(group):
             first = pinned[index].rows
-            at_times.append(decode_pinned.place(tensor, first, decode_pinned_rows.get(tensor.name, 0), unit_bytes))
-            first += at_times[index].rows
+            decode_residents.append(
+                decode_pinned.place(tensor, first, decode_pinned_rows.get(tensor.name, 0), unit_bytes)
+            )
+            first += decode_residents[index].rows
             rest += [(index, unit) for unit in _units(tensor, first, tensor.rows, unit_bytes, None)]
-        lent_units = [(index, unit) for index, rows in enumerate(at_times) for unit in rows.units]
+        decode_units = [(index, unit) for index, rows in enumerate(decode_residents) for unit in rows.units]
         groups.append(
             WeightGroup(
                 tensors=tuple(group),
                 pinned=pinned,
-                decode_pinned=tuple(at_times),
+                decode_pinned=tuple(decode_residents),
                 streamed=tuple(rest),
-                streamed_in_prefill=tuple(sorted(lent_units + rest, key=lambda one: one[0])),
+                streamed_in_prefill=tuple(sorted(decode_units + rest, key=lambda one: one[0])),
             )
         )
     slot = max((unit.length for group in groups for _, unit in group.streamed_in_prefill), default=PAGE_BYTES)
@@ -149,7 +149,7 @@ def make_layout(
 
 
 def rows_that_fit(tensor: Tensor, nbytes: int) -> int:
-    """As many rows as fit, but none that would be left over from whole tiles, unless that made the part much smaller."""
+    """The most rows that fit, rounded down to whole tiles unless that makes the unit much smaller."""
     most = max(tensor.row_multiple, nbytes // tensor.row_bytes)
     for multiple in (lcm(tensor.row_multiple, rows) for rows in TILES):
         if most // multiple * multiple >= 7 / 8 * most:

@@ -1,6 +1,6 @@
-"""A low-bit copy that is made while it is read: rows of the original, quantised on the way by the reader.
+"""Low-bit draft copies: rows of the original, quantised by the reader thread while they are read.
 
-It is an encoding like those of checkpoints (`checkpoint.encodings`), with another tensor of any format as its source.
+Its encoding is one like those of checkpoints (`checkpoint.encodings`), with another tensor of any format as its source.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from headrace.kernels.convert import convert
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Requantised:
-    """Rows of a tensor in another format."""
+    """Encoding of a tensor's rows in another format."""
 
     source: Tensor
     type: str
 
     @property
     def label(self) -> str:
-        """What it is, for people."""
+        """Name of the encoding, for people."""
         return f"{self.source.type} as {self.type}"
 
     @property
     def row_multiple(self) -> int:
-        """Any range of rows can be virtual."""
+        """Any range of rows can be decoded."""
         return 1
 
     def reads(self, first: int, last: int) -> Sequence[tuple[Tensor, int, int]]:
@@ -35,13 +35,13 @@ class Requantised:
         return [(self.source, first * self.source.row_bytes, (last - first) * self.source.row_bytes)]
 
     def decode(self, raw: Sequence[npt.NDArray[np.uint8]], first: int, last: int, out: npt.NDArray[np.uint8]) -> None:
-        """Quantise them."""
+        """Quantise the rows."""
         source = self.source
         convert(source.type, raw[0].ctypes.data, self.type, out.ctypes.data, last - first, source.columns)
 
 
 def with_encodings(copy: Checkpoint, original: Checkpoint) -> Checkpoint:
-    """The copy that `checkpoint.low_bit` describes, with the way in which its tensors are virtual."""
+    """The copy that `checkpoint.low_bit` describes, with the encodings of its virtual tensors."""
     virtual: dict[str, list[tuple[Tensor, Requantised]]] = {}
     for name, tensor in copy.tensors.items():
         source = original.tensors[name]

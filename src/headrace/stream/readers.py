@@ -1,8 +1,8 @@
-"""Threads that read for one consumer: how they start, stop and fail, and how the consumer waits for them.
+"""Reader threads of one consumer: their start, stop and failures, and the consumer's wait for them.
 
-What is read and where it goes is the stream's own business. The lock is shared by all: readers wait for `space`, the
-consumer for what has `arrived`. A release wakes one reader, and an arrival the consumer if it is all that it waits for:
-waking everybody each time cost 50 ms of a pass of 500 units, in turns of the interpreter.
+The stream decides what they read and into which memory. All share one lock: readers wait for `space`, the consumer for what
+has `arrived`. A release wakes one reader, and the last awaited arrival wakes the consumer. Waking everybody each time cost
+50 ms of a pass of 500 units, in GIL switches.
 """
 
 import threading
@@ -19,7 +19,7 @@ STALL_LIMIT_S = 60.0
 
 
 class Spans(Protocol):
-    """Where spans of time are recorded: a kind, a label, start and end by `time.perf_counter`."""
+    """Recorder of time spans: a kind, a label, start and end by `time.perf_counter`."""
 
     def add(self, kind: str, label: str, start: float, end: float) -> None:
         """Record one span."""
@@ -27,11 +27,11 @@ class Spans(Protocol):
 
 @dataclass(slots=True)
 class ReadCounters:
-    """What a stream did so far. Differences of two copies describe a pass."""
+    """Reads of a stream so far. The difference of two copies describes a pass."""
 
-    read_bytes: int = 0  # from the disk
+    read_bytes: int = 0  # bytes from the disk
     reads: int = 0
-    stall_s: float = 0.0  # the consumer waited for a read
+    stall_s: float = 0.0  # time the consumer waited for reads
 
 
 class Readers:
@@ -46,28 +46,28 @@ class Readers:
         spans: Spans | None,
         stall_limit_s: float = STALL_LIMIT_S,
     ):
-        """`name` is that of the threads; silence of the disk for `stall_limit_s` is an error."""
+        """`name` is the threads' name; silence of the disk for `stall_limit_s` is an error."""
         lock = threading.Lock()
         self.space = threading.Condition(lock)
         self.arrived = threading.Condition(lock)
         self.count = count
-        self.error: BaseException | None = None  # of a reader
+        self.error: BaseException | None = None  # exception of a reader
         self.stopping = False
         self._name = name
         self._counters = counters
         self._spans = spans
         self._stall_limit_s = stall_limit_s
         self._threads: list[threading.Thread] = []
-        self._ready: Callable[[], bool] | None = None  # what the consumer waits for
-        self._stuck = False  # a thread did not come back from a read
+        self._ready: Callable[[], bool] | None = None  # condition that the consumer waits for
+        self._stuck = False  # a thread has not come back from a read
         self._closed = False
 
     def start(self, works: Sequence[Callable[[], bool]]) -> None:
-        """One thread for each of these, which is called until it gives False. Does nothing while threads are there.
+        """Start a thread for each of these, which is called until it returns False. Does nothing while threads run.
 
         Raises:
-            ReadError: the stream is closed, or an earlier read has never come back: it could still write into memory that
-                has been given to others.
+            ReadError: the stream is closed, or an earlier read has never come back. Such a read could still write into memory
+                that has been given to others.
         """
         if self._stuck:
             raise ReadError(
@@ -82,12 +82,12 @@ class Readers:
             thread = threading.Thread(target=self._work, args=(work,), name=f"{self._name}-{i}", daemon=True)
             try:
                 thread.start()
-            except RuntimeError as error:  # those that run are stopped with the pass
+            except RuntimeError as error:  # running threads are stopped with the pass
                 raise too_few_threads() from error
             self._threads.append(thread)
 
     def stop(self) -> None:
-        """Ask all to stop and wait until they have, each after the read that it is in. Safe to call twice."""
+        """Ask all threads to stop and wait until they have, each after its current read. Safe to call twice."""
         with self.space:
             self.stopping = True
             self.space.notify_all()
@@ -103,11 +103,11 @@ class Readers:
         self.stop()
 
     def reset(self) -> None:
-        """After `stop`: errors are forgotten, and threads may be started again."""
+        """Forget errors after `stop`; threads may be started again."""
         self.error, self.stopping = None, False
 
     def wait(self, ready: Callable[[], bool], label: str) -> None:
-        """Until `ready()`, which is called under the lock, by readers too.
+        """Wait until `ready()`, which is called under the lock, by readers too.
 
         Raises:
             ReadError: a reader has failed, or nothing has come from the disk for `stall_limit_s`.
@@ -142,7 +142,7 @@ class Readers:
             self._spans.add("stall", label, start, end)
 
     def read(self, file: File, offset: int, target: memoryview, needed: int, label: str) -> int:
-        """One read, recorded; the bytes that came from the disk. `came` says when they may be used."""
+        """Read and record a span; returns the bytes from the disk. They may be used after `came`."""
         start = time.perf_counter()
         count = file.read(offset, target, needed)
         if self._spans is not None:
@@ -150,12 +150,12 @@ class Readers:
         return count
 
     def came(self, nbytes: int) -> None:
-        """A read has ended and is where it belongs. Under the lock."""
+        """Count a read that has ended and is in its place. Under the lock."""
         self._counters.read_bytes += nbytes
         self._counters.reads += 1
 
     def wake(self) -> None:
-        """Wake the consumer, if what it waits for is there. Under the lock."""
+        """Wake the consumer, if all that it waits for has arrived. Under the lock."""
         if self._ready is not None and self._ready():
             self.arrived.notify()
 

@@ -1,7 +1,7 @@
-"""A file that is not there: its tensors are made from stored ones while they are read, in the reader's thread.
+"""Virtual files: their tensors are decoded from stored ones while they are read, in the reader thread.
 
-Quantised layouts without a kernel, matrices stored with their inputs as rows, low-bit draft copies: all are tensors on
-a path of which only the name exists. Nothing is written, and never more than what is asked for is virtual.
+Quantised layouts without a kernel, matrices stored transposed ([in, out]) and low-bit draft copies are virtual. Their path
+exists only by name. Nothing is written, and never more than the requested rows is decoded.
 """
 
 import threading
@@ -17,19 +17,19 @@ from headrace.stream.files import File
 
 
 class VirtualFile:
-    """Answers reads of tensors that are made on the way. For several readers at once; each has buffers of its own."""
+    """A file of virtual tensors, decoded when they are read. For several readers at once; each has its own buffers."""
 
     def __init__(self, virtual: Sequence[tuple[Tensor, Encoding]], file_of: Callable[[str], File]):
-        """`made`: the tensors of this path; `file_of` gives the open file of a path that their sources name."""
+        """`virtual`: the tensors of this path; `file_of` gives the open file of a path that their sources name."""
         ordered = sorted(virtual, key=lambda one: one[0].offset)
-        self._made = ordered
+        self._virtual = ordered
         self._starts = [tensor.offset for tensor, _ in ordered]
         self._file_of = file_of
         self._local = threading.local()
 
     def read(self, offset: int, target: memoryview, needed: int) -> int:
-        """Fill the first `needed` bytes of `target`; returns what was read for it. See `WeightFile.read`."""
-        tensor, encoding = self._made[bisect_right(self._starts, offset) - 1]
+        """Fill the first `needed` bytes of `target`; returns the bytes read for it. See `WeightFile.read`."""
+        tensor, encoding = self._virtual[bisect_right(self._starts, offset) - 1]
         begin = offset - tensor.offset
         step = encoding.row_multiple
         first = begin // tensor.row_bytes // step * step
@@ -55,10 +55,10 @@ class VirtualFile:
         return read
 
     def close(self) -> None:
-        """The sources' files are closed by whoever opened them."""
+        """Leave the sources' files open: they belong to whoever opened them."""
 
     def _buffer(self, name: str, nbytes: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
-        """Aligned memory of this thread under a name, made once and larger when need be."""
+        """Aligned memory of this thread under a name, reserved once and enlarged when needed."""
         held: Arena | None = getattr(self._local, name, None)
         if held is None or held.nbytes < nbytes:
             held = Arena(-(-nbytes // PAGE_BYTES) * PAGE_BYTES)
@@ -67,7 +67,7 @@ class VirtualFile:
 
 
 class FileSet:
-    """The open files of a checkpoint by path: those that exist, and those that are made from them."""
+    """The open files of a checkpoint by path: the stored ones, and virtual ones over them."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class FileSet:
         virtual: Mapping[str, Sequence[tuple[Tensor, Encoding]]],
         open_file: Callable[[str], File],
     ):
-        """`made`: by path the tensors that are made when they are read."""
+        """`virtual`: the virtual tensors, by path."""
         self._files: dict[str, File] = {}
         try:
             for path in paths:
@@ -87,12 +87,12 @@ class FileSet:
             self.add(path, tensors)
 
     def add(self, path: str, virtual: Sequence[tuple[Tensor, Encoding]]) -> None:
-        """A further path of tensors that are made when they are read."""
+        """Add a path of virtual tensors."""
         self._files[path] = VirtualFile(virtual, self._files.__getitem__)
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What is unusual about how they are read, each said once."""
+        """Remarks on unusual reads of these files, each once."""
         return tuple(dict.fromkeys(remark for file in self._files.values() if (remark := getattr(file, "remark", ""))))
 
     def __getitem__(self, path: str) -> File:

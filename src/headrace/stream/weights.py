@@ -1,12 +1,12 @@
 """The stream of weights: reader threads fill the pinned memory once and the ring for ever, in execution order.
 
-The readers run ahead of the compute by as much as the ring holds, over the end of a pass into the next one, and while
-the engine samples. The reads of pinned rows are part of the first pass, so nothing is read twice and the first token
-waits for no loading phase; rows that are lent memory come with the first pass after `lend`. With no reader threads the
-consumer reads for itself: load, compute, release. That serial twin runs the same code and reads the same bytes.
+The readers prefetch as much as the ring holds, into the next pass, and while the engine samples. The first pass reads the
+pinned rows: nothing is read twice, and the first token waits for no loading phase. Decode-pinned rows come with the first
+pass after `reuse_prefill_memory`. With no reader threads the consumer reads for itself: load, compute, release. That serial
+twin runs the same code and reads the same bytes.
 
-What must never happen: a slot is overwritten while in use (a unit's number may exceed the released ones by the slots at
-most); a reader's error is lost (it is raised in the consumer); a consumer waits for ever (a silent disk is an error).
+A slot is never overwritten while in use: a unit's number may exceed the released ones by the slots at most. A reader's error
+is never lost (it is raised in the consumer). A consumer never waits for ever (a silent disk is an error).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +20,16 @@ from headrace.stream.files import File, WeightFile
 from headrace.stream.layout import Layout, Resident, Unit, rows_that_fit
 from headrace.stream.readers import STALL_LIMIT_S, ReadCounters, Readers, Spans
 
-# Pinned rows multiplied between two streamed units: 3 ms of compute, in which the disk fills a fifth of the ring.
+# Bytes of pinned rows multiplied between two streamed units. In their 3 ms of compute the disk fills a fifth of the ring.
 SLICE_BYTES = 32 << 20
-# Units multiplied in one call, if a quarter of the ring holds as many: one takes 0.1 ms, as long as threads take to wake.
+# Max units multiplied in one call, if a quarter of the ring holds them. One takes 0.1 ms, as long as threads take to wake.
 UNITS_TOGETHER = 4
 
-Batch: TypeAlias = Sequence[tuple[int, WeightSlice]]  # a tuple, if the same will come again in the next pass
+Batch: TypeAlias = Sequence[tuple[int, WeightSlice]]  # a tuple, if the next pass delivers the same one
 
 
 def weight_slice_of(tensor: Tensor, first: int, rows: int, address: int) -> WeightSlice:
-    """Rows of a tensor that lie at an address."""
+    """The slice of a tensor's rows at an address."""
     if not tensor.k_splits:
         return WeightSlice(tensor.type, rows, address, first)
     return WeightSlice(tensor.type, rows, address, first, k_split_rows=tensor.outputs, k_split_columns=tensor.columns)
@@ -38,12 +38,12 @@ def weight_slice_of(tensor: Tensor, first: int, rows: int, address: int) -> Weig
 @dataclass(frozen=True, slots=True)
 class _Load:
     unit: Unit
-    number: int | None  # of its slot in the ring, counted over all passes; None: it stays
-    arena: Arena | None = None  # where it stays
+    number: int | None  # of its slot in the ring, counted over all passes; None: it is pinned
+    arena: Arena | None = None  # of a pinned unit
 
 
 class WeightStream:
-    """Delivers the weights of each visit of a pass, in order, pass after pass. A context manager."""
+    """Delivers the weight groups of a pass, in order, pass after pass. A context manager."""
 
     def __init__(
         self,
@@ -57,29 +57,29 @@ class WeightStream:
         stall_limit_s: float = STALL_LIMIT_S,
         on_pinned: Callable[[WeightSlice, Tensor], WeightSlice] | None = None,
     ):
-        """`readers=0` is the serial twin. `slots` is the size of the ring in units, `decode_only_slots` of them only while memory is
-        lent. `file_of` gives the open file of a path.
+        """`readers=0` is the serial twin. `slots` is the size of the ring in units, `decode_only_slots` of them only while
+        decode reuses prefill memory. `file_of` gives the open file of a path.
 
-        `on_pinned` is called once with each pinned weight_slice (and its tensor) when it has come; what it returns is delivered
-        from then on.
+        `on_pinned` is called once with each pinned slice (and its tensor) when it has arrived; its result is delivered from
+        then on.
         """
         self.layout = layout
         self.counters = ReadCounters()
         self._most_slots = slots
-        self._slots = slots - decode_only_slots  # at the moment
-        self._lent_slots = decode_only_slots
+        self._slots = slots - decode_only_slots  # at present
+        self._decode_only_slots = decode_only_slots
         self._readers = Readers(
             readers, name="headrace-reader", counters=self.counters, spans=spans, stall_limit_s=stall_limit_s
         )
         self._on_pinned = on_pinned
         self._pinned = Arena(layout.pinned_bytes)
         self._decode_pinned = Arena(layout.decode_pinned_bytes)
-        self.reuses_prefill_memory = False  # whether lent rows have their memory
+        self.reuses_prefill_memory = False  # decode-pinned rows have their memory
         self._ring = Arena(slots * layout.slot_bytes if layout.streamed_units else 0)
         paths = {tensor.path for group in layout.groups for tensor in group.tensors}
         self._files = {path: file_of(path) for path in sorted(paths)}
         self._loaded: set[int] = set()  # ids of pinned units in memory
-        self._complete: dict[int, list[Batch]] = {}  # pinned slices of visits, once all are in memory
+        self._complete: dict[int, list[Batch]] = {}  # pinned slices of groups, once all are in memory
         self._complete_decode_pinned: dict[int, list[Batch]] = {}
         self._next_group = self._released = 0
         self._begin_pass()
@@ -93,10 +93,10 @@ class WeightStream:
     # -- the consumer -------------------------------------------------------------------------------------------
 
     def weights_of(self, index: int) -> Iterator[Batch]:
-        """The weights of visit `index` of the pass, in batches of (index of the tensor, weight_slice).
+        """The weights of group `index` of the pass, in batches of (index of the tensor, slice).
 
-        Pinned rows and streamed units take turns, so that the ring empties while pinned rows are multiplied. The slots
-        of units are released when the next batch is asked for. Visits must be made in order; after the last one follows
+        Pinned rows and streamed units alternate, so that the ring empties while pinned rows are multiplied. The slots of
+        units are released when the next batch is requested. Groups must be requested in order; after the last one follows
         the first of the next pass.
 
         Raises:
@@ -105,7 +105,7 @@ class WeightStream:
         self._enter(index)
         group = self.layout.groups[index]
         pinned = self._delivered(index, self._complete, group.pinned, self._pinned, self._on_pinned)
-        if self.reuses_prefill_memory:  # never settled: what a row's product is must not depend on what is lent
+        if self.reuses_prefill_memory:  # never repacked: a row's result must not depend on the reuse
             pinned = pinned + self._delivered(
                 index, self._complete_decode_pinned, group.decode_pinned, self._decode_pinned, None
             )
@@ -134,29 +134,29 @@ class WeightStream:
         return weight_slice_of(unit.tensor, unit.first, unit.rows, slot + unit.delta)
 
     def resident_batch(self, index: int) -> Batch | None:
-        """The one batch of a visit all of whose weights stay, once it has been virtual. Asking is not visiting."""
+        """The one batch of a fully pinned group, once it has been delivered. The pass does not advance."""
         batches = self._complete.get(index)
         return batches[0] if batches and not self.layout.groups[index].streamed_in_prefill else None
 
     def advance(self, index: int) -> None:
-        """A visit whose weights are known from `resident_batch`."""
+        """Advance past a group whose weights are known from `resident_batch`."""
         self._enter(index)
 
     def _enter(self, index: int) -> None:
-        assert index == self._next_group, f"visit {index} asked for, {self._next_group} is next"
-        self._readers.start([self._read_ahead] * self._readers.count if self._next is not None else [])
+        assert index == self._next_group, f"group {index} requested, {self._next_group} is next"
+        self._readers.start([self._read_next] * self._readers.count if self._next is not None else [])
         self._next_group = (index + 1) % len(self.layout.groups)
 
     @property
     def reusable_prefill_bytes(self) -> int:
-        """The memory that `lend` gives to weights."""
-        return self.layout.decode_pinned_bytes + self._lent_slots * self.layout.slot_bytes
+        """The prefill memory that `reuse_prefill_memory` gives to weights."""
+        return self.layout.decode_pinned_bytes + self._decode_only_slots * self.layout.slot_bytes
 
     def reuse_prefill_memory(self, reuse: bool) -> None:
-        """Give lent rows and slots their memory, or take it back; between passes only. What had been read ahead is read again."""
+        """Give decode-pinned rows and slots their memory, or take it back; between passes only. Prefetched units are reread."""
         if reuse == self.reuses_prefill_memory or not self.reusable_prefill_bytes:
             return
-        assert self._next_group == 0, "memory is lent between passes"
+        assert self._next_group == 0, "prefill memory is reused between passes only"
         self._readers.stop()
         if not reuse:
             self._loaded.difference_update(
@@ -166,16 +166,16 @@ class WeightStream:
             self._decode_pinned.give_back()
             self._ring.give_back()
         self.reuses_prefill_memory = reuse
-        self._slots = self._most_slots if reuse else self._most_slots - self._lent_slots
+        self._slots = self._most_slots if reuse else self._most_slots - self._decode_only_slots
         self._begin_pass()
 
     def rewind(self) -> None:
-        """Give up the pass in progress: the next visit is the first one again. What is pinned stays."""
+        """Give up the pass in progress: the next group is the first one again. Pinned rows stay."""
         self._readers.stop()
         self._begin_pass()
 
     def close(self) -> None:
-        """Stop the readers, give the memory back. The files belong to whoever opened them. Safe to call twice."""
+        """Stop the readers, release the memory. The files belong to whoever opened them. Safe to call twice."""
         self._readers.close()
         for arena in (self._pinned, self._decode_pinned, self._ring):
             arena.give_back()
@@ -184,7 +184,7 @@ class WeightStream:
         if ready() and self._readers.error is None:
             return
         while not self._readers.count and not ready():
-            self._read_ahead()
+            self._read_next()
         self._readers.wait(ready, label)
 
     def _delivered(
@@ -195,12 +195,12 @@ class WeightStream:
         arena: Arena,
         on_pinned: Callable[[WeightSlice, Tensor], WeightSlice] | None,
     ) -> list[Batch]:
-        """The rows of a visit that stay in an arena, once they have come."""
+        """The rows of a group that stay in an arena, once they have arrived."""
         batches = complete.get(index)
         if batches is None:
             try:
                 batches = complete[index] = self._resident_batches(index, residents, arena, on_pinned)
-            except BaseException:  # an interrupt may have left slices half settled: they are read again
+            except BaseException:  # an interrupt may have left slices half repacked: they are read again
                 with self._readers.arrived:
                     self._loaded.difference_update(id(unit) for rows in residents for unit in rows.units)
                 raise
@@ -213,11 +213,11 @@ class WeightStream:
         arena: Arena,
         on_pinned: Callable[[WeightSlice, Tensor], WeightSlice] | None,
     ) -> list[Batch]:
-        """As one batch, or in slices where others stream beside them."""
+        """One batch of all slices, or one per slice where units stream beside them."""
         group = self.layout.groups[index]
         units = [id(unit) for rows in residents for unit in rows.units]
         if units:
-            self._wait(lambda: self._loaded.issuperset(units), f"visit {index}")
+            self._wait(lambda: self._loaded.issuperset(units), f"weight group {index}")
         slices: list[tuple[int, WeightSlice]] = []
         for i, (tensor, found) in enumerate(zip(group.tensors, residents, strict=True)):
             step = rows_that_fit(tensor, SLICE_BYTES) if group.streamed_in_prefill else max(1, found.rows)
@@ -242,15 +242,15 @@ class WeightStream:
         self._readers.reset()
 
     def _sequence(self) -> Iterator[_Load]:
-        """All loads, for ever: rows that stay and were not issued yet, and every streamed unit, pass after pass."""
+        """All loads, for ever: pinned rows that were not issued yet, and every streamed unit, pass after pass."""
         number = 0
         while True:
             before = number, len(self._issued)
             for group in self.layout.groups:
-                staying = [(unit, self._pinned) for rows in group.pinned for unit in rows.units]
+                pinned = [(unit, self._pinned) for rows in group.pinned for unit in rows.units]
                 if self.reuses_prefill_memory:
-                    staying += [(unit, self._decode_pinned) for rows in group.decode_pinned for unit in rows.units]
-                for unit, arena in staying:
+                    pinned += [(unit, self._decode_pinned) for rows in group.decode_pinned for unit in rows.units]
+                for unit, arena in pinned:
                     if id(unit) not in self._issued:
                         self._issued.add(id(unit))
                         yield _Load(unit, None, arena)
@@ -260,15 +260,15 @@ class WeightStream:
             if before == (number, len(self._issued)):
                 return  # everything is pinned
 
-    def _read_ahead(self) -> bool:
-        """The next load, as soon as there is room for it; whether there was one."""
+    def _read_next(self) -> bool:
+        """Run the next load, as soon as the ring has space for it; False if there is none."""
         load = self._take()
         if load is not None:
             self._run(load)
         return load is not None
 
     def _take(self) -> _Load | None:
-        """The next load, once the ring has room for it. None when there is nothing more to do."""
+        """The next load, once the ring has space for it. None when there is nothing more to read."""
         readers = self._readers
         with readers.space:
             while not readers.stopping and readers.error is None and (load := self._next) is not None:

@@ -87,7 +87,7 @@ class Grid:
 def scaling(tensor: Tensor, shape: tuple[int, ...], scale: Tensor, block: tuple[int, int] | None) -> tuple[Grid, int]:
     """Layout of a matrix's scales: the grid of their rows, and the columns per scale.
 
-    One scale for all, per matrix of a stack, per row, or per block, whose size is `block` or divides the matrix evenly.
+    One scale for all, per matrix of a stack, per row, or per block. A block is `block` or divides the matrix evenly.
 
     Args:
         tensor: the scaled tensor, for the message.

@@ -6,7 +6,7 @@ of an escape are stored separately. A stored row is a record; all records of a t
 
     base (1 byte) | number of escapes (2 bytes) | nibbles (columns / 2, the first in the low half) | escapes | lower bytes
 
-The row with the most escapes sets the space for them, so any range of rows is one contiguous range of bytes. A few long numpy
+The row with the most escapes sets their space: any range of rows is one contiguous range of bytes. A few long numpy
 loops decode 1.5 to 2.7 GB/s per core. Huffman codes would take 10 % fewer bytes and a library (docs/LEARNED.md). Nothing is
 rounded, NaNs included.
 """
@@ -98,7 +98,7 @@ class Exponents:
         """Values of all escapes, in row order."""
         counts = np.ascontiguousarray(records[:, 1:_HEAD_BYTES]).view("<u2")  # (rows, 1)
         if counts.max() > self.capacity:
-            raise self._damage(f"counts {counts.max()} escapes in a row, there is room for {self.capacity}")
+            raise self._damage(f"counts {counts.max()} escapes in a row, its capacity is {self.capacity}")
         start = _HEAD_BYTES + self.columns // 2
         values: Bytes = records[:, start : start + self.capacity][np.arange(self.capacity) < counts]
         if len(values) and values.max() > 127:
