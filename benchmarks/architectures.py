@@ -63,7 +63,7 @@ def ours(path: Path, text: str) -> float:
     pinned = {tensor.name: tensor.rows for tensor in checkpoint.tensors.values()}
     options = StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=1, expert_slots=64)
     found = []
-    with Engine(checkpoint, options, Kernels(2, bf16_many_rows=False)) as engine:
+    with Engine(checkpoint, options, Kernels(2, bf16_prefill=False)) as engine:
         for start in range(0, WINDOWS * WINDOW, WINDOW):
             window = tokens[start : start + WINDOW]
             rows = Rows(cache=engine.new_cache(WINDOW, 32), tokens=window, logits=WINDOW)

@@ -161,7 +161,7 @@ def model_of(row: dict[str, str]) -> Architecture | None:
     if params is not None and abs(params / model.params - 1) > 0.1:
         model = of_params(params)
     layers, hidden, kv_heads = (number(row[key]) for key in ("layers", "hidden", "kv_heads"))
-    if layers and hidden and not model.is_mixture and abs(layers * hidden / (model.layers * model.hidden) - 1) > 0.02:
+    if layers and hidden and not model.is_moe and abs(layers * hidden / (model.layers * model.hidden) - 1) > 0.02:
         heads = max(1, round(hidden / 128))
         model = replace(
             of_params(params or model.params),
@@ -175,11 +175,11 @@ def model_of(row: dict[str, str]) -> Architecture | None:
     elif layers:
         model = replace(model, layers=int(layers))
     active = number(row["active_params"])
-    if active and model.is_mixture:
+    if active and model.is_moe:
         return replace(model, active_params=active)
     if active:  # MoE without further data
         return replace(model, params=params or model.params, active_params=active, experts=128, experts_per_token=8)
-    return replace(model, params=params) if params and not model.is_mixture else model
+    return replace(model, params=params) if params and not model.is_moe else model
 
 
 EAGER = r"\baccelerate|_accelerate|ds-inference|ds-zero|DeepSpeed|bloom|huggingface/transformers|eager"

@@ -154,7 +154,7 @@ def _dense(row: dict[str, str], known: bool) -> Streamed | None:
         return None
     model, device = model_of(row), _device(row)
     bits = number(row["weights_bits"])
-    if model is None or bits is None or model.is_mixture:
+    if model is None or bits is None or model.is_moe:
         return None
     bits = BITS.get(bits, bits)
     weights = model.all_bytes(bits)
@@ -239,7 +239,7 @@ def _experts(row: dict[str, str], known: bool) -> Streamed | None:
     model, device = model_of(row), _device(row)
     if model is None:
         return None
-    if not model.is_mixture or str(model.experts) == "128":  # not in the table: sizes from the page
+    if not model.is_moe or str(model.experts) == "128":  # not in the table: sizes from the page
         sizes = {"Qwen3.5-397B-A17B": (512, 10, 60, 4096)}.get(row["model"])
         if sizes is None:
             return None
@@ -259,7 +259,7 @@ def _experts(row: dict[str, str], known: bool) -> Streamed | None:
     if used := re.search(r"\bK=(\d+)", notes):
         fewer = int(used.group(1))
         per_expert = model.expert_params / model.experts
-        model = replace(model, experts_per_token=fewer, active_params=model.trunk_params + fewer * per_expert)
+        model = replace(model, experts_per_token=fewer, active_params=model.dense_params + fewer * per_expert)
     if device is None:
         device = DeviceSpec(bytes_per_s=307e9, flop_per_s=15e12, memory_bytes=64e9)  # M5 Pro
     hit = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?% hit|hit (\d+(?:\.\d+)?)", notes)

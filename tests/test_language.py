@@ -34,7 +34,7 @@ OLD_WORDS = {
     r"exact rows|rows that are exact": "row-invariant rows",
     r"few rows|many rows": "decode rows, prefill rows",
     r"numbers kept": "KV elements per token",
-    r"latent attention": "MLA",
+    r"(?<!multi-head )latent attention": "MLA",
     r"keys and values are turned|turning of|turns queries": "RoPE",
     r"ways to run attention|in its own way": "attention mode",
     r"the model's own cache": "native cache",

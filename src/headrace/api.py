@@ -386,7 +386,7 @@ class Model:
         try:
             self._watch(on_progress, time.perf_counter())
             while True:
-                while scheduler.has_room and not exhausted:
+                while scheduler.has_free_slot and not exhausted:
                     index, job = next(waiting, (-1, None))
                     if job is None:
                         exhausted = True
@@ -447,7 +447,7 @@ class Model:
             self._first_tokens += len(tokens)
         for token in tokens:
             segments, reason = one.take(token, self.tokenizer.end_ids)
-            text, reasoning = joined(segments, Part.ANSWER), joined(segments, Part.REASONING)
+            text, reasoning = joined(segments, Part.CONTENT), joined(segments, Part.REASONING)
             piece = Piece(
                 text=text,
                 thinking=reasoning,

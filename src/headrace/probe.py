@@ -290,7 +290,7 @@ def _measure_tiles(threads: int, kind: str) -> Mapping[str, float]:
 def _measure_unpack(kernels: Kernels, kind: str) -> float:
     rows = 1024
     arena, nbytes = _packed(kind, rows, 4)
-    half = kernels.bf16_many_rows and kind not in PRECISE_TYPES
+    half = kernels.bf16_prefill and kind not in PRECISE_TYPES
     return (
         rows * COLUMNS / _median_s(lambda i: kernels.plain(kind, arena.address + i % 4 * nbytes, rows, COLUMNS, half))
     )

@@ -51,7 +51,7 @@ def ask(engine: Engine, prompts: Sequence[list[int]], at_a_time: int, prefill_ro
     recorders = [Tracer() for _ in prompts]
     waiting, live = list(enumerate(prompts)), list[SequenceState]()
     while waiting or live:
-        while waiting and scheduler.has_room:
+        while waiting and scheduler.has_free_slot:
             index, prompt = waiting.pop(0)
             live.append(scheduler.add(prompt, NEW_TOKENS, recorders[index]))
         for sequence, _ in scheduler.step():

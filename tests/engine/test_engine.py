@@ -189,7 +189,7 @@ def test_replayed_passes_report_progress(tiny_llama: Path) -> None:
 
 def test_cached_embedding_rows_stay_within_a_bound(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = next(t for t in open_checkpoint(tiny_llama).tensors.values() if t.name == "token_embd.weight").row_bytes
-    monkeypatch.setattr("headrace.engine.engine.ROWS_KEPT_BYTES", 5 * row + 1)
+    monkeypatch.setattr("headrace.engine.engine.MAX_CACHED_ROW_BYTES", 5 * row + 1)
     with make_engine(tiny_llama, 0.3) as engine:
         cache = engine.new_cache(128)
         for token in (*range(40), 39, 38):
@@ -315,7 +315,7 @@ def test_attention_over_some_heads_at_a_time_equals_attention_over_all(
     path = write_gguf(random_model(family), family, tmp_path / "tiny.gguf")
     found = []
     for together in (1 << 20, 1):
-        monkeypatch.setattr("headrace.engine.attention.NUMBERS_TOGETHER", together)
+        monkeypatch.setattr("headrace.engine.attention.MAX_SCORES", together)
         with make_engine(path, 1.0) as engine:
             found.append(decode(engine, 3))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)

@@ -98,4 +98,4 @@ def test_threads_spin_only_where_nothing_is_read(folder: Path) -> None:
         with engine_of(folder, slots=slots, share=share) as engine:
             kernels = engine.kernels
             assert isinstance(kernels, Kernels)
-            assert (kernels.decode_workers is not kernels._many_workers) == spins
+            assert (kernels.decode_workers is not kernels._prefill_workers) == spins

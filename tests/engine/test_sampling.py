@@ -69,7 +69,7 @@ def test_a_stop_string_is_found_over_the_borders_of_tokens(texts: list[str]) -> 
     scanner = StopScanner(["END"])
     shown = ""
     for text in texts:
-        found, stopped = scanner.push([(Part.ANSWER, text)])
+        found, stopped = scanner.push([(Part.CONTENT, text)])
         shown += "".join(part for _, part in found)
         if stopped:
             break
@@ -79,10 +79,10 @@ def test_a_stop_string_is_found_over_the_borders_of_tokens(texts: list[str]) -> 
 
 def test_text_that_only_starts_like_a_stop_string_is_shown() -> None:
     scanner = StopScanner(["END", "\n\n"])
-    found = [segment for text in ["an E", "N", "T\n", "x\n"] for segment in scanner.push([(Part.ANSWER, text)])[0]]
+    found = [segment for text in ["an E", "N", "T\n", "x\n"] for segment in scanner.push([(Part.CONTENT, text)])[0]]
     assert "".join(text for _, text in found + scanner.rest()) == "an ENT\nx\n"
 
 
 def test_the_earliest_of_several_stop_strings_counts() -> None:
     scanner = StopScanner(["later", "now"])
-    assert scanner.push([(Part.ANSWER, "right now or later")]) == ([(Part.ANSWER, "right ")], True)
+    assert scanner.push([(Part.CONTENT, "right now or later")]) == ([(Part.CONTENT, "right ")], True)

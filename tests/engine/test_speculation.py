@@ -138,7 +138,7 @@ def test_sequences_together_equal_sequences_alone_with_draft_tokens_for_all(targ
     scheduler.speculation = Speculation(StepTimeModel(free_rows), PromptLookup())
     done, waiting, running = {}, list(enumerate(prompts)), {}
     while waiting or running:
-        while waiting and scheduler.has_room:
+        while waiting and scheduler.has_free_slot:
             index, prompt = waiting.pop(0)
             running[scheduler.add(prompt, 20, Sampler(SAMPLINGS[1]))] = index
         for sequence, _ in scheduler.step():

@@ -45,11 +45,11 @@ def test_a_published_model_makes_sense(name: str) -> None:
 
     assert model.source
     assert 0 < model.computed_params <= model.params
-    assert 0 < model.trunk_params <= model.params
+    assert 0 < model.dense_params <= model.params
     assert model.read_bytes(16) <= model.all_bytes(16) * (1 + 1e-9)
     assert model.kv_bytes(1000) > 0
     assert model.heads % model.kv_heads == 0
-    if model.is_mixture:
+    if model.is_moe:
         assert model.active_params is None or model.active_params < model.params
         assert 0 <= model.dense_layers < model.layers
         assert model.read_bytes(16, model.experts) == pytest.approx(

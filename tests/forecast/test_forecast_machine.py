@@ -103,16 +103,16 @@ def test_a_unified_machine_has_one_memory_and_no_bus() -> None:
     assert machine.unified
     assert machine.device_memory_bytes == machine.host_memory_bytes == 64 * GB
     assert set(machine.topology().pipes) == {"device memory", "host memory", "disk"}
-    assert machine.way_from("disk") == ("disk", "host memory", "host memory")
+    assert machine.path_from("disk") == ("disk", "host memory", "host memory")
 
 
 def test_weights_from_disk_are_written_and_read_before_they_cross_the_bus() -> None:
     machine = find_machine("rtx-4090 + 64GB + nvme-gen4")
 
-    assert machine.way_from("device") == ()
-    assert machine.way_from("host") == ("host memory", "root complex", "bus")
-    assert machine.way_from("disk") == ("disk", "host memory", "host memory", "root complex", "bus")
-    assert set(machine.way_from("disk")) <= set(machine.topology().pipes)
+    assert machine.path_from("device") == ()
+    assert machine.path_from("host") == ("host memory", "root complex", "bus")
+    assert machine.path_from("disk") == ("disk", "host memory", "host memory", "root complex", "bus")
+    assert set(machine.path_from("disk")) <= set(machine.topology().pipes)
 
 
 @pytest.mark.parametrize("name", COMPLETE)

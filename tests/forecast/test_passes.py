@@ -28,7 +28,7 @@ LLAMA, MIXTRAL = published("llama-3-8b"), published("mixtral-8x7b")
 A100 = DeviceSpec(bytes_per_s=2.039e12, flop_per_s=312e12, memory_bytes=80e9, peer_bytes_per_s=300e9)
 ONE, RATES, FEED = Parallelism(), Rates(), FeedRates()
 PC = find_machine("rtx-4090 + 64GB + nvme-gen4")
-WAYS = {"host": PC.way_from("host"), "disk": PC.way_from("disk")}
+WAYS = {"host": PC.path_from("host"), "disk": PC.path_from("disk")}
 
 MODELS = st.sampled_from(
     [LLAMA, MIXTRAL, published("gpt-2"), published("gpt-3"), published("gemma-3-27b"), of_params(3e9)]

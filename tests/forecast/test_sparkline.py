@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.forecast.sparkline import LEVELS, busy, strip, strips
+from headrace.forecast.sparkline import LEVELS, busy, sparkline, sparklines
 
 PROPERTY = settings(max_examples=80, deadline=None)
 
@@ -31,9 +31,9 @@ def test_no_time_is_not_busy() -> None:
 
 
 def test_a_fuller_column_is_drawn_higher() -> None:
-    assert strip([0, 0.5, 1]) == LEVELS[0] + LEVELS[4] + LEVELS[-1]
+    assert sparkline([0, 0.5, 1]) == LEVELS[0] + LEVELS[4] + LEVELS[-1]
 
 
 def test_every_row_has_its_name_and_its_share() -> None:
-    lines = strips({"link": [(0, 2)], "compute": [(0, 4)]}, 0, 4, columns=8)
+    lines = sparklines({"link": [(0, 2)], "compute": [(0, 4)]}, 0, 4, columns=8)
     assert lines == ["link     |████    |  50%", "compute  |████████|  100%"]

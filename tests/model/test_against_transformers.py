@@ -28,7 +28,7 @@ def logits_of(path: Path, parts: tuple[int, ...], share: float = 0.5) -> torch.T
     options = StreamOptions(
         pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, expert_slots=4, expert_readers=2
     )
-    with Engine(checkpoint, options, Kernels(2, bf16_many_rows=False)) as engine:
+    with Engine(checkpoint, options, Kernels(2, bf16_prefill=False)) as engine:
         # With experts, keys and values stay in fp32: a row routed to another expert is far off.
         cache = engine.new_cache(64, 32 if engine.experts is not None else 16)
         tokens, out = TOKENS[0].tolist(), []

@@ -40,7 +40,7 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     # Nearly all weights must stream: an unrecognised linear would stay in memory in fp32.
     streamed = sum(weights[tensor] for tensor in outcome.multiplied)
     assert streamed > 0.7 * sum(weights.values())
-    assert outcome.kept is None or name in UNKNOWN_KV_ELEMENTS or outcome.kept == shape.cached_numbers
+    assert outcome.kept is None or name in UNKNOWN_KV_ELEMENTS or outcome.kept == shape.cached_elements
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def parts(marks: list[str], said: list[str], tail: list[str], raw: bool = False)
     found = Marks() if raw else Marks.among(lambda token: number.get(token))
     stream = AnswerStream(found, lambda: Spelled(vocabulary), [number[word] for word in tail])
     found = [segment for word in said for segment in stream.step(number[word])] + stream.flush()
-    return joined(found, Part.ANSWER), joined(found, Part.REASONING)
+    return joined(found, Part.CONTENT), joined(found, Part.REASONING)
 
 
 @pytest.mark.parametrize(

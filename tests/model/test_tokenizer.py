@@ -246,4 +246,4 @@ def test_reasoning_is_split_from_the_answer(tmp_path: Path, monkeypatch: pytest.
         tail = ours.tail([{"role": "user", "content": "hello"}], raw=raw)
         stream = ours.answer(prompt, raw=raw, tail=tail)
         found = [segment for token in said for segment in stream.step(token)] + stream.flush()
-        assert (joined(found, Part.ANSWER), joined(found, Part.REASONING)) == expected
+        assert (joined(found, Part.CONTENT), joined(found, Part.REASONING)) == expected

@@ -87,7 +87,7 @@ def test_a_built_model_supplies_the_kv_elements_of_its_layers(tmp_path: Path) ->
     checkpoint = open_checkpoint(write_gguf(random_model("llama"), "llama", tmp_path / "tiny.gguf"))
     built = Built(linears=shape_of(checkpoint).linears, experts=(), single_sequence=False, cached=((2, 40), (1, 30)))
     shape = shape_of(checkpoint, built)
-    assert (shape.cached_heads, shape.cached_numbers) == (3, 70)
+    assert (shape.cached_heads, shape.cached_elements) == (3, 70)
 
 
 @pytest.mark.parametrize("architecture", ["granitehybrid", "lfm2", "mamba", "qwen3next"])

@@ -74,7 +74,7 @@ def test_every_expert_comes_with_its_own_bytes(stored: tuple[Layers, np.ndarray]
             for layer in range(LAYERS):
                 wanted = random.choice(EXPERTS, size=random.integers(1, EXPERTS + 1), replace=False).tolist()
                 check(stream, values, layer, wanted, rows=int(random.integers(1, 40)))
-        requested = stream.counters.hits + stream.counters.ahead + stream.counters.misses
+        requested = stream.counters.hits + stream.counters.prefetched + stream.counters.misses
         assert stream.counters.reads == 2 * stream.counters.misses
         if slots == LAYERS * EXPERTS:
             assert stream.counters.misses <= slots
@@ -115,7 +115,7 @@ def test_prefetch_gives_the_same_bytes_and_counts_wasted_bytes(stored: tuple[Lay
                 if layer + 1 < LAYERS:
                     stream.prefetch(layer + 1, random.choice(EXPERTS, size=4, replace=False).tolist())
         counters = stream.counters
-        assert counters.ahead > 0
+        assert counters.prefetched > 0
         bundle = 2 * ROWS * COLUMNS * 4
         assert counters.wasted_bytes <= counters.read_bytes
         if readers:

@@ -10,7 +10,7 @@ import click
 from headrace import slim_import
 from headrace.cli import show
 from headrace.cli.plan import profile_for, timeline_strips
-from headrace.forecast.sparkline import strips
+from headrace.forecast.sparkline import sparklines
 from headrace.plan import Budget
 from headrace.plan.pipeline import pipeline
 from headrace.plan.record import keep_record
@@ -82,7 +82,7 @@ def bench_command(
     for line in timeline_strips(predicted):
         click.echo(f"  {line}")
     click.echo("measured, the last pass")
-    for line in strips(measured, 0.0, end - start):
+    for line in sparklines(measured, 0.0, end - start):
         click.echo(f"  {line}")
     if record.s_per_token is None:
         show.say("no token after the first: ask for more with -n")

@@ -21,7 +21,7 @@ from headrace.cli.forecast import Wishes, forecast_command
 from headrace.cli.hub import open_anywhere
 from headrace.errors import ContextError, UsageError
 from headrace.forecast.schedule import Timeline
-from headrace.forecast.sparkline import strips
+from headrace.forecast.sparkline import sparklines
 from headrace.hub import parse_reference
 from headrace.paths import exists
 from headrace.plan import (
@@ -191,7 +191,7 @@ def timeline_strips(timeline: Timeline) -> list[str]:
         "compute": [(s.compute_s, s.done_s) for s in spans],
         "stall": [(a.done_s, b.compute_s) for a, b in pairwise(spans) if b.compute_s > a.done_s],
     }
-    return strips(rows, start, spans[-1].done_s)
+    return sparklines(rows, start, spans[-1].done_s)
 
 
 def _print(plan: Plan, rows: list[tuple[str, str, str]], timeline: Timeline) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from headrace.engine import mla
 from headrace.engine.capture import CapturedStep
-from headrace.engine.mla import NUMBERS_TOGETHER, KvBSplit
+from headrace.engine.mla import MAX_SCORES, KvBSplit
 from headrace.kernels.thresholds import DECODE_MAX_ROWS
 
 if TYPE_CHECKING:
@@ -578,7 +578,7 @@ def _attend(
         own = query.reshape(len(keys), groups, rows, width)
         return scaled_dot_product_attention(own, keys, values, attn_mask=mask, scale=scaling).view(heads, rows, -1)
     out = query.new_empty((heads, rows, values.shape[2]))
-    together = max(1, NUMBERS_TOGETHER // (4 * groups * rows * keys.shape[1]))
+    together = max(1, MAX_SCORES // (4 * groups * rows * keys.shape[1]))
     for first in range(0, len(keys), together):
         part = slice(first, min(len(keys), first + together))
         mine = slice(groups * part.start, groups * part.stop)

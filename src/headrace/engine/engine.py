@@ -103,7 +103,7 @@ class StreamOptions:
     prefill_only_slots: int = 0  # ring slots for sequence-start weights; 0: as many as `slots`
 
 
-ROWS_KEPT_BYTES = 4 << 20  # max bytes of cached embedding rows
+MAX_CACHED_ROW_BYTES = 4 << 20  # max bytes of cached embedding rows
 _INSPECTED_TOKENS = 32  # max tokens of the pass that locates values that are not finite
 
 
@@ -376,7 +376,7 @@ class Engine:
                 kernel_s=after.kernel_s - before.kernel_s,
                 expert_read_bytes=after.experts.read_bytes - before.experts.read_bytes,
                 expert_hits=after.experts.hits - before.experts.hits,
-                expert_prefetched=after.experts.ahead - before.experts.ahead,
+                expert_prefetched=after.experts.prefetched - before.experts.prefetched,
                 expert_misses=after.experts.misses - before.experts.misses,
                 expert_wasted_bytes=after.experts.wasted_bytes - before.experts.wasted_bytes,
             )
@@ -805,7 +805,7 @@ class Engine:
             row = self._read(tensor.path, tensor.offset + index * tensor.row_bytes, tensor.row_bytes)
             self._rows_read_bytes += row.nbytes
         self._rows_read[tensor.name, index] = row
-        while self._rows_read_bytes > ROWS_KEPT_BYTES:
+        while self._rows_read_bytes > MAX_CACHED_ROW_BYTES:
             self._rows_read_bytes -= self._rows_read.pop(next(iter(self._rows_read))).nbytes
         return row
 

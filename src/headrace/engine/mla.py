@@ -19,7 +19,7 @@ from headrace.model.matrix import Matrix
 from headrace.model.packed import PackedLinear
 
 # Max elements in the queries, scores and results of heads that are computed together: 32 MiB of fp32.
-NUMBERS_TOGETHER = 8 << 20
+MAX_SCORES = 8 << 20
 
 
 class KvBSplit(NamedTuple):
@@ -72,7 +72,7 @@ def attend(
     heads, rows, width = query.shape
     plain = kv_b.keys.shape[1]
     scale = width**-0.5 if scaling is None else scaling
-    together = max(1, NUMBERS_TOGETHER // (rows * (2 * vectors.shape[0] + 3 * vectors.shape[1])))
+    together = max(1, MAX_SCORES // (rows * (2 * vectors.shape[0] + 3 * vectors.shape[1])))
     for first in range(0, heads, together):
         part = slice(first, min(heads, first + together))
         own = query[part]

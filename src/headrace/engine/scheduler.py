@@ -143,7 +143,7 @@ class Scheduler:
         self._max_draft_tokens = max_draft_tokens
 
     @property
-    def has_room(self) -> bool:
+    def has_free_slot(self) -> bool:
         """True if another sequence can be added."""
         return bool(self._free)
 

@@ -56,7 +56,7 @@ class Architecture:
             raise UsageError(f"{self.name} chooses {self.experts_per_token} of {self.experts} experts")
 
     @property
-    def is_mixture(self) -> bool:
+    def is_moe(self) -> bool:
         """True for MoE: a token uses only some of the weights."""
         return self.experts > 0
 
@@ -69,7 +69,7 @@ class Architecture:
     @property
     def expert_params(self) -> float:
         """Parameters of all routed experts: from total minus active parameters, or from the widths."""
-        if not self.is_mixture:
+        if not self.is_moe:
             return 0.0
         if self.active_params is not None:
             return (self.params - self.active_params) / (1 - self.experts_per_token / self.experts)
@@ -78,23 +78,23 @@ class Architecture:
         return float(one * self.experts * (self.layers - self.dense_layers))
 
     @property
-    def trunk_params(self) -> float:
+    def dense_params(self) -> float:
         """Dense parameters, which every token uses."""
         return self.params - self.expert_params
 
     @property
     def expert_layers(self) -> int:
         """Layers with routed experts."""
-        return self.layers - self.dense_layers if self.is_mixture else 0
+        return self.layers - self.dense_layers if self.is_moe else 0
 
     def read_bytes(self, bits: float, distinct_experts: float | None = None) -> float:
         """Bytes of weights that a pass reads; an MoE pass uses `distinct_experts` experts per layer."""
         table = 0.0 if self.tied else float(self.vocab * self.hidden)
-        if not self.is_mixture:
+        if not self.is_moe:
             exact = self.weights_bytes if self.bits == bits else None
             return exact if exact is not None else (self.params - table) * bits / 8
         touched = self.experts_per_token if distinct_experts is None else distinct_experts
-        return (self.trunk_params - table + self.expert_params * touched / self.experts) * bits / 8
+        return (self.dense_params - table + self.expert_params * touched / self.experts) * bits / 8
 
     def all_bytes(self, bits: float) -> float:
         """Bytes of all weights."""

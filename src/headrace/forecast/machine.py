@@ -90,7 +90,7 @@ class Machine:
             pipes.append(Pipe("root complex", self.root_bytes_per_s * self.nodes))
         return Topology(pipes)
 
-    def way_from(self, place: str) -> tuple[str, ...]:
+    def path_from(self, place: str) -> tuple[str, ...]:
         """The pipes from the place of the weights to the devices that multiply them.
 
         Weights from disk are written to host memory and read again. A device's own memory is no pipe here: the matmul

@@ -94,7 +94,7 @@ class PassForecast:
 def weight_traffic(model: Architecture, work: PassShape, rates: Rates) -> float:
     """Bytes of weights that a pass moves through memory."""
     touched = None
-    if model.is_mixture:
+    if model.is_moe:
         touched = distinct(model.experts, model.experts_per_token, max(1, round(work.rows)), skew=work.skew)
     read = model.read_bytes(work.bits, touched)
     return read + read * 8 / work.bits * unpack_bytes(work.bits, work.unpacking, rates)

@@ -342,8 +342,8 @@ class _Method:
             self.placement,
             self.machine.topology(),
             {
-                "host": self.machine.way_from("host"),
-                "disk": self.machine.way_from("disk") if self.machine.disk_bytes_per_s else (),
+                "host": self.machine.path_from("host"),
+                "disk": self.machine.path_from("disk") if self.machine.disk_bytes_per_s else (),
             },
             self.rates,
             replace(
@@ -437,12 +437,12 @@ def _method(
             rates=rates,
             feed=FeedRates(),
         )
-    feed, own = constants.feed_of("MoE streaming" if model.is_mixture else "dense streaming")
+    feed, own = constants.feed_of("MoE streaming" if model.is_moe else "dense streaming")
     plain, on_host = rates, not machine.unified and where.host > 0 and not where.disk
     # The slower of the two kinds of software: streaming software has longer launch times.
     rates = replace(rates, layer_s=max(rates.layer_s, own.layer_s))
-    if model.is_mixture and not where.kv_host:
-        dense_bytes = model.trunk_params * workload.bits / 8
+    if model.is_moe and not where.kv_host:
+        dense_bytes = model.dense_params * workload.bits / 8
         device_cache_bytes = device_free_bytes - dense_bytes
         cache_bytes = device_cache_bytes + (0.0 if not where.disk else host_free_bytes)
         if cache_bytes > 0:

@@ -19,12 +19,12 @@ def busy(spans: Iterable[tuple[float, float]], start_s: float, end_s: float, col
     return [min(1.0, share / width) if width > 0 else 0.0 for share in covered]
 
 
-def strip(shares: Sequence[float]) -> str:
+def sparkline(shares: Sequence[float]) -> str:
     """One line of block characters."""
     return "".join(LEVELS[round(share * (len(LEVELS) - 1))] for share in shares)
 
 
-def strips(
+def sparklines(
     rows: Mapping[str, Iterable[tuple[float, float]]], start_s: float, end_s: float, columns: int = 60
 ) -> list[str]:
     """A line for each row: its name, the blocks, and the share of the whole time."""
@@ -32,5 +32,5 @@ def strips(
     lines = []
     for name, spans in rows.items():
         shares = busy(spans, start_s, end_s, columns)
-        lines.append(f"{name:{width}}  |{strip(shares)}|  {sum(shares) / columns:.0%}")
+        lines.append(f"{name:{width}}  |{sparkline(shares)}|  {sum(shares) / columns:.0%}")
     return lines

@@ -93,7 +93,7 @@ def streamed_pass(
     """
     inner = resident_pass(model, device, split, work, rates)
     touched = None
-    if model.is_mixture:
+    if model.is_moe:
         touched = distinct(model.experts, model.experts_per_token, max(1, round(work.rows)), skew=work.skew)
     read = model.read_bytes(work.bits, touched)
     kv = work.sequences * model.kv_bytes(work.context, work.kv_bits)

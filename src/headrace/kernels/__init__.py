@@ -22,14 +22,14 @@ __all__ = ["DECODE_MAX_ROWS", "Kernels", "ReferenceKernels", "WeightSlice", "mak
 
 
 def make_kernels(
-    threads: int, bf16_many_rows: bool = True, row_invariant: bool = True, tiled: Collection[str] = ()
+    threads: int, bf16_prefill: bool = True, row_invariant: bool = True, tiled: Collection[str] = ()
 ) -> "tuple[Kernels | ReferenceKernels, str]":
     """(kernels, reason): ggml's, or the slow twin where no build of ggml runs. Arguments as for `Kernels`."""
     check_threads(threads)
     try:
         from headrace.kernels.matmul import Kernels
 
-        return Kernels(threads, bf16_many_rows, row_invariant, tiled), "ggml"
+        return Kernels(threads, bf16_prefill, row_invariant, tiled), "ggml"
     except (ImportError, HeadraceError) as error:
         from headrace.kernels.torch_reference import ReferenceKernels
 

@@ -56,7 +56,7 @@ class AttentionNodes:
             most: max positions.
             scale: scale of the scores.
             packed: K and V are given in fp16.
-            scratch: at least `scratch_numbers` elements, which others may use before and after.
+            scratch: at least `scratch_elements` elements, which others may use before and after.
         """
         self.heads, self.most = heads, most
         self.results: list[Any] = []
@@ -80,7 +80,7 @@ class AttentionNodes:
             one.contents for one in named
         )
         self._scores.data = self._scratch.ctypes.data
-        self._probabilities.data = self._transposed.data = self._scratch.ctypes.data + 2 * scratch_numbers(heads, most)
+        self._probabilities.data = self._transposed.data = self._scratch.ctypes.data + 2 * scratch_elements(heads, most)
 
     def _positions(self, width: int, packed: bool) -> Any:
         """The tensor of keys or values in fp32."""
@@ -146,7 +146,7 @@ class AttentionGraph(Graph):
 
     def __init__(self, workers: Workers, heads: Heads, most: int, scale: float, dots: bool):
         super().__init__(workers, AttentionNodes.OPERATIONS)
-        scratch = np.empty(scratch_numbers(heads, most), np.float32)
+        scratch = np.empty(scratch_elements(heads, most), np.float32)
         self.attending = AttentionNodes(self, heads, most, scale, False, scratch)
         self.plan(self.attending.results, dots)
 
@@ -156,7 +156,7 @@ class AttentionGraph(Graph):
         self.compute()
 
 
-def scratch_numbers(heads: Heads, most: int) -> int:
+def scratch_elements(heads: Heads, most: int) -> int:
     """Elements of scratch for the scores and their softmax."""
     return 2 * heads.queries * most
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from headrace.kernels.attention_graph import AttentionNodes, Heads, scratch_numbers
+from headrace.kernels.attention_graph import AttentionNodes, Heads, scratch_elements
 from headrace.kernels.ggml_graph import Graph, MatmulPointers, MatmulShape, Workers
 from headrace.kernels.repack import Repacking
 
@@ -101,8 +101,8 @@ class FusedGraph(Graph):
 
     def attend(self, heads: Heads, most: int, scale: float) -> AttentionNodes:
         """Attention of a row over at most `most` positions in fp16, to which its own is added."""
-        if self._scratch.size < scratch_numbers(heads, most):
-            self._scratch = np.empty(scratch_numbers(heads, most), np.float32)
+        if self._scratch.size < scratch_elements(heads, most):
+            self._scratch = np.empty(scratch_elements(heads, most), np.float32)
         attending = AttentionNodes(self, heads, most, scale, True, self._scratch)
         self._results += attending.results
         return attending

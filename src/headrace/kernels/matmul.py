@@ -46,7 +46,7 @@ class Kernels:
     def __init__(
         self,
         threads: int,
-        bf16_many_rows: bool = True,
+        bf16_prefill: bool = True,
         row_invariant: bool = True,
         tiled: Collection[str] = (),
         pad_decode_rows_to_tiles: bool = False,
@@ -55,7 +55,7 @@ class Kernels:
 
         Args:
             threads: cores to use.
-            bf16_many_rows: torch multiplies quantised weights of prefill in bf16 (fp32 sums, rounded to bf16), where the
+            bf16_prefill: torch multiplies quantised weights of prefill in bf16 (fp32 sums, rounded to bf16), where the
                 processor can.
             row_invariant: the result of a decode row must not depend on the number of rows. Kernels that are faster for
                 one row, or for many, break this in the last bits.
@@ -64,12 +64,12 @@ class Kernels:
                 instead of one dot product per row. Both are row-invariant but differ in the last bits.
         """
         self.threads = threads
-        self.bf16_many_rows = bf16_many_rows and _multiplies_bf16()
+        self.bf16_prefill = bf16_prefill and _multiplies_bf16()
         self.row_invariant = row_invariant
         self.tiled = frozenset(kind for kind in tiled if takes_super_blocks(kind))
         self.pad_decode_rows_to_tiles = pad_decode_rows_to_tiles
         self.repacking = Repacking()
-        self._many_workers = self.decode_workers = Workers(threads, spin=False)
+        self._prefill_workers = self.decode_workers = Workers(threads, spin=False)
         self._matmul_graphs: dict[tuple[object, ...], MatmulGraph] = {}
         self._casts: dict[tuple[str, str, int, bool], Cast] = {}
         self._one_worker = Workers(1, spin=False)
@@ -90,7 +90,7 @@ class Kernels:
 
     def spin(self) -> None:
         """From now on threads start at once on decode rows. Call before the first of them, and only if nothing is streamed."""
-        if self.decode_workers is self._many_workers:
+        if self.decode_workers is self._prefill_workers:
             self.decode_workers = Workers(self.threads, spin=True)
 
     def repack(self, weight_slice: WeightSlice, columns: int, in_place: bool = False) -> WeightSlice:
@@ -301,10 +301,10 @@ class Kernels:
         key = (most_rows, dots, parts)
         graph = self._matmul_graphs.get(key)
         if graph is None:
-            workers = self._many_workers if most_rows > DECODE_MAX_ROWS else self.decode_workers
+            workers = self._prefill_workers if most_rows > DECODE_MAX_ROWS else self.decode_workers
             nbytes = sum([part.rows * row_bytes(part.type, part.columns) for part in parts])
             if (
-                nbytes * most_rows <= _SINGLE_THREAD_BYTES and self.decode_workers is self._many_workers
+                nbytes * most_rows <= _SINGLE_THREAD_BYTES and self.decode_workers is self._prefill_workers
             ):  # no thread spins
                 workers = self._one_worker
             graph = self._matmul_graphs[key] = MatmulGraph(parts, most_rows, dots, workers, self.repacking)
@@ -316,7 +316,7 @@ class Kernels:
         key = (source_type, target_type, columns, many)
         cast = self._casts.get(key)
         if cast is None:
-            workers = self._many_workers if many else self.decode_workers
+            workers = self._prefill_workers if many else self.decode_workers
             cast = self._casts[key] = Cast(source_type, target_type, columns, 1, workers)
         return cast
 
@@ -378,7 +378,7 @@ class Kernels:
 
     def _activations(self, x: torch.Tensor, first: int, type_name: str) -> torch.Tensor:
         """The rows of x from `first` on in torch's format for these weights; bf16 is made once for all slices."""
-        if not self.bf16_many_rows or type_name in PRECISE_TYPES:
+        if not self.bf16_prefill or type_name in PRECISE_TYPES:
             return x[first:]
         cached = self._activations_bf16
         if not cached.are_of(x, first):
@@ -450,7 +450,7 @@ class Kernels:
         key = name, x.shape[1], eps, many
         function = self._row_functions.get(key)
         if function is None:
-            workers = self._many_workers if many else self._one_worker
+            workers = self._prefill_workers if many else self._one_worker
             function = self._row_functions[key] = RowFunction(name, x.shape[1], workers, eps)
         return function
 
@@ -507,7 +507,7 @@ class Kernels:
         self._copies.clear()
         self.repacking.close()
         self._to_half.close()
-        for workers in {self._one_worker, self.decode_workers, self._many_workers}:
+        for workers in {self._one_worker, self.decode_workers, self._prefill_workers}:
             workers.close()
 
 

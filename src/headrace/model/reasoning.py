@@ -29,7 +29,7 @@ _THOUGHT_IN, _CONSTRAINT = "analysis", "<|constrain|>"
 class Part(Enum):
     """The part of the output to which a text belongs."""
 
-    ANSWER = "answer"
+    CONTENT = "answer"
     REASONING = "thought"
     HIDDEN = "hidden"  # text of a token that is not shown but is part of a stop string
 
@@ -98,7 +98,7 @@ class _Header:
         # A recipient may come without `to=`, but not in the user's channel `final`.
         named = channel[1:] if channel[:1] != ["final"] else [word for word in channel[1:] if word.startswith("to=")]
         has_recipient = _RECIPIENT.search(self.role) or any(not word.startswith(_CONSTRAINT) for word in named)
-        return Part.REASONING if has_recipient or channel[:1] == [_THOUGHT_IN] else Part.ANSWER
+        return Part.REASONING if has_recipient or channel[:1] == [_THOUGHT_IN] else Part.CONTENT
 
     @property
     def text(self) -> str:
@@ -110,7 +110,7 @@ class _Header:
     def as_message(self) -> Segment:
         """The segment of a header without a message."""
         name, space, rest = self.channel.lstrip().partition(" ")
-        part = Part.REASONING if name == _THOUGHT_IN else Part.ANSWER
+        part = Part.REASONING if name == _THOUGHT_IN else Part.CONTENT
         return part, self.text + (rest if name in _CHANNELS else name + space + rest)
 
 
@@ -139,7 +139,7 @@ class AnswerStream:
         self._marks = marks
         self._new_stream = stream
         self._hidden = hidden or {}
-        self._part, self._header, self._begins = Part.ANSWER, None, False
+        self._part, self._header, self._begins = Part.CONTENT, None, False
         self._stream = stream()
         for token in tail:
             if token in marks:
@@ -162,7 +162,7 @@ class AnswerStream:
             if token not in (self._marks.channel, self._marks.message):
                 found += self._released()
             elif self._header is not None and token == self._marks.message and self._header.text:
-                found.append((Part.ANSWER, self._header.text))
+                found.append((Part.CONTENT, self._header.text))
             self._go_on(token)
         elif token in self._hidden:  # a character cannot span it
             found = self._shown(self._stream.flush())
@@ -181,7 +181,7 @@ class AnswerStream:
     def _released(self) -> list[Segment]:
         """The text of a header that no message followed."""
         header, self._header = self._header, None
-        segment = (Part.ANSWER, "") if header is None else header.as_message()
+        segment = (Part.CONTENT, "") if header is None else header.as_message()
         return [segment] if segment[1] else []
 
     def _shown(self, text: str) -> list[Segment]:
@@ -206,9 +206,9 @@ class AnswerStream:
             self._header = header
         else:
             if token == marks.message:
-                self._part = Part.ANSWER if header is None else header.part
+                self._part = Part.CONTENT if header is None else header.part
             else:
-                self._part = Part.REASONING if token in marks.opening else Part.ANSWER
+                self._part = Part.REASONING if token in marks.opening else Part.CONTENT
             self._header = None
         self._begins = True
         self._stream = self._new_stream()

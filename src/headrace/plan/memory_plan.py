@@ -190,10 +190,10 @@ def _activations(shape: Shape, request: Request, rows: int, row_invariant: bool 
     mlp = 6 * shape.feed_forward + _expert_elements(shape.experts)
     attention = 10 * shape.attention_width
     # K and V of one layer in fp32; for MLA the latents and its kv_b matrix.
-    widths = shape.head_dim if shape.latent_numbers else 2 * shape.kv_heads * shape.head_dim
+    widths = shape.head_dim if shape.latent_elements else 2 * shape.kv_heads * shape.head_dim
     # Attention scores of one row.
     heads = shape.attention_width // shape.head_dim
-    wide = 4 * (shape.latent_numbers + context_tokens * (widths + 2 * heads))
+    wide = 4 * (shape.latent_elements + context_tokens * (widths + 2 * heads))
     copies = 3 if shape.checkpoint.get("final_logit_softcapping") else 1
     logits = (3 + copies * with_logits) * shape.checkpoint.vocab_size * 4
     if shape.scanned is not None and rows > 1 and not row_invariant:  # rows are padded to whole chunks
@@ -204,7 +204,7 @@ def _activations(shape: Shape, request: Request, rows: int, row_invariant: bool 
         return rows * 4 * (narrow + max(mlp, attention)) + logits + wide
     # Prefill: dequantised weights and a mask in addition.
     masked = wide + rows * context_tokens + (SCORES_BYTES if shape.makes_scores else 0)
-    if shape.single_sequence and shape.cached_numbers:  # bidirectional attention: biases, scores and softmax, in fp32
+    if shape.single_sequence and shape.cached_elements:  # bidirectional attention: biases, scores and softmax, in fp32
         masked += 4 * 4 * rows**2 * heads
     # Twice for MoE: the single amount once left 18 MiB of 5000.
     dequantised = PREFILL_SCRATCH_BYTES if shape.experts is None else 2 * PREFILL_SCRATCH_BYTES

@@ -64,7 +64,7 @@ class Plan:
     ring_bytes: int
     readers: int
     threads: int
-    bf16_many_rows: bool
+    bf16_prefill: bool
     pad_decode_rows_to_tiles: bool
     repacked_types: frozenset[str]
     repack_in_place: bool
@@ -303,7 +303,7 @@ def plan_for(
         ring_bytes=(memory.slots - memory.decode_only_slots + memory.prefill_only_slots) * memory.slot,
         readers=READERS,
         threads=profile.threads,
-        bf16_many_rows=profile.bf16_pays,
+        bf16_prefill=profile.bf16_pays,
         pad_decode_rows_to_tiles=best.weights.pad_decode_rows_to_tiles,
         repacked_types=types,
         repack_in_place=bool(types) and not copied,

@@ -53,11 +53,11 @@ class Shape:
     hidden: int
     feed_forward: int
     attention_width: int
-    latent_numbers: int  # elements of one layer's MLA kv_b matrix; 0 without MLA
+    latent_elements: int  # elements of one layer's MLA kv_b matrix; 0 without MLA
     kv_heads: int
     head_dim: int
     cached_heads: int  # KV heads over all layers
-    cached_numbers: int  # KV elements per token over all layers
+    cached_elements: int  # KV elements per token over all layers
     context_limit: int
     single_sequence: bool = False
     has_cache: bool = True
@@ -72,7 +72,7 @@ class Shape:
     def makes_scores(self) -> bool:
         """True if attention scores are materialised: torch's fused attention lacks MLA, soft-capping and sinks."""
         capped = self.checkpoint.get("attn_logit_softcapping") is not None
-        return bool(self.latent_numbers) or capped or any("sinks" in name for name in self.checkpoint.tensors)
+        return bool(self.latent_elements) or capped or any("sinks" in name for name in self.checkpoint.tensors)
 
     @property
     def weights_count(self) -> int:
@@ -97,9 +97,9 @@ class Shape:
 
     def kv_bytes(self, context_tokens: int, bits: int) -> int:
         """Bytes of one sequence's K, V and recurrent state in all layers; an 8-bit cache adds a scale per head."""
-        of_token = 2 * self.cached_numbers if bits == 16 else self.cached_numbers + 4 * self.cached_heads
+        of_token = 2 * self.cached_elements if bits == 16 else self.cached_elements + 4 * self.cached_heads
         if self.single_sequence:  # fp32, and a copy while it grows
-            of_token = 2 * 4 * self.cached_numbers
+            of_token = 2 * 4 * self.cached_elements
         return context_tokens * of_token + self.state_bytes
 
     @property
@@ -213,11 +213,11 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
         )
     kv_layers = _kv_layers(checkpoint, layers) if has_attention else 0
     if built is not None and built.cached:
-        cached_heads, cached_numbers = (sum(column) for column in zip(*built.cached, strict=True))
+        cached_heads, cached_elements = (sum(column) for column in zip(*built.cached, strict=True))
     elif rank:
-        cached_heads, cached_numbers = kv_layers, kv_layers * head_dim
+        cached_heads, cached_elements = kv_layers, kv_layers * head_dim
     else:
-        cached_heads, cached_numbers = _cached(checkpoint, kv_layers, kv_heads, head_dim)
+        cached_heads, cached_elements = _cached(checkpoint, kv_layers, kv_heads, head_dim)
     known = {tensor.name for tensor in (*linears, *prefill_only)} | named
     # Once the model is built, its small tensors are in memory and counted with the process.
     small = 0 if built is not None else sum(4 * t.rows * t.columns for t in tensors.values() if _is_small(t, known))
@@ -232,11 +232,11 @@ def shape_of(checkpoint: Checkpoint, built: Built | None = None) -> Shape:
         hidden=hidden,
         feed_forward=max((t.outputs for t in (*linears, *prefill_only) if _is_wide(t)), default=hidden),
         attention_width=attention_width,
-        latent_numbers=latent,
+        latent_elements=latent,
         kv_heads=kv_heads,
         head_dim=head_dim,
         cached_heads=cached_heads,
-        cached_numbers=cached_numbers,
+        cached_elements=cached_elements,
         context_limit=checkpoint.context_limit(1 << 20),
         single_sequence=checkpoint.has_encoder or (kv_layers < layers if built is None else built.single_sequence),
         has_cache=built is None or built.has_cache,

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from headrace.errors import BudgetError, UsageError
 
 HALF_LIFE = 24  # tokens
-REMEMBERED_VISITS = 2000  # steps of all layers over which temporal locality is averaged: some 40 tokens
+LOCALITY_WINDOW = 2000  # steps of all layers over which temporal locality is averaged: some 40 tokens
 DOUBT = 16.0  # initial sum of squared deviations: until the data outweighs it, the slope is near zero
 HIGHEST_LOCALITY = 0.9
 NOTHING = -1
@@ -134,7 +134,7 @@ class ExpertCache:
 
     def _measure(self, last: npt.NDArray[np.float32], routed: npt.NDArray[np.float32]) -> None:
         """Add one step of a layer to the slope of `routed` against `last`, both less the frequency."""
-        kept = 1 - 1 / REMEMBERED_VISITS
+        kept = 1 - 1 / LOCALITY_WINDOW
         self._covariance = kept * self._covariance + float(last @ routed)
         self._variance = kept * self._variance + float(last @ last)
 

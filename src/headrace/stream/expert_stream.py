@@ -85,7 +85,7 @@ class ExpertCounters(ReadCounters):
     """Counters of reads, and of the experts requested."""
 
     hits: int = 0  # experts in memory when their layer requested them
-    ahead: int = 0  # experts prefetched before: in memory, or in flight
+    prefetched: int = 0  # experts prefetched before: in memory, or in flight
     misses: int = 0  # experts read on request
     wasted_bytes: int = 0  # bytes prefetched and not needed by the layer
 
@@ -188,7 +188,7 @@ class ExpertStream:
         missing: deque[int] = deque()
         prefetches = self._prefetches.pop(layer, {})
         prefetched = sum(expert in prefetches for expert in wanted)
-        self.counters.ahead += prefetched
+        self.counters.prefetched += prefetched
         for expert in wanted:
             load = prefetches.pop(expert, None)
             if load is not None:  # its slot is held already

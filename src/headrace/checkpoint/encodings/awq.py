@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.checkpoint.encodings.encoding import FLOAT_TYPES, Bytes, Settings, Virtual, require, scale_tensor, setting
-from headrace.checkpoint.encodings.k_splits import SlabIntegers, group_of, group_widths, integer_type, slab_width
+from headrace.checkpoint.encodings.k_splits import KSplitIntegers, group_of, group_widths, integer_type, k_split_width
 from headrace.checkpoint.tensor import Tensor
 from headrace.errors import CheckpointError, UnsupportedError
 
@@ -22,22 +22,22 @@ _LOW, _HIGH = np.uint32(0x0F0F0F0F), np.uint32(0xF0F0F0F0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Awq(SlabIntegers):
+class Awq(KSplitIntegers):
     """K-splits from AWQ's words."""
 
     def zeros_of(self, words: npt.NDArray[np.uint32]) -> npt.NDArray[Any]:
-        """See `SlabIntegers.zeros_of`."""
+        """See `KSplitIntegers.zeros_of`."""
         return self.codes(words)
 
     def codes(self, words: npt.NDArray[np.uint32]) -> Bytes:
-        """See `SlabIntegers.codes`."""
+        """See `KSplitIntegers.codes`."""
         codes = np.empty((*words.shape, 8), np.uint8)
         for place, output in enumerate(_OUTPUTS):
             codes[:, :, output] = words >> np.uint32(4 * place) & np.uint32(15)
         return codes.reshape(len(words), -1)
 
     def write(self, blocks: npt.NDArray[Any], words: npt.NDArray[np.uint32], place: int) -> None:
-        """See `SlabIntegers.write`."""
+        """See `KSplitIntegers.write`."""
         upper, lower = words[place * 32 : place * 32 + 16], words[place * 32 + 16 : place * 32 + 32]
         pairs = _outputs_in_order(
             upper & _LOW | (lower & _LOW) << np.uint32(4), upper >> np.uint32(4) & _LOW | lower & _HIGH
@@ -81,7 +81,7 @@ def _matrix(tensors: Mapping[str, Tensor], weight: Tensor, settings: Settings, s
     inputs, outputs = weight.rows, scale.columns
     configured = setting(settings, "group_size", setting(settings, "q_group_size"))
     group = group_of(inputs, scale.rows, configured, scale.name)
-    width = slab_width(inputs, group_widths(group))
+    width = k_split_width(inputs, group_widths(group))
     type_name = integer_type(4, symmetric, group, width)
     encoding = Awq(
         label="AWQ int4, " + ("one scale an output" if scale.rows == 1 else f"group {group}"),

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from headrace.checkpoint.encodings.blocks import halves, write_nibbles
 from headrace.checkpoint.encodings.encoding import FLOAT_TYPES, Bytes, Settings, Virtual, require, scale_tensor, setting
 from headrace.checkpoint.encodings.integers import unpacked
-from headrace.checkpoint.encodings.k_splits import SlabIntegers, group_of, group_widths, integer_type, slab_width
+from headrace.checkpoint.encodings.k_splits import KSplitIntegers, group_of, group_widths, integer_type, k_split_width
 from headrace.checkpoint.tensor import Tensor
 from headrace.errors import CheckpointError, UnsupportedError
 
@@ -25,18 +25,18 @@ _TWO_TO_FOUR = np.uint32(0x66666666)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gptq(SlabIntegers):
+class Gptq(KSplitIntegers):
     """K-splits from GPTQ's words."""
 
     stored_less: int  # amount subtracted from stored zero points: 1, or 0 in version 2
 
     def zeros_of(self, words: npt.NDArray[np.uint32]) -> npt.NDArray[Any]:
-        """See `SlabIntegers.zeros_of`."""
+        """See `KSplitIntegers.zeros_of`."""
         ones = sum(self.stored_less << place for place in range(0, 32, self.bits))
         return unpacked(words + np.uint32(ones), self.bits)
 
     def codes(self, words: npt.NDArray[np.uint32]) -> Bytes:
-        """See `SlabIntegers.codes`."""
+        """See `KSplitIntegers.codes`."""
         per = 32 // self.bits
         codes = np.empty((len(words), per, self.outputs), np.uint8)
         for place in range(per):
@@ -44,7 +44,7 @@ class Gptq(SlabIntegers):
         return codes.reshape(-1, self.outputs)
 
     def write(self, blocks: npt.NDArray[Any], words: npt.NDArray[np.uint32], place: int) -> None:
-        """See `SlabIntegers.write`."""
+        """See `KSplitIntegers.write`."""
         words = words[place * self.bits : (place + 1) * self.bits]
         if self.bits == 8:
             for row, word in enumerate(words):
@@ -91,7 +91,7 @@ def _matrix(tensors: Mapping[str, Tensor], weight: Tensor, settings: Settings, s
     order = scale_tensor(tensors, name, base + "g_idx") if ordered else None
     if order is not None:
         require(order, ("I32",), (inputs,))
-    symmetric, width = is_symmetric(settings), slab_width(inputs, group_widths(group))
+    symmetric, width = is_symmetric(settings), k_split_width(inputs, group_widths(group))
     type_name = "F16" if ordered else integer_type(bits, symmetric, group, width)
     encoding = Gptq(
         label=f"GPTQ int{bits}, {'one scale an output' if scale.rows == 1 else f'group {group}'}"

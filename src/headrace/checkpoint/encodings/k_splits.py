@@ -25,7 +25,7 @@ WIDTHS = (128, 64, 32)
 _OUTPUTS = 512  # outputs converted to fp16 at a time
 
 
-def slab_width(inputs: int, widths: Sequence[int]) -> int:
+def k_split_width(inputs: int, widths: Sequence[int]) -> int:
     """Inputs of a K-split: the first width that divides `inputs`, else all of them."""
     return next((width for width in widths if inputs % width == 0), inputs)
 
@@ -36,7 +36,7 @@ def group_widths(group: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SlabIntegers(ABC):
+class KSplitIntegers(ABC):
     """K-splits of `type` from integers stored transposed. Subclasses define the packing of words."""
 
     label: str

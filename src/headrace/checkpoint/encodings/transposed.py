@@ -10,7 +10,7 @@ import numpy as np
 
 from headrace.checkpoint.encodings.blocks import transpose
 from headrace.checkpoint.encodings.encoding import FLOAT_TYPES, Bytes, Encoding, Read, Virtual, require
-from headrace.checkpoint.encodings.k_splits import slab_width
+from headrace.checkpoint.encodings.k_splits import k_split_width
 from headrace.checkpoint.encodings.placing import placed
 from headrace.checkpoint.tensor import Tensor, block_of
 from headrace.errors import CheckpointError
@@ -56,7 +56,7 @@ def transposed(tensor: Tensor, path: str, offset: int) -> tuple[Tensor, Encoding
     if len(tensor.shape) not in (2, 3) or 0 in tensor.shape:
         raise CheckpointError(f"tensor `{tensor.name}` has the shape {tensor.shape}, which cannot be transposed")
     *stack, inputs, outputs = tensor.shape
-    width = slab_width(inputs, _WIDTHS)
+    width = k_split_width(inputs, _WIDTHS)
     k_splits = inputs // width
     shape = (*stack, k_splits, outputs, width)
     encoding = Transposed(source=tensor, width=width)
