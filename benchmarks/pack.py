@@ -60,13 +60,13 @@ def throttled(bucket: Bucket) -> Any:
 def once(folder: str, memory: str, rate: float, tokens: int) -> dict[str, Any]:
     """One run, in this process."""
     import headrace
-    from headrace.engine import Sampling
+    from headrace.sampling_params import SamplingParams
 
     bucket = Bucket(rate)
     request = {"context_tokens": 512, "prompt_tokens": 64, "draft": "none"}
     with headrace.load(folder, memory=memory, open_file=throttled(bucket), **request) as model:  # type: ignore[arg-type]
         chunks = []
-        for chunk in model.stream(PROMPT, max_tokens=tokens, sampling=Sampling(temperature=0.0)):
+        for chunk in model.stream(PROMPT, max_tokens=tokens, sampling=SamplingParams(temperature=0.0)):
             chunks.append((time.perf_counter(), time.process_time(), bucket.taken, chunk))
         later = [p for p in chunks if p[3].token is not None]
         (start, start_cpu, start_bytes, _), (end, end_cpu, end_bytes, _) = later[0], later[-1]

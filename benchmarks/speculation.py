@@ -43,7 +43,7 @@ def child(settings: dict[str, Any]) -> None:
     """Run inside the ceiling: load once, generate for every prompt, print one JSON object."""
     import headrace
 
-    greedy = headrace.Sampling(temperature=0)
+    greedy = headrace.SamplingParams(temperature=0)
     requests = prompts(settings["prompts"])
     rows: list[dict[str, Any]] = []
     sequences = settings.get("sequences", 1)

@@ -90,13 +90,13 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line has it
 
     import headrace
-    from headrace.engine import Sampling
+    from headrace.sampling_params import SamplingParams
 
     with headrace.load(arguments.model, memory=arguments.budget, context_tokens=128, draft="none") as model:
 
         def passes(count: int) -> float:
             before = len(model.passes)
-            model.generate(PROMPT, max_tokens=count, sampling=Sampling(temperature=0), raw=True)
+            model.generate(PROMPT, max_tokens=count, sampling=SamplingParams(temperature=0), raw=True)
             return statistics.median(one.seconds for one in model.passes[before + 1 :])
 
         while True:  # until all that these tokens need is in memory

@@ -15,14 +15,14 @@ from tiny import random_model, write_gguf
 
 import headrace
 from headrace.cli import main
-from headrace.engine.sampling import recommended
 from headrace.engine.timeline import PassLog, PassStats
 from headrace.errors import BudgetError, ContextError, UsageError
 from headrace.plan import Profile
+from headrace.sampling_params import recommended
 from headrace.stream import Arena
 from headrace.units import MIB
 
-GREEDY = headrace.Sampling(temperature=0)
+GREEDY = headrace.SamplingParams(temperature=0)
 
 
 @pytest.fixture
@@ -76,11 +76,11 @@ def test_a_stop_string_ends_the_answer(model: headrace.Model) -> None:
 
 
 def test_sampling_with_a_seed_repeats(model: headrace.Model) -> None:
-    sampling = headrace.Sampling(temperature=1.5, top_k=50, seed=3)
+    sampling = headrace.SamplingParams(temperature=1.5, top_k=50, seed=3)
     # A short prompt: a longer one is prefilled first, and computed by the decode path after a cached prefix.
     texts = [model.generate("hello", max_tokens=12, sampling=sampling, raw=True).text for _ in range(2)]
     assert texts[0] == texts[1]
-    other = headrace.Sampling(temperature=1.5, top_k=50, seed=4)
+    other = headrace.SamplingParams(temperature=1.5, top_k=50, seed=4)
     assert model.generate("hello", max_tokens=12, sampling=other, raw=True).text != texts[0]
 
 
@@ -254,7 +254,7 @@ def test_the_public_names_are_these() -> None:
         "Model",
         "Piece",
         "Plan",
-        "Sampling",
+        "SamplingParams",
         "__version__",
         "load",
     ]
@@ -290,8 +290,8 @@ def test_closing_gives_the_memory_back(tiny_llama: Path, measured: Profile, monk
 
 def test_sampling_recommended_by_a_file_is_used_where_it_is_valid() -> None:
     found = {"temperature": 0.5, "top_k": -1, "top_p": 0, "min_p": "a little"}
-    assert recommended(found) == headrace.Sampling(temperature=0.5)
-    assert recommended({"temperature": None}) == headrace.Sampling()
+    assert recommended(found) == headrace.SamplingParams(temperature=0.5)
+    assert recommended({"temperature": None}) == headrace.SamplingParams()
 
 
 def test_only_the_latest_passes_are_kept_but_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

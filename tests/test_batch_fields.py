@@ -78,6 +78,10 @@ OBEYED: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 0, "top_p": 1, "min_p": 0}, "abc"),
     ({"seed": -1}, "abc"),
     ({"temperature": 1, "top_k": 1}, "abc"),
+    ({"frequency_penalty": 0.5, "presence_penalty": -1}, "abc"),
+    ({"repetition_penalty": 1.2}, "abc"),
+    ({"logit_bias": {str(LETTERS[25]): 100}}, "zzz"),
+    ({"logit_bias": {str(LETTERS[1]): -100, str(LETTERS[25]): 1}}, "aza"),
     ({"temperature": 1e-42}, "abc"),  # logits divided by it are not finite
     ({"temperature": 5e-324, "top_p": 0.9}, "abc"),
     ({"chat_template_kwargs": {"enable_thinking": False}}, "ghi"),
@@ -170,11 +174,10 @@ SCHEMA = {"type": "object"}
 REFUSED: dict[str, list[Any]] = {
     # OpenAI
     "n": [2],
-    "frequency_penalty": [0.5],
-    "presence_penalty": [-1],
-    "logit_bias": [{"97": 5}],
-    "logprobs": [True],
-    "top_logprobs": [3],
+    "frequency_penalty": [2.5, "1", True],
+    "presence_penalty": [-2.5],
+    "logit_bias": [{"97": 101}, {"x": 1}, {"-1": 1}, {"97": "1"}, [97], {str(len(VOCABULARY["tokens"])): 1}],
+    "logprobs": [1, "yes"],
     "response_format": [
         {"type": "json_object"},
         {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
@@ -189,7 +192,7 @@ REFUSED: dict[str, list[Any]] = {
     "verbosity": ["low"],
     "stream": [True],
     # vLLM
-    "repetition_penalty": [1.2],
+    "repetition_penalty": [0, -1, 1000],
     "use_beam_search": [True],
     "best_of": [3],
     "skip_special_tokens": [False],
@@ -235,8 +238,7 @@ REFUSED: dict[str, list[Any]] = {
 # Fields of a completion, which differ.
 REFUSED_OF_COMPLETIONS: dict[str, list[Any]] = {
     "suffix": ["x"],
-    "echo": [True],
-    "logprobs": [0, 2],  # 0 asks for the log probability of each token drawn
+    "logprobs": [True, -1, 21, 0.5],
     "best_of": [2],
     "prompt_embeds": ["AAAA"],
     "messages": [[USER]],
@@ -382,6 +384,9 @@ def _requests(model: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     yield {**CHAT, "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}]}, {}
     yield {**CHAT, **dict.fromkeys(NULLS)}, {}
     yield TEXT, {}
+    yield {**CHAT, "logprobs": True, "top_logprobs": 2}, {}
+    for more in ({"echo": True}, {"logprobs": 1}, {"echo": True, "logprobs": 1}):
+        yield {**TEXT, **more}, {}
     yield {**TEXT, **dict.fromkeys({*NULLS, *REFUSED_OF_COMPLETIONS} - {"prompt"})}, {}
     for name in NULLS:
         yield {**CHAT, name: None}, {}
@@ -464,6 +469,36 @@ def test_a_field_of_a_completion_that_cannot_be_obeyed_is_refused_by_name(
 )
 def test_a_neutral_value_of_a_completion_is_accepted(answers: Answers, name: str, value: Any) -> None:
     assert text_of(answers.of({**TEXT, name: value})) == "bcd"
+
+
+def test_the_prompt_comes_before_the_answer_where_it_is_echoed(answers: Answers) -> None:
+    assert text_of(answers.of({**TEXT, "echo": True})) == "abcd"
+
+
+def test_echo_and_logprobs_together_are_refused(answers: Answers) -> None:
+    assert_refused(answers.of({**TEXT, "echo": True, "logprobs": 1}), "echo")
+
+
+def test_log_probabilities_come_in_the_format_of_chats_and_of_completions(answers: Answers) -> None:
+    chat = answers.of({**CHAT, "logprobs": True, "top_logprobs": 2})["response"]["body"]["choices"][0]["logprobs"]
+    text = answers.of({**TEXT, "logprobs": 1})["response"]["body"]["choices"][0]["logprobs"]
+
+    assert [one["token"] for one in chat["content"]] == ["a", "b", "c"]
+    for one in chat["content"]:
+        assert one["bytes"] == list(one["token"].encode())
+        assert len(one["top_logprobs"]) == 2
+        assert one["top_logprobs"][0]["token"] == one["token"]
+        assert one["top_logprobs"][0]["logprob"] == one["logprob"] < 0
+        assert one["top_logprobs"][1]["logprob"] < one["logprob"]
+    assert text["tokens"] == ["b", "c", "d"]
+    assert text["text_offset"] == [0, 1, 2]
+    assert text["token_logprobs"] == [
+        top[token] for token, top in zip(text["tokens"], text["top_logprobs"], strict=True)
+    ]
+
+
+def test_log_probabilities_that_were_not_asked_for_are_null(answers: Answers) -> None:
+    assert answers.of(CHAT)["response"]["body"]["choices"][0]["logprobs"] is None
 
 
 @pytest.mark.parametrize("model", ["plain", "beside null"])

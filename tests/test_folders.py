@@ -13,14 +13,14 @@ from corpus import VOCAB, tiny_model, write_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import headrace as library
-from headrace.engine import Sampling
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
+from headrace.sampling_params import SamplingParams
 from headrace.units import MIB
 
 COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 ROOMY = "2GiB"
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -123,7 +123,7 @@ def test_claims_are_listed_and_run() -> None:
     listed = run("claims")
     assert "holds" in listed.stdout
     one = run("claims", "33")
-    assert "turns the verdict" in one.stdout
+    assert "changes the verdict" in one.stdout
     assert answer("claims", "03b")["id"] == "3b"
     assert len(answer("claims")) == 57
     assert "hint" in run("claims", "99").stderr

@@ -21,7 +21,7 @@ from headrace.errors import HeadraceError, UsageError
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 
-GREEDY = headrace.Sampling(temperature=0)
+GREEDY = headrace.SamplingParams(temperature=0)
 VOCABULARY = byte_level(more=[("hello", NORMAL)])
 NUMBER = VOCABULARY["tokens"].index
 SAID = "abcdefg"
@@ -92,12 +92,12 @@ def test_settings_of_a_wrong_type_are_refused_and_leave_the_model_usable(
     model: headrace.Model, wrong: dict[str, Any]
 ) -> None:
     with pytest.raises((UsageError, TypeError)):
-        model.generate("hi", sampling=headrace.Sampling(**wrong), max_tokens=3)
+        model.generate("hi", sampling=headrace.SamplingParams(**wrong), max_tokens=3)
     answers_as_ever(model)
 
 
 def test_settings_that_fail_only_when_drawing_leave_the_model_usable(model: headrace.Model) -> None:
-    sampling = headrace.Sampling(temperature=1, seed=3)
+    sampling = headrace.SamplingParams(temperature=1, seed=3)
     object.__setattr__(sampling, "seed", "x")  # like any failure between a pass and its token
     with pytest.raises((HeadraceError, TypeError)):
         model.generate("hi", sampling=sampling, max_tokens=3)

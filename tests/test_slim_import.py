@@ -11,7 +11,7 @@ ANSWER = """
 import json, sys
 import headrace
 with headrace.load(sys.argv[1], memory="4GiB", context_tokens=64, draft="none") as model:
-    text = model.generate("hello", max_tokens=8, raw=True, sampling=headrace.Sampling(temperature=0)).text
+    text = model.generate("hello", max_tokens=8, raw=True, sampling=headrace.SamplingParams(temperature=0)).text
 from headrace.process import peak_bytes
 loaded = [name for name in ("torch._inductor", "torch.distributed.tensor") if name in sys.modules]
 print(json.dumps({"text": text, "loaded": loaded, "peak": peak_bytes()}))

@@ -16,7 +16,7 @@ from headrace.cli import main
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 
-GREEDY = headrace.Sampling(temperature=0)
+GREEDY = headrace.SamplingParams(temperature=0)
 
 
 def spelled(data: bytes) -> str:

@@ -19,7 +19,7 @@ from headrace.errors import HeadraceError, UsageError
 from headrace.plan import Profile
 from headrace.stream import WeightFile
 
-GREEDY = headrace.Sampling(temperature=0)
+GREEDY = headrace.SamplingParams(temperature=0)
 VOCABULARY = byte_level()
 NUMBER = VOCABULARY["tokens"].index
 SAID = "abcdefg"

@@ -18,7 +18,7 @@ from headrace.plan import Budget, Request, guessed_profile, make_plan
 from headrace.plan.shape import shape_of
 
 PROMPT = "translate English to German: the house is big"
-OPTIONS = {"max_tokens": 12, "sampling": headrace.Sampling(temperature=0.0)}
+OPTIONS = {"max_tokens": 12, "sampling": headrace.SamplingParams(temperature=0.0)}
 COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 
 
@@ -96,7 +96,7 @@ def test_an_encoder_reads_as_many_tokens_as_it_has_positions(tmp_path: Path) -> 
         assert loaded.plan.context_tokens == 128  # 64 for the encoder, 64 for the decoder
         with pytest.raises(ContextError, match="at most 64"):
             loaded.generate("the " * 70)
-        answer = loaded.generate("the " * 50, sampling=headrace.Sampling(temperature=0.0))
+        answer = loaded.generate("the " * 50, sampling=headrace.SamplingParams(temperature=0.0))
         assert answer.finish_reason == "stop" or answer.completion_tokens == 64
 
 

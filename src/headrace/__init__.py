@@ -10,17 +10,17 @@ from headrace.errors import HeadraceError
 
 if TYPE_CHECKING:
     from headrace.api import Completion, Model, Piece, load
-    from headrace.engine import Sampling
     from headrace.plan import Plan
+    from headrace.sampling_params import SamplingParams
 
-__all__ = ["Completion", "HeadraceError", "Model", "Piece", "Plan", "Sampling", "__version__", "load"]
+__all__ = ["Completion", "HeadraceError", "Model", "Piece", "Plan", "SamplingParams", "__version__", "load"]
 
 _HOMES = {
     "Completion": "headrace.api",
     "Model": "headrace.api",
     "Piece": "headrace.api",
     "load": "headrace.api",
-    "Sampling": "headrace.engine",
+    "SamplingParams": "headrace.sampling_params",
     "Plan": "headrace.plan",
 }
 

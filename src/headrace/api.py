@@ -11,7 +11,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,10 +24,10 @@ import numpy.typing as npt
 
 from headrace._version import __version__
 from headrace.checkpoint import Checkpoint, open_checkpoint
-from headrace.engine import Engine, PassStats, Rows, Sampling, Trace
+from headrace.engine import Engine, PassStats, Rows, Trace
 from headrace.engine.drafters import ModelDrafter, PromptLookup
 from headrace.engine.engine import StreamOptions
-from headrace.engine.sampling import Sampler, recommended
+from headrace.engine.sampler import Sampler, TokenLogprobs
 from headrace.engine.scheduler import Scheduler, SequenceState, Slot
 from headrace.engine.speculation import Speculation, StepTimeModel
 from headrace.engine.stops import StopScanner
@@ -55,6 +55,7 @@ from headrace.plan.record import RunRecord, make_record
 from headrace.plan.routing import Routing, load_routing, save_routing
 from headrace.plan.shape import Built
 from headrace.process import keep_freed_memory, not_after_a_fork, peak_bytes, release_unused, resident_bytes
+from headrace.sampling_params import FIELDS, SamplingParams, recommended
 from headrace.stream import WeightFile
 from headrace.stream.expert_cache import ExpertCache
 from headrace.stream.files import File
@@ -66,9 +67,9 @@ class Progress:
 
     pass_number: int
     passes: int
-    done: int  # weight groups of this pass that are computed
-    visits: int  # weight groups of a pass
-    read_bytes: int  # bytes read since the prefill began
+    done: int  # steps of this pass that are done: weight groups, MoE layers
+    visits: int  # steps of a pass
+    read_bytes: int  # bytes read since the prefill began, without experts
     seconds: float
 
 
@@ -77,7 +78,7 @@ class Piece:
     """One step of a stream: the text it completed, and the counts and times so far."""
 
     text: str
-    token: int | None  # token id; None in the last piece of a prompt, which only says why it ended
+    token: int | None  # token id; None in the last piece of a prompt, which says why it ended
     prompt_tokens: int
     completion_tokens: int
     ttft_s: float
@@ -87,6 +88,7 @@ class Piece:
     finish_reason: str | None = None  # "stop" or "length", in the last piece of its prompt
     thinking: str = ""  # reasoning before the answer, where the model marks it
     kv_cache_type: str = "F16"  # type of the KV cache; a wider one after an overflow
+    logprobs: TokenLogprobs | None = None  # of `token`, if the sampling parameters ask for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,7 @@ class Completion:
     experts: dict[str, Any] | None  # expert cache statistics of an MoE model
     plan: Plan = field(repr=False)
     kv_cache_type: str = "F16"
+    logprobs: list[dict[str, Any]] | None = None  # of each token, in the format of OpenAI's chat completions
 
     def as_json(self) -> dict[str, Any]:
         """One JSON-ready object; keys carry their units and are only ever added to."""
@@ -124,7 +127,7 @@ class Completion:
             "speculation": self.speculation,
             "experts": self.experts,
             "plan": self.plan.as_json(),
-        }
+        } | ({} if self.logprobs is None else {"logprobs": {"content": self.logprobs}})
 
 
 @dataclass(eq=False, kw_only=True)
@@ -255,18 +258,18 @@ class Model:
         s_per_token = sum(p.seconds + p.draft_s for p in later) / tokens if later and tokens else None
         return make_record(self.plan, passes, self._tokens, self._ttft_s, s_per_token)
 
-    def default_sampling(self) -> Sampling:
+    def default_sampling(self) -> SamplingParams:
         """The file's recommendation (`general.sampling.*`), else plain sampling at temperature 1."""
-        names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-        found = {name: self.checkpoint.get(f"general.sampling.{key}") for name, key in names.items()}
-        return recommended(found)
+        return recommended(
+            {one.name: self.checkpoint.get(f"general.sampling.{one.gguf_key}") for one in FIELDS if one.gguf_key}
+        )
 
     def stream(
         self,
         prompt: Prompt | Sequence[Prompt],
         *,
         max_tokens: int | None = None,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         stop: str | Sequence[str] = (),
         raw: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
@@ -334,21 +337,33 @@ class Model:
                 else f"the model was made for texts of {limit} tokens, the answer included: give it a shorter prompt",
             )
 
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Raise `UsageError` if the parameters name tokens that the model does not have."""
+        unknown = self._unknown_token(sampling.logit_bias)
+        if unknown is not None:
+            raise UsageError(
+                f"logit_bias names token {unknown}", hint=f"the model has {self._engine.embedding_rows} tokens"
+            )
+
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         """Raise `UsageError` for tokens without an embedding."""
-        rows = self._engine.embedding_rows
-        beyond = next((token for token in tokens if token < 0 or (rows is not None and token >= rows)), None)
-        if beyond is not None:
-            spelled = self.tokenizer.decode([beyond]) if beyond >= 0 else ""
+        unknown = self._unknown_token(tokens)
+        if unknown is not None:
+            spelled = self.tokenizer.decode([unknown]) if unknown >= 0 else ""
             raise UsageError(
-                f"the prompt holds token {beyond}{f' ({spelled!r})' if spelled else ''}, the model has embeddings of {rows}",
+                f"the prompt holds token {unknown}{f' ({spelled!r})' if spelled else ''}, the model has"
+                f" {self._engine.embedding_rows} embeddings",
                 hint="the tokenizer is of another model; leave this text out",
             )
+
+    def _unknown_token(self, tokens: Iterable[int]) -> int | None:
+        rows = self._engine.embedding_rows
+        return next((token for token in tokens if token < 0 or (rows is not None and token >= rows)), None)
 
     def stream_jobs(
         self, jobs: Iterator["Job"], on_progress: Callable[[Progress], None] | None = None
     ) -> Iterator[Piece]:
-        """Stream jobs that each have settings of their own. A job is taken whenever a slot is free."""
+        """Stream jobs, each with its settings. A job is taken whenever a slot is free."""
         mine: list[weakref.ref[Iterator[Piece]]] = []
         pieces = self._stream_jobs(jobs, on_progress, mine)
         mine.append(weakref.ref(pieces))
@@ -410,10 +425,11 @@ class Model:
     def _begin(self, index: int, job: "Job") -> _Live:
         """Add a job to the scheduler. Everything that can fail comes first."""
         self._check_tokens(job.tokens)
+        self.check_sampling(job.sampling)
         available = min(self.plan.context_tokens - len(job.tokens), self._max_positions)
         max_tokens = available if job.max_tokens is None else min(available, job.max_tokens)
         text = self.tokenizer.answer(job.tokens, raw=job.raw, tail=job.tail, stops=job.stop)
-        scanner, sampler = StopScanner(job.stop, text.hidden_texts), Sampler(job.sampling)
+        scanner, sampler = StopScanner(job.stop, text.hidden_texts), Sampler(job.sampling, len(job.tokens))
         with self._lock:
             sequence = self._scheduler.add(job.tokens, max_tokens, sampler)
             return _Live(index=index, sequence=sequence, job=job, text=text, scanner=scanner, start=time.perf_counter())
@@ -459,6 +475,7 @@ class Model:
                 passes=len(self._engine.passes),
                 index=one.index,
                 kv_cache_type=sequence.slot.cache.type,
+                logprobs=sequence.logprobs[one.count - 1],
             )
             if reason is None:
                 yield piece
@@ -469,11 +486,11 @@ class Model:
             if token not in self.tokenizer.end_ids:
                 yield piece
                 piece = replace(piece, text="", thinking="")
-            yield replace(piece, token=None, finish_reason=reason)
+            yield replace(piece, token=None, logprobs=None, finish_reason=reason)
             return
 
     def _watch(self, on_progress: Callable[[Progress], None] | None, start: float) -> None:
-        """Call `on_progress` after every weight group of a pass, until `engine.on_progress` is cleared."""
+        """Call `on_progress` after every step of a pass, until `engine.on_progress` is cleared."""
         if on_progress is None:
             return
         first, read = len(self._engine.passes), self._engine.read_bytes
@@ -576,7 +593,23 @@ class Model:
             experts=self._expert_report(decode, steps),
             plan=self.plan,
             kv_cache_type=last.kv_cache_type if last else "F16",
+            logprobs=self.logprobs_json(pieces),
         )
+
+    def logprobs_json(self, pieces: Sequence[Piece]) -> list[dict[str, Any]] | None:
+        """Log-probabilities of each token of a prompt's pieces, as in OpenAI's chat completions; None: not asked for."""
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self.tokenizer.decode([token])
+            return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(text.encode()), "id": token}
+
+        found = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+        if not found:
+            return None
+        return [
+            entry(one.token, one.logprob) | {"top_logprobs": [entry(token, value) for token, value in one.top]}
+            for one in found
+        ]
 
     def _expert_report(self, decode: Sequence[PassStats], tokens: int) -> dict[str, Any] | None:
         """Expert cache hits and bytes read during decode; None for a dense model."""
@@ -614,7 +647,7 @@ class Job:
 
     tokens: list[int]
     max_tokens: int | None
-    sampling: Sampling
+    sampling: SamplingParams
     stop: Sequence[str] = ()
     stop_token_ids: frozenset[int] = frozenset()  # tokens that end the answer beside the model's own
     tail: Sequence[int] = ()  # tokens that the chat template wrote after the conversation
@@ -631,8 +664,8 @@ class Job:
         most = self.max_tokens
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
             raise UsageError(f"max_tokens is {most!r}", hint="1 or more, or None")
-        if not isinstance(self.sampling, Sampling):
-            raise UsageError(f"sampling is {self.sampling!r}", hint="give a headrace.Sampling, or None")
+        if not isinstance(self.sampling, SamplingParams):
+            raise UsageError(f"sampling is {self.sampling!r}", hint="give a headrace.SamplingParams, or None")
         stops = self.stop
         if (
             isinstance(stops, str | bytes)
@@ -640,6 +673,9 @@ class Job:
             or not all(isinstance(s, str) for s in stops)
         ):
             raise UsageError(f"stop is {stops!r}", hint="give a text or a list of texts")
+
+
+_LEAST_LOGPROB = -9999.0  # for impossible tokens, as in OpenAI's API: JSON has no infinity
 
 
 class _Stream(Generator[Piece]):
@@ -716,7 +752,7 @@ def load(
         deterministic: the same prompt, seed and settings give the same tokens, whatever ran before or shares the passes.
             False also reuses the KV cache of answers that became part of a prompt, and of chunks shared in part.
         size_for: decides the request once the tokenizer is there, for prompts that are known already. The sizes given
-            above are then the minimum with which the model can be built.
+            above then only refuse a model that cannot fit.
         profile: rates to plan with; None: the profile kept by `headrace probe`, else assumed rates of a modest machine.
         trace: record every span of time.
         open_file: opens the weights' files, for tests.
@@ -734,7 +770,7 @@ def load(
     if isinstance(memory, bool) or not isinstance(memory, str | int | Budget | None):
         raise UsageError(f"memory is {memory!r}", hint='a size such as "4GiB", or bytes')
     if kv_bits not in (8, 16) or sequences < 1:
-        raise UsageError(f"kv_bits {kv_bits}, sequences {sequences}", hint="8 or 16 bits, one sequence or more")
+        raise UsageError(f"kv_bits is {kv_bits!r}", hint="use 8 or 16")
     draft = "none" if draft is None else str(draft)
     checkpoint = open_checkpoint(str(path))
     budget = budget_of(memory)

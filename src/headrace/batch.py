@@ -19,10 +19,10 @@ from typing import IO, Any
 
 from headrace.errors import HeadraceError, UsageError
 from headrace.request_fields import check_fields, without_nulls
+from headrace.sampling_params import FIELDS, SamplingParams
 from headrace.text import is_utf8
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-_SAMPLING = {"temperature": (int, float), "top_p": (int, float), "min_p": (int, float), "top_k": (int,), "seed": (int,)}
 _LONGEST_LINE = 64 << 20
 _HASH_DIGITS = 16
 
@@ -39,7 +39,8 @@ class BatchRequest:
     max_tokens: int | None
     stop: tuple[str, ...]
     stop_token_ids: frozenset[int] = frozenset()
-    sampling: dict[str, float | int] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)  # parameters that the request gives
+    echo: bool = False  # the answer of a completion begins with the prompt
     template_variables: dict[str, Any] = field(default_factory=dict)  # `chat_template_kwargs`
     reasoning_effort: str | None = None
     documents: list[Any] | None = None
@@ -158,7 +159,8 @@ def _request(line: int, custom_id: str, value: Mapping[str, Any], digest: str) -
         max_tokens=_max_tokens(body),
         stop=_stops(body.get("stop")),
         stop_token_ids=_token_ids(body.get("stop_token_ids", [])),
-        sampling=_sampling(body),
+        sampling=_sampling(body, chat),
+        echo=_flag(body, "echo", False),
         template_variables=_object(body, "chat_template_kwargs"),
         reasoning_effort=_word(body, "reasoning_effort"),
         documents=_list(body, "documents"),
@@ -175,15 +177,22 @@ def _max_tokens(body: Mapping[str, Any]) -> int | None:
     return limit
 
 
-def _sampling(body: Mapping[str, Any]) -> dict[str, float | int]:
-    found: dict[str, float | int] = {}
-    for key, kinds in _SAMPLING.items():
-        given = body.get(key)
-        if given is not None:
-            if isinstance(given, bool) or not isinstance(given, kinds):
-                raise _Refused("invalid_request", f"{key} is {given!r}, not a number")
-            found[key] = 0 if key == "top_k" and given == -1 else given  # -1 disables top_k in vLLM and llama.cpp
-    return found
+def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
+    """The sampling parameters that a request gives. Others come from the model's recommendation."""
+    found = {one.name: body[one.name] for one in FIELDS if body.get(one.name) is not None}
+    if body.get("logit_bias"):
+        found["logit_bias"] = body["logit_bias"]
+    if chat and _flag(body, "logprobs", False):
+        found["logprobs"] = body.get("top_logprobs", 0)
+    elif not chat and body.get("logprobs") is not None:
+        found["logprobs"] = body["logprobs"]
+    if "logprobs" in found and body.get("echo"):
+        raise _Refused("unsupported_parameter", "echo together with logprobs is not supported")
+    try:
+        checked = SamplingParams(**found)
+    except UsageError as error:
+        raise _Refused("invalid_request", str(error)) from error
+    return {name: getattr(checked, name) for name in found}
 
 
 def _flag(body: Mapping[str, Any], name: str, default: bool) -> bool:
@@ -267,11 +276,15 @@ def answer_record(
     completion_tokens: int,
     model: str,
     thinking: str = "",
+    logprobs: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The result of a request that was answered, with reasoning in `reasoning_content` as in other servers."""
-    choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
+    echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
+    choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason, "logprobs": _logprobs(logprobs, request.chat)}
     reasoning = {"reasoning_content": thinking} if thinking else {}
-    choice |= {"message": {"role": "assistant", "content": text, **reasoning}} if request.chat else {"text": text}
+    choice |= (
+        {"message": {"role": "assistant", "content": text, **reasoning}} if request.chat else {"text": echoed + text}
+    )
     body = {
         "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{request.line}",
         "object": "chat.completion" if request.chat else "text_completion",
@@ -286,6 +299,19 @@ def answer_record(
     }
     response = {"status_code": 200, "request_id": _id(request.line), "body": body}
     return {"id": _id(request.line), "custom_id": request.custom_id, "response": response, "error": None}
+
+
+def _logprobs(logprobs: list[dict[str, Any]] | None, chat: bool) -> dict[str, Any] | None:
+    """Log-probabilities in the format of chat completions, or of completions."""
+    if logprobs is None or chat:
+        return None if logprobs is None else {"content": logprobs}
+    texts = [one["token"] for one in logprobs]
+    return {
+        "tokens": texts,
+        "token_logprobs": [one["logprob"] for one in logprobs],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in one["top_logprobs"]} for one in logprobs],
+        "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
+    }
 
 
 def error_record(line: int, custom_id: str | None, code: str, message: str) -> dict[str, Any]:
@@ -380,7 +406,7 @@ class Results:
         return _key(request.custom_id, request.digest) in self._done
 
     def add(self, record: Mapping[str, Any], digest: str = "0" * _HASH_DIGITS) -> None:
-        """Append a result of the request with this digest. When this returns, it is on the disk, or not in the file at all."""
+        """Append a result of the request with this digest. Afterwards it is on the disk; after an error, not in the file."""
         record = {**record, "id": f"{record['id']}-{digest}-{self._model_id}"}
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:

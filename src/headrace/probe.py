@@ -118,7 +118,7 @@ def measure_disk(target: Path, total_bytes: int = DISK_BYTES, rounds: int = ROUN
 
 
 def measure_io_cpu_share(target: Path, threads: int, weights_per_s: float, total_bytes: int = DISK_BYTES) -> float:
-    """Share of the disk seconds that I/O keeps the cores busy or stalled.
+    """Share of the disk seconds in which I/O keeps cores busy or stalled.
 
     Matmuls that take slightly longer than the disk run during the reads, as in the engine. The share is the time of both
     together, less the time of the matmuls alone, over the disk seconds.

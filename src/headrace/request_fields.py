@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from headrace.errors import UsageError, did_you_mean
+from headrace.sampling_params import NAMES
 
 _ANY = object()  # every value is neutral
 
-_OBEYED = frozenset({"model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"})
+_OBEYED = frozenset({"model", "max_tokens", "stop", "stop_token_ids", "logit_bias", "logprobs", *NAMES})
 _OBEYED_IN_CHAT = _OBEYED | {
     "messages", "max_completion_tokens", "chat_template_kwargs", "reasoning_effort", "documents", "add_generation_prompt",
-    "continue_final_message",
+    "continue_final_message", "top_logprobs",
 }  # fmt: skip
-_OBEYED_IN_COMPLETIONS = _OBEYED | {"prompt"}
+_OBEYED_IN_COMPLETIONS = _OBEYED | {"prompt", "echo"}
 
 _NEUTRAL: dict[str, Any] = {
     # OpenAI
@@ -24,9 +25,6 @@ _NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("prompt_cache_retention", "prediction", "stream_options", "parallel_tool_calls"), _ANY),
     "n": (1,),
     "best_of": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({}, []),
     "tools": ([],),
     "functions": ([],),
     "response_format": ({"type": "text"},),
@@ -39,7 +37,6 @@ _NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("return_tokens_as_token_ids", "return_token_offsets", "return_mm_kwargs"), _ANY),
     **dict.fromkeys(("routed_experts_prompt_start", "spaces_between_special_tokens"), _ANY),
     **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), _ANY),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     **dict.fromkeys(("use_beam_search", "ignore_eos", "include_stop_str_in_output", "watermarking"), (False,)),
     **dict.fromkeys(("return_token_ids", "return_prompt_text"), (False,)),
@@ -64,7 +61,7 @@ _NEUTRAL: dict[str, Any] = {
     "reasoning_format": ("auto", "deepseek"),
 }
 _NEUTRAL_IN_CHAT = _NEUTRAL | {
-    "logprobs": (False,), "top_logprobs": (0,), "modalities": (["text"],), "add_special_tokens": (False,),
+    "modalities": (["text"],), "add_special_tokens": (False,),
 }  # fmt: skip
 _NEUTRAL_IN_COMPLETIONS = _NEUTRAL | {"suffix": ("",), "add_special_tokens": (True,), "top_logprobs": (0,)}
 _ADVICE = {"n": "ask several times with different seeds", "stream": "results are written when they are complete"}
@@ -87,7 +84,7 @@ def check_fields(body: Mapping[str, Any], *, chat: bool) -> None:
 
 
 # Valid in other servers or endpoints: reported as unsupported, not as misspelled.
-_KNOWN = frozenset({"logprobs", "echo", "suffix", "audio", "guided_json", "structured_outputs", "prompt", "messages"})
+_KNOWN = frozenset({"echo", "suffix", "audio", "guided_json", "structured_outputs", "prompt", "messages"})
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -320,7 +320,7 @@ def test_a_scale_with_which_integers_exceed_fp16_is_an_error(group: int) -> None
         store, _ = ct_store((32, 256), 4, group)
         store.add("a.weight_scale", "F32", np.full((32, 256 // group), scale, np.float32))
 
-        with pytest.raises(CheckpointError, match=r"`a.weight_scale` has a scale of .* with 4094 weights exceed fp16"):
+        with pytest.raises(CheckpointError, match=r"`a.weight_scale` has a scale of .*, the limit for fp16 is 4094"):
             store.virtual(ct_config("pack-quantized", num_bits=4, group_size=group), "a.weight")
 
 

@@ -24,10 +24,10 @@ from tiny import random_model, write_gguf
 
 import headrace
 from headrace.cli import main
-from headrace.engine.sampling import Sampling
 from headrace.errors import HeadraceError
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
+from headrace.sampling_params import SamplingParams
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 4368438944\n"
 PAGE = b'<!DOCTYPE html>\n<html lang="en"><head><title>Sign in</title></head></html>\n'
@@ -425,7 +425,7 @@ def test_experts_in_a_tensor_each_run_like_stacked_experts_or_are_named(
     stacked, parts = mixtrals
 
     def tokens(path: Path) -> list[int | None]:
-        greedy = Sampling(temperature=0.0)
+        greedy = SamplingParams(temperature=0.0)
         with headrace.load(path, memory="2GiB", context_tokens=64, profile=profile) as loaded:
             return [piece.token for piece in loaded.stream("hello", max_tokens=8, raw=True, sampling=greedy)]
 

@@ -13,14 +13,15 @@ from corpus import tiny_model, write_folder
 from tiny import VOCAB, random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
-from headrace.engine import Engine, Sampling
+from headrace.engine import Engine
 from headrace.engine.engine import StreamOptions
-from headrace.engine.sampling import Sampler
+from headrace.engine.sampler import Sampler
 from headrace.engine.scheduler import Chunks, Scheduler, SequenceState, Slot
 from headrace.kernels import Kernels
 from headrace.kernels.convert import q4_k_blocks
 from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS
 from headrace.model import ModelSkeleton
+from headrace.sampling_params import SamplingParams
 
 CONTEXT, NEW_TOKENS = 320, 2
 
@@ -33,22 +34,22 @@ def prompts() -> list[list[int]]:
     return [*found, text[:100] + text[7:40], torch.randint(0, VOCAB, (90,), generator=drawn).tolist()]
 
 
-class Tracer(Sampler):
+class LogitsKeeper(Sampler):
     """Takes the likeliest token and keeps the logits that it was drawn from."""
 
     def __init__(self) -> None:
-        super().__init__(Sampling(temperature=0))
+        super().__init__(SamplingParams(temperature=0))
         self.logits: list[torch.Tensor] = []
 
-    def draw(self, logits: torch.Tensor, position: int) -> int:
+    def draw(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
         self.logits.append(logits.clone())
-        return super().draw(logits, position)
+        return super().draw(logits, token_ids)
 
 
 def ask(engine: Engine, prompts: Sequence[list[int]], at_a_time: int, prefill_rows: int = 160) -> list[torch.Tensor]:
     """Logits of the tokens generated for each prompt, (NEW_TOKENS, vocab)."""
     scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT)) for _ in range(at_a_time)], prefill_rows)
-    recorders = [Tracer() for _ in prompts]
+    recorders = [LogitsKeeper() for _ in prompts]
     waiting, live = list(enumerate(prompts)), list[SequenceState]()
     while waiting or live:
         while waiting and scheduler.has_free_slot:
@@ -122,7 +123,7 @@ def test_whole_chunks_of_a_prompt_are_reused(path: Path) -> None:
         scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], 160)
         rows = []
         for _ in range(2):
-            sequence, before = scheduler.add(prompt, 1, Tracer()), len(engine.passes)
+            sequence, before = scheduler.add(prompt, 1, LogitsKeeper()), len(engine.passes)
             while not sequence.generated:
                 scheduler.step()
             scheduler.remove(sequence)
@@ -150,7 +151,7 @@ def test_matrices_of_super_blocks_use_small_chunks(tmp_path: Path) -> None:
     with engine_of(write_q4_k(tmp_path / "tiny.gguf")) as engine:
         scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT)) for _ in range(3)], 160)
         for _ in range(3):
-            scheduler.add(prompt, 1, Tracer())
+            scheduler.add(prompt, 1, LogitsKeeper())
         while any(not sequence.generated for sequence in scheduler.sequences):
             scheduler.step()
         shared = (len(prompt) - 1) // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS

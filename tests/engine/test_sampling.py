@@ -1,21 +1,25 @@
+from typing import Any
+
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
-from headrace.engine import Sampling
-from headrace.engine.sampling import Sampler, distribution
+from headrace.engine.logits_processors import make_processors
+from headrace.engine.sampler import Sampler, distribution
 from headrace.engine.stops import StopScanner
 from headrace.errors import UsageError
 from headrace.model.reasoning import Part
+from headrace.sampling_params import FIELDS, SamplingParams
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
 
 
 def kept(**options: float) -> list[int]:
-    return distribution(LOGITS, Sampling(**options))[1].tolist()  # type: ignore[arg-type]
+    return distribution(LOGITS, SamplingParams(**options))[1].tolist()  # type: ignore[arg-type]
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
-    assert Sampler(Sampling(temperature=0)).draw(LOGITS, 0) == 1
+    assert Sampler(SamplingParams(temperature=0)).draw(LOGITS, range(0)) == 1
 
 
 def test_top_k_keeps_the_k_likeliest() -> None:
@@ -40,26 +44,86 @@ def test_temperature_does_not_change_which_tokens_are_kept() -> None:
 
 def test_the_same_seed_draws_the_same_tokens() -> None:
     def draws(seed: int | None) -> list[int]:
-        sampler = Sampler(Sampling(temperature=3.0, seed=seed))
-        return [sampler.draw(LOGITS, position) for position in range(40)]
+        sampler = Sampler(SamplingParams(temperature=3.0, seed=seed))
+        return [sampler.draw(LOGITS, range(position)) for position in range(40)]
 
     assert draws(7) == draws(7)
     assert draws(7) != draws(8)
 
 
 def test_draws_follow_the_distribution() -> None:
-    sampler = Sampler(Sampling(seed=0))
+    sampler = Sampler(SamplingParams(seed=0))
     counts = (
-        torch.bincount(torch.tensor([sampler.draw(LOGITS, position) for position in range(4000)]), minlength=5) / 4000
+        torch.bincount(torch.tensor([sampler.draw(LOGITS, range(position)) for position in range(4000)]), minlength=5)
+        / 4000
     )
     # Three standard deviations of a share of 0.63 in 4000 draws are 0.023.
     assert (counts - LOGITS.softmax(0)).abs().max() < 0.025
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"top_k": -1}])
+IDS = [0, 2, 2, 4, 4, 4]  # a prompt of three tokens, then three generated ones
+
+
+def processed(**params: Any) -> torch.Tensor:
+    logits = LOGITS.clone()
+    for process in make_processors(SamplingParams(**params), prompt_tokens=3):
+        logits = process(IDS, logits)
+    assert torch.equal(LOGITS, UNTOUCHED), "logits belong to the pass"
+    return logits
+
+
+UNTOUCHED = LOGITS.clone()
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 4.0])
+def test_a_repetition_penalty_equals_that_of_transformers(penalty: float) -> None:
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([IDS]), LOGITS[None].clone())[0]  # type: ignore[arg-type, no-untyped-call]
+    assert torch.equal(processed(repetition_penalty=penalty), expected)
+
+
+def test_presence_and_frequency_penalties_count_generated_tokens() -> None:
+    # OpenAI: logit - frequency_penalty * count - presence_penalty * (count > 0)
+    expected = LOGITS - torch.tensor([0, 0, 0, 0, 3 * 0.5 + 0.25])
+    assert torch.allclose(processed(frequency_penalty=0.5, presence_penalty=0.25), expected)
+
+
+def test_a_logit_bias_is_added_before_the_penalties() -> None:
+    assert torch.allclose(processed(logit_bias={1: -2.5, "3": 4}), LOGITS + torch.tensor([0, -2.5, 0, 4, 0]))
+    assert processed(logit_bias={0: 10}, repetition_penalty=2.0)[0] == (LOGITS[0] + 10) / 2
+
+
+def test_penalties_change_what_is_drawn_and_its_confidence() -> None:
+    plain, penalised = (
+        Sampler(SamplingParams(temperature=0, frequency_penalty=penalty), prompt_tokens=0) for penalty in (0, 2)
+    )
+    assert plain.draw(LOGITS, [1, 1, 1]) == int(LOGITS.argmax()) == 1
+    assert penalised.draw(LOGITS, [1, 1, 1]) != 1
+
+
+def test_log_probabilities_are_those_of_the_unchanged_logits() -> None:
+    sampler = Sampler(SamplingParams(temperature=0.2, logit_bias={0: 50}, logprobs=2))
+    found = sampler.logprobs(LOGITS, 0)
+    assert found is not None
+    expected = LOGITS.log_softmax(0)
+    assert found.logprob == pytest.approx(float(expected[0]))
+    assert [token for token, _ in found.top] == torch.topk(LOGITS, 2).indices.tolist()
+    assert [value for _, value in found.top] == pytest.approx(torch.topk(expected, 2).values.tolist())
+    assert Sampler(SamplingParams()).logprobs(LOGITS, 0) is None
+
+
+def test_the_table_of_parameters_is_that_of_the_class() -> None:
+    default = SamplingParams()
+    assert {one.name: one.default for one in FIELDS} == {
+        name: value for name, value in vars(default).items() if name not in ("logit_bias", "logprobs")
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"top_k": -2}, {"presence_penalty": 3}, {"logprobs": 21}]
+)
 def test_options_out_of_range_are_usage_errors(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="out of range"):
-        Sampling(**wrong)  # type: ignore[arg-type]
+        SamplingParams(**wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,16 @@ import torch
 from tiny import VOCAB, random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
-from headrace.engine import Engine, Sampling
+from headrace.engine import Engine
 from headrace.engine.drafters import MAX_BUCKET, ConfidenceBucket, Draft, DraftToken, ModelDrafter, PromptLookup
 from headrace.engine.engine import StreamOptions
-from headrace.engine.sampling import Sampler, distribution, uniform
+from headrace.engine.sampler import Sampler, distribution, uniform
 from headrace.engine.scheduler import Scheduler, Slot
 from headrace.engine.speculation import Acceptance, Speculation, StepTimeModel
 from headrace.engine.timeline import PassStats
 from headrace.kernels import Kernels
 from headrace.plan.cost import PassCost
+from headrace.sampling_params import SamplingParams
 
 PROMPT = [5, 17, 99, 3, 250, 41, 7, 5, 17, 99]
 CONTEXT = 96
@@ -58,7 +59,7 @@ class Oracle(ModelDrafter):
 
 
 def decode(
-    engine: Engine, sampling: Sampling, count: int, speculation: Speculation | None, prompt: list[int] = PROMPT
+    engine: Engine, sampling: SamplingParams, count: int, speculation: Speculation | None, prompt: list[int] = PROMPT
 ) -> list[int]:
     scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], prefill_rows=16, max_draft_tokens=12)
     scheduler.speculation = speculation
@@ -83,13 +84,17 @@ def target(tiny_llama: Path) -> Iterator[Engine]:
         yield engine
 
 
-SAMPLINGS = [Sampling(temperature=0), Sampling(temperature=1.3, top_k=40, top_p=0.9, min_p=0.01, seed=11)]
+SAMPLINGS = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=1.3, top_k=40, top_p=0.9, min_p=0.01, seed=11),
+    SamplingParams(temperature=0.5, repetition_penalty=1.5, frequency_penalty=1.0, logit_bias={3: 2.0}, seed=5),
+]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "penalised"])
 @pytest.mark.parametrize("wrong_every", [2, 3, 7, 1000])
 def test_with_any_draft_the_tokens_are_those_of_plain_decoding(
-    target: Engine, sampling: Sampling, wrong_every: int
+    target: Engine, sampling: SamplingParams, wrong_every: int
 ) -> None:
     plain = decode(target, sampling, 40, None)
     before = len(target.passes)
@@ -100,9 +105,9 @@ def test_with_any_draft_the_tokens_are_those_of_plain_decoding(
     assert len(target.passes) - before < 40  # and it was worth it
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "penalised"])
 def test_a_draft_model_and_prompt_lookup_change_no_token(
-    target: Engine, tiny_draft: Path, tiny_llama: Path, sampling: Sampling
+    target: Engine, tiny_draft: Path, tiny_llama: Path, sampling: SamplingParams
 ) -> None:
     plain = decode(target, sampling, 40, None)
     for path in (tiny_draft, tiny_llama):  # one that is always rejected, one that is always accepted
@@ -179,7 +184,7 @@ def test_a_sequence_does_not_wait_for_a_prefix_source_that_was_removed(target: E
 
 TARGET = torch.tensor([1.2, 0.3, -0.5, 0.9, -1.0, 0.1])
 DRAFT = torch.tensor([0.2, 1.3, -0.5, -0.9, 1.0, 0.4])
-FILTERS = Sampling(temperature=0.8, top_k=5, top_p=0.95, min_p=0.02)
+FILTERS = SamplingParams(temperature=0.8, top_k=5, top_p=0.95, min_p=0.02)
 DRAWS = 4000
 
 
@@ -207,16 +212,16 @@ def second_tokens(verify: str) -> torch.Tensor:
     """Counts of the token after verification of a draft token, by a right rule or a known wrong one."""
     counts = torch.zeros(6)
     for seed in range(DRAWS):
-        sampler = Sampler(Sampling(**{**FILTERS.__dict__, "seed": seed}))
-        draft_token = sampler.draw(DRAFT, 10)
+        sampler = Sampler(SamplingParams(**{**FILTERS.__dict__, "seed": seed}))
+        draft_token = sampler.draw(DRAFT, range(10))
         if verify == "ours":
-            token = sampler.draw(TARGET, 10)
+            token = sampler.draw(TARGET, range(10))
         elif verify == "accepts every draft token":
             token = draft_token
         elif verify == "accepts likely draft tokens, else draws again":
-            token = draft_token if TARGET.softmax(0)[draft_token] > 0.1 else sampler.draw(TARGET, 11)
+            token = draft_token if TARGET.softmax(0)[draft_token] > 0.1 else sampler.draw(TARGET, range(11))
         else:  # the filters are forgotten when verifying
-            token = Sampler(Sampling(temperature=0.8, seed=seed)).draw(TARGET, 10)
+            token = Sampler(SamplingParams(temperature=0.8, seed=seed)).draw(TARGET, range(10))
         counts[token] += 1
     return counts
 
@@ -235,8 +240,8 @@ def test_the_statistic_finds_wrong_acceptance(wrong: str) -> None:
 def test_draws_of_neighbouring_positions_are_independent() -> None:
     pairs = torch.zeros(6, 6)
     for seed in range(DRAWS):
-        sampler = Sampler(Sampling(**{**FILTERS.__dict__, "seed": seed}))
-        pairs[sampler.draw(TARGET, 4), sampler.draw(TARGET, 5)] += 1
+        sampler = Sampler(SamplingParams(**{**FILTERS.__dict__, "seed": seed}))
+        pairs[sampler.draw(TARGET, range(4)), sampler.draw(TARGET, range(5))] += 1
     expected = torch.outer(exact(), exact()).flatten()
     # 24 degrees of freedom: 99.9 % are below 51.2.
     assert chi_square(pairs.flatten(), expected) < 51.2
@@ -246,8 +251,8 @@ def test_a_draft_drawn_with_the_same_numbers_mostly_hits_the_same_token() -> Non
     near = TARGET + 0.1 * DRAFT
     hits = 0
     for seed in range(500):
-        sampler = Sampler(Sampling(temperature=1.0, seed=seed))
-        hits += sampler.draw(near, 3) == sampler.draw(TARGET, 3)
+        sampler = Sampler(SamplingParams(temperature=1.0, seed=seed))
+        hits += sampler.draw(near, range(3)) == sampler.draw(TARGET, range(3))
     distance = 0.5 * float((near.softmax(0) - TARGET.softmax(0)).abs().sum())
     # Gumbel-max coupling agrees with probability (1 - d) / (1 + d) at least, d the total variation distance.
     assert hits / 500 > (1 - distance) / (1 + distance) - 0.05
@@ -350,11 +355,11 @@ def test_prompt_lookup_proposes_the_continuation_of_the_last_occurrence(tokens: 
 def test_a_draft_model_does_not_compute_a_cached_prefix_again(target: Engine, tiny_llama: Path) -> None:
     drafter = ModelDrafter(target, 64)
     tokens = list(range(3, 33))
-    first = Draft(tokens, Sampler(Sampling(temperature=0)))
+    first = Draft(tokens, Sampler(SamplingParams(temperature=0)))
     assert drafter.propose([first]) == 30
     drafter.forget(tokens)
     longer = [*tokens, 7, 8]
-    second = Draft(longer, Sampler(Sampling(temperature=0)))
+    second = Draft(longer, Sampler(SamplingParams(temperature=0)))
     assert drafter.propose([second]) == 2
-    other = Draft([9, 8, 7], Sampler(Sampling(temperature=0)))
+    other = Draft([9, 8, 7], Sampler(SamplingParams(temperature=0)))
     assert drafter.propose([second, other]) >= 3

@@ -13,7 +13,7 @@ import headrace
 from headrace.errors import CheckpointError
 from headrace.plan import Profile
 
-GREEDY = headrace.Sampling(temperature=0)
+GREEDY = headrace.SamplingParams(temperature=0)
 VOCABULARY = byte_level()
 TOKEN = VOCABULARY["tokens"].index
 LETTERS = [TOKEN(letter) for letter in "abcdef"]
@@ -53,7 +53,7 @@ def test_a_value_that_is_not_finite_is_an_error_that_names_its_tensor(
     with load(path, profile) as model:
         for _ in range(2):
             with pytest.raises(CheckpointError, match="not finite") as caught:
-                model.generate("hi", sampling=headrace.Sampling(temperature=temperature), max_tokens=3)
+                model.generate("hi", sampling=headrace.SamplingParams(temperature=temperature), max_tokens=3)
             assert word in str(caught.value)
             assert caught.value.hint
 
@@ -66,7 +66,7 @@ def test_temperatures_near_zero_take_the_likeliest_token(
     follows = {**in_turn(*LETTERS, LETTERS[0]), TOKEN("Ċ"): LETTERS[0]}
     path = write_scripted(tmp_path / "m.gguf", **VOCABULARY, eos=TOKEN("<|im_end|>"), follows=follows)
     with load(path, profile) as model:
-        sampling = headrace.Sampling(temperature=temperature, seed=1, **more)
+        sampling = headrace.SamplingParams(temperature=temperature, seed=1, **more)
         assert model.generate("hi", sampling=sampling, max_tokens=6).text == "abcdef"
 
 

@@ -63,7 +63,7 @@ def test_a_price_is_spread_over_a_life_and_electricity_comes_on_top() -> None:
         ({"rent_usd_per_h": 1.0, "price_usd": 1.0}, "a rent or a price"),
         ({"rent_usd_per_h": 1.0, "utilisation": 0.0}, "utilisation"),
         ({"rent_usd_per_h": 1.0, "utilisation": 1.1}, "utilisation"),
-        ({"price_usd": 1.0, "life_years": 0.0}, "lives longer"),
+        ({"price_usd": 1.0, "life_years": 0.0}, "life_years must be above 0"),
     ],
 )
 def test_a_tariff_that_makes_no_sense_is_an_error(numbers: dict[str, float], said: str) -> None:

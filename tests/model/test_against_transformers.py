@@ -103,7 +103,7 @@ def test_mistral3_without_yarn_is_mistral(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ("glm4", {"rope.dimension_sections": [8, 4, 4, 0]}, "several axes"),
         ("granitehybrid", {"rope.scaling.finetuned": True}, "with RoPE"),
-        ("dots1", {"expert_gating_func": 1}, "weigh experts in another way"),
+        ("dots1", {"expert_gating_func": 1}, "another gating function"),
         ("afmoe", {"expert_weights_norm": False}, "add up to one"),
     ],
 )

@@ -12,7 +12,7 @@ import headrace
 from headrace.model.tokenizer import Prompt
 from headrace.plan import Profile
 
-GREEDY = headrace.Sampling(temperature=0)
+GREEDY = headrace.SamplingParams(temperature=0)
 PAIRS = [
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),

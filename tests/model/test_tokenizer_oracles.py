@@ -21,11 +21,11 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 import headrace
 from headrace.checkpoint import open_checkpoint
-from headrace.engine import Sampling
 from headrace.model.pre_tokenizers import pre_tokenizer
 from headrace.model.tokenizer import Tokenizer
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
+from headrace.sampling_params import SamplingParams
 
 # Every pre-tokenizer name that the pinned llama.cpp accepts, found by trying them.
 LLAMA_CPP_NAMES = (
@@ -516,7 +516,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_completion_keeps_the_space_of_its_first_token(once: Path, profile: Profile) -> None:
     save_profile(profile)
-    greedy = Sampling(temperature=0.0)
+    greedy = SamplingParams(temperature=0.0)
     with headrace.load(str(once), memory="2GiB", draft="none") as model:
         assert model.generate("Once", raw=True, max_tokens=8, sampling=greedy).text == " a time"
         assert (
@@ -529,7 +529,7 @@ def test_a_completion_keeps_the_space_of_its_first_token(once: Path, profile: Pr
 def test_a_chat_answer_drops_the_space_of_its_first_token_like_transformers(once: Path, profile: Profile) -> None:
     save_profile(profile)
     with headrace.load(str(once), memory="2GiB", draft="none") as model:
-        assert model.generate("so", max_tokens=8, sampling=Sampling(temperature=0.0)).text == "hi"
+        assert model.generate("so", max_tokens=8, sampling=SamplingParams(temperature=0.0)).text == "hi"
 
 
 # Hugging Face folders

@@ -14,6 +14,7 @@ from headrace.checkpoint.safetensors import read_folder
 from headrace.checkpoint.source import LocalSource, OpenSource
 from headrace.checkpoint.tensor import Tensor
 from headrace.errors import CheckpointError, UnsupportedError
+from headrace.sampling_params import FIELDS
 
 # GGUF's key, and its names in configs.
 _NAMES = {
@@ -148,9 +149,8 @@ def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any
         if isinstance(inner.get(key), int | float):
             found[key] = inner[key]
     heads, width, keys = (inner.get(f"linear_{name}") for name in ("num_value_heads", "value_head_dim", "key_head_dim"))
-    if (
-        isinstance(heads, int) and isinstance(width, int) and isinstance(keys, int)
-    ):  # recurrent state of linear attention
+    # Recurrent state of linear attention.
+    if isinstance(heads, int) and isinstance(width, int) and isinstance(keys, int):
         found["ssm.inner_size"], found["ssm.state_size"] = heads * width, keys
     state = _state_of(inner)
     if state is not None:  # no layer has a KV cache
@@ -160,11 +160,10 @@ def _metadata(path: str, config: Mapping[str, Any], generation: Mapping[str, Any
         found["expert_count"] = 0
     if inner.get("model_type") == "switch_transformers":
         found["expert_used_count"] = 1
-    sampling = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    for ours, theirs in sampling.items():
-        value = generation.get(theirs)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"general.sampling.{ours}"] = value
+    for one in FIELDS:
+        value = generation.get(one.name)
+        if one.gguf_key and isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"general.sampling.{one.gguf_key}"] = value
     if generation and generation.get("do_sample") is not True:
         found["general.sampling.temp"] = 0.0
     return found

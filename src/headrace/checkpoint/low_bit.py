@@ -15,7 +15,7 @@ _PAGE_BYTES = 4096
 
 
 def low_bit_copy(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its larger matrices at 4.5 bits per weight, in a virtual file."""
+    """The checkpoint with matrices of more than 4.5 bits per weight at 4.5, in a virtual file."""
     path = f"{checkpoint.path}[{COPY_TYPES[0]}]"
     tensors: dict[str, Tensor] = {}
     offset = 0

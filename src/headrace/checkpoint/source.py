@@ -11,8 +11,8 @@ from headrace.errors import CheckpointError
 class Source(Protocol):
     """Random access to the bytes of one file. Untrusted: it may end anywhere, and change meanwhile.
 
-    The function that opens it raises `CheckpointError` only where nothing lies at the path. A reader then treats an
-    optional file (an index, a configuration) as absent. A failed connection is a `ReadError`. `path` is the requested path.
+    The function that opens a remote one raises `CheckpointError` only if nothing is at the path. A reader then treats an
+    optional file (index, configuration) as absent. A failed connection is a `HubError`. `path` is the requested path.
     """
 
     path: str

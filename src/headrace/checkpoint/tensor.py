@@ -10,7 +10,7 @@ from math import prod
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 TYPE_NAMES = {int(kind): kind.name for kind in GGMLQuantizationType}
-# Types that ggml multiplies: all but the integer types and its internal formats for activations.
+# Types that ggml multiplies: all but integers, F64 and its internal formats for activations.
 COMPUTABLE = frozenset(TYPE_NAMES.values()) - {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
 # Bytes per element of the types that only safetensors files hold.
 _PLAIN_BYTES = {

@@ -3,7 +3,9 @@
 Exit codes: 0 done, 1 failed or "no", 2 usage, 130 Ctrl-C. A closed pipe ends quietly.
 """
 
+import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -16,6 +18,7 @@ from headrace._version import __version__
 from headrace.cli import show, streams
 from headrace.errors import HeadraceError, UsageError
 from headrace.limits import explained
+from headrace.sampling_params import FIELDS, MAX_TOP_LOGPROBS, SamplingField
 from headrace.text import printable
 from headrace.units import parse_bytes
 
@@ -33,6 +36,19 @@ class Size(click.ParamType[int]):
             return parse_bytes(value)
         except UsageError as error:
             self.fail(f"{error}; {error.hint}", param, ctx)
+
+
+class LogitBias(click.ParamType[tuple[int, float]]):
+    """A token id and the bias of its logit, as llama.cpp writes them: 15043+1 or 15043-2.5."""
+
+    name = "ID(+/-)BIAS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        """Parse to (token id, bias)."""
+        match = re.fullmatch(r"(\d{1,9})([+-]\d{1,3}(?:\.\d{1,9})?)", str(value), re.ASCII)
+        if match is None:
+            self.fail(f"{printable(str(value), keep='')!r} is no token id with a bias, such as 15043+1", param, ctx)
+        return int(match[1]), float(match[2])
 
 
 class FilePath(click.Path):
@@ -129,13 +145,31 @@ deterministic_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No plan, progress or stats on stderr.")
+
+
+def _sampling_option(one: SamplingField) -> Callable[[F], F]:
+    """The option of a sampling parameter. Without it, the model's own recommendation counts."""
+    least, most = (None if math.isinf(limit) else limit for limit in (one.least, one.most))
+    kind: click.ParamType[Any] = (
+        click.FloatRange(least, most, min_open=not one.least_is_allowed)
+        if one.kind is float
+        else click.IntRange(None if least is None else int(least), None if most is None else int(most))
+    )
+    default = " [default: the model's]" if one.gguf_key else ""
+    return click.option(*one.flags, one.name, type=kind, help=one.help + default)
+
+
 sampling_options = shared(
     click.option("-n", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Limit of generated tokens."),
-    click.option("-t", "--temperature", type=click.FloatRange(0, 100), help="0 is greedy. [default: the model's]"),
-    click.option("--top-k", type=click.IntRange(0), help="Keep the k likeliest tokens; 0 is off."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep the likeliest of this much probability."),
-    click.option("--min-p", type=click.FloatRange(0, 1), help="Keep tokens at least this likely, relative to the likeliest."),
-    click.option("--seed", type=int, help="Draw the same tokens every time."),
+    *map(_sampling_option, FIELDS),
+    click.option(
+        "--logit-bias", type=LogitBias(), multiple=True, help="Added to the logit of a token, as 15043+1. May be repeated."
+    ),
+    click.option(
+        "--logprobs",
+        type=click.IntRange(0, MAX_TOP_LOGPROBS),
+        help="With --json: log-probabilities of each token and of the N likeliest.",
+    ),
     click.option("--stop", multiple=True, help="End the answer at this string. May be repeated."),
 )  # fmt: skip
 

@@ -145,7 +145,7 @@ class Batch:
         self._results = results
         self._max_tokens = max_tokens
         self._running: list[BatchRequest] = []  # requests by the index of their job
-        self._texts: dict[int, list[tuple[str, str]]] = {}
+        self._pieces: dict[int, list[Piece]] = {}
 
     def run(self, board: "Board") -> int:
         """Answer all requests; returns the exit code."""
@@ -165,7 +165,8 @@ class Batch:
             try:
                 tokens, tail = _prompt(request, self._model.tokenizer)
                 self._model.check_prompt(tokens)
-                sampling = replace(self._model.default_sampling(), **request.sampling)  # type: ignore[arg-type]
+                sampling = replace(self._model.default_sampling(), **request.sampling)
+                self._model.check_sampling(sampling)
             except (CheckpointError, ContextError, UsageError) as error:
                 code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_request"
                 self._results.add(error_record(request.line, request.custom_id, code, str(error)), request.digest)
@@ -183,24 +184,25 @@ class Batch:
             )
 
     def _take(self, piece: "Piece", board: "Board") -> None:
-        texts = self._texts.setdefault(piece.index, [])
-        texts.append((piece.text, piece.thinking))
+        pieces = self._pieces.setdefault(piece.index, [])
+        pieces.append(piece)
         board.token(piece)
         if piece.finish_reason is None:
             return
         self._results.add(
             answer_record(
                 self._running[piece.index],
-                text="".join(text for text, _ in texts),
-                thinking="".join(reasoning for _, reasoning in texts),
+                text="".join(one.text for one in pieces),
+                thinking="".join(one.thinking for one in pieces),
                 finish_reason=piece.finish_reason,
                 prompt_tokens=piece.prompt_tokens,
                 completion_tokens=piece.completion_tokens,
                 model=self._model.plan.model,
+                logprobs=self._model.logprobs_json(pieces),
             ),
             self._running[piece.index].digest,
         )
-        del self._texts[piece.index]
+        del self._pieces[piece.index]
         board.finished()
 
 

@@ -27,7 +27,7 @@ def bench_command(
         show.check_writable(html)
     profile = profile_for(model, say=True)
     load = slim_import.library().load  # torch: seconds
-    from headrace.engine.sampling import Sampling
+    from headrace.sampling_params import SamplingParams
 
     with load(
         model,
@@ -39,7 +39,7 @@ def bench_command(
         profile=profile,
         trace=True,
     ) as loaded:
-        loaded.generate(PROMPT, max_tokens=max_tokens, raw=True, sampling=Sampling(temperature=0.0))
+        loaded.generate(PROMPT, max_tokens=max_tokens, raw=True, sampling=SamplingParams(temperature=0.0))
         record, plan, trace, last = loaded.record(), loaded.plan, loaded.trace, loaded.passes[-1]
         assert trace is not None
         # An answer may end with the first token: then the only pass is the prefill.

@@ -48,7 +48,7 @@ def _list(answers: list[Evaluation]) -> None:
         claim = answer.claim
         grid.add_row(claim.id, claim.title, number(claim.said, ""), number(answer.value, ""), claim.verdict)
     show.console().print(grid)
-    click.echo("\n`headrace claims 33` runs one: its units, inputs, sources, and what the verdict hangs on")
+    click.echo("\n`headrace claims 33` runs one: its units, inputs, sources, and what the verdict depends on")
 
 
 def _show(answer: Evaluation) -> None:
@@ -66,9 +66,9 @@ def _show(answer: Evaluation) -> None:
     if claim.inputs:
         console.print(grid)
     if answer.swings:
-        console.print("\nwhat it hangs on, most first")
+        console.print("\nwhat it depends on, most first")
         for swing in answer.swings:
-            turns = "  turns the verdict" if swing.flips else ""
+            turns = "  changes the verdict" if swing.flips else ""
             ends = f"{number(swing.at_low, claim.unit)} .. {number(swing.at_high, claim.unit)}"
             console.print(f"  {swing.name} {swing.low:g} .. {swing.high:g}: {ends}{turns}")
     if claim.sources:

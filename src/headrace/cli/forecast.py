@@ -236,9 +236,9 @@ def forecast_rows(one: Forecast) -> list[tuple[str, str, str]]:
     rows += [("assumed", "", assumption) for assumption in one.machine.assumptions]
     rows.append(
         (
-            "sure",
+            "interval",
             "",
-            f"80 % of the measured rows of this kind ({one.category}) lie in such an interval: docs/accuracy.md",
+            f"80 % of measurements of this kind ({one.category}) lie in such an interval: docs/accuracy.md",
         )
     )
     return rows

@@ -195,7 +195,7 @@ def forecast_page(one: Forecast, better: Sequence[ForecastSuggestion], found: Se
         ]
         parts.append(
             _table(
-                ("machine", "bits", "batch", "draft_tokens", "each", "per million tokens"),
+                ("machine", "bits", "batch", "draft tokens", "each", "per million tokens"),
                 rows,
                 numeric=(1, 2, 3, 4, 5),
             )
@@ -335,7 +335,7 @@ def _swing(answer: Evaluation, at: int) -> str:
     left, size, mark = (100 * (a - low) / width, max(0.8, 100 * (b - a) / width), 100 * (answer.value - low) / width)
     label = f"{swing.name} {swing.low:g} .. {swing.high:g}"
     text = (
-        f"{number(swing.at_low, unit)} .. {number(swing.at_high, unit)}{', turns the verdict' if swing.flips else ''}"
+        f"{number(swing.at_low, unit)} .. {number(swing.at_high, unit)}{', changes the verdict' if swing.flips else ''}"
     )
     return (
         f"<div class=swing><span>{escape(label)}</span><span><span "

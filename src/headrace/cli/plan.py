@@ -103,7 +103,7 @@ def plan_or_forecast(
     if model is not None and _is_model(model) and not any(value is not None for value in elsewhere):
         if usd_per_kwh is not None or utilisation is not None:
             raise UsageError(
-                "what this machine costs is not known", hint="--usd-per-kwh and --utilisation are for --machine"
+                "the price of this machine is not known", hint="--usd-per-kwh and --utilisation are for --machine"
             )
         plan_command(
             model, memory, ctx_size, kv_bits, draft, batch or 1, prompt_tokens, as_json, tokens=tokens, html=html
@@ -203,7 +203,7 @@ def _print(plan: Plan, rows: list[tuple[str, str, str]], timeline: Timeline) -> 
     for row in rows:
         table.add_row(*(Text(printable(cell, keep="")) for cell in row))
     console.print(table)
-    console.print(f"\na pass of {seconds(timeline.pass_s(1))} by the schedule of every read")
+    console.print(f"\na pass of {seconds(timeline.pass_s(1))}, simulated read by read")
     for line in timeline_strips(timeline):
         console.print(f"  {line}", markup=False)
     if plan.changes:
@@ -214,10 +214,8 @@ def _print(plan: Plan, rows: list[tuple[str, str, str]], timeline: Timeline) -> 
 
 
 def _pinned_remark(plan: Plan) -> str:
-    share = f"{plan.held_bytes / plan.weights_bytes:.0%}, of every large tensor its share"
-    return (
-        f"{share}; {gigabytes(plan.decode_pinned_bytes)} of it between prompts" if plan.decode_pinned_bytes else share
-    )
+    share = f"{plan.held_bytes / plan.weights_bytes:.0%}, the same of every large tensor"
+    return f"{share}; {gigabytes(plan.decode_pinned_bytes)} of it during decode" if plan.decode_pinned_bytes else share
 
 
 def _encoder_rows(plan: Plan) -> list[tuple[str, str, str]]:

@@ -21,9 +21,9 @@ from headrace.text import is_utf8
 
 if TYPE_CHECKING:
     from headrace.api import Completion, Model, Piece
-    from headrace.engine import Sampling
     from headrace.model import Tokenizer
     from headrace.model.tokenizer import Message, Prompt
+    from headrace.sampling_params import SamplingParams
 
 CHAT_CONTEXT = 4096
 CHAT_PROMPT = 256
@@ -157,8 +157,9 @@ def _request(
     return Request(context_tokens=context, prompt_tokens=max(1, min(prompt_tokens, context)))
 
 
-def _sampling(model: "Model", settings: RunSettings) -> "Sampling":
-    return replace(model.default_sampling(), **{k: v for k, v in settings.sampling.items() if v is not None})
+def _sampling(model: "Model", settings: RunSettings) -> "SamplingParams":
+    given = {name: value for name, value in settings.sampling.items() if value is not None}
+    return replace(model.default_sampling(), **given | {"logit_bias": dict(given.get("logit_bias", ()))})
 
 
 def _answer(model: "Model", prompt: "Prompt", settings: RunSettings) -> tuple["Completion", bool]:

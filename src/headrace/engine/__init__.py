@@ -2,7 +2,6 @@
 
 from headrace.engine.attention import KVCache
 from headrace.engine.engine import Engine, Rows
-from headrace.engine.sampling import Sampling
 from headrace.engine.timeline import PassStats, Trace
 
-__all__ = ["Engine", "KVCache", "PassStats", "Rows", "Sampling", "Trace"]
+__all__ = ["Engine", "KVCache", "PassStats", "Rows", "Trace"]

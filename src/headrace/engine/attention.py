@@ -2,7 +2,7 @@
 
 A step packs the new rows of all sequences one after another into a batch of one. In each layer, a sequence
 appends its rows' keys and values to its cache, and attends to that cache alone. So prefill, decode, verification
-and batches differ only in their numbers of rows, and a rollback only sets a length.
+and batches differ only in their number of rows, and a rollback only sets a length.
 """
 
 import math
@@ -509,7 +509,7 @@ class PackedAttention:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> None:
-        """Attend row by row, so that no result depends on the rows beside it. The heads of a group are the matrix rows."""
+        """Attend row by row, so that no result depends on the rows beside it. Query heads of one KV head are the matrix rows."""
         heads, rows, width = query.shape
         first = max(0, start + 1 - window) if window else 0
         all_keys, all_values = cache.floats(layer, first, start + rows, self.buffers, self._filled)

@@ -25,7 +25,7 @@ class BufferPool:
     def empty(
         self, shape: Sequence[int], dtype: torch.dtype = torch.float32, stride: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """A dense tensor of this shape in an unused buffer, which is hardly larger than it."""
+        """A dense tensor of this shape in an unused buffer, at most a quarter or 64 bytes larger."""
         nbytes = dtype.itemsize * math.prod(shape)
         # Sizes have three binary digits, so that tensors of about the same size share buffers.
         grain = max(_ALIGNMENT, 1 << max(0, nbytes.bit_length() - 3))

@@ -105,7 +105,7 @@ class CapturedStep(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return not self._off
 
     def mark_uncapturable(self, why: str) -> None:
-        """This step cannot be replayed."""
+        """Note why this step cannot be replayed."""
         self.uncapturable_reason = self.uncapturable_reason or why
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:

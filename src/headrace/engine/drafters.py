@@ -14,7 +14,7 @@ import torch
 from headrace.engine.attention import CacheOverflow, KVCache
 from headrace.engine.engine import Engine, Rows
 from headrace.engine.native_cache import NativeCache
-from headrace.engine.sampling import Sampler
+from headrace.engine.sampler import Sampler
 from headrace.errors import CheckpointError
 from headrace.plan.memory_plan import DRAFT_PROMPT_ROWS
 
@@ -139,7 +139,7 @@ class ModelDrafter:
         if logits is None:
             return 0
         for (draft, _, tokens), row in zip(work, logits, strict=True):
-            token, confidence = draft.sampler.draw_with_confidence(row, len(tokens))
+            token, confidence = draft.sampler.draw_with_confidence(row, tokens)
             draft.draft_tokens.append(
                 DraftToken(token, ConfidenceBucket(self.source, min(MAX_BUCKET, int(confidence * (MAX_BUCKET + 1)))))
             )

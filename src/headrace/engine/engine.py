@@ -62,9 +62,9 @@ from headrace.stream.weights import Batch
 class Rows:
     """New tokens of one sequence, and the number of last rows that need logits.
 
-    The results of row-invariant rows do not depend on the rows beside them. The others are a prompt chunk and share
-    the faster prefill kernels with each other alone. Their results depend on the chunk, not on the rest of the pass.
-    None: row-invariant up to `DECODE_MAX_ROWS` rows, as decoded and draft tokens are, and prompts are not.
+    The results of row-invariant rows do not depend on the rows beside them. Other rows are one prompt chunk, for the
+    faster prefill kernels. Their results depend on that chunk, not on the rest of the pass.
+    `row_invariant=None`: True up to `DECODE_MAX_ROWS` rows, as for decoded and draft tokens.
 
     A sequence may have several chunks in a pass, in their order.
     """
@@ -297,7 +297,7 @@ class Engine:
 
     @property
     def embedding_rows(self) -> int | None:
-        """Number of tokens that the model has embeddings of."""
+        """Rows of the embedding table, if there is one."""
         table = self.model.get_input_embeddings()
         return None if table is None else getattr(table, "num_embeddings", None)
 
@@ -436,7 +436,7 @@ class Engine:
         """Raise if results are not finite, in the pass that looks for the cause."""
         if not any(map(_has_non_finite, (before, *after))):
             return
-        found = f"what is computed before `{what}` is" if _has_non_finite(before) else f"what `{what}` gives is"
+        found = f"the input of `{what}` is" if _has_non_finite(before) else f"the output of `{what}` is"
         raise CheckpointError(
             f"{self.checkpoint.path}: {found} not finite",
             hint="it holds NaN, infinity or huge values: the file is damaged, or was converted with an overflow",
@@ -474,7 +474,7 @@ class Engine:
         """Reuse prefill memory for weights between prompts, if the allocator has really returned it to the system."""
         options, stream = self._options, self.stream
         reuses = self._rows <= options.decode_pinned_max_rows and self._rows - self._invariant_rows <= DECODE_MAX_ROWS
-        # Once after a prompt: collecting takes a while.
+        # Once after a prompt: garbage collection is slow.
         if reuses and self._reuses_prefill_memory is None and stream.reusable_prefill_bytes:
             self.kernels.release()
             release_unused()
@@ -485,7 +485,7 @@ class Engine:
         stream.reuse_prefill_memory(bool(self._reuses_prefill_memory))
 
     def _share_cores(self, shared_rows: int) -> None:
-        """Keep torch's small operations on one core while ggml works: its threads may spin on all cores."""
+        """Keep torch's small operations on one core during decode: ggml's threads may spin on all cores."""
         threads = self.kernels.threads if shared_rows > DECODE_MAX_ROWS else 1
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
@@ -539,7 +539,7 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Rows], entries: Sequence[Entry]) -> torch.Tensor:
-        """Run one forward: `batch` is in the order of its rows, `entries` in that of the step."""
+        """Run one forward: `batch` is in the order of the rows, `entries` in that of the call of `step`."""
         tokens = torch.tensor([[token for rows in batch for token in rows.tokens]])
         by_row = sorted(entries, key=lambda entry: entry.part.start)
         positions = torch.cat([torch.arange(entry.start, entry.start + entry.rows) for entry in by_row])[None]
@@ -593,7 +593,7 @@ class Engine:
         assert isinstance(step, LinearStep)
         tensors = step.tensors
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        # The head gets only rows that need logits. They are few, so all are row-invariant, even if they are the whole pass.
+        # The head gets only rows that need logits. They are few: all are row-invariant, even if they are the whole pass.
         invariant = self._invariant_rows if rows.shape[0] == self._rows and linear is not self._head else rows.shape[0]
         empty = rows.new_empty if self._capture is None else self._capture.empty
         outputs = [empty((rows.shape[0], tensor.outputs)) for tensor in tensors]

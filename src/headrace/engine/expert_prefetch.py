@@ -2,8 +2,8 @@
 
 A layer changes the activations only a little. So the next layers' routers, given this layer's input, already name many of
 the experts that they will choose. Accuracy is counted by rank while the model runs, with or without prefetch. Experts are
-prefetched only at ranks with enough accuracy. For predictions routers in 8 bits are good enough. They are a quarter of the
-bytes, which each layer would fetch from memory twice more.
+prefetched only at ranks with enough accuracy. For predictions, routers in 8 bits are good enough. That is a quarter
+of the bytes, and every router is read two more times in a pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ from headrace.kernels import DECODE_MAX_ROWS, Kernels, ReferenceKernels
 from headrace.model.packed import PackedExperts, Router
 
 DISTANCE = 2  # max layers between prediction and predicted layer
-# Min accuracy by distance: a miss costs a read, a hit hides one. Two layers ahead the bar is higher, since the next layer
-# predicts again.
+# Min accuracy by distance: a miss costs a read, a hit hides one. At distance 2 it is higher: the next layer predicts these
+# experts again.
 MIN_ACCURACY = (0.6, 0.8)
 TRIALS = 32  # predictions after which the ranks are judged anew
 

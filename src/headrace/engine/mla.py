@@ -1,8 +1,8 @@
 """MLA uses absorbed projections: a layer caches one latent per position, from which keys and values of all heads derive.
 
 DeepSeek's models and their descendants derive both by one matrix, `kv_b_proj`. Keys and values of DeepSeek V3 would take
-5 MB a position; the latents take 70 KB. Nor is the matrix multiplied with the latent c_i of every position. With its
-parts K_h and V_h for head h, the query q and the weights a_i of the positions,
+5 MB a position; the latents take 70 KB. The matrix is not multiplied with every position's latent c_i
+either. With its parts K_h and V_h for head h, the query q and the weights a_i of the positions,
 
     (K_h c_i) . q = c_i . (K_h^T q)            sum of a_i (V_h c_i) = V_h (sum of a_i c_i)
 

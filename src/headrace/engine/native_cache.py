@@ -5,7 +5,7 @@ biases, chosen keys, shared layers). They run as in transformers, one sequence a
 only if every layer keeps plain keys and values. Else the sequence is computed again.
 
 Some models keep their state in their modules: it is put there for each pass and taken out after it. Models without a cache
-get the whole text for each token. A pass costs reading the weights, and those are read no more often for that.
+get the whole text for each token. That costs compute, but no further reads of weights.
 """
 
 import inspect
@@ -35,7 +35,7 @@ class NativeCache:
         # True if several rows may follow the cached ones.
         self.accepts_multiple_rows = self.whole or not has_recurrent_state(model)
         self.decoder_start_tokens = decoder_start_tokens
-        self.encoded: Any = None  # output of the encoder
+        self.encoded: Any = None  # the encoder's output
         self.capacity = capacity
         self.length = 0
         self._make = maker_of(model)
@@ -45,7 +45,7 @@ class NativeCache:
         self._in_modules: list[Any] = [None] * len(self._places)
 
     def rows(self, count: int) -> int:
-        """Number of rows of a pass that adds `count` tokens, without decoder start tokens behind an encoder's."""
+        """Rows of a pass that adds `count` tokens; only the encoder's, if it starts with an encoder."""
         if not self.length:
             return count - self.decoder_start_tokens
         return self._tokens.shape[1] + count if self.whole else count
@@ -166,7 +166,7 @@ def sees_chunks(model: PreTrainedModel) -> bool:
 
 
 def has_recurrent_state(model: PreTrainedModel) -> bool:
-    """True if some layer caches other things than keys and values."""
+    """True if the model caches anything but keys and values."""
     if memory_of(model) != "past_key_values" or _places_in_modules(model):
         return True
     try:

@@ -1,8 +1,8 @@
 """Large results of a pass reuse the memory of earlier results of the pass.
 
-The system's allocator may give large blocks back. Then every result takes its pages anew, and waits for them while readers
-take theirs. That takes 4 to 6 of 26 s for 512 rows of an 8B shape. Or the allocator keeps them, and small tensors among
-them leave holes of hundreds of megabytes. Here buffers serve large results of about their size only.
+The system's allocator may give large blocks back. Then every result page-faults again, beside the readers' page
+faults. That takes 4 to 6 of 26 s for 512 rows of an 8B shape. Or it keeps them, and small tensors among them leave holes
+of hundreds of megabytes. A buffer here serves only large results of about its size.
 """
 
 import math

@@ -20,7 +20,7 @@ from headrace.engine.attention import CacheOverflow, KVCache
 from headrace.engine.drafters import Draft, common_length
 from headrace.engine.engine import Engine, Rows
 from headrace.engine.native_cache import NativeCache
-from headrace.engine.sampling import Sampler
+from headrace.engine.sampler import Sampler, TokenLogprobs
 from headrace.engine.speculation import Speculation
 from headrace.kernels import DECODE_MAX_ROWS
 from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS
@@ -93,6 +93,7 @@ class SequenceState:
     slot: Slot
     prefix_source: "SequenceState | None" = None  # sequence that computes the common prefix
     shared_prefix_tokens: int = 0
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of each generated token
 
     @property
     def generated(self) -> int:
@@ -131,9 +132,9 @@ class Scheduler:
         self._slots = list(slots)
         self._free = list(slots)
         self._prefill_rows = prefill_rows
-        # Small chunks let more of a prefix be reused; they cost nothing where prefill rows share each matmul anyway.
+        # Small chunks let more of a prefix be reused; they cost nothing if prefill is row-invariant.
         self._small_chunks = engine.prefill_is_row_invariant and prefill_rows > DECODE_MAX_ROWS
-        # Other attention modes take one chunk of a sequence in a pass.
+        # In other attention modes a chunk fills a pass.
         tokens = min(CHUNK_ROWS, prefill_rows) if engine.attention_mode == "packed" else prefill_rows
         if self._small_chunks:
             self._chunks = Chunks(SMALL_CHUNK_ROWS, tokens // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS)
@@ -214,7 +215,7 @@ class Scheduler:
                 self._widen(overflow.cache)
                 return []
             logits = torch.split(found, [1 + len(draft.draft_tokens) for draft in drafts])
-        except BaseException:  # before the pass as well: some caches may already count on a prefix yet to be computed
+        except BaseException:  # before the pass as well: some caches may already include a prefix that is not computed
             for sequence in self.sequences:
                 sequence.slot.cache.rollback()
             raise
@@ -249,7 +250,7 @@ class Scheduler:
     def _pending_chunks(self) -> list[tuple[SequenceState, list[list[int]]]]:
         """Chunks of each sequence to compute in this pass, in order of arrival: whole chunks, as many as fit.
 
-        A row of each sequence fits in any case.
+        A chunk of one row always fits.
         """
         budget = self._prefill_rows - 1
         chunks: list[tuple[SequenceState, list[list[int]]]] = []
@@ -326,14 +327,16 @@ class Scheduler:
 
     def _verify(self, sequence: SequenceState, draft: Draft, logits: torch.Tensor) -> list[int]:
         """Sample from each row's logits while the draft tokens agree; truncate the cache behind them."""
-        new: list[int] = []
+        first = len(sequence.tokens)
         for row, draft_token in enumerate([*draft.draft_tokens, None]):
-            new.append(sequence.sampler.draw(logits[row], len(sequence.tokens) + row))
-            if draft_token is None or draft_token.token != new[-1]:
+            token = sequence.sampler.draw(logits[row], sequence.tokens)
+            sequence.logprobs.append(sequence.sampler.logprobs(logits[row], token))
+            sequence.tokens.append(token)
+            if draft_token is None or draft_token.token != token:
                 break
+        new = sequence.tokens[first:]
         if self.speculation is not None:
             self.speculation.record_accepted(draft, len(new) - 1)
         sequence.slot.tokens += new[:-1]
-        sequence.tokens += new
         sequence.slot.cache.truncate(len(sequence.tokens) - 1)
         return new

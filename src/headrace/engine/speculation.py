@@ -150,7 +150,7 @@ class Speculation:
             self._model.forget(tokens)
 
     def _look_up(self, one: _Open) -> bool:
-        """Propose by prompt lookup, unless the draft model's token is worth more even less its price."""
+        """Propose by prompt lookup, unless the draft model's token is worth more, even minus its price."""
         if self._lookup is None or not self._lookup.propose(one.draft):
             return False
         if self._model is not None:
@@ -171,7 +171,7 @@ class Speculation:
             return
         start = time.perf_counter()
         computed = self._model.propose([one.draft for one in some])
-        if computed <= 3 * len(some):  # not where it had to read a prompt first
+        if computed <= 3 * len(some):  # not if it had to compute a prompt first
             self.step_times.record_draft_token(time.perf_counter() - start)
 
     def _keep(self, one: _Open, rows: int) -> bool:

@@ -142,7 +142,7 @@ def of_params(params: float) -> Architecture:
     """
     if not 1e6 <= params < inf:
         raise UsageError(f"{params:g} parameters is no language model", hint="write it like --params 175e9")
-    # Depth of published models: 12 layers of width 768 at 1e8, 96 of 12288 at 1.75e11 (P = 12 L d^2, d = 128 L).
+    # P = 12 L d^2 with d = 128 L, as at 1.75e11 (96 layers of width 12288). At 1e8, 12 of width 768 are usual.
     layers = max(1, round((params / (12 * 128**2)) ** (1 / 3)))
     hidden = max(128, round(sqrt(params / 12 / layers) / 128) * 128)
     return Architecture(

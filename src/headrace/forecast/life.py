@@ -1,6 +1,6 @@
 """Lifetime FLOP of a model: training, distillation, serving, and the break-even of serving a smaller model.
 
-training  = 6 * N * D FLOP        N computing parameters, D tokens (Kaplan et al. 2020, section 2.1)
+training  = 6 * N * D FLOP        N multiplied parameters, D tokens (Kaplan et al. 2020, section 2.1)
 inference = 2 * N FLOP per token
 """
 

@@ -1,6 +1,6 @@
 """Cost of a token, from the hardware's price and from a seller's.
 
-    $ per hour   = rent, or (price - resale) / hours of life + watts * $/kWh, divided by the utilisation
+    $ per hour   = rent / utilisation, or (price - resale) / hours of life / utilisation + watts * $/kWh
     $ per token  = $ per hour / 3600 * seconds per token (of all devices together)
     markup       = a seller's price / the hardware's cost
 
@@ -28,11 +28,11 @@ class Tariff:
 
     def __post_init__(self) -> None:
         if (self.rent_usd_per_h is None) == (self.price_usd is None):
-            raise ValueError("a tariff is a rent or a price, not both and not neither")
+            raise ValueError("a tariff has either a rent or a price")
         if not 0 < self.utilisation <= 1:
             raise ValueError("utilisation is a share above 0 and at most 1")
         if self.life_years <= 0:
-            raise ValueError("a machine lives longer than nothing")
+            raise ValueError("life_years must be above 0")
 
     @property
     def usd_per_h(self) -> float:

@@ -25,7 +25,7 @@ HOST_SAFE_SHARE = 0.85
 HOST_LEAST_LEFT = 2e9
 DEVICE_LEFT = 1.2e9
 PREFILL_ROWS = 8192  # max prompt rows of a pass
-# Acceptance rate of a draft model of a third of the size. E at 4 / 8 / 16 draft tokens 3.4 / 4.5 / 5.9.
+# Acceptance rate of a draft model of a third of the size. Published tokens per pass at 4 / 8 / 16 draft tokens: 3.4 / 4.5 / 5.9.
 SMALLER_MODEL_ACCEPTANCE_RATE = 0.8
 MAX_DRAFT_TOKENS = 16
 
@@ -57,13 +57,13 @@ class Workload:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 32 or not 2 <= self.kv_bits <= 32:
             raise UsageError(
-                f"{self.bits:g} bits per weight, {self.kv_bits:g} per number of the cache",
-                hint="weights have 1 to 32, numbers of the cache 2 to 32",
+                f"{self.bits:g} bits per weight, {self.kv_bits:g} per KV element",
+                hint="weights have 1 to 32, KV elements 2 to 32",
             )
         if min(self.batch, self.prompt_tokens, self.tokens) < 1:
-            raise UsageError("a batch, a prompt and an answer have at least one")
+            raise UsageError("batch, prompt and answer must be at least 1")
         if not 0 <= self.skew < 10 or not self.usd_per_kwh >= 0:
-            raise UsageError(f"a skew of {self.skew:g}, ${self.usd_per_kwh:g} per kWh", hint="neither is below zero")
+            raise UsageError(f"a skew of {self.skew:g}, ${self.usd_per_kwh:g} per kWh", hint="neither may be negative")
         if not 0 < self.utilisation <= 1:
             raise UsageError(f"utilisation {self.utilisation:g} is no share", hint="write 0.3 for 30 %")
 

@@ -7,7 +7,7 @@
 A unit occupies a slot from its request until it is computed. The link carries one transfer at a time, while latencies
 overlap. A pinned unit needs neither slot nor link. Passes follow each other without a break: the first units of the next
 are requested while the last of this one are computed. `closed_form` solves the recurrence for equal units. There the longest
-path contains either no slot or the maximum number of slots. Tests compare the two.
+path waits for a slot either never or as often as possible. Tests compare the two.
 
 Source: the recurrence extends an example of claim 3 (100 layers, latency 40 ms, 10 ms of compute) by the time of the
 link. The number of slots is Little's law (Little 1961): work in progress = rate * time in the system.

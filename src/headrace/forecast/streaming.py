@@ -86,7 +86,7 @@ def streamed_pass(
         split: parallelism over devices.
         work: rows, sequences, context, bits.
         placement: memory tiers of weights and caches.
-        topology: the pipes of a node.
+        topology: the pipes of all nodes.
         ways: the pipes from `host` and from `disk` to the devices.
         rates: rates of the resident part.
         feed: rates of the streamed part.

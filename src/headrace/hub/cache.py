@@ -1,6 +1,6 @@
 """Models in the hub's cache: completeness, path, size and removal. No network.
 
-The cache is `huggingface_hub`'s, shared with every program that uses it. Only its own strategy deletes from it.
+The cache is `huggingface_hub`'s, shared with every program that uses it. Only the library's strategy deletes from it.
 """
 
 from dataclasses import dataclass

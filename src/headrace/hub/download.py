@@ -1,6 +1,6 @@
 """Downloads a model's missing files into the hub's cache; nothing is fetched twice.
 
-`huggingface_hub` discards an interrupted download, too much to lose of a model of 40 GB. So its `http_get` writes to
+`huggingface_hub` discards an interrupted download, which may be 40 GB. So its `http_get` writes to
 `blobs/CHECKSUM.incomplete`, which stays; the next call requests the rest. A file gets its final name in the cache once length
 and checksum match the hub's list. No response header becomes part of a path. Only files larger than the library fetches over
 HTTP are left to `snapshot_download`.

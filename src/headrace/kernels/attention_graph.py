@@ -1,8 +1,8 @@
 """Attention of one row over the positions of one sequence, as operations of a ggml graph: all in fp32.
 
 K and V are given in fp32, or in fp16 as caches hold them. In fp16 the row's own K and V are written first, then all are
-widened. Widening is exact, so both give the same bits. Torch takes some twenty calls for it, 100 us when they are warm. Within
-a pass they take 200 to 300, after matmuls have evicted the processor's caches.
+converted to fp32. That is exact, so both give the same bits. Torch takes some twenty calls: 100 us with warm
+caches, 200 to 300 us within a pass, after matmuls have evicted them.
 """
 
 from functools import cache

@@ -2,8 +2,8 @@
 
 A layer has some twenty small operations between its matmuls: a norm, biases, RoPE, a gate, sums. Torch takes 4 to 70 us for
 each on one row, mostly call overhead. The next matmul then starts its threads anew. In one graph the matmuls' threads compute
-them. Elementwise sums and multiplications are rounded as torch rounds them. Norms and gates are ggml's everywhere
-(`Kernels.rms_norm`, `Kernels.silu`): so results are the same, bit for bit.
+them. Elementwise sums and multiplications are rounded as torch rounds them. Norms and gates are ggml's outside of graphs
+too (`Kernels.rms_norm`, `Kernels.silu`): so results are the same, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from headrace.kernels.ggml_graph import Graph, MatmulPointers, MatmulShape, Work
 from headrace.kernels.repack import Repacking
 
 _MOST_DIMENSIONS = 4
-_LANES = 16  # elements that ggml's gates compute at a time; a remainder is rounded differently
+_LANES = 16  # elements that ggml's SiLU computes at a time; a remainder is rounded differently
 _SHARED_ELEMENTS = 2048  # min elements of an operation on one row that threads share
 
 
@@ -108,7 +108,7 @@ class FusedGraph(Graph):
         return attending
 
     def _shared(self, *tensors: torch.Tensor) -> list[torch.Tensor] | None:
-        """The tensors with a row for each thread, if they are contiguous and large enough."""
+        """Views with one row for each thread, if the tensors are contiguous and large enough."""
         count = tensors[0].numel()
         if (
             count < _SHARED_ELEMENTS

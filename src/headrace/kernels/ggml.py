@@ -2,7 +2,7 @@
 
 A build is a folder of shared libraries. One has ggml's tensors; one or several have its kernels, each for some
 instruction set. The package transcribe-cpp-native carries kernels for a dozen processors and needs no compiler. Otherwise
-ggml-python, which is compiled on installation, has a build. HEADRACE_GGML names a folder of one's own.
+ggml-python, which is compiled on installation, has a build. HEADRACE_GGML names another folder.
 """
 
 import ctypes
@@ -229,6 +229,6 @@ def _libraries(folder: Path, name: str) -> list[Path]:
 
 
 def _score(kernels: ctypes.CDLL) -> int:
-    """Score of a library on this processor; 0: it does not run. A single library, made for it, has none: 1."""
+    """Score of a library on this processor; 0: it does not run. A build with a single library has none: 1."""
     score = getattr(kernels, "ggml_backend_score", None)
     return int(score()) if score is not None else 1

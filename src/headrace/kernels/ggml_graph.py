@@ -14,14 +14,14 @@ from headrace.kernels.repack import Repacking
 # Bytes of ggml's bookkeeping: for a graph, and for each matmul in it (three tensors, one node, two leaves).
 _GRAPH_BYTES = 16 << 10
 _MATMUL_BYTES = 2 << 10
-# How long threads without work spin before they sleep, in ggml's measure of some 2 ms.
+# Time that idle threads spin before they sleep, in ggml's unit of some 2 ms.
 _SPIN = 1
 
 
 class Workers:
     """Compute threads and their scratch, shared by graphs that run one after another.
 
-    Threads that `spin` start at once, where waking takes some 30 us. But they compete with torch's threads, and with disk
+    With `spin`, threads start at once; waking them takes some 30 us. But they compete with torch's threads, and with disk
     reads that a virtual machine's host makes on the same cores.
     """
 
@@ -99,7 +99,7 @@ class Graph:
         assert status == 0, f"ggml_graph_compute returned {status}"
 
     def close(self) -> None:
-        """Give ggml's context back."""
+        """Free ggml's context."""
         if self._context is not None:
             self._ggml.ggml_free(self._context)
             self._context = None

@@ -1,4 +1,4 @@
-"""Choose and run the kernel for one matmul: packed rows at an address, times the activations' rows.
+"""Choose and run the kernel for one matmul: activations times packed weight rows at an address.
 
 On two cores of an AMD EPYC ggml multiplies one row with Q4_K at 40 to 48 giga-weights/s (memory speed). From two rows on
 its dot products are the limit (4.8 at 16 rows). The tile kernel reaches 10 at 16 rows and 0.56 at 512. Unpacking runs at 6.6,
@@ -133,8 +133,8 @@ class Kernels:
 
         Args:
             x: fp32 activations, contiguous, (rows, columns).
-            slices: packed weights with the columns of x, each with the index of its output. A tuple is taken for one that
-                will come again: a matmul with a single row is cached by it.
+            slices: packed weights with the columns of x, each with the index of its output. A tuple is
+                assumed to come again: a matmul of a single row is cached by its identity.
             outputs: fp32, contiguous, (rows, total rows of the tensor).
             invariant_rows: number of rows, from the first on, computed independently of each other; None: all of them, up
                 to `DECODE_MAX_ROWS`. The others may go through torch's GEMM.
@@ -362,7 +362,7 @@ class Kernels:
         parts: Sequence[slice],
         add: bool = False,
     ) -> None:
-        """Unpack some rows of weights at a time; torch multiplies each of these parts of x by itself."""
+        """Unpack some rows of weights at a time; torch multiplies them with each of these parts of x."""
         columns = x.shape[1]
         stride = row_bytes(weight_slice.type, columns)
         half = x.dtype == torch.bfloat16

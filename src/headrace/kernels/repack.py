@@ -1,7 +1,7 @@
 """ggml's repacked layout: blocks of eight rows stored together, so that one load of activations serves eight dot products.
 
-On AVX-512 Q4_K matmuls are 1.03 to 1.4 times as fast for one row, 1.3 to 2.3 for several. The layout is a copy,
-for pinned weights where memory holds both. It has the same values; sums are added in another order, so results differ from
+On AVX-512 Q4_K matmuls are 1.03 to 1.4 times as fast for one row, 1.3 to 2.3 for several. It is for pinned weights:
+a copy where memory holds both, or in place. It has the same values; sums are added in another order, so results differ from
 the plain layout's in the last bits.
 
 ggml only repacks tensors in its own buffer type, which it recognises by two fields of the tensor. A tiny tensor in such

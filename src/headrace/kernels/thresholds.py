@@ -11,11 +11,11 @@ TILE_ROWS = 8
 # Rows of activations that the kernel for repacked weights takes together. Row-invariant rows are padded to a multiple.
 ACTIVATION_ROWS = 4
 
-# Rows of a prompt chunk, the unit of prefill and of prefix caching. Where a kernel is not row-invariant, each chunk is
-# multiplied by itself. Its results then do not depend on what else a pass carries.
+# Rows of a prompt chunk, the unit of prefill and of prefix caching. Where a kernel is not row-invariant, chunks
+# are multiplied separately. Results then do not depend on the other rows of a pass.
 CHUNK_ROWS = 64
 
-# Rows of a chunk in the prefix that prompts may share, if all rows of a pass share each matmul anyway.
+# Rows of a chunk at the start of a prompt, if prefill is row-invariant: more of a prefix is shared.
 SMALL_CHUNK_ROWS = 8
 
 # Max rows of a chunk for which an expert's weights are multiplied packed; for more rows they are unpacked first.

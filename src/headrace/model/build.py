@@ -1,6 +1,6 @@
 """The model skeleton: transformers' model, built on meta, traced for the order of its weights, filled with small tensors.
 
-Traps met here, each of which cost somebody silently wrong text:
+Traps, each of which leads to wrong text without an error:
 - RoPE frequencies are non-persistent buffers: on meta too, and in no checkpoint.
 - llama's converters permute the rows of q and k; gemma's store norms plus one.
 - A tied head has no separate tensor.
@@ -59,7 +59,7 @@ class ModelSkeleton:
     model: PreTrainedModel
     steps: tuple[Step, ...]  # steps of the first pass of a sequence, in order
     attention_mode: str  # name of one of the modes that the engine offered
-    # (KV heads, KV elements per token) by layer; empty in native mode, where the model has its own cache
+    # (KV heads, KV elements per token) by layer; empty unless the attention mode is packed
     cached: tuple[tuple[int, int], ...]
     has_cache: bool  # whether a pass computes only its new tokens; False: it recomputes the whole sequence
     # tokens at the end of a prompt that go to the decoder; the others go to the encoder
@@ -178,14 +178,14 @@ def _check_size(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         )
 
 
-_SLACK = 256 << 20  # parameters: derived ones, masks of long contexts, shared ones
+_SLACK = 256 << 20  # extra parameters: derived, masks of long contexts, shared
 
 
 def _on_meta(checkpoint: Checkpoint, config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": implementation}
     kind = AutoModelForSeq2SeqLM if checkpoint.has_encoder else AutoModelForCausalLM
     with torch.device("meta"):
-        # Some models look attention up in a table of their own, which lacks the engine's.
+        # Some models look attention up in their own table, which lacks the engine's.
         for attention in (implementation, "sdpa", "eager"):
             try:
                 return kind.from_config(config, attn_implementation=attention, trust_remote_code=False, **options)
@@ -383,8 +383,8 @@ def _fill_derived(model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[s
     """Compute tensors that no checkpoint stores, by the model's own initialisation.
 
     These are RoPE frequencies, scales, and parameters that the model says may be missing (sinusoidal positions, zero
-    biases). Returns the names of the latter. A module's buffers may be filled by a module around it, so all of those are
-    initialised as well. `_init_weights` is called on the innermost model around each, which knows the module.
+    biases). Returns the names of the latter. A parent module may fill its children's buffers, so parents are initialised
+    as well. `_init_weights` is called on the innermost `PreTrainedModel` around each module.
     """
     may_be_missing = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     persistent = set(model.state_dict())

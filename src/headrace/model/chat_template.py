@@ -1,7 +1,7 @@
 """Renders a conversation to text with the checkpoint's Jinja chat template, as transformers does.
 
-A template is a program from an untrusted file. It runs in a separate process (`template_worker.py`). The process is ended when
-it takes more than a few seconds or megabytes, and started again for the next conversation.
+A template is a program from an untrusted file. It runs in a separate process (`template_worker.py`), limited to 5 s of
+CPU time and 256 MiB. A process that has ended is started again for the next conversation.
 """
 
 import json
@@ -208,7 +208,7 @@ class _Process:
         try:
             line = json.dumps(question, default=lambda value: f"<{type(value).__name__}>").encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
-            return f"it holds what JSON cannot: {error}"
+            return f"it cannot be written as JSON: {error}"
         try:
             self._process.stdin.write(line)
             self._process.stdin.flush()

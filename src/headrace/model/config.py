@@ -46,7 +46,7 @@ MODEL_TYPES = {
     "qwen3vl": "qwen3",
     "qwen3vlmoe": "qwen3_moe",
 }
-# Types that have a class with a language head in transformers, but do not generate text from left to right.
+# Refused types and why: they have a language head in transformers, but do not generate text from left to right.
 _ENCODER = "an encoder, which sees what follows a token"
 _DECODER_HALF = "the decoder of a model with an encoder"
 _OTHERS = {
@@ -197,7 +197,7 @@ def decoder_start_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     tokens = tuple(token for token in found if isinstance(token, int) and 0 <= token < checkpoint.vocab_size)
     if len(tokens) != len(found):
         raise CheckpointError(
-            f"{checkpoint.path}: the decoder is to begin with the tokens {found}, of a vocabulary of {checkpoint.vocab_size}",
+            f"{checkpoint.path}: the decoder start tokens are {found}, the vocabulary has {checkpoint.vocab_size}",
             hint="`decoder_start_token_id` in config.json or generation_config.json says which token it is",
         )
     return tokens
@@ -244,7 +244,7 @@ def _of_folder(checkpoint: Checkpoint, values: Mapping[str, Any]) -> PreTrainedC
         # It keeps RWKV's values within half precision by changing its weights; here they are fp32.
         config.rescale_every = 0
     if kind == "bigbird_pegasus":
-        config.attention_type = "original_full"  # for a short text it changes to that by itself, and not back
+        config.attention_type = "original_full"  # the model switches to it for a short text, and never back
     return config
 
 
@@ -296,7 +296,7 @@ def _check_router(checkpoint: Checkpoint) -> None:
     usual = _GATED.get(checkpoint.architecture)
     if usual is not None and checkpoint.number("expert_gating_func", usual) not in (0, usual):
         raise UnsupportedError(
-            f"{checkpoint.path}: the routers of this {checkpoint.architecture} model weigh experts in another way",
+            f"{checkpoint.path}: the routers of this {checkpoint.architecture} model use another gating function",
             hint="use the model's folder",
         )
 
@@ -651,7 +651,7 @@ def _mistral3(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _cohere(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Command R; with a window Command R7B and A, in three of four layers, which no metadata says."""
+    """Command R. Command R7B and A have a window in three of four layers, which no metadata says."""
     window = checkpoint.number("attention.sliding_window", 0)
     return {
         "logit_scale": checkpoint.get("logit_scale") or 1.0,
@@ -782,7 +782,7 @@ def _exaone_moe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _afmoe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """AFMoE. No metadata says that every fourth layer has full attention; embeddings are scaled, expert weights sum to one."""
+    """AFMoE. No metadata says that every fourth layer has full attention, embeddings are scaled and expert weights sum to 1."""
     if checkpoint.get("expert_weights_norm") is False:
         raise UnsupportedError(
             f"{checkpoint.path}: weights of experts that do not add up to one are not supported", hint="use its folder"

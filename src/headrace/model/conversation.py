@@ -69,7 +69,7 @@ def checked_messages(
     if not any(message.get("tool_calls") for message in found):
         return found
     parsed = [_with_objects(message) for message in found]
-    # Some templates render calls only beside a null content, others only beside a text.
+    # Some templates render calls only beside a null content, others only beside an empty one.
     empty = [
         [
             {**message, "content": content} if message.get("tool_calls") and not message.get("content") else message

@@ -168,7 +168,7 @@ _FILES = frozenset(
         "chat_template.json",
     }
 )
-# Max growth of a text by the normaliser, and max copies of it in the post-processor's template.
+# Max growth of a text in one step, and max copies of it in the post-processor's template.
 _MOST_GROWTH, _MOST_COPIES = 64.0, 8
 
 

@@ -24,7 +24,7 @@ Mapping = list[WeightConverter | WeightRenaming]
 
 
 def mapping_of(architecture: str, config: PreTrainedConfig) -> Mapping | None:
-    """The mapping of a file's tensors; None: names alone are enough."""
+    """The mapping of a file's tensors; None: the weight map uses transformers' name table."""
     if architecture in GGUF_ARCHS:
         return [*GGUF_ARCHS[architecture](config), *_ALSO_IN_FILES]
     return _MAPPINGS[architecture](config) if architecture in _MAPPINGS else None
@@ -181,7 +181,7 @@ def _nemotron_h(config: Any) -> Mapping:
 
 
 def _granite(config: Any) -> Mapping:
-    """Granite with experts, a shared MLP, and in the hybrid Mamba-2 layers. Queries and keys are permuted as llama's."""
+    """Granite with experts and a shared MLP; hybrids have Mamba-2 layers. Queries and keys are permuted as llama's."""
     names = {
         r"^output_norm\.": "model.norm.",
         r"\.attn_norm\.": ".input_layernorm.",

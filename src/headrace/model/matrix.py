@@ -23,7 +23,7 @@ class Matrix:
     slices: tuple[Slice, ...]
     order: torch.Tensor | None = None  # row of the stacked slices for each output; None: in order
     input_order: torch.Tensor | None = None  # activation for each column of the slices; None: in order
-    # MLA's kv_b_proj as two slices: its key half (k_b), transposed per head, and its value half (v_b)
+    # True for MLA's kv_b_proj in two slices: key half (k_b), transposed per head, and value half (v_b)
     k_b_transposed: bool = False
 
     @property

@@ -21,7 +21,7 @@ class WeightAskedError(Exception):
     """A module accessed the weight of a linear instead of calling it, so the linear must have one."""
 
     def __init__(self, linear: "PackedLinear"):
-        super().__init__("the weight of a packed linear was asked for")
+        super().__init__("the weight of a packed linear was accessed")
         self.linear = linear
 
 
@@ -43,7 +43,7 @@ class AbsentWeight:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight stays in the checkpoint. The engine sets `linear_function`."""
+    """A linear layer whose weight stays in the checkpoint. `linear_function` is the engine's."""
 
     def __init__(self, matrix: Matrix, linear_function: LinearFunction, bias: nn.Parameter | None):
         super().__init__()
@@ -131,7 +131,7 @@ class PackedExperts:
     def plain_shapes(self) -> ExpertShapes | None:
         """The shapes that all experts share; None if they differ, or compute other than down(silu(gate) * up).
 
-        Biases, reordered rows or columns, and K-splits also make it None.
+        Biases, reordered rows and K-splits also make it None.
         """
         module = self.module
         if (
@@ -157,7 +157,7 @@ def _slice_types(matrix: Matrix) -> tuple[tuple[str, int], ...]:
 
 
 class GatheredEmbedding:
-    """A forward hook of an embedding table that reads only the rows of the tokens in this call.
+    """A forward pre-hook of an embedding table that reads only the rows of the tokens in this call.
 
     The module's own forward still runs (some scale their rows), on a table of the rows read and renumbered token ids.
     """

@@ -1,7 +1,7 @@
 """Pre-tokenizers, which split text into words before BPE merges, by the names that GGUF converters give them.
 
-transformers knows some. Others are defined here: like one of transformers', split at every digit first, by patterns one
-after another, or as GPT-2's. With a pre-tokenizer other than the one of training, text becomes tokens that the model has
+transformers knows some. Others are defined here: as aliases of those, as GPT-2's, with every digit split first, or by
+patterns applied in turn. With a pre-tokenizer other than the one of training, text becomes tokens that the model has
 hardly seen, without any error. An unknown name is therefore refused.
 """
 

@@ -188,7 +188,7 @@ class AnswerStream:
         if self._header is not None:
             self._header.add(text)
             return []
-        if self._begins:  # the newlines between a delimiter and its part are dropped
+        if self._begins:  # white space between a delimiter and its part is dropped
             text = text.lstrip()
             self._begins = not text
         return [(self._part, text)] if text else []

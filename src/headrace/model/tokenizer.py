@@ -56,7 +56,7 @@ class Vocabulary(Protocol):
         """A decoder of one token after another.
 
         Args:
-            before: the tokens that the text goes on after.
+            before: the tokens that the text continues.
             strip_space: a new text begins, so leave out the space that SentencePiece puts before its first word.
         """
 
@@ -101,7 +101,7 @@ class Tokenizer:
         """A decoder of one token after another.
 
         Args:
-            before: the tokens that the text goes on after.
+            before: the tokens that the text continues.
             strip_space: a new text begins, so leave out the space that SentencePiece puts before its first word.
         """
         return self._vocabulary.stream(before, strip_space=strip_space)

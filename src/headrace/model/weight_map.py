@@ -40,9 +40,8 @@ class WeightMap(Protocol):
     """Finds the stored form of a model's parameters, by the parameters' names."""
 
     virtual_path: str
-    virtual: list[
-        tuple[Tensor, Encoding]
-    ]  # virtual tensors on that path, transcoded from stored ones when they are read
+    # virtual tensors on that path, transcoded from stored ones when they are read
+    virtual: list[tuple[Tensor, Encoding]]
 
     def __contains__(self, parameter: str) -> bool:
         """True if the checkpoint has this parameter."""
@@ -113,9 +112,8 @@ class _Group:
 
     converter: WeightConverter | None
     target: str  # name of the parameter, or of the first of several
-    members: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # pairs of (the converter's pattern, name in the checkpoint)
+    # pairs of (the converter's pattern, name in the checkpoint)
+    members: list[tuple[str, str]] = field(default_factory=list)
 
 
 class ConvertedNames(_VirtualTensors):
@@ -246,7 +244,7 @@ class ConvertedNames(_VirtualTensors):
     def _outputs_are_rows(
         tensors: Sequence[Tensor], indices: npt.NDArray[np.int64], shape: Sequence[int], outputs_last: bool
     ) -> bool:
-        """True if the stored rows are outputs. In a square matrix blocks run along the inputs; else the conversion tells."""
+        """True if the stored rows are outputs. Only square matrices without blocks are ambiguous: the conversion tells."""
         if shape[0] != shape[1] or any(tensor.k_splits or block_of(tensor.type)[0] > 1 for tensor in tensors):
             return True
         is_transposed = indices.ndim > 1 and indices.shape[-1] != 1  # by the conversion
@@ -277,7 +275,7 @@ class ConvertedNames(_VirtualTensors):
         return [name for name, target in self._unexpected if not dropped(name) and not dropped(target)]
 
 
-# Buffers that older versions of transformers stored and newer ones compute, and activation scales.
+# Buffers that older transformers stored, MTP heads, activation and KV scales, RoPE factors.
 _DROPPED = (
     r"rotary_emb\.inv_freq",
     r"(^|\.)position_ids$",
@@ -494,7 +492,7 @@ def _gguf_names(checkpoint: Checkpoint, model: PreTrainedModel, processor: Tenso
             path[-1], suffix = "proj", ".scale"
         if path[-2:] == ["router", "per_expert_scale"]:
             path[-2:], suffix = ["experts", "down_proj"], ".scale"
-        # Some files were converted from the model without its head; their names lack the first word.
+        # gguf's table has some names without their first word, of models without a head.
         names = (table.get_name(".".join(path[start:])) for start in range(len(path)))
         name = next((name for name in names if name is not None), None)
         if name is not None:

@@ -145,7 +145,7 @@ def _changes(
 
 
 def _smaller_files(plan: Plan) -> list[Suggestion]:
-    """The next smaller quantisations: the same budget pins a larger share of them. They need no low-bit draft copy."""
+    """The next smaller quantisations: the same budget pins a larger share of them. `self` drafts are left out."""
     smaller = [(name, bits) for name, bits in USUAL_FILES if bits < 0.92 * plan.type_bits][:2]
     expected = plan.decode_prediction
     cost, tokens, draft_s, pinned_bytes = plan.decode, expected.tokens_per_pass, expected.draft_s, plan.held_bytes

@@ -4,7 +4,7 @@
     compute(rows) = sum over types of weights / kernel rate + layers * (layer_s + rows * layer_row_s)
 
 Compute includes the wait for experts that were not prefetched. The first pass reads everything, later passes only
-streamed weights. Sources: the probe measures the disk and kernel rates. Both overlap, but I/O takes CPU time (`plan.fit`).
+streamed weights. The probe measures disk and kernel rates. Disk and compute overlap, but I/O takes CPU time (`plan.fit`).
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class PassCost:
 
     disk_s: float
     compute_s: float
-    io_cpu_share: float = 0.0  # share of the disk seconds that I/O keeps the cores busy
+    io_cpu_share: float = 0.0  # share of the disk seconds in which I/O keeps cores busy
 
     def __add__(self, other: "PassCost") -> "PassCost":
         """Two passes, one after the other."""

@@ -22,7 +22,7 @@ from headrace.plan.cost import PassCost
 # Max draft tokens of one sequence in a pass: beyond it even a perfect draft gains little, and rows cost memory.
 MAX_DRAFT_TOKENS = 24
 # (max bits per weight, acceptance rate) of a low-bit copy: Q2_K, Q3_K_M, Q4_0.
-# E of Q4_0 at 4 / 8 / 16 draft tokens: 4.4 / 6.8 / 10.8.
+# Published tokens per pass of Q4_0 at 4 / 8 / 16 draft tokens: 4.4 / 6.8 / 10.8.
 COPY_ACCEPTANCE_RATES = ((3.6, 0.80), (4.4, 0.92), (32.0, 0.94))
 # Min bits per weight of a model whose low-bit copy saves enough.
 LEAST_BITS = 8.0

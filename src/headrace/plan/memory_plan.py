@@ -1,6 +1,6 @@
 """The memory plan: parts of the process's memory, whose sum is the budget:
 
-budget = runtime + small tensors + KV caches + draft model + activations + ring + margin + pinned weights
+budget = runtime + small tensors + KV caches + draft model + activations + ring + margin + pinned weights + experts
 """
 
 from collections.abc import Mapping, Sequence
@@ -206,7 +206,7 @@ def _activations(shape: Shape, request: Request, rows: int, row_invariant: bool 
     masked = wide + rows * context_tokens + (SCORES_BYTES if shape.makes_scores else 0)
     if shape.single_sequence and shape.cached_elements:  # bidirectional attention: biases, scores and softmax, in fp32
         masked += 4 * 4 * rows**2 * heads
-    # Twice for MoE: the single amount once left 18 MiB of 5000.
+    # Twice for MoE: with once, a run came within 18 MiB of 5000.
     dequantised = PREFILL_SCRATCH_BYTES if shape.experts is None else 2 * PREFILL_SCRATCH_BYTES
     return rows * 4 * (narrow + max(mlp, attention)) + logits + masked + dequantised
 
@@ -226,7 +226,7 @@ def _single_pass_rows(shape: Shape, request: Request) -> int:
 
 
 def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, free_bytes: int) -> int:
-    """Prompt rows per pass that fit into an eighth of the budget; up to there fewer passes save more than more pinning.
+    """Prompt rows per pass that fit into an eighth of the budget, or 192 MiB if more: fewer passes beat more pinning there.
 
     A recurrent model or an encoder computes its prompt in a single pass.
     """

@@ -44,7 +44,7 @@ def pass_units(plan: Plan, rows: int) -> list[ScheduledUnit]:
 
 
 def _with_experts(units: Sequence[ScheduledUnit], plan: Plan, experts: Experts, rows: int) -> Iterator[ScheduledUnit]:
-    """The units, with the missed experts and the expert compute of each layer after its share of them.
+    """The units; each layer's missed experts and expert compute follow its share of them.
 
     Most experts are prefetched (`engine.expert_prefetch`); the layer waits for the others.
     """

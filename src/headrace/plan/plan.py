@@ -282,7 +282,7 @@ def plan_for(
         reasons.append("single rows padded to tiles of eight: draft tokens and other sequences pay for it")
     top_k = checkpoint.number("attention.indexer.top_k", 0)
     if 0 < top_k < request.context_tokens:
-        reasons.append(f"the model would choose {top_k} positions to look at; here each token sees all before it")
+        reasons.append(f"the model's indexer would choose {top_k} positions; here a token attends to all before it")
     return Plan(
         model=checkpoint.name,
         type_bits=8 * shape.all_bytes / shape.weights_count,
@@ -344,7 +344,7 @@ def _rings(memory: MemoryPlan) -> str:
 
 
 def _spread(expected: float, profile: Profile) -> Range:
-    """A range from measured over predicted; before any fit, a fifth on a measured machine, a factor of 3 on assumed rates."""
+    """A range from measured over predicted; before any fit, 0.9 to 1.25 with measured rates, a factor of 3 with assumed."""
     low, high = (0.33, 3.0) if profile.source == "guessed" else profile.spread or (0.9, 1.25)
     return Range(low=expected * low, expected=expected, high=expected * high)
 

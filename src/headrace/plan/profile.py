@@ -46,7 +46,7 @@ class Profile:
     # Factors of `plan.fit`; the rates above already include all but `io_cpu`.
     factors: Mapping[str, float] = field(default_factory=dict)
     spread: tuple[float, float] | None = None  # measured / predicted of the middle 80 % of the fitted runs
-    io_cpu_share: float = IO_CPU_SHARE  # share of the disk seconds that I/O keeps the cores busy or stalled
+    io_cpu_share: float = IO_CPU_SHARE  # share of the disk seconds in which I/O keeps cores busy or stalled
     probed_at: str = ""  # time of the probe, to the second; `fit` ignores runs predicted from other probes
     schema: int = field(default=SCHEMA)
 
@@ -113,7 +113,7 @@ class Profile:
 
     @property
     def io_cpu(self) -> float:
-        """Share of the disk seconds that I/O keeps the cores busy: they copy, and share memory bandwidth."""
+        """Share of the disk seconds in which I/O keeps cores busy: they copy, and share memory bandwidth."""
         return self.factors.get("io_cpu", self.io_cpu_share)
 
     def unpack(self, type_name: str) -> float:
@@ -219,7 +219,7 @@ def save_profile(profile: Profile, path: Path | None = None) -> Path:
         partial.replace(path)
     except OSError as error:
         raise HeadraceError(
-            f"what was measured cannot be kept in {path}: {error.strerror}",
+            f"the measured profile cannot be kept in {path}: {error.strerror}",
             hint="set HEADRACE_HOME to a folder that can be written",
         ) from error
     return path

@@ -74,9 +74,9 @@ class PassGroup:
     def __post_init__(self) -> None:
         numbers = (self.seconds, self.disk_s, self.kernel_s, self.layer_s, self.draft_s, self.stall_s)
         if not self.disk_s + self.kernel_s + self.layer_s > 0:
-            raise ValueError("a group was predicted to take some time")
+            raise ValueError("a group needs predicted seconds above 0")
         if self.rows < 1 or self.count < 1 or self.seconds <= 0 or not all(0 <= n < math.inf for n in numbers):
-            raise ValueError("a group has rows, passes and seconds")
+            raise ValueError("a group needs rows, passes and seconds")
 
 
 @dataclass(frozen=True, kw_only=True)

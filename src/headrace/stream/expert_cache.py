@@ -7,8 +7,8 @@ All layers share the slots. The probability that an expert is routed combines tw
 `last` is the share of the layer's last rows that chose it. `frequency` is an EWMA of that share over earlier passes, where one
 counts half as much after each `HALF_LIFE`. A pass of n rows counts as sqrt(n) tokens. Counted as n, a prompt would erase the
 history of earlier sequences; counted as 1, it would hardly matter. `a`, the temporal locality of neighbouring tokens, differs
-between models and texts and is measured, not set. It is the least-squares slope of the routed share, less `frequency`, against
-`last`, less `frequency`. With a = 0 this is LFU that forgets.
+between models and texts and is measured, not set. It is the least-squares slope of (routed share - frequency) against
+(last - frequency). With a = 0 this is LFU that forgets.
 `docs/expert-cache.md` has the alternatives with their numbers.
 
 Ages are counted in steps of the expert's own layer. Counted in time, a layer just computed would look fresher than the next
@@ -24,7 +24,7 @@ from headrace.errors import BudgetError, UsageError
 
 HALF_LIFE = 24  # tokens
 LOCALITY_WINDOW = 2000  # steps of all layers over which temporal locality is averaged: some 40 tokens
-DOUBT = 16.0  # initial sum of squared deviations: until the data outweighs it, the slope is near zero
+DOUBT = 16.0  # initial denominator of the slope, which stays near zero until the data outweighs it
 HIGHEST_LOCALITY = 0.9
 NOTHING = -1
 

@@ -27,14 +27,14 @@ from headrace.stream.files import File
 from headrace.stream.readers import STALL_LIMIT_S, ReadCounters, Readers, Spans
 from headrace.stream.weights import weight_slice_of
 
-# Max experts in flight: enough to keep the disk busy, few enough that a prompt does not empty the memory.
+# Max experts in flight, requested or prefetched: enough for the disk, too few for a prompt to evict all others.
 MAX_PREFETCHED = 12
 
 # Bytes of slots that are populated at a time, before the reads into them.
 _POPULATE_BYTES = 4 << 20
 _LOW_PRIORITY = 10  # `nice` value; at the lowest priority the thread would wait while it holds the interpreter's lock
 
-# Experts in memory, each with its address.
+# Experts in memory: (expert, address).
 Ready: TypeAlias = list[tuple[int, int]]
 
 
@@ -84,7 +84,7 @@ def bundle_of(slices: Sequence[Slice]) -> Bundle:
 class ExpertCounters(ReadCounters):
     """Counters of reads, and of the experts requested."""
 
-    hits: int = 0  # experts in memory when their layer requested them
+    hits: int = 0  # experts in memory, or in a dropped prefetch, when requested
     prefetched: int = 0  # experts prefetched before: in memory, or in flight
     misses: int = 0  # experts read on request
     wasted_bytes: int = 0  # bytes prefetched and not needed by the layer
@@ -95,8 +95,8 @@ class _ExpertLoad:
     layer: int
     expert: int
     slot: int
-    left: int  # outstanding reads
-    unused: bool = False  # prefetched, and then not requested
+    left: int  # reads not finished
+    unused: bool = False  # prefetched, but not routed
 
 
 class ExpertStream:
@@ -159,7 +159,7 @@ class ExpertStream:
     ) -> Iterator[Ready]:
         """The routed experts of a layer, in groups: those in memory first, then the others as they arrive.
 
-        `counts[e]` of `rows` rows chose expert e. `ordered` is called when the missing experts have been ordered. The memory
+        `counts[e]` of `rows` rows chose expert e. `ordered` is called when the missing experts have been requested. The memory
         of a group may be used until the next one is requested.
 
         Raises:
@@ -258,7 +258,7 @@ class ExpertStream:
                 self._readers.space.notify(len(reads))
 
     def _issue(self, layer: int, missing: deque[int], held: list[int]) -> None:
-        """Order missing experts, a few at a time: each takes the slot of another, until its matmuls are done."""
+        """Request missing experts, a few at a time: each takes the slot of another, until its matmuls are done."""
         while missing and len(self._loading) < MAX_PREFETCHED:
             slot = self.cache.place(layer, missing[0])
             if slot is None:
@@ -272,7 +272,7 @@ class ExpertStream:
             self._readers.space.notify(len(reads))
 
     def _wait(self, layer: int, missing: deque[int], held: list[int], together: bool) -> list[tuple[int, int]]:
-        """Order missing experts as slots allow; then the arrived experts: at least one, or all of them if `together`."""
+        """Request missing experts as slots allow; return arrived ones: at least one, or all of them if `together`."""
         if not self._readers.count:
             with self._readers.space:
                 self._issue(layer, missing, held)
@@ -348,7 +348,7 @@ class ExpertStream:
         return True
 
     def _read(self) -> bool:
-        """Run the next read, as soon as one is ordered; False when the readers stop."""
+        """Run the next read, as soon as one is queued; False when the readers stop."""
         with self._readers.space:
             while not (self._queue or self._prefetch_queue or self._readers.stopping):
                 self._readers.space.wait()

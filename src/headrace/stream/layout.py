@@ -15,8 +15,8 @@ from math import lcm
 from headrace.checkpoint import Tensor
 from headrace.stream.arena import PAGE_BYTES, aligned
 
-# Weight rows that kernels take together, best first. 512 rows times 256 of 14336 columns of Q4_K ran at 518 GFLOP/s, times
-# 260 at 422.
+# Weight rows that kernels take together, best first. Q4_K with 14336 columns, 512 rows of activations: 256 weight rows ran at
+# 518 GFLOP/s, 260 at 422.
 TILES = (128, 16)
 
 
@@ -56,7 +56,7 @@ class WeightGroup:
     pinned: tuple[Resident, ...]  # per tensor
     decode_pinned: tuple[Resident, ...]  # per tensor
     streamed: tuple[tuple[int, Unit], ...]  # (index of the tensor, unit), in order: the other rows
-    streamed_in_prefill: tuple[tuple[int, Unit], ...]  # units of decode-pinned rows too, while prefill has their memory
+    streamed_in_prefill: tuple[tuple[int, Unit], ...]  # decode-pinned rows too: their memory is prefill's
 
     @property
     def in_order(self) -> bool:
@@ -75,7 +75,7 @@ class Layout:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes read from the disk in every pass while prefill has its memory, page alignment included."""
+        """Bytes read in every pass that does not reuse prefill memory, page alignment included."""
         return sum(unit.length for group in self.groups for _, unit in group.streamed_in_prefill)
 
     @property
@@ -85,7 +85,7 @@ class Layout:
 
     @property
     def streamed_units(self) -> int:
-        """Reads in every pass while prefill has its memory."""
+        """Reads of a pass that does not reuse prefill memory."""
         return sum(len(group.streamed_in_prefill) for group in self.groups)
 
 
@@ -149,7 +149,7 @@ def make_layout(
 
 
 def rows_that_fit(tensor: Tensor, nbytes: int) -> int:
-    """The most rows that fit, rounded down to whole tiles unless that makes the unit much smaller."""
+    """The most rows that fit, rounded down to whole tiles unless that loses over an eighth."""
     most = max(tensor.row_multiple, nbytes // tensor.row_bytes)
     for multiple in (lcm(tensor.row_multiple, rows) for rows in TILES):
         if most // multiple * multiple >= 7 / 8 * most:

@@ -1,6 +1,6 @@
 """Low-bit draft copies: rows of the original, quantised by the reader thread while they are read.
 
-Its encoding is one like those of checkpoints (`checkpoint.encodings`), with another tensor of any format as its source.
+Their encoding is used like those of `checkpoint.encodings`; its source is another tensor, of any format.
 """
 
 from collections.abc import Sequence

@@ -63,7 +63,7 @@ class Readers:
         self._closed = False
 
     def start(self, works: Sequence[Callable[[], bool]]) -> None:
-        """Start a thread for each of these, which is called until it returns False. Does nothing while threads run.
+        """Start a thread for each function, to call it until it returns False. Does nothing while threads run.
 
         Raises:
             ReadError: the stream is closed, or an earlier read has never come back. Such a read could still write into memory
@@ -107,7 +107,7 @@ class Readers:
         self.error, self.stopping = None, False
 
     def wait(self, ready: Callable[[], bool], label: str) -> None:
-        """Wait until `ready()`, which is called under the lock, by readers too.
+        """Wait until `ready()` is true. It is called under the lock, by readers too.
 
         Raises:
             ReadError: a reader has failed, or nothing has come from the disk for `stall_limit_s`.
@@ -142,7 +142,7 @@ class Readers:
             self._spans.add("stall", label, start, end)
 
     def read(self, file: File, offset: int, target: memoryview, needed: int, label: str) -> int:
-        """Read and record a span; returns the bytes from the disk. They may be used after `came`."""
+        """Read and record a span; returns the number of bytes from the disk, to be counted by `came`."""
         start = time.perf_counter()
         count = file.read(offset, target, needed)
         if self._spans is not None:
@@ -150,12 +150,12 @@ class Readers:
         return count
 
     def came(self, nbytes: int) -> None:
-        """Count a read that has ended and is in its place. Under the lock."""
+        """Count a finished read. Call it under the lock."""
         self._counters.read_bytes += nbytes
         self._counters.reads += 1
 
     def wake(self) -> None:
-        """Wake the consumer, if all that it waits for has arrived. Under the lock."""
+        """Wake the consumer if all that it waits for has arrived. Call it under the lock."""
         if self._ready is not None and self._ready():
             self.arrived.notify()
 

@@ -5,7 +5,7 @@ pinned rows: nothing is read twice, and the first token waits for no loading pha
 pass after `reuse_prefill_memory`. With no reader threads the consumer reads for itself: load, compute, release. That serial
 twin runs the same code and reads the same bytes.
 
-A slot is never overwritten while in use: a unit's number may exceed the released ones by the slots at most. A reader's error
+A slot is never overwritten while in use: unit n is read once n - slots + 1 units are released. A reader's error
 is never lost (it is raised in the consumer). A consumer never waits for ever (a silent disk is an error).
 """
 
@@ -38,8 +38,8 @@ def weight_slice_of(tensor: Tensor, first: int, rows: int, address: int) -> Weig
 @dataclass(frozen=True, slots=True)
 class _Load:
     unit: Unit
-    number: int | None  # of its slot in the ring, counted over all passes; None: it is pinned
-    arena: Arena | None = None  # of a pinned unit
+    number: int | None  # of a streamed unit, counted over all passes; None: it is pinned
+    arena: Arena | None = None  # if pinned
 
 
 class WeightStream:
@@ -57,8 +57,8 @@ class WeightStream:
         stall_limit_s: float = STALL_LIMIT_S,
         on_pinned: Callable[[WeightSlice, Tensor], WeightSlice] | None = None,
     ):
-        """`readers=0` is the serial twin. `slots` is the size of the ring in units, `decode_only_slots` of them only while
-        decode reuses prefill memory. `file_of` gives the open file of a path.
+        """`readers=0` is the serial twin. `slots` is the size of the ring in units, `decode_only_slots` of them exist
+        only while decode reuses prefill memory. `file_of` gives the open file of a path.
 
         `on_pinned` is called once with each pinned slice (and its tensor) when it has arrived; its result is delivered from
         then on.
@@ -66,7 +66,7 @@ class WeightStream:
         self.layout = layout
         self.counters = ReadCounters()
         self._most_slots = slots
-        self._slots = slots - decode_only_slots  # at present
+        self._slots = slots - decode_only_slots  # in use
         self._decode_only_slots = decode_only_slots
         self._readers = Readers(
             readers, name="headrace-reader", counters=self.counters, spans=spans, stall_limit_s=stall_limit_s
@@ -74,7 +74,7 @@ class WeightStream:
         self._on_pinned = on_pinned
         self._pinned = Arena(layout.pinned_bytes)
         self._decode_pinned = Arena(layout.decode_pinned_bytes)
-        self.reuses_prefill_memory = False  # decode-pinned rows have their memory
+        self.reuses_prefill_memory = False  # decode-pinned rows are in the arena
         self._ring = Arena(slots * layout.slot_bytes if layout.streamed_units else 0)
         paths = {tensor.path for group in layout.groups for tensor in group.tensors}
         self._files = {path: file_of(path) for path in sorted(paths)}

@@ -40,7 +40,7 @@ class Encoding(Protocol):
         """Granularity of row ranges: `first` and `last` are multiples of it. 1 allows every range."""
 
     def reads(self, first: int, last: int) -> Sequence[Read]:
-        """Contiguous byte ranges that rows [first, last) need, always as many and in the same order."""
+        """Contiguous byte ranges that rows [first, last) need, always the same number in the same order."""
 
     def decode(self, raw: Sequence[Bytes], first: int, last: int, out: Bytes) -> None:
         """Fill `out`, exactly the bytes of rows [first, last), from `raw`, the bytes of `reads(first, last)`.
@@ -155,7 +155,7 @@ def bounded(scales: Floats, name: str, largest: float = 1) -> Floats:
     limit = FP16_MAX / largest
     if not (np.abs(scales) <= limit).all():
         raise CheckpointError(
-            f"tensor `{name}` has a scale of {float(np.abs(scales).max()):.4g}, with {limit:.4g} weights exceed fp16",
+            f"tensor `{name}` has a scale of {float(np.abs(scales).max()):.4g}, the limit for fp16 is {limit:.4g}",
             hint="the file is damaged; download it again",
         )
     return scales

@@ -1,60 +1,25 @@
-"""From logits to the next token: temperature, top-k, top-p, min-p."""
+"""From logits to the next token: logits processors, top-k, top-p, min-p, temperature, and log-probabilities."""
 
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from headrace.errors import UsageError
+from headrace.engine.logits_processors import make_processors
+from headrace.sampling_params import SamplingParams
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Sampling options. Temperature 0 takes the likeliest token; `seed=None` draws differently every time."""
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position, from the model's logits before any processor and at temperature 1, as in vLLM."""
 
-    temperature: float = 1.0
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    min_p: float = 0.0  # 0: off
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        numbers = {"temperature": float, "top_p": float, "min_p": float, "top_k": int, "seed": int}
-        for name, kind in numbers.items():
-            value = getattr(self, name)
-            allowed = (int, float) if kind is float else (int,)
-            if not (value is None and name == "seed") and (isinstance(value, bool) or not isinstance(value, allowed)):
-                raise UsageError(f"{name} is {value!r}", hint="a number" if kind is float else "a whole number")
-        checks = {
-            "temperature": 0 <= self.temperature <= 100,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-        }
-        wrong = [name for name, fine in checks.items() if not fine]
-        if wrong:
-            name = wrong[0]
-            raise UsageError(
-                f"{name} {getattr(self, name)} is out of range", hint="temperature 0 to 100, top-p and min-p 0 to 1"
-            )
-
-
-def recommended(found: Mapping[str, object]) -> Sampling:
-    """Sampling options that a file recommends, by the names of `Sampling`; invalid values are ignored."""
-    kept: dict[str, Any] = {}
-    for name, value in found.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            with suppress(UsageError):
-                one: dict[str, Any] = {name: value}
-                kept |= {name: getattr(Sampling(**one), name)}
-    return Sampling(**kept)
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens, best first
 
 
 class Sampler:
-    """Draws the tokens of one sequence. A draw depends on the logits, the seed and the position alone.
+    """Draws the tokens of one sequence. A draw depends on the logits, the token ids before it and the seed alone.
 
     Each position has its own random numbers, one per token of the vocabulary. It takes the token with the largest
     p / -log(u). This is an exact draw from p (the exponential race, or Gumbel-max). So a draft token drawn with the same
@@ -62,22 +27,35 @@ class Sampler:
     (Daliri, Musco, Suresh: Coupling without Communication and Drafter-Invariant Speculative Decoding, 2024).
     """
 
-    def __init__(self, sampling: Sampling):
-        self._sampling = sampling
-        self._seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+    def __init__(self, params: SamplingParams, prompt_tokens: int = 0):
+        """`prompt_tokens` is the length of the prompt, which some penalties leave out."""
+        self.params = params
+        self._seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._processors = make_processors(params, prompt_tokens)
 
-    def draw(self, logits: torch.Tensor, position: int) -> int:
-        """The token at `position` of the sequence, from logits of shape (vocab,)."""
-        return self.draw_with_confidence(logits, position)[0]
+    def draw(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
+        """The token that follows `token_ids`, from logits of shape (vocab,)."""
+        return self.draw_with_confidence(logits, token_ids)[0]
 
-    def draw_with_confidence(self, logits: torch.Tensor, position: int) -> tuple[int, float]:
+    def draw_with_confidence(self, logits: torch.Tensor, token_ids: Sequence[int]) -> tuple[int, float]:
         """The token, and its probability."""
-        if self._sampling.temperature == 0:
+        for process in self._processors:
+            logits = process(token_ids, logits)
+        if self.params.temperature == 0:
             token = int(logits.argmax())
             return token, float((logits[token] - logits.logsumexp(0)).exp())
-        probabilities, tokens = distribution(logits, self._sampling)
-        chosen = int((probabilities.double() / -uniform(self._seed, position, tokens).log()).argmax())
+        probabilities, tokens = distribution(logits, self.params)
+        chosen = int((probabilities.double() / -uniform(self._seed, len(token_ids), tokens).log()).argmax())
         return int(tokens[chosen]), float(probabilities[chosen])
+
+    def logprobs(self, logits: torch.Tensor, token: int) -> TokenLogprobs | None:
+        """Log-probabilities of a drawn token and of the likeliest ones, from logits of shape (vocab,); None: not asked for."""
+        if self.params.logprobs is None:
+            return None
+        values = logits.float().log_softmax(0)
+        best = torch.topk(values, min(self.params.logprobs, len(values)))
+        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return TokenLogprobs(token, float(values[token]), top)
 
 
 def uniform(seed: int, position: int, tokens: torch.Tensor) -> torch.Tensor:
@@ -105,7 +83,7 @@ def _signed(x: int) -> int:
 _WORD = (1 << 64) - 1
 
 
-def distribution(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+def distribution(logits: torch.Tensor, sampling: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """(probabilities, tokens) after all filters in llama.cpp's order: top-k, top-p, min-p, temperature.
 
     The filters look at the distribution before temperature, so they keep the same tokens at every temperature. With any
@@ -123,7 +101,7 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor
     return _tempered(values, sampling), tokens
 
 
-def _tempered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def _tempered(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """Softmax at a temperature, shifted by the max logit so that tiny temperatures do not overflow."""
     return ((logits - logits.max()) / max(sampling.temperature, _MIN_TEMPERATURE)).softmax(0)
 
@@ -131,7 +109,7 @@ def _tempered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 _MIN_TEMPERATURE = 1e-30  # in fp32 a quotient by less is infinite
 
 
-def _likeliest(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _likeliest(logits: torch.Tensor, sampling: SamplingParams) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logits, tokens, probabilities) of the top k, or of enough tokens for the filters: sorting them all takes 10 ms."""
     if sampling.top_k:
         values, tokens = torch.topk(logits, min(sampling.top_k, logits.shape[0]))
