@@ -55,7 +55,7 @@ class SamplingField:
         high_enough = value >= self.least if self.least_is_allowed else value > self.least
         if not (low_enough and high_enough and isfinite(value)):
             raise UsageError(f"{self.name} {value} is out of range", hint=self.range)
-        return value
+        return self.kind(value)
 
 
 FIELDS = (

@@ -87,6 +87,11 @@ def test_presence_and_frequency_penalties_count_generated_tokens() -> None:
     assert torch.allclose(processed(frequency_penalty=0.5, presence_penalty=0.25), expected)
 
 
+def test_penalties_may_be_whole_numbers() -> None:
+    expected = LOGITS - torch.tensor([0, 0, 0, 0, 3.0 + 1.0])
+    assert torch.equal(processed(frequency_penalty=1, presence_penalty=1), expected)
+
+
 def test_a_logit_bias_is_added_before_the_penalties() -> None:
     assert torch.allclose(processed(logit_bias={1: -2.5, "3": 4}), LOGITS + torch.tensor([0, -2.5, 0, 4, 0]))
     assert processed(logit_bias={0: 10}, repetition_penalty=2.0)[0] == (LOGITS[0] + 10) / 2

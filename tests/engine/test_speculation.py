@@ -290,6 +290,16 @@ def test_free_rows_are_filled_and_costly_ones_are_not() -> None:
     assert drafted(Speculation(StepTimeModel(costly), None, oracle)) == 0
 
 
+def test_a_draft_model_that_proposes_nothing_does_not_become_cheap() -> None:
+    class Silent(Oracle):
+        def propose(self, drafts: object) -> int:
+            return 0
+
+    speculation = Speculation(StepTimeModel(free_rows, 0.5), None, Silent([1], 1000))
+    assert drafted(speculation) == 0
+    assert speculation.step_times.draft_token_s == 0.5
+
+
 def test_a_slow_draft_model_proposes_fewer_draft_tokens() -> None:
     lengths = [
         drafted(Speculation(StepTimeModel(free_rows, draft_token_s), None, Oracle([1] * 60, 1000)))

@@ -200,6 +200,28 @@ def test_a_failing_disk_is_an_error_and_the_next_pass_starts_afresh(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("headrace-expert")]
 
 
+def test_a_dropped_prefetch_whose_read_fails_gives_its_slot_back(stored: tuple[Layers, np.ndarray]) -> None:
+    layers, values = stored
+    going, gate = threading.Event(), threading.Event()
+
+    class Failing(WeightFile):
+        def read(self, offset: int, target: memoryview, needed: int) -> int:
+            if not going.is_set():
+                going.set()
+                gate.wait(10)
+                io_error()
+            return super().read(offset, target, needed)
+
+    with stream_of(layers, 1, 1, file_of=Failing, stall_limit_s=5.0) as stream:
+        stream._readers.start([stream._read])
+        stream.prefetch(1, [0])
+        assert going.wait(10)  # one read is in flight, the other is queued and will be cancelled
+        threading.Timer(0.3, gate.set).start()
+        with pytest.raises(ReadError, match="reading failed"):
+            check(stream, values, 1, [5])
+        check(stream, values, 1, [4, 5])  # in the only slot
+
+
 def test_a_silent_disk_is_an_error(stored: tuple[Layers, np.ndarray]) -> None:
     layers, values = stored
     silence = threading.Event()

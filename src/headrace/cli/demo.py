@@ -11,6 +11,7 @@ from headrace.cli import show
 from headrace.cli.plan import plan_command, profile_for
 from headrace.errors import HeadraceError
 from headrace.plan import Request, given_budget, make_plan
+from headrace.plan.profile import profile_path
 from headrace.units import GIB, gigabytes
 
 PROMPT = "The water wheel is one of the oldest machines. It"
@@ -61,7 +62,7 @@ def demo_command(prompt: str | None, memory: int | None, as_json: bool) -> int:
 
 def demo_model() -> Path:
     """The demo's model file, put together from its packages the first time."""
-    cached = Path.home() / ".cache" / "headrace" / "models" / MODEL_FILE
+    cached = profile_path().parent / "models" / MODEL_FILE
     if cached.exists():
         return cached
     try:

@@ -787,9 +787,10 @@ class Engine:
         return self._fetch(tensor, tokens) if self._capture is None else self._capture.call(self._fetch, tensor, tokens)
 
     def _fetch(self, tensor: Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        if int(tokens.max()) >= tensor.rows or int(tokens.min()) < 0:
+        unknown = [token for token in tokens.tolist() if not 0 <= token < tensor.rows]
+        if unknown:
             raise UnsupportedError(
-                f"token {int(tokens.max())} is beyond the {tensor.rows} rows of `{tensor.name}`",
+                f"token {unknown[0]} is beyond the {tensor.rows} rows of `{tensor.name}`",
                 hint="the tokenizer is of another model",
             )
         packed = np.concatenate([self._row(tensor, token) for token in tokens.tolist()])

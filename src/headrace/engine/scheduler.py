@@ -132,10 +132,13 @@ class Scheduler:
         self._slots = list(slots)
         self._free = list(slots)
         self._prefill_rows = prefill_rows
+        # In other attention modes than packed, a pass takes one chunk of a sequence.
+        self._one_chunk = engine.attention_mode != "packed"
+        tokens = prefill_rows if self._one_chunk else min(CHUNK_ROWS, prefill_rows)
         # Small chunks let more of a prefix be reused; they cost nothing if prefill is row-invariant.
-        self._small_chunks = engine.prefill_is_row_invariant and prefill_rows > DECODE_MAX_ROWS
-        # In other attention modes a chunk fills a pass.
-        tokens = min(CHUNK_ROWS, prefill_rows) if engine.attention_mode == "packed" else prefill_rows
+        self._small_chunks = (
+            not self._one_chunk and engine.prefill_is_row_invariant and prefill_rows > DECODE_MAX_ROWS
+        )
         if self._small_chunks:
             self._chunks = Chunks(SMALL_CHUNK_ROWS, tokens // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS)
         else:
@@ -265,7 +268,7 @@ class Scheduler:
             own: list[list[int]] = []
             taken = 0
             for chunk in self._cut(sequence, start):
-                if taken + len(chunk) > 1 + budget and (own or chunks):
+                if (own and self._one_chunk) or (taken + len(chunk) > 1 + budget and (own or chunks)):
                     break
                 own.append(chunk)
                 taken += len(chunk)

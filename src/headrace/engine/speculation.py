@@ -171,7 +171,7 @@ class Speculation:
             return
         start = time.perf_counter()
         computed = self._model.propose([one.draft for one in some])
-        if computed <= 3 * len(some):  # not if it had to compute a prompt first
+        if 0 < computed <= 3 * len(some):  # not if it had to compute a prompt first, or proposed nothing
             self.step_times.record_draft_token(time.perf_counter() - start)
 
     def _keep(self, one: _Open, rows: int) -> bool:

@@ -104,8 +104,10 @@ class Trace:
 
     def events(self) -> Sequence[dict[str, Any]]:
         """The spans as Chrome trace events, in microseconds from the first."""
-        zero = min((span[2] for span in self._spans), default=0.0)
-        threads = {name: number for number, name in enumerate(sorted({span[4] for span in self._spans}))}
+        with self._lock:
+            spans = list(self._spans)
+        zero = min((span[2] for span in spans), default=0.0)
+        threads = {name: number for number, name in enumerate(sorted({span[4] for span in spans}))}
         names = [
             {"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": name}}
             for name, number in threads.items()
@@ -113,7 +115,7 @@ class Trace:
         return names + [
             {"ph": "X", "pid": 1, "tid": threads[thread], "cat": kind, "name": f"{kind} {label}",
              "ts": (start - zero) * 1e6, "dur": (end - start) * 1e6}
-            for kind, label, start, end, thread in self._spans
+            for kind, label, start, end, thread in spans
         ]  # fmt: skip
 
     def write(self, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from headrace.errors import UsageError
 from headrace.forecast.architecture import Architecture
 from headrace.forecast.constants import SOFTWARE, load_constants
+from headrace.forecast.expert_hits import distinct
 from headrace.forecast.machine import DISK_SHARE, LINK_SHARE, Machine
 from headrace.forecast.money import Tariff, usd_per_million
 from headrace.forecast.passes import PassForecast, PassShape, Rates, resident_pass
@@ -411,8 +412,9 @@ class _Method:
         """Bytes of missed experts that a pass reads."""
         if self.hits is None:
             return 0.0
-        routed = self.model.expert_params * work.bits / 8 * self.model.experts_per_token / self.model.experts
-        return routed * (1 - self.hits)
+        model = self.model
+        used = distinct(model.experts, model.experts_per_token, max(1, round(work.rows)), skew=work.skew)
+        return model.expert_params * work.bits / 8 * used / model.experts * (1 - self.hits)
 
 
 def _method(

@@ -128,7 +128,7 @@ def _range(reference: Reference, commit: str, name: str, size: int, first: int, 
         given = response.headers.get("Content-Range", "")
         if not whole and (response.status_code != 206 or given != f"bytes {first}-{first + count - 1}/{size}"):
             raise HubError(
-                f"{url} does not deliver bytes {first} to {first + count} of {size} ({response.status_code} {given})",
+                f"{url} does not deliver bytes {first} to {first + count - 1} of {size} ({response.status_code} {given})",
                 hint=f"headrace pull {reference} fetches the whole file",
             )
         data = bytearray()

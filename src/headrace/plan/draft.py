@@ -123,7 +123,8 @@ def _with_model(checkpoint: Checkpoint, name: str, acceptance_rate: float) -> Dr
 
 def _copy_acceptance_rate(copy: Checkpoint) -> float:
     bits = _average_bits(copy)
-    return next(acceptance_rate for limit, acceptance_rate in COPY_ACCEPTANCE_RATES if bits <= limit)
+    best = COPY_ACCEPTANCE_RATES[-1][1]
+    return next((acceptance_rate for limit, acceptance_rate in COPY_ACCEPTANCE_RATES if bits <= limit), best)
 
 
 def _average_bits(checkpoint: Checkpoint) -> float:

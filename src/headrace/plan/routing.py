@@ -46,6 +46,7 @@ def load_routing(checkpoint: Checkpoint) -> Routing | None:
         with zipfile.ZipFile(data) as archive:
             if sum(member.file_size for member in archive.infolist()) > _MOST_BYTES:
                 return None
+        data.seek(0)
         with np.load(data, allow_pickle=False) as file:
             scores, cached, hit_rate = file["scores"], int(file["cached"]), float(file["hit_rate"])
     except Exception:  # a damaged archive or header raises many types in three libraries

@@ -140,6 +140,7 @@ class ExpertStream:
         self._loading: dict[int, _ExpertLoad] = {}  # by expert, of the layer in progress
         self._prefetches: dict[int, dict[int, _ExpertLoad]] = {}  # by layer and expert
         self._unused_prefetches: dict[tuple[int, int], _ExpertLoad] = {}  # by (layer, expert), in flight
+        self._cancelled_prefetches: list[_ExpertLoad] = []  # of which some reads were in flight
         self._populated = 0  # bytes of the arena so far
 
     def __enter__(self) -> "ExpertStream":
@@ -238,7 +239,9 @@ class ExpertStream:
                 self.cache.forget(load.slot)
             if not load.left:
                 self.cache.release(load.slot)
-            elif not waiting:
+            elif waiting:
+                self._cancelled_prefetches.append(load)
+            else:
                 self._unused_prefetches[load.layer, load.expert] = load
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -301,7 +304,7 @@ class ExpertStream:
 
     def _rollback(self, held: list[int]) -> None:
         """End a layer that is done, or whose pass has failed: experts in flight are awaited and forgotten."""
-        if not held and not self._loading:
+        if not held and not self._loading and self._readers.error is None:
             return
         with self._readers.space:
             self._queue.clear()
@@ -321,6 +324,10 @@ class ExpertStream:
                 self.cache.forget(load.slot)
                 self.cache.release(load.slot)
             self._unused_prefetches.clear()
+            for load in self._cancelled_prefetches:
+                if load.left:
+                    self.cache.release(load.slot)
+            self._cancelled_prefetches.clear()
             for slot in held:
                 self.cache.release(slot)
             held.clear()
