@@ -101,8 +101,8 @@ def test_long_prompts_are_prefilled_in_several_passes(tiny_llama: Path, measured
 def test_progress_is_reported_during_prefill(model: headrace.Model) -> None:
     seen = []
     model.generate("something new", max_tokens=1, on_progress=seen.append)
-    assert seen[-1].done == seen[-1].visits
-    assert [p.done for p in seen] == list(range(1, seen[-1].visits + 1))
+    assert seen[-1].done == seen[-1].steps
+    assert [p.done for p in seen] == list(range(1, seen[-1].steps + 1))
 
 
 def test_a_prompt_or_budget_that_does_not_fit_is_refused(tiny_llama: Path, model: headrace.Model) -> None:

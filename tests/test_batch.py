@@ -83,7 +83,7 @@ def test_bad_lines_get_errors_of_their_own_and_the_rest_goes_on(tiny_llama: Path
         {**line("url"), "url": "/v1/embeddings"},
         line("long", "word " * 5000),
         line("tools", tools=[{"type": "function"}]),
-        line("penalty", presence_penalty=0.5),
+        line("at least", min_tokens=3),
         line("usual", presence_penalty=0, response_format={"type": "text"}, n=1),
         line("hot", temperature="hot"),
         line("negative", temperature=-1),
@@ -104,7 +104,7 @@ def test_bad_lines_get_errors_of_their_own_and_the_rest_goes_on(tiny_llama: Path
         "url": "invalid_url",
         "long": "context_length_exceeded",
         "tools": "unsupported_parameter",
-        "penalty": "unsupported_parameter",
+        "at least": "unsupported_parameter",
         "usual": None,
         "hot": "invalid_request",
         "negative": "invalid_request",
@@ -181,7 +181,7 @@ def test_chat_requests_use_the_template_which_is_given_text_parts_as_they_are(tm
     choice = record["response"]["body"]["choices"][0]
     assert choice["message"] == {"role": "assistant", "content": "hi"}
     fields = {"finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2, "model": "tiny"}
-    record = answer_record(request, text="hi", thinking="hm", **fields)  # type: ignore[arg-type]
+    record = answer_record(request, text="hi", reasoning="hm", **fields)  # type: ignore[arg-type]
     choice = record["response"]["body"]["choices"][0]
     assert choice["message"] == {"role": "assistant", "content": "hi", "reasoning_content": "hm"}
 

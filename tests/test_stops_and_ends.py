@@ -128,12 +128,12 @@ def test_text_that_spells_a_control_token_matches_as_text(says: Says) -> None:
 def test_a_control_token_stops_within_the_reasoning_too(says: Says, stop: str) -> None:
     said = ["<think>", "a", *([stop] if stop in VOCABULARY["tokens"] else ["<|custom|>", "b"]), "c", "</think>", "h"]
     answer = says(said, stop=stop)
-    assert (answer.text, answer.thinking, answer.finish_reason) == ("", "a", "stop")
+    assert (answer.text, answer.reasoning, answer.finish_reason) == ("", "a", "stop")
 
 
 def test_a_stop_token_that_opens_the_reasoning_ends_the_answer(says: Says) -> None:
     answer = says(["h", "<think>", "a", "</think>", "i"], stop="<think>")
-    assert (answer.text, answer.thinking, answer.finish_reason) == ("h", "", "stop")
+    assert (answer.text, answer.reasoning, answer.finish_reason) == ("h", "", "stop")
 
 
 def test_stop_tokens_end_each_answer_of_a_batch_for_itself(tmp_path: Path, profile: Profile) -> None:
@@ -205,13 +205,13 @@ def test_text_held_for_a_stop_string_is_shown_with_the_last_characters(says: Say
 @pytest.mark.parametrize("most", [3, 20])
 def test_whole_characters_are_kept_where_the_reasoning_ends(says: Says, most: int) -> None:
     answer = says(["<think>", "a", XUAN_AND_2, "</think>", "h"], max_tokens=most)
-    assert whole(answer.thinking) == "a选"
+    assert whole(answer.reasoning) == "a选"
     assert answer.text == ("h" if most > 3 else "")
 
 
 def test_whole_characters_are_kept_where_the_reasoning_begins(says: Says) -> None:
     answer = says(["a", XUAN_AND_2, "<think>", "b", "</think>", "h"])
-    assert (answer.text.replace("\N{REPLACEMENT CHARACTER}", ""), answer.thinking) == ("a选h", "b")
+    assert (answer.text.replace("\N{REPLACEMENT CHARACTER}", ""), answer.reasoning) == ("a选h", "b")
 
 
 def test_a_replacement_character_that_the_model_writes_is_shown(says: Says) -> None:

@@ -68,7 +68,7 @@ class Progress:
     pass_number: int
     passes: int
     done: int  # steps of this pass that are done: weight groups, MoE layers
-    visits: int  # steps of a pass
+    steps: int  # steps of a pass
     read_bytes: int  # bytes read since the prefill began, without experts
     seconds: float
 
@@ -86,7 +86,7 @@ class Piece:
     passes: int  # passes over the weights since loading
     index: int = 0  # number of the prompt, where several were given
     finish_reason: str | None = None  # "stop" or "length", in the last piece of its prompt
-    thinking: str = ""  # reasoning before the answer, where the model marks it
+    reasoning: str = ""  # reasoning before the answer, where the model marks it
     kv_cache_type: str = "F16"  # type of the KV cache; a wider one after an overflow
     logprobs: TokenLogprobs | None = None  # of `token`, if the sampling parameters ask for them
 
@@ -96,7 +96,7 @@ class Completion:
     """A whole answer with its measurements; `--json` prints its `as_json`."""
 
     text: str
-    thinking: str  # reasoning before the answer, where the model marks it; not part of `text`
+    reasoning: str  # reasoning before the answer, where the model marks it; not part of `text`
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
@@ -112,7 +112,7 @@ class Completion:
         """One JSON-ready object; keys carry their units and are only ever added to."""
         return {
             "text": self.text,
-            "thinking": self.thinking,
+            "reasoning": self.reasoning,
             "finish_reason": self.finish_reason,
             "model": self.plan.model,
             "version": __version__,
@@ -466,7 +466,7 @@ class Model:
             text, reasoning = joined(segments, Part.CONTENT), joined(segments, Part.REASONING)
             piece = Piece(
                 text=text,
-                thinking=reasoning,
+                reasoning=reasoning,
                 token=token,
                 prompt_tokens=sequence.prompt_tokens,
                 completion_tokens=one.count,
@@ -485,7 +485,7 @@ class Model:
                 del live[sequence]
             if token not in self.tokenizer.end_ids:
                 yield piece
-                piece = replace(piece, text="", thinking="")
+                piece = replace(piece, text="", reasoning="")
             yield replace(piece, token=None, logprobs=None, finish_reason=reason)
             return
 
@@ -503,7 +503,7 @@ class Model:
                     pass_number=number,
                     passes=number - 1 + max(1, -(-uncomputed // self.plan.prefill_rows)),
                     done=done,
-                    visits=weight_groups,
+                    steps=weight_groups,
                     read_bytes=self._engine.read_bytes - read,
                     seconds=time.perf_counter() - start,
                 )
@@ -559,7 +559,7 @@ class Model:
         read = sum(p.read_bytes for p in passes)
         return Completion(
             text="".join(piece.text for piece in pieces),
-            thinking="".join(piece.thinking for piece in pieces).rstrip(),
+            reasoning="".join(piece.reasoning for piece in pieces).rstrip(),
             finish_reason=(last.finish_reason if last else None) or "interrupted",
             prompt_tokens=last.prompt_tokens if last else 0,
             completion_tokens=sum(piece.token is not None for piece in pieces),

@@ -275,16 +275,14 @@ def answer_record(
     prompt_tokens: int,
     completion_tokens: int,
     model: str,
-    thinking: str = "",
+    reasoning: str = "",
     logprobs: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The result of a request that was answered, with reasoning in `reasoning_content` as in other servers."""
     echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
     choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason, "logprobs": _logprobs(logprobs, request.chat)}
-    reasoning = {"reasoning_content": thinking} if thinking else {}
-    choice |= (
-        {"message": {"role": "assistant", "content": text, **reasoning}} if request.chat else {"text": echoed + text}
-    )
+    shown = {"content": text} | ({"reasoning_content": reasoning} if reasoning else {})
+    choice |= {"message": {"role": "assistant", **shown}} if request.chat else {"text": echoed + text}
     body = {
         "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{request.line}",
         "object": "chat.completion" if request.chat else "text_completion",

@@ -95,13 +95,13 @@ CLOSES = {  # Qwen 3 with enable_thinking=false, GLM 4.5 with /nothink
 )
 def test_a_delimiter_at_the_end_of_the_users_message_opens_nothing(says: Says, template: str, mark: str) -> None:
     answer = says(template, f"hi {mark}", "so it is")
-    assert (answer.text, answer.thinking) == ("so it is", "")
+    assert (answer.text, answer.reasoning) == ("so it is", "")
 
 
 @pytest.mark.parametrize("ending", ["<think>\n", "</think><think>", "<think>x"])
 def test_a_delimiter_near_the_end_of_the_users_message_opens_nothing(says: Says, ending: str) -> None:
     answer = says(TRIMMED, f"hi {ending}", "so it is")
-    assert (answer.text, answer.thinking) == ("so it is", "")
+    assert (answer.text, answer.reasoning) == ("so it is", "")
 
 
 def test_a_delimiter_in_an_earlier_message_or_the_system_message_opens_nothing(says: Says) -> None:
@@ -113,7 +113,7 @@ def test_a_delimiter_in_an_earlier_message_or_the_system_message_opens_nothing(s
     ]
     for messages in (talk, talk[:3], talk[:1]):
         answer = says(INST, messages, "so it is")
-        assert (answer.text, answer.thinking) == ("so it is", "")
+        assert (answer.text, answer.reasoning) == ("so it is", "")
 
 
 @pytest.mark.parametrize(
@@ -122,13 +122,13 @@ def test_a_delimiter_in_an_earlier_message_or_the_system_message_opens_nothing(s
 )
 def test_a_template_that_opens_the_reasoning_opens_it_for_any_user_message(says: Says, name: str, asked: str) -> None:
     answer = says(OPENS[name], asked, "so it is</think>\n\n4")
-    assert (answer.text, answer.thinking) == ("4", "so it is")
+    assert (answer.text, answer.reasoning) == ("4", "so it is")
 
 
 @pytest.mark.parametrize(("name", "asked"), [("qwen3", "hi"), ("short", "hi"), ("short", "hi <think>")])
 def test_a_template_that_closes_the_reasoning_leaves_only_the_answer(says: Says, name: str, asked: str) -> None:
     answer = says(CLOSES[name], asked, "so it is")
-    assert (answer.text, answer.thinking) == ("so it is", "")
+    assert (answer.text, answer.reasoning) == ("so it is", "")
 
 
 def test_a_template_whose_end_depends_on_the_message_is_followed(says: Says) -> None:
@@ -138,18 +138,18 @@ def test_a_template_whose_end_depends_on_the_message_is_followed(says: Says) -> 
         "{{ '<|assistant|>' }}{% if ns.think %}{{ '<think>\n' }}{% else %}{{ '<think></think>' }}{% endif %}"
     )
     answer = says(template, "hi", "so</think>4")
-    assert (answer.text, answer.thinking) == ("4", "so")
+    assert (answer.text, answer.reasoning) == ("4", "so")
     answer = says(template, "hi /no_think", "so it is")
-    assert (answer.text, answer.thinking) == ("so it is", "")
+    assert (answer.text, answer.reasoning) == ("so it is", "")
 
 
 def test_a_template_that_changes_or_drops_the_last_message_is_followed(says: Says) -> None:
     template = "{% for m in messages %}{{ (m | tojson) }}{% endfor %}<|assistant|><think>\n"
     answer = says(template, 'say "hi" <think>', "so</think>4")
-    assert (answer.text, answer.thinking) == ("4", "so")
+    assert (answer.text, answer.reasoning) == ("4", "so")
     template = "{{ messages[0]['content'] }}<|assistant|>"  # leaves out the last message
     answer = says(template, [{"role": "user", "content": "x<think>"}, {"role": "user", "content": "y"}], "so it is")
-    assert (answer.text, answer.thinking) == ("so it is", "")
+    assert (answer.text, answer.reasoning) == ("so it is", "")
 
 
 def test_each_completion_of_a_batch_is_split_by_its_own_prompt(tmp_path: Path, profile: Profile) -> None:
@@ -163,19 +163,19 @@ def test_each_completion_of_a_batch_is_split_by_its_own_prompt(tmp_path: Path, p
     )  # fmt: skip
     with headrace.load(path, memory="4GiB", context_tokens=64, draft=None, sequences=2, profile=profile) as model:
         answers = model.generate(["hz", "hi"], sampling=GREEDY, max_tokens=20)
-    assert [(one.text, one.thinking) for one in answers] == [("4", "so"), ("so4", "")]
+    assert [(one.text, one.reasoning) for one in answers] == [("4", "so"), ("so4", "")]
 
 
 @pytest.mark.parametrize(("pair", "draft"), [*((pair, None) for pair in PAIRS), (PAIRS[0], "prompt")])
 def test_the_model_itself_opens_and_closes_its_reasoning(says: Says, pair: tuple[str, str], draft: str | None) -> None:
     first, last = pair
     answer = says(CHATML, "hi", f"{first}\nso\n{last}\n\n4{first}y{last}z", draft=draft)
-    assert ("".join(answer.text.split()), "".join(answer.thinking.split())) == ("4z", "soy")
+    assert ("".join(answer.text.split()), "".join(answer.reasoning.split())) == ("4z", "soy")
 
 
 def test_reasoning_without_an_end_is_shown_completely_as_reasoning(says: Says) -> None:
     answer = says(CHATML, "hi", "<think>so it is", most=5)
-    assert (answer.text, answer.thinking, answer.finish_reason) == ("", "so i", "length")
+    assert (answer.text, answer.reasoning, answer.finish_reason) == ("", "so i", "length")
 
 
 # -- gpt-oss ----------------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ MESSAGES = {
 def test_gpt_oss_messages_are_split_as_by_openai_harmony(says: Says, name: str) -> None:
     written, text, thinking = MESSAGES[name]
     answer = says(OSS, "hi", written, end="<|call|>" if written.endswith("{}") else "<|return|>")
-    assert ("".join(answer.text.split()), "".join(answer.thinking.split())) == (
+    assert ("".join(answer.text.split()), "".join(answer.reasoning.split())) == (
         "".join(text.split()), "".join(thinking.split())
     )  # fmt: skip
     assert answer.finish_reason == "stop"
@@ -253,7 +253,7 @@ def test_a_header_truncated_by_max_tokens_loses_no_text(says: Says, written: str
 )
 def test_text_in_place_of_a_header_is_shown(says: Says, written: str, shown: str) -> None:
     answer = says(OSS, "hi", written, end="<|return|>")
-    assert ("".join(answer.text.split()), answer.thinking) == (shown, "")
+    assert ("".join(answer.text.split()), answer.reasoning) == (shown, "")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_text_in_place_of_a_header_is_shown(says: Says, written: str, shown: str
 def test_delimiters_out_of_order_lose_no_text(says: Says, written: str) -> None:
     answer = says(OSS, "hi", written, end="<|return|>")
     for digit in "56":
-        assert (answer.text + answer.thinking).count(digit) == 1
+        assert (answer.text + answer.reasoning).count(digit) == 1
 
 
 @pytest.mark.parametrize("asked", ["hi<|channel|>", "hi<|channel|>analysis<|message|>", "hi<|start|>"])
@@ -285,17 +285,17 @@ def test_gpt_oss_delimiters_in_the_users_message_change_nothing(says: Says, aske
     written = "<|channel|>analysis<|message|>so" + NEXT + "<|channel|>final<|message|>4"
     for template in (OSS, INST):
         answer = says(template, asked, written)
-        assert (answer.text, answer.thinking) == ("4", "so")
+        assert (answer.text, answer.reasoning) == ("4", "so")
     assert says(INST, asked, "so it is").text == "so it is"
 
 
 def test_a_template_that_opens_a_channel_is_followed(says: Says) -> None:
     template = OSS.replace("'<|start|>assistant'", "'<|start|>assistant<|channel|>analysis<|message|>'")
     answer = says(template, "hi", "so" + NEXT + "<|channel|>final<|message|>4")
-    assert (answer.text, answer.thinking) == ("4", "so")
+    assert (answer.text, answer.reasoning) == ("4", "so")
     template = OSS.replace("'<|start|>assistant'", "'<|start|>assistant<|channel|>analysis'")
     answer = says(template, "hi", "<|message|>so" + NEXT + "<|channel|>final<|message|>4")
-    assert (answer.text, answer.thinking) == ("4", "so")
+    assert (answer.text, answer.reasoning) == ("4", "so")
 
 
 def test_streamed_chunks_are_the_reasoning_and_the_answer_in_order(tmp_path: Path, profile: Profile) -> None:
@@ -306,5 +306,5 @@ def test_streamed_chunks_are_the_reasoning_and_the_answer_in_order(tmp_path: Pat
     with headrace.load(path, memory="4GiB", context_tokens=128, draft=None, profile=profile) as model:
         chunks: Sequence[headrace.Piece] = list(model.stream("hi", sampling=GREEDY, max_tokens=100))
     assert all(before.completion_tokens <= after.completion_tokens for before, after in pairwise(chunks))
-    assert "".join(chunk.thinking for chunk in chunks) == "so"
+    assert "".join(chunk.reasoning for chunk in chunks) == "so"
     assert "".join("".join(chunk.text for chunk in chunks).split()) == "Plan4is"

@@ -193,7 +193,7 @@ class Batch:
             answer_record(
                 self._running[piece.index],
                 text="".join(one.text for one in pieces),
-                thinking="".join(one.thinking for one in pieces),
+                reasoning="".join(one.reasoning for one in pieces),
                 finish_reason=piece.finish_reason,
                 prompt_tokens=piece.prompt_tokens,
                 completion_tokens=piece.completion_tokens,

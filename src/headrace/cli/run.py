@@ -181,11 +181,11 @@ def _answer(model: "Model", prompt: "Prompt", settings: RunSettings) -> tuple["C
         ):
             progress.clear()
             pieces.append(piece)
-            if piece.thinking and not (settings.as_json or settings.quiet):
-                show.thought(piece.thinking)
+            if piece.reasoning and not (settings.as_json or settings.quiet):
+                show.reasoning(piece.reasoning)
                 reasoning = True
             if reasoning and piece.text:
-                show.thought("\n\n")
+                show.reasoning("\n\n")
                 reasoning = False
             if not settings.as_json and piece.text:
                 click.echo(piece.text, nl=False)

@@ -74,12 +74,12 @@ class ProgressLine:
         if not self._shown or now - self._last < 0.1:
             return
         self._last = now
-        done = (progress.pass_number - 1) * progress.visits + progress.done
-        total = progress.passes * progress.visits
+        done = (progress.pass_number - 1) * progress.steps + progress.done
+        total = progress.passes * progress.steps
         left = progress.seconds / done * (total - done)
         text = (
             f"prefill {done / total:4.0%}  pass {progress.pass_number}/{progress.passes}"
-            f"  step {progress.done}/{progress.visits}"
+            f"  step {progress.done}/{progress.steps}"
             f"  {gigabytes(progress.read_bytes / max(progress.seconds, 1e-9))}/s  {seconds(left)} left"
         )
         self._write(text)
@@ -113,7 +113,7 @@ class ProgressLine:
         self._width = max(self._width, len(text))
 
 
-def thought(text: str) -> None:
+def reasoning(text: str) -> None:
     """Print reasoning dim and to stderr: it is not part of the answer."""
     with suppress(OSError, ValueError):
         click.echo(click.style(text, dim=True), nl=False, err=True)

@@ -45,7 +45,9 @@ def make_processors(params: SamplingParams, prompt_tokens: int) -> tuple[LogitsP
         def presence_and_frequency(token_ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
             counts = Counter(token_ids[prompt_tokens:])
             penalties = [-params.presence_penalty - params.frequency_penalty * count for count in counts.values()]
-            return logits.index_add(0, torch.tensor(list(counts), dtype=torch.long), torch.tensor(penalties, dtype=torch.float32))
+            return logits.index_add(
+                0, torch.tensor(list(counts), dtype=torch.long), torch.tensor(penalties, dtype=torch.float32)
+            )
 
         processors.append(presence_and_frequency)
     return tuple(processors)

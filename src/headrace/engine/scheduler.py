@@ -136,9 +136,7 @@ class Scheduler:
         self._one_chunk = engine.attention_mode != "packed"
         tokens = prefill_rows if self._one_chunk else min(CHUNK_ROWS, prefill_rows)
         # Small chunks let more of a prefix be reused; they cost nothing if prefill is row-invariant.
-        self._small_chunks = (
-            not self._one_chunk and engine.prefill_is_row_invariant and prefill_rows > DECODE_MAX_ROWS
-        )
+        self._small_chunks = not self._one_chunk and engine.prefill_is_row_invariant and prefill_rows > DECODE_MAX_ROWS
         if self._small_chunks:
             self._chunks = Chunks(SMALL_CHUNK_ROWS, tokens // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS)
         else:
