@@ -45,7 +45,7 @@ class LogitBias(click.ParamType[tuple[int, float]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
         """Parse to (token id, bias)."""
-        match = re.fullmatch(r"(\d{1,9})([+-]\d{1,3}(?:\.\d{1,9})?)", str(value), re.ASCII)
+        match = re.fullmatch(r"(\d{1,9})([+-]\d{1,9}(?:\.\d{1,9})?)", str(value), re.ASCII)
         if match is None:
             self.fail(f"{printable(str(value), keep='')!r} is no token id with a bias, such as 15043+1", param, ctx)
         return int(match[1]), float(match[2])
