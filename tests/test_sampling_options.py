@@ -1,6 +1,7 @@
 """Sampling parameters from the command line and from Python to the tokens that are drawn, on a model whose tokens are known."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,16 @@ import headrace
 from headrace.cli import main
 from headrace.errors import UsageError
 from headrace.plan import Profile
+from headrace.plan.profile import save_profile
+from headrace.units import MIB
 
 VOCABULARY = byte_level()
 NUMBER = VOCABULARY["tokens"].index
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path: Path, profile: Profile) -> Path:
+    save_profile(replace(profile, runtime_bytes=400 * MIB, disk_bytes_per_s={"0": 2e9}))  # else `run` measures the machine
     said = [NUMBER(one) for one in "abcdef"]
     return write_says(tmp_path / "m.gguf", said, "hi", **VOCABULARY, template=CHATML, eos=NUMBER("<|im_end|>"))
 
