@@ -28,6 +28,7 @@ MIB = 1 << 20
 SHORT = "The water wheel is one of the oldest"
 LONG = " ".join(f"The {i}th wheel turns slower than the one before it." for i in range(45))
 SMALL, CODER = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"
+CODER_F16 = "qwen2.5-coder-1.5b-f16.gguf"
 EIGHT, EXPERTS = "synth-8b-q4_k_m.gguf", "synth-experts-12-layers.gguf"
 
 
@@ -51,6 +52,8 @@ ROWS = {
     "batch": Row(file=CODER, figure="batch", tokens=24, options=("--draft", "none", "--parallel", "16")),
     "8b-4000": Row(file=EIGHT, figure="decode", tokens=10, ceiling_mib=4000),
     "8b-4000-prompt": Row(file=EIGHT, figure="prompt", tokens=1, ceiling_mib=4000),
+    "f16-2000": Row(file=CODER_F16, figure="decode", tokens=12, ceiling_mib=2000),
+    "f16-2000-prompt": Row(file=CODER_F16, figure="prompt", tokens=1, ceiling_mib=2000),
     "experts-decode": Row(file=EXPERTS, figure="decode"),
     "experts-prompt": Row(file=EXPERTS, figure="prompt", tokens=1),
 }

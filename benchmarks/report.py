@@ -1,8 +1,9 @@
-"""The current table and the plots of docs/benchmarks, made from the result files.
+"""The tables of README.md and docs/benchmarks and the plots, made from the result files.
 
     python benchmarks/report.py
 
-Each row of the table is the newest measurement of its scenario. Plots need matplotlib.
+Each row of the table in docs/benchmarks is the newest measurement of its scenario. The README shows the newest run alone: one
+machine, one commit. Plots need matplotlib.
 """
 
 import re
@@ -13,7 +14,8 @@ from typing import Any
 
 from results import load
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER, README = ROOT / "docs" / "benchmarks", ROOT / "README.md"
 PAGE = FOLDER / "README.md"
 MARKS = "<!-- current: begin -->", "<!-- current: end -->"
 SCENARIOS = {
@@ -31,6 +33,8 @@ IN_TURNS = {
     "batch": "1.5B Q4_K_M, 16 chat prompts together",
     "8b-4000": "8B Q4_K_M, 4000 MiB, decode",
     "8b-4000-prompt": "8B Q4_K_M, 4000 MiB, prompt of 500 tokens",
+    "f16-2000": "1.5B F16, 2000 MiB, decode",
+    "f16-2000-prompt": "1.5B F16, 2000 MiB, prompt of 500 tokens",
     "experts-decode": "MoE of 12 layers in memory, decode",
     "experts-prompt": "MoE of 12 layers in memory, prompt of 500 tokens",
 }
@@ -39,6 +43,35 @@ IN_TURNS = {
 def newest() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """(run, row) by the row's name, from the newest run that has it."""
     return {row["row"]["name"]: (run, row) for run in load("peer") for row in run["results"] if not row.get("failed")}
+
+
+def short_table() -> str:
+    """The newest run beside its peer, in Markdown: one machine, one commit."""
+    run = load("peer")[-1]
+    lines = [
+        f"{run['machine']}, a virtual disk of {run['results'][0]['disk_gb_per_s']:.1f} GB/s,"
+        f" {run['date'][:10]}, commit `{run['commit']}`:",
+        "",
+        "| | `--memory` | headrace | llama.cpp | ratio | share of the limit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in run["results"]:
+        memory, ours, theirs = row["row"]["ceiling_mib"], row["s_per_token"], row["peer_s_per_token"]
+        prefill = row["prefill_tok_per_s"]
+        speeds = (
+            [f"{prefill:.0f} tok/s", f"{1 / theirs:.0f} tok/s"]
+            if prefill
+            else [f"{ours:.2f} s/token", f"{theirs:.2f} s/token"]
+        )
+        cells = [
+            SCENARIOS[re.sub(r"-\d+$", "", row["row"]["name"])],
+            f"{memory} MiB" if memory else "all of it",
+            *speeds,
+            f"{row['ratio']:.1f}x" if row["ratio"] > 1.5 else f"{row['ratio']:.2f}x",
+            f"{row['limit_s'] / ours:.0%}" if row["limit_s"] else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def table() -> str:
@@ -94,12 +127,20 @@ def _in_turns_row(name: str, row: dict[str, list[float]]) -> str:
     )
 
 
-def page(text: str) -> str:
-    """The page with the tables of today between its marks."""
+def page(text: str, content: str) -> str:
+    """A page with this content between its marks."""
     begin, end = MARKS
     head, rest = text.split(begin, 1)
     tail = rest.split(end, 1)[1]
-    return f"{head}{begin}\n\n{table()}\n\n{in_turns()}\n\n{end}{tail}"
+    return f"{head}{begin}\n\n{content}\n\n{end}{tail}"
+
+
+def pages() -> dict[Path, str]:
+    """The text of every page that has tables of measurements."""
+    return {
+        PAGE: page(PAGE.read_text(), f"{table()}\n\n{in_turns()}"),
+        README: page(README.read_text(), short_table()),
+    }
 
 
 def decode_points() -> Iterator[tuple[float, float, float, float, float]]:
@@ -152,5 +193,6 @@ def _save(figure: Any, name: str) -> None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    for path, text in pages().items():
+        path.write_text(text)
     plots()
