@@ -22,7 +22,9 @@ NUMBER = VOCABULARY["tokens"].index
 
 @pytest.fixture
 def path(tmp_path: Path, profile: Profile) -> Path:
-    save_profile(replace(profile, runtime_bytes=400 * MIB, disk_bytes_per_s={"0": 2e9}))  # else `run` measures the machine
+    save_profile(
+        replace(profile, runtime_bytes=400 * MIB, disk_bytes_per_s={"0": 2e9})
+    )  # else `run` measures the machine
     said = [NUMBER(one) for one in "abcdef"]
     return write_says(tmp_path / "m.gguf", said, "hi", **VOCABULARY, template=CHATML, eos=NUMBER("<|im_end|>"))
 
