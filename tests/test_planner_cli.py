@@ -40,7 +40,7 @@ def test_a_published_model_on_another_machine_is_forecast_with_intervals_and_sou
 def test_the_text_shows_the_same_and_its_assumptions() -> None:
     result = run("plan", "llama-3-70b", "--machine", PC, "--bits", "4.85")
     assert result.exit_code == 0
-    assert "80 % of the measured rows" in result.stdout
+    assert "80 % of measurements" in result.stdout
     assert "assumed" in result.stdout
     assert "faster with" in result.stdout
 
@@ -92,7 +92,7 @@ def test_the_cheapest_configuration_with_a_speed_is_found_with_the_frontier() ->
         (["--params", "8", "--machine", PC], "no language model", "175e9"),
         (["--machine", PC], "no model", "--params"),
         (["{model}", "--prompt-tokens", "100000"], "100000 tokens", "--prompt-tokens"),
-        (["{model}", "--usd-per-kwh", "0.3"], "costs", "--machine"),
+        (["{model}", "--usd-per-kwh", "0.3"], "price of this machine", "--machine"),
         (["missing.gguf"], "no file", ".gguf"),
         (["gpt-3", "--machine", "8x a100-80gb", "--tokens", "4000"], "was made for", "2048"),
         (["llama-3-8b", "--machine", "no-such.toml"], "cannot read", "parts"),

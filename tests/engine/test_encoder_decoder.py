@@ -156,8 +156,8 @@ def test_models_that_would_go_wrong_are_refused(name: str, tmp_path: Path) -> No
     [
         ({"model_type": "whisper", "is_encoder_decoder": True}, "whisper"),
         ({"model_type": "t5", "is_encoder_decoder": False}, "t5 model"),
-        ({"decoder_start_token_id": 10_000}, "to begin with"),
-        ({"decoder_start_token_id": "zero"}, "to begin with"),
+        ({"decoder_start_token_id": 10_000}, "decoder start tokens"),
+        ({"decoder_start_token_id": "zero"}, "decoder start tokens"),
     ],
 )
 def test_models_that_cannot_run_are_refused(values: dict[str, object], words: str, tmp_path: Path) -> None:
