@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from by_position import write_says
 from click.testing import CliRunner, Result
-from scripted import CHATML, byte_level
+from scripted import CHATML, NORMAL, byte_level
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import headrace
 from headrace.cli import main
@@ -56,9 +57,9 @@ def test_without_logprobs_there_are_none(path: Path) -> None:
     [
         (["--logit-bias", "5"], "no token id with a bias"),
         (["--logit-bias", "5+1000"], "-100 to 100"),
-        (["--frequency-penalty", "3"], "-2"),
-        (["--repetition-penalty", "0"], "0"),
-        (["--logprobs", "21"], "20"),
+        (["--frequency-penalty", "3"], "range -2"),
+        (["--repetition-penalty", "0"], "range 0<x"),
+        (["--logprobs", "21"], "range 0<=x<=20"),
         (["--logit-bias", "999999+1"], "logit_bias names token 999999"),
     ],
 )
@@ -78,3 +79,22 @@ def test_a_completion_holds_the_log_probabilities_of_its_tokens(path: Path, prof
         with pytest.raises(UsageError, match="logit_bias names token 999999"):
             model.generate("hi", sampling=headrace.SamplingParams(logit_bias={999999: 1}))
         assert model.generate("hi", max_tokens=2, sampling=headrace.SamplingParams(temperature=0)).logprobs is None
+
+
+def test_log_probabilities_hold_the_bytes_of_tokens_that_end_within_a_character(
+    tmp_path: Path, profile: Profile
+) -> None:
+    parts = [spelled("é".encode()[:1]), spelled("é".encode()[1:])]
+    vocabulary = byte_level(more=[("spare", NORMAL)])
+    said = [vocabulary["tokens"].index(part) for part in parts]
+    end = vocabulary["tokens"].index("<|im_end|>")
+    path = write_says(tmp_path / "m.gguf", said, "hi", **vocabulary, template=CHATML, eos=end)
+    with headrace.load(path, memory="2GiB", draft=None, profile=profile) as model:
+        found = model.generate("hi", max_tokens=4, sampling=headrace.SamplingParams(temperature=0, logprobs=0))
+    assert found.text == "é"
+    assert found.logprobs is not None
+    assert [one["bytes"] for one in found.logprobs] == [[0xC3], [0xA9]]
+
+
+def spelled(data: bytes) -> str:
+    return "".join(bytes_to_unicode()[byte] for byte in data)

@@ -495,7 +495,7 @@ class Model:
             return
         first, read = len(self._engine.passes), self._engine.read_bytes
 
-        def report(done: int, weight_groups: int) -> None:
+        def report(done: int, steps: int) -> None:
             uncomputed = sum(len(sequence.uncomputed) for sequence in self._scheduler.sequences)
             number = len(self._engine.passes) - first + 1
             on_progress(
@@ -503,7 +503,7 @@ class Model:
                     pass_number=number,
                     passes=number - 1 + max(1, -(-uncomputed // self.plan.prefill_rows)),
                     done=done,
-                    steps=weight_groups,
+                    steps=steps,
                     read_bytes=self._engine.read_bytes - read,
                     seconds=time.perf_counter() - start,
                 )
@@ -600,8 +600,9 @@ class Model:
         """Log-probabilities of each token of a prompt's pieces, as in OpenAI's chat completions; None: not asked for."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = self.tokenizer.decode([token])
-            return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(text.encode()), "id": token}
+            data = self.tokenizer.bytes_of(token)
+            text = data.decode(errors="replace")  # a token may end within a character
+            return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(data), "id": token}
 
         found = [piece.logprobs for piece in pieces if piece.logprobs is not None]
         if not found:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -308,7 +309,7 @@ def _logprobs(logprobs: list[dict[str, Any]] | None, chat: bool) -> dict[str, An
         "tokens": texts,
         "token_logprobs": [one["logprob"] for one in logprobs],
         "top_logprobs": [{top["token"]: top["logprob"] for top in one["top_logprobs"]} for one in logprobs],
-        "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
+        "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
     }
 
 

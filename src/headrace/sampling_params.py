@@ -7,7 +7,7 @@ To add a parameter, add a row to `FIELDS`, an attribute to `SamplingParams`, and
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import inf
 from typing import Any
 
 from headrace.errors import UsageError
@@ -51,9 +51,8 @@ class SamplingField:
             raise UsageError(f"{self.name} is {value!r}", hint="a number" if self.kind is float else "a whole number")
         if self.off is not None and value == self.off:
             return self.default
-        low_enough = value <= self.most
-        high_enough = value >= self.least if self.least_is_allowed else value > self.least
-        if not (low_enough and high_enough and isfinite(value)):
+        in_range = self.least <= value <= self.most and (self.least_is_allowed or value != self.least)
+        if not in_range:  # NaN is in no range
             raise UsageError(f"{self.name} {value} is out of range", hint=self.range)
         return self.kind(value)
 

@@ -116,6 +116,21 @@ def test_log_probabilities_are_those_of_the_unchanged_logits() -> None:
     assert Sampler(SamplingParams()).logprobs(LOGITS, 0) is None
 
 
+def test_whole_numbers_of_any_size_are_used_or_refused() -> None:
+    huge = SamplingParams(seed=10**400, top_k=10**400)
+    assert 0 <= Sampler(huge).draw(LOGITS, []) < len(LOGITS)
+    for name in ("temperature", "presence_penalty"):
+        with pytest.raises(UsageError, match="out of range"):
+            SamplingParams(**{name: 10**400})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_parameter_that_is_not_finite_is_refused(value: float) -> None:
+    for name in ("temperature", "top_p", "frequency_penalty"):
+        with pytest.raises(UsageError, match="out of range"):
+            SamplingParams(**{name: value})
+
+
 def test_the_table_of_parameters_is_that_of_the_class() -> None:
     default = SamplingParams()
     assert {one.name: one.default for one in FIELDS} == {

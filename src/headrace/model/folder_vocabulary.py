@@ -95,6 +95,10 @@ class FolderVocabulary:
         with panics_as_errors(self._path):
             return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
+    def bytes_of(self, token: int) -> bytes:
+        """See `Vocabulary.bytes_of`."""
+        return self.decode([token]).encode()
+
     def stream(self, before: Sequence[int] = (), *, strip_space: bool = False) -> TextStream:
         """As `Vocabulary.stream`: decoders strip a space at the very start."""
         return WindowStream(self.decode, () if strip_space else before[-_CONTEXT_TOKENS:], self._byte_ids.get)

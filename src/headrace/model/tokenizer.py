@@ -52,6 +52,9 @@ class Vocabulary(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without control tokens."""
 
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of a token, none of a control token. Folders: of its decoded text, where a part of a character is U+FFFD."""
+
     def stream(self, before: Sequence[int] = (), *, strip_space: bool = False) -> TextStream:
         """A decoder of one token after another.
 
@@ -96,6 +99,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without control tokens."""
         return self._vocabulary.decode(ids)
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of a token; see `Vocabulary.bytes_of`."""
+        return self._vocabulary.bytes_of(token)
 
     def stream(self, before: Sequence[int] = (), *, strip_space: bool = False) -> TextStream:
         """A decoder of one token after another.
