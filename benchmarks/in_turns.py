@@ -4,8 +4,8 @@
     python benchmarks/in_turns.py --before ../before/src [--rows decode,...] [--rounds 5] [--models DIR]
         [--out benchmarks/results/DATE-MACHINE-in-turns.json]
 
-Each row has a figure, higher is better; the ratio is that of this tree to the one before. Rows with a ceiling need root
-and a memory cgroup; their page cache is cold.
+Each row has a figure, higher is better; the ratio is that of this tree to the one before. Each tree plans with a profile
+that it measured itself. Rows with a ceiling need root and a memory cgroup; their page cache is cold.
 """
 
 import argparse
@@ -91,18 +91,26 @@ def _requests(folder: Path, tokens: int) -> Path:
     return path
 
 
+def _home(source: Path, models: Path, folder: Path) -> Path:
+    """The folder of the package's own profile, measured once."""
+    home = folder / str(abs(hash(source)))
+    if not home.exists():
+        home.mkdir()
+        environment = {**os.environ, "PYTHONPATH": str(source), "HEADRACE_HOME": str(home)}
+        probe = [sys.executable, "-c", "from headrace.cli import main; main()", "probe", str(models / CODER)]
+        subprocess.run(probe, env=environment, capture_output=True, text=True, check=True)
+    return home
+
+
 def measure(source: Path, row: Row, models: Path, folder: Path) -> float:
     """The row's figure with the package in `source`."""
     program = [sys.executable, "-c", "from headrace.cli import main; main()", *command(row, models, folder)]
-    environment = {**os.environ, "PYTHONPATH": str(source)}
+    os.environ |= {"PYTHONPATH": str(source), "HEADRACE_HOME": str(_home(source, models, folder))}
     start = time.perf_counter()
     if row.ceiling_mib:
-        os.environ["PYTHONPATH"] = str(source)
-        done = run_under(row.ceiling_mib * MIB, program)
-        del os.environ["PYTHONPATH"]
-        printed = done.stdout
+        printed = run_under(row.ceiling_mib * MIB, program).stdout
     else:
-        printed = subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout
+        printed = subprocess.run(program, capture_output=True, text=True, check=True).stdout
     spent = time.perf_counter() - start
     if row.figure == "start":
         return 1 / spent

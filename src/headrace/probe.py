@@ -28,7 +28,7 @@ from headrace.engine import Engine, Rows
 from headrace.engine.engine import StreamOptions
 from headrace.errors import HeadraceError
 from headrace.kernels import DECODE_MAX_ROWS, Kernels, WeightSlice
-from headrace.kernels.ggml import takes_super_blocks
+from headrace.kernels.ggml import tile_activations
 from headrace.kernels.thresholds import PRECISE_TYPES
 from headrace.plan.memory_plan import MOST_RING_SLOTS, READERS, UNIT_BYTES
 from headrace.plan.profile import Profile, load_profile, machine_name
@@ -270,7 +270,7 @@ def _measure_kernel(kernels: Kernels, kind: str) -> tuple[dict[str, float], dict
 
 def _measure_tiles(threads: int, kind: str) -> Mapping[str, float]:
     """Weights per second of prefill through ggml's tile kernel; empty for a format without one."""
-    if not takes_super_blocks(kind):
+    if tile_activations(kind) is None:
         return {}
     weight_rows = 1024
     arena, _ = _packed(kind, weight_rows, 1)

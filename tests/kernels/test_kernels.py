@@ -1,8 +1,10 @@
 """The fast kernels against the slow twin, and row-invariance: decode rows do not influence each other."""
 
 import ctypes
+import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -190,6 +192,44 @@ def test_decode_rows_are_row_invariant_where_prefill_rows_go_through_tiles(pad_d
     assert {dots for _, dots, _ in kernels._matmul_graphs} == {not pad_decode_rows_to_tiles}  # the requested kernel
     for first, last in ((0, 1), (3, 8), (4, 16)):
         assert torch.equal(matmul(kernels, x[first:last].clone(), "Q4_K", packed), together[first:last])
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("pad_decode_rows_to_tiles", [False, True])
+def test_tiles_of_floats_are_row_invariant_wherever_the_weights_are_split(
+    kind: str, pad_decode_rows_to_tiles: bool
+) -> None:
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[kind]
+    kernels = Kernels(2, tiled=[kind], pad_decode_rows_to_tiles=pad_decode_rows_to_tiles)
+    for weight_rows, columns in ((40, 96), (37, 64), (3, 32), (130, 48)):
+        weights, x = torch.randn(weight_rows, columns).to(dtype), torch.randn(150, columns)
+
+        def product(rows: int, cuts: list[int], invariant: int, x: torch.Tensor = x, w: torch.Tensor = weights) -> Any:
+            out, ends = torch.full((rows, len(w)), torch.nan), [0, *cuts, len(w)]
+            slices = [
+                (0, WeightSlice(kind, last - first, w[first:].data_ptr(), first))
+                for first, last in itertools.pairwise(ends)
+                if first < last
+            ]
+            kernels.matmul(x[:rows].contiguous(), slices, [out], invariant, [rows - invariant])
+            return out
+
+        whole = product(150, [], 0)
+        torch.testing.assert_close(whole, x @ weights.float().T, rtol=0, atol=1e-4 if kind == "F32" else 0.2)
+        for rows in (1, 7, 8, 9, 64, 65):
+            for cuts in ([], [1], [weight_rows // 3], [weight_rows // 2, weight_rows // 2 + 1]):
+                for invariant in {0, min(rows - 1, 5)} if pad_decode_rows_to_tiles else {0}:
+                    assert torch.equal(product(rows, cuts, invariant), whole[:rows]), (rows, cuts, invariant)
+
+
+def test_activations_beyond_f16_are_scaled() -> None:
+    weights, x = torch.randn(64, 256).half(), torch.randn(20, 256)
+    x[3, 5], x[7, 1] = 1e6, -70_000.0
+    out = torch.empty(20, 64)
+    kernels = Kernels(2, tiled=["F16"])
+    kernels.matmul(x, [(0, WeightSlice("F16", 64, weights.data_ptr(), 0))], [out], 0, [20])
+    expected = x @ weights.float().T
+    assert ((out - expected).abs().amax(1) < 2e-3 * expected.abs().amax(1)).all()
 
 
 def test_prefill_rows_of_experts_go_through_tiles() -> None:

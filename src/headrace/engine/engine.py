@@ -292,8 +292,10 @@ class Engine:
             for bundle in layer
             for read in bundle.reads
         ]
-        tiled: frozenset[str] = getattr(self.kernels, "tiled", frozenset())
-        return all(tensor.type in tiled and not tensor.k_splits for tensor in (*linears, *experts))
+        kernels = self.kernels
+        return isinstance(kernels, Kernels) and all(
+            kernels.has_tiles(tensor.type, tensor.columns) and not tensor.k_splits for tensor in (*linears, *experts)
+        )
 
     @property
     def embedding_rows(self) -> int | None:

@@ -187,10 +187,15 @@ def type_number(name: str) -> int:
     return int(gguf.GGMLQuantizationType[name])
 
 
-def takes_super_blocks(type_name: str) -> bool:
-    """True if matmuls with this format take activations in blocks of 256, as the tile kernel does."""
+def tile_activations(type_name: str) -> str | None:
+    """The activation format of ggml's tile kernel for these weights; None: it has none that is row-invariant."""
     traits = library().ggml_get_type_traits_cpu(type_number(type_name)).contents
-    return bool(traits.vec_dot_type == type_number("Q8_K"))
+    taken = gguf.GGMLQuantizationType(traits.vec_dot_type).name
+    return taken if taken == "Q8_K" or type_name in _TILED_FLOATS else None
+
+
+# Formats that ggml's copy of tinyBLAS multiplies: a result does not depend on its place in a tile.
+_TILED_FLOATS = ("F16", "BF16", "F32")
 
 
 @functools.cache

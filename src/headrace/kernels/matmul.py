@@ -7,7 +7,7 @@ torch's bf16 GEMM at 0.36 for 512 rows.
 
 import ctypes
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple, TypeAlias
@@ -19,7 +19,7 @@ from headrace.kernels import repack
 from headrace.kernels.attention_graph import AttentionGraph, Heads, Positions
 from headrace.kernels.expert_mlp import ExpertMlp, ExpertShapes
 from headrace.kernels.fused_graph import FusedGraph
-from headrace.kernels.ggml import takes_super_blocks
+from headrace.kernels.ggml import tile_activations
 from headrace.kernels.ggml_graph import Cast, MatmulGraph, MatmulPointers, MatmulShape, RowFunction, Workers
 from headrace.kernels.repack import Repacking
 from headrace.kernels.thresholds import (
@@ -27,7 +27,9 @@ from headrace.kernels.thresholds import (
     DECODE_MAX_ROWS,
     EXPERT_DECODE_MAX_ROWS,
     PRECISE_TYPES,
+    TILE_COLUMNS,
     TILE_ROWS,
+    TILE_WEIGHT_ROWS,
 )
 from headrace.kernels.unpacking import ToHalf, unpack_slices
 from headrace.kernels.weight_slice import WeightSlice
@@ -59,14 +61,16 @@ class Kernels:
                 processor can.
             row_invariant: the result of a decode row must not depend on the number of rows. Kernels that are faster for
                 one row, or for many, break this in the last bits.
-            tiled: formats whose prefill rows go through ggml's tile kernel, in 8 bits, and not through torch.
+            tiled: formats whose prefill rows go through ggml's tile kernel, and not through torch. Quantised weights take
+                activations in 8 bits there, floats in their own format.
             pad_decode_rows_to_tiles: for the formats in `tiled`, run row-invariant rows through the tile kernel (padded),
                 instead of one dot product per row. Both are row-invariant but differ in the last bits.
         """
         self.threads = threads
         self.bf16_prefill = bf16_prefill and _multiplies_bf16()
         self.row_invariant = row_invariant
-        self.tiled = frozenset(kind for kind in tiled if takes_super_blocks(kind))
+        activations = {kind: tile_activations(kind) for kind in tiled}
+        self._tile_activations = {kind: found for kind, found in activations.items() if found is not None}
         self.pad_decode_rows_to_tiles = pad_decode_rows_to_tiles
         self.repacking = Repacking()
         self._prefill_workers = self.decode_workers = Workers(threads, spin=False)
@@ -81,8 +85,9 @@ class Kernels:
         self._half: torch.Tensor | None = None  # unpacked weights
         self._to_half = ToHalf(threads)
         self._activations_bf16 = _CachedActivations()
-        self._activations_q8 = _CachedActivations()
+        self._activations_tiled: dict[str, _CachedActivations] = {}  # by their format
         self._padded_results = torch.empty(0)
+        self._last_tiles: list[torch.Tensor] = []  # copies of weights, padded
         self._copies: list[torch.Tensor] = []
         self._cached_matmuls: dict[tuple[int, ...], _CachedMatmul] = {}
         # Graph and operands of the matmul in progress.
@@ -170,7 +175,7 @@ class Kernels:
             if repacked:
                 self._decode_rows(x, repacked, outputs)
             slices = [(i, weight_slice) for i, weight_slice in slices if not weight_slice.repacked_in_place]
-            tiled, others = self._split_tiled(slices, row_invariant=False)
+            tiled, others = self._split_tiled(slices, x.shape[1], row_invariant=False)
             if tiled:
                 self._tiles(x, range(invariant_rows, len(x)), tiled, outputs)
             for i, weight_slice in others:
@@ -178,18 +183,22 @@ class Kernels:
                 self._prefill_rows(activations, weight_slice, outputs[i][invariant_rows:], chunks)
         if invariant_rows and slices:
             if self.pad_decode_rows_to_tiles if self.row_invariant else invariant_rows >= TILE_ROWS:
-                tiled, slices = self._split_tiled(slices, row_invariant=True)
+                tiled, slices = self._split_tiled(slices, x.shape[1], row_invariant=True)
                 if tiled:
                     self._tiles(x, range(invariant_rows), tiled, outputs)
             if slices:
                 self._decode_rows(x[:invariant_rows], slices, [output[:invariant_rows] for output in outputs])
 
-    def _split_tiled(self, slices: "_Slices", row_invariant: bool) -> tuple["_Slices", "_Slices"]:
+    def has_tiles(self, type_name: str, columns: int) -> bool:
+        """True if prefill rows go through the tile kernel, which is row-invariant."""
+        return type_name in self._tile_activations and columns % TILE_COLUMNS == 0
+
+    def _split_tiled(self, slices: "_Slices", columns: int, row_invariant: bool) -> tuple["_Slices", "_Slices"]:
         """(slices for the tile kernel, the others)."""
         tiled = [
             (i, p)
             for i, p in slices
-            if p.type in self.tiled and not p.k_split_rows and not (row_invariant and p.repacked)
+            if self.has_tiles(p.type, columns) and not p.k_split_rows and not (row_invariant and p.repacked)
         ]
         return tiled, [pair for pair in slices if pair not in tiled] if tiled else slices
 
@@ -207,9 +216,14 @@ class Kernels:
                 )
             if not chunks:
                 continue
-            if weight_slice.type in self.tiled and x.shape[0] - invariant_rows >= TILE_ROWS:
+            tiled = self.has_tiles(weight_slice.type, x.shape[1])
+            if (
+                tiled
+                and self._tile_activations[weight_slice.type] == "Q8_K"
+                and x.shape[0] - invariant_rows >= TILE_ROWS
+            ):
                 others.append(_job(x[invariant_rows:], weight_slice, output[invariant_rows:]))
-            elif weight_slice.type in self.tiled:
+            elif tiled:
                 self._tiles(x, range(invariant_rows, x.shape[0]), [(0, weight_slice)], [output])
             else:
                 unpacked, first = [], invariant_rows
@@ -264,34 +278,65 @@ class Kernels:
 
     def _tiles(self, x: torch.Tensor, which: range, slices: "_Slices", outputs: Sequence[torch.Tensor]) -> None:
         """Run these rows of x through the tile kernel, padded to at least `TILE_ROWS`."""
+        self._last_tiles.clear()
         rows = max(len(which), TILE_ROWS)
-        pads = len(which) < rows  # then results go to a buffer first
-        packed, x_stride = self._quantise_activations(x, which, rows)
-        sizes = [rows * p.rows if pads else 0 for _, p in slices]
+        pads = len(which) < rows
+        parts = [
+            (output[which.start : which.stop, part.first : part.first + part.rows], part, rest)
+            for output, p in ((outputs[i], p) for i, p in slices)
+            for part, rest in self._whole_tiles(p, x.shape[1])
+        ]
+        # Results that are padded go to a buffer first.
+        sizes = [rows * (part.rows + rest) if pads or rest else 0 for _, part, rest in parts]
         if self._padded_results.numel() < sum(sizes):
             self._padded_results = torch.empty(sum(sizes))
         padded = torch.split(self._padded_results[: sum(sizes)], sizes)
         jobs = []
-        for (i, p), result in zip(slices, padded, strict=True):
-            stride = 4 * (p.rows if pads else outputs[i].stride(0))
-            to = result.data_ptr() if pads else outputs[i].data_ptr() + which.start * stride + 4 * p.first
-            part = MatmulShape(p.type, p.rows, x.shape[1], _TILE_ACTIVATIONS, x_stride, stride, repacked=False)
-            jobs.append((part, MatmulPointers(p.address, packed, to, rows)))
+        for (out, part, rest), buffer in zip(parts, padded, strict=True):
+            activations = self._tile_activations[part.type]
+            packed, x_stride = self._quantise_activations(x, which, rows, activations)
+            weight_rows = part.rows + rest
+            stride = 4 * (weight_rows if buffer.numel() else out.stride(0))
+            to = (buffer if buffer.numel() else out).data_ptr()
+            shape = MatmulShape(part.type, weight_rows, x.shape[1], activations, x_stride, stride, repacked=False)
+            jobs.append((shape, MatmulPointers(part.address, packed, to, rows)))
         self._run(jobs, dots=False)
-        if pads:
-            for (i, p), result in zip(slices, padded, strict=True):
-                outputs[i][which.start : which.stop, p.first : p.first + p.rows] = result.view(rows, -1)[: len(which)]
+        for (out, part, _), buffer in zip(parts, padded, strict=True):
+            if buffer.numel():
+                out.copy_(buffer.view(rows, -1)[: len(which), : part.rows])
+            scale = self._activations_tiled[self._tile_activations[part.type]].scale
+            if scale is not None:
+                out.mul_(scale)
 
-    def _quantise_activations(self, x: torch.Tensor, which: range, rows: int) -> tuple[int, int]:
-        """(address, bytes per row) of these rows of x in the tile kernel's format, in a buffer for `rows`."""
+    def _whole_tiles(self, p: WeightSlice, columns: int) -> Iterator[tuple[WeightSlice, int]]:
+        """A slice in parts, each with its rows of padding: the kernel for floats takes multiples of `TILE_WEIGHT_ROWS`."""
+        rest = p.rows % TILE_WEIGHT_ROWS if self._tile_activations[p.type] != "Q8_K" else 0
+        if rest < p.rows:
+            yield replace(p, rows=p.rows - rest), 0
+        if rest:
+            nbytes = rest * row_bytes(p.type, columns)
+            last = torch.zeros(TILE_WEIGHT_ROWS * row_bytes(p.type, columns), dtype=torch.uint8)
+            last[:nbytes] = _view(p.address + p.rows * row_bytes(p.type, columns) - nbytes, nbytes)
+            self._last_tiles.append(last)
+            first = p.first + p.rows - rest
+            yield replace(p, rows=rest, first=first, address=last.data_ptr()), TILE_WEIGHT_ROWS - rest
+
+    def _quantise_activations(self, x: torch.Tensor, which: range, rows: int, kind: str) -> tuple[int, int]:
+        """(address, bytes per row) of these rows of x in a format of the tile kernel, in a buffer for `rows`."""
         columns = x.shape[1]
-        stride = row_bytes(_TILE_ACTIVATIONS, columns)
-        cached = self._activations_q8
+        stride = row_bytes(kind, columns)
+        cached = self._activations_tiled.setdefault(kind, _CachedActivations())
         if not cached.are_of(x, which.start):
             buffer = cached.reserve(rows * stride, torch.uint8)
-            cast = self._cast("F32", _TILE_ACTIVATIONS, columns, len(which) > DECODE_MAX_ROWS)
-            cast(x.data_ptr() + 4 * which.start * columns, buffer.data_ptr(), len(which))
+            part, scale = x[which.start : which.stop], None
+            if kind == "F16" and not bool((largest := part.abs().amax(1, keepdim=True)).amax() <= _LARGEST_F16):
+                # Rows beyond its range are divided by a power of two, and their results multiplied by it.
+                scale = (largest / _LARGEST_F16).log2().ceil().clamp_min(0).exp2()
+                part = part / scale
+            cast = self._cast("F32", kind, columns, len(which) > DECODE_MAX_ROWS)
+            cast(part.data_ptr(), buffer.data_ptr(), len(which))
             cached.keep(x, which.start, buffer)
+            cached.scale = scale
         return cached.value.data_ptr(), stride
 
     def _run(self, jobs: Sequence["_Job"], dots: bool) -> tuple[MatmulGraph, list[MatmulPointers]]:
@@ -484,7 +529,9 @@ class Kernels:
         """Free the scratch for unpacked weights, until the next prefill."""
         self._scratch = self._half = None
         self._padded_results = torch.empty(0)
-        self._activations_bf16, self._activations_q8 = _CachedActivations(), _CachedActivations()
+        self._activations_bf16 = _CachedActivations()
+        self._activations_tiled.clear()
+        self._last_tiles.clear()
 
     def close(self) -> None:
         """Free ggml's graphs and the copies."""
@@ -545,6 +592,7 @@ class _CachedActivations:
         self._first = 0
         self._buffer = torch.empty(0)
         self.value = self._buffer
+        self.scale: torch.Tensor | None = None  # (rows, 1): factors that rows were divided by; None: all 1
 
     def are_of(self, x: torch.Tensor, first: int) -> bool:
         """True if these are the rows of x from `first` on."""
@@ -584,7 +632,7 @@ _Slices: TypeAlias = Sequence[tuple[int, WeightSlice]]
 
 _SINGLE_THREAD_BYTES = 640 << 10  # max bytes of weights times rows for one thread: it ends before another wakes
 _QUANTISED = "Q8_0"
-_TILE_ACTIVATIONS = "Q8_K"  # ggml's tile kernel takes activations in it
+_LARGEST_F16 = 65504.0
 _MIN_POSITIONS = 64  # min positions of an attention graph
 _MAX_MATMULS = 32  # max matmuls in one graph
 _MAX_CACHED_MATMULS = 4096

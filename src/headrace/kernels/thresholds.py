@@ -8,6 +8,10 @@ DECODE_MAX_ROWS = 16
 # rows at once. They add up in another order than the dot products do, so a row's last bits differ.
 TILE_ROWS = 8
 
+# For formats of floats its tiles have this many rows of weights, and this many columns of a vector register.
+TILE_WEIGHT_ROWS = 4
+TILE_COLUMNS = 16
+
 # Rows of activations that the kernel for repacked weights takes together. Row-invariant rows are padded to a multiple.
 ACTIVATION_ROWS = 4
 
