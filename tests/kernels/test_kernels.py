@@ -204,8 +204,10 @@ def test_tiles_of_floats_are_row_invariant_wherever_the_weights_are_split(
     for weight_rows, columns in ((40, 96), (37, 64), (3, 32), (130, 48)):
         weights, x = torch.randn(weight_rows, columns).to(dtype), torch.randn(150, columns)
 
-        def product(rows: int, cuts: list[int], invariant: int, x: torch.Tensor = x, w: torch.Tensor = weights) -> Any:
-            out, ends = torch.full((rows, len(w)), torch.nan), [0, *cuts, len(w)]
+        def multiplied(
+            rows: int, splits: list[int], invariant: int, x: torch.Tensor = x, w: torch.Tensor = weights
+        ) -> Any:
+            out, ends = torch.full((rows, len(w)), torch.nan), [0, *splits, len(w)]
             slices = [
                 (0, WeightSlice(kind, last - first, w[first:].data_ptr(), first))
                 for first, last in itertools.pairwise(ends)
@@ -214,12 +216,12 @@ def test_tiles_of_floats_are_row_invariant_wherever_the_weights_are_split(
             kernels.matmul(x[:rows].contiguous(), slices, [out], invariant, [rows - invariant])
             return out
 
-        whole = product(150, [], 0)
+        whole = multiplied(150, [], 0)
         torch.testing.assert_close(whole, x @ weights.float().T, rtol=0, atol=1e-4 if kind == "F32" else 0.2)
         for rows in (1, 7, 8, 9, 64, 65):
-            for cuts in ([], [1], [weight_rows // 3], [weight_rows // 2, weight_rows // 2 + 1]):
+            for splits in ([], [1], [weight_rows // 3], [weight_rows // 2, weight_rows // 2 + 1]):
                 for invariant in {0, min(rows - 1, 5)} if pad_decode_rows_to_tiles else {0}:
-                    assert torch.equal(product(rows, cuts, invariant), whole[:rows]), (rows, cuts, invariant)
+                    assert torch.equal(multiplied(rows, splits, invariant), whole[:rows]), (rows, splits, invariant)
 
 
 def test_activations_beyond_f16_are_scaled() -> None:

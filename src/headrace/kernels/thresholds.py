@@ -8,7 +8,7 @@ DECODE_MAX_ROWS = 16
 # rows at once. They add up in another order than the dot products do, so a row's last bits differ.
 TILE_ROWS = 8
 
-# For formats of floats its tiles have this many rows of weights, and this many columns of a vector register.
+# Rows of weights and columns of a tile, for formats of floats.
 TILE_WEIGHT_ROWS = 4
 TILE_COLUMNS = 16
 
