@@ -14,7 +14,7 @@ import headrace
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import BudgetError, CheckpointError, ContextError, UsageError
 from headrace.model import Tokenizer
-from headrace.plan import Budget, Request, guessed_profile, make_plan
+from headrace.plan import Budget, RunConfig, guessed_profile, make_plan
 from headrace.plan.shape import shape_of
 
 PROMPT = "translate English to German: the house is big"
@@ -107,7 +107,7 @@ def test_the_answer_is_the_same_from_the_floor_up(large: Path) -> None:
     answers, plans = set(), []
     with headrace.load(str(large), memory="4GiB") as loaded:
         floor = loaded.plan.floor_bytes
-    request = Request(prompt_tokens=512, context_tokens=4096)
+    request = RunConfig(prompt_tokens=512, context_tokens=4096)
     unbuilt = make_plan(open_checkpoint(large), guessed_profile(), Budget(nbytes=4 << 30, reason="test"), request)
     floor = max(floor, unbuilt.floor_bytes)
     for budget in (floor + (8 << 20), floor + (40 << 20), floor + (90 << 20), 4 << 30):
@@ -184,12 +184,12 @@ def test_the_header_alone_counts_the_bytes_that_the_built_model_needs(name: str,
 def test_the_plan_counts_bytes_streamed_once_per_prompt(large: Path) -> None:
     checkpoint, profile = open_checkpoint(large), guessed_profile()
     shape = shape_of(checkpoint)
-    tight = make_plan(checkpoint, profile, Budget(nbytes=700 << 20, reason="test"), Request())
-    roomy = make_plan(checkpoint, profile, Budget(nbytes=8 << 30, reason="test"), Request())
+    tight = make_plan(checkpoint, profile, Budget(nbytes=700 << 20, reason="test"), RunConfig())
+    roomy = make_plan(checkpoint, profile, Budget(nbytes=8 << 30, reason="test"), RunConfig())
     assert tight.weights_bytes == shape.weights_bytes + shape.prefill_only_bytes
     assert tight.prefill_only_bytes == shape.prefill_only_bytes
     assert roomy.streamed_bytes_per_pass == roomy.streamed_bytes_per_prompt == 0
-    longer = make_plan(checkpoint, profile, roomy.budget, Request(prompt_tokens=2000, context_tokens=3000))
+    longer = make_plan(checkpoint, profile, roomy.budget, RunConfig(prompt_tokens=2000, context_tokens=3000))
     assert longer.activation_bytes > roomy.activation_bytes  # every row of an encoder attends to every other
     assert longer.decode_s_per_token == roomy.decode_s_per_token
     assert longer.ttft_s.expected > roomy.ttft_s.expected

@@ -43,7 +43,7 @@ from headrace.plan import (
     Drafting,
     Plan,
     Profile,
-    Request,
+    RunConfig,
     budget_of,
     choose_drafting,
     drafting_options,
@@ -732,7 +732,7 @@ def load(
     kv_bits: int = 16,
     draft: str | Path | None = "auto",
     deterministic: bool = True,
-    size_for: Callable[[Tokenizer], Request] | None = None,
+    size_for: Callable[[Tokenizer], RunConfig] | None = None,
     profile: Profile | None = None,
     trace: bool = False,
     open_file: Callable[[str], File] = WeightFile,
@@ -752,7 +752,7 @@ def load(
             draft model. `self`: a low-bit copy quantised on load. `auto`: the plan's choice.
         deterministic: the same prompt, seed and settings give the same tokens, whatever ran before or shares the passes.
             False also reuses the KV cache of answers that became part of a prompt, and of chunks shared in part.
-        size_for: decides the request once the tokenizer is there, for prompts that are known already. The sizes given
+        size_for: decides the run's sizes once the tokenizer is there, for prompts that are known already. The sizes given
             above then only refuse a model that cannot fit.
         profile: rates to plan with; None: the profile kept by `headrace probe`, else assumed rates of a modest machine.
         trace: record every span of time.
@@ -777,40 +777,40 @@ def load(
     budget = budget_of(memory)
     profile = profile or load_profile() or guessed_profile()
     context = context_tokens or min(4096, checkpoint.context_limit(4096))
-    request = Request(
+    run_config = RunConfig(
         context_tokens=context,
         prompt_tokens=min(prompt_tokens or 512, context),
         sequences=sequences,
         kv_bits=kv_bits,
     )
     options = drafting_options(checkpoint, draft)
-    drafting, why = choose_drafting(checkpoint, profile, budget, request, options)  # refuse before anything is built
+    drafting, why = choose_drafting(checkpoint, profile, budget, run_config, options)  # refuse before anything is built
     keep_freed_memory()
     check_model_type(checkpoint)
     tokenizer = Tokenizer(checkpoint)
     if size_for is not None:
-        request = size_for(tokenizer)
-        drafting, why = choose_drafting(checkpoint, profile, budget, request, options)
-    request = replace(request, drafting=drafting)
+        run_config = size_for(tokenizer)
+        drafting, why = choose_drafting(checkpoint, profile, budget, run_config, options)
+    run_config = replace(run_config, drafting=drafting)
     plans: list[Plan] = []
 
     def decide(skeleton: ModelSkeleton) -> StreamOptions:
         """Plan with the process's resident memory: everything is built, and no weights are in memory yet."""
-        nonlocal request, why
+        nonlocal run_config, why
         if skeleton.attention_mode == "native" or (skeleton.attention_mode == "concatenated" and deterministic):
             reason, hint = _why_alone(skeleton)
             if draft not in ("auto", "none"):
                 raise UsageError(f"{checkpoint.name} runs without drafts: {reason}", hint=hint)
-            request = replace(request, sequences=1, drafting=NO_DRAFT)
+            run_config = replace(run_config, sequences=1, drafting=NO_DRAFT)
             why = f"draft none: {reason}"
         release_unused()
         taken = resident_bytes() + RUNTIME_GROWTH_BYTES
-        plan = make_plan(checkpoint, profile, budget, request, runtime_bytes=taken, built=_built(skeleton))
+        plan = make_plan(checkpoint, profile, budget, run_config, runtime_bytes=taken, built=_built(skeleton))
         plans.append(replace(plan, reasons=(*plan.reasons, why)))
         return StreamOptions(
             pinned_rows=plan.pinned_rows,
             decode_pinned_rows=plan.decode_pinned_rows,
-            decode_pinned_max_rows=request.verify_rows,
+            decode_pinned_max_rows=run_config.verify_rows,
             memory_limit_bytes=budget.nbytes,
             unit_bytes=plan.unit_bytes,
             slots=plan.ring_slots,
@@ -825,7 +825,7 @@ def load(
         )
 
     with ExitStack() as undo:
-        kernels, reason = make_kernels(profile.threads, profile.bf16_pays, request.row_invariant, profile.tiled)
+        kernels, reason = make_kernels(profile.threads, profile.bf16_pays, run_config.row_invariant, profile.tiled)
         undo.callback(kernels.close)
         if reason != "ggml":
             warnings.warn(reason, stacklevel=2)
@@ -834,13 +834,13 @@ def load(
         except CheckpointError as error:  # not every layout can be quantised on load
             if draft != "auto":
                 raise
-            request, draft_engine = replace(request, drafting=NO_DRAFT), None
+            run_config, draft_engine = replace(run_config, drafting=NO_DRAFT), None
             why = f"draft none: {error}"
         if draft_engine is not None:
             undo.callback(draft_engine.close)
         engine = Engine(checkpoint, decide, kernels, trace=Trace() if trace else None, open_file=open_file)
         undo.callback(engine.close)
-        if draft_engine is not None and request.drafting == NO_DRAFT:
+        if draft_engine is not None and run_config.drafting == NO_DRAFT:
             draft_engine.close()
             draft_engine = None
         if draft_engine is not None:

@@ -11,12 +11,12 @@ from tiny import random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import BudgetError, UsageError
-from headrace.plan import Request, choose_drafting, choose_sequences, drafting_options, make_plan
+from headrace.plan import RunConfig, choose_drafting, choose_sequences, drafting_options, make_plan
 from headrace.plan.cost import PassCost
 from headrace.plan.draft import LOOKUP, NO_DRAFT, predict_decode
 from headrace.units import GIB, MIB
 
-REQUEST = Request(prompt_tokens=100, context_tokens=400)
+REQUEST = RunConfig(prompt_tokens=100, context_tokens=400)
 
 
 def disk_bound(rows: int) -> PassCost:
@@ -88,7 +88,7 @@ def test_a_low_bit_copy_is_not_made_for_a_short_output() -> None:
     target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)
     options = drafting_options(target, "auto")
     assert options[-1].prepare_s > 1
-    short = Request(prompt_tokens=100, context_tokens=102)
+    short = RunConfig(prompt_tokens=100, context_tokens=102)
     profile = replace(SLOW_DISK, disk_bytes_per_s={"1": 2e9})
     assert choose_drafting(target, profile, budget_of(1400 * MIB), short, options)[0].name != "self"
     assert choose_drafting(target, profile, budget_of(1400 * MIB), REQUEST, options)[0].name == "self"
@@ -156,7 +156,7 @@ def test_a_repacked_copy_needs_spare_memory_and_repacking_in_place_needs_a_batch
     assert single.streamed_bytes_per_pass > 0
     assert not single.repacked_types  # the disk binds: nothing to gain
     many = make_plan(
-        target, repacked, budget_of(1100 * MIB), Request(prompt_tokens=16, context_tokens=216, sequences=16)
+        target, repacked, budget_of(1100 * MIB), RunConfig(prompt_tokens=16, context_tokens=216, sequences=16)
     )
     assert many.repack_in_place
     assert many.repacked_bytes == 0

@@ -18,7 +18,7 @@ from headrace.plan import (
     Budget,
     Plan,
     Profile,
-    Request,
+    RunConfig,
     given_budget,
     guessed_profile,
     load_profile,
@@ -128,9 +128,9 @@ Shape = dict[str, Any]
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> Request:
+def requests(draw: st.DrawFn) -> RunConfig:
     context = draw(st.integers(16, 8192))
-    return Request(prompt_tokens=draw(st.integers(1, context)), context_tokens=context)
+    return RunConfig(prompt_tokens=draw(st.integers(1, context)), context_tokens=context)
 
 
 PROFILES = {"unmeasured": guessed_profile(), "measured": MEASURED, "fast disk": FAST_DISK}
@@ -142,10 +142,10 @@ def budget_of(nbytes: int) -> Budget:
     return given_budget(nbytes)
 
 
-def planned(checkpoint: Checkpoint, profile: Profile, nbytes: int, request: Request) -> Plan:
+def planned(checkpoint: Checkpoint, profile: Profile, nbytes: int, run_config: RunConfig) -> Plan:
     """The plan; a budget below the floor does not count as an example."""
     try:
-        return make_plan(checkpoint, profile, budget_of(nbytes), request)
+        return make_plan(checkpoint, profile, budget_of(nbytes), run_config)
     except BudgetError as error:
         # The error of the plan itself, not of a plan made for a suggestion.
         if f"the budget is {gib(nbytes)} " in str(error):
@@ -153,9 +153,9 @@ def planned(checkpoint: Checkpoint, profile: Profile, nbytes: int, request: Requ
         raise
 
 
-def scarce(checkpoint: Checkpoint, profile: Profile, request: Request, share: float) -> int:
+def scarce(checkpoint: Checkpoint, profile: Profile, run_config: RunConfig, share: float) -> int:
     """A budget that leaves about this share of the weights to be pinned, so that most of these plans stream."""
-    plan = make_plan(checkpoint, profile, budget_of(1 << 40), request)
+    plan = make_plan(checkpoint, profile, budget_of(1 << 40), run_config)
     return plan.runtime_bytes + plan.kv_bytes + 128 * MIB + int(share * plan.weights_bytes)
 
 
@@ -191,9 +191,9 @@ def floor_named(error: BudgetError) -> int:
 
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, requests())
-def test_used_bytes_fit_into_the_budget(shape: Shape, machine: str, nbytes: int, request: Request) -> None:
+def test_used_bytes_fit_into_the_budget(shape: Shape, machine: str, nbytes: int, run_config: RunConfig) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    plan = planned(checkpoint, profile, nbytes, request)
+    plan = planned(checkpoint, profile, nbytes, run_config)
 
     assert used_bytes(plan) <= nbytes
     parts = (plan.pinned_bytes, plan.ring_bytes, plan.kv_bytes, plan.activation_bytes, plan.runtime_bytes)
@@ -203,9 +203,9 @@ def test_used_bytes_fit_into_the_budget(shape: Shape, machine: str, nbytes: int,
 
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, requests())
-def test_pinned_and_streamed_are_all_weights(shape: Shape, machine: str, nbytes: int, request: Request) -> None:
+def test_pinned_and_streamed_are_all_weights(shape: Shape, machine: str, nbytes: int, run_config: RunConfig) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    plan = planned(checkpoint, profile, nbytes, request)
+    plan = planned(checkpoint, profile, nbytes, run_config)
     matrices = linears(checkpoint)
 
     assert set(plan.pinned_rows) == set(matrices)
@@ -223,10 +223,10 @@ def test_pinned_and_streamed_are_all_weights(shape: Shape, machine: str, nbytes:
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, requests())
 def test_a_streaming_plan_has_a_ring_and_a_pinned_one_has_none(
-    shape: Shape, machine: str, nbytes: int, request: Request
+    shape: Shape, machine: str, nbytes: int, run_config: RunConfig
 ) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    plan = planned(checkpoint, profile, nbytes, request)
+    plan = planned(checkpoint, profile, nbytes, run_config)
 
     if plan.pinned_bytes < plan.weights_bytes:
         widest = max(one.row_bytes for one in linears(checkpoint).values())
@@ -238,9 +238,9 @@ def test_a_streaming_plan_has_a_ring_and_a_pinned_one_has_none(
 
 @PROPERTY
 @given(SHAPES, MACHINES, requests())
-def test_a_model_that_fits_is_not_streamed(shape: Shape, machine: str, request: Request) -> None:
+def test_a_model_that_fits_is_not_streamed(shape: Shape, machine: str, run_config: RunConfig) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    plan = make_plan(checkpoint, profile, budget_of(128 * GIB), request)
+    plan = make_plan(checkpoint, profile, budget_of(128 * GIB), run_config)
 
     assert plan.streamed_bytes_per_pass == 0
     assert plan.ring_slots == plan.ring_bytes == 0
@@ -254,11 +254,11 @@ def test_a_model_that_fits_is_not_streamed(shape: Shape, machine: str, request: 
 @PROPERTY
 @given(LARGE, MACHINES, SHARES, requests())
 def test_a_plan_that_streams_could_not_have_pinned_everything(
-    shape: Shape, machine: str, share: float, request: Request
+    shape: Shape, machine: str, share: float, run_config: RunConfig
 ) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    nbytes = scarce(checkpoint, profile, request, share)
-    plan = planned(checkpoint, profile, nbytes, request)
+    nbytes = scarce(checkpoint, profile, run_config, share)
+    plan = planned(checkpoint, profile, nbytes, run_config)
     assume(plan.streamed_bytes_per_pass > 0)
 
     # The margin is 24 MiB and a hundredth of the budget. Pinned rows begin and end on whole pages: 8 KiB per tensor.
@@ -270,11 +270,11 @@ def test_a_plan_that_streams_could_not_have_pinned_everything(
 @PROPERTY
 @given(LARGE, MACHINES, SHARES, requests())
 def test_a_streaming_plan_leaves_little_of_the_budget_unused(
-    shape: Shape, machine: str, share: float, request: Request
+    shape: Shape, machine: str, share: float, run_config: RunConfig
 ) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    nbytes = scarce(checkpoint, profile, request, share)
-    plan = planned(checkpoint, profile, nbytes, request)
+    nbytes = scarce(checkpoint, profile, run_config, share)
+    plan = planned(checkpoint, profile, nbytes, run_config)
     assume(plan.streamed_bytes_per_pass > 0)
 
     margin = 24 * MIB + nbytes // 100 + 8192 * len(linears(checkpoint))
@@ -296,13 +296,13 @@ def test_every_large_tensor_is_pinned_by_the_same_share() -> None:
 
 @PROPERTY
 @given(SHAPES, st.integers(0, 400 * MIB), requests(), st.sampled_from([None, 100 * MIB]))
-@example({}, 0, Request(), None)
+@example({}, 0, RunConfig(), None)
 def test_below_the_floor_is_an_error_that_names_a_budget_which_works(
-    shape: Shape, nbytes: int, request: Request, runtime_bytes: int | None
+    shape: Shape, nbytes: int, run_config: RunConfig, runtime_bytes: int | None
 ) -> None:
     checkpoint = model(**shape)
     try:
-        make_plan(checkpoint, MEASURED, budget_of(nbytes), request, runtime_bytes=runtime_bytes)
+        make_plan(checkpoint, MEASURED, budget_of(nbytes), run_config, runtime_bytes=runtime_bytes)
     except BudgetError as error:
         refusal = error
     else:
@@ -310,11 +310,11 @@ def test_below_the_floor_is_an_error_that_names_a_budget_which_works(
     floor = floor_named(refusal)
 
     assert floor > nbytes
-    plan = make_plan(checkpoint, MEASURED, budget_of(floor), request, runtime_bytes=runtime_bytes)
+    plan = make_plan(checkpoint, MEASURED, budget_of(floor), run_config, runtime_bytes=runtime_bytes)
     assert used_bytes(plan) <= floor
     # No larger than it must be: the hint is rounded up to a MiB.
     with pytest.raises(BudgetError):
-        make_plan(checkpoint, MEASURED, budget_of(floor - MIB - 1), request, runtime_bytes=runtime_bytes)
+        make_plan(checkpoint, MEASURED, budget_of(floor - MIB - 1), run_config, runtime_bytes=runtime_bytes)
 
 
 def test_the_message_of_a_small_budget_has_both_numbers() -> None:
@@ -335,13 +335,13 @@ def test_the_floor_is_the_same_for_every_budget() -> None:
 
 
 def test_the_hint_is_a_shorter_context_if_the_kv_cache_is_large() -> None:
-    checkpoint, request = model(kv_heads=32, context=1 << 17), Request(prompt_tokens=16, context_tokens=1 << 16)
+    checkpoint, run_config = model(kv_heads=32, context=1 << 17), RunConfig(prompt_tokens=16, context_tokens=1 << 16)
 
     with pytest.raises(BudgetError) as caught:
-        make_plan(checkpoint, MEASURED, budget_of(GIB), request)
+        make_plan(checkpoint, MEASURED, budget_of(GIB), run_config)
     assert "or a smaller --ctx-size" in str(caught.value.hint)
     with pytest.raises(BudgetError) as caught:
-        make_plan(checkpoint, MEASURED, budget_of(MIB), Request(prompt_tokens=16, context_tokens=32))
+        make_plan(checkpoint, MEASURED, budget_of(MIB), RunConfig(prompt_tokens=16, context_tokens=32))
     assert "--ctx-size" not in str(caught.value.hint)
 
 
@@ -355,9 +355,9 @@ def test_more_memory_never_makes_decode_slower(
 ) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
     # A short prompt, so that the rows of a prefill are the same for both.
-    request = Request(prompt_tokens=prompt_tokens, context_tokens=1024)
-    small = planned(checkpoint, profile, min(one, other), request)
-    large = planned(checkpoint, profile, max(one, other), request)
+    run_config = RunConfig(prompt_tokens=prompt_tokens, context_tokens=1024)
+    small = planned(checkpoint, profile, min(one, other), run_config)
+    large = planned(checkpoint, profile, max(one, other), run_config)
 
     slack_s = rounding_bytes(checkpoint) / large.disk_bytes_per_s
     assert large.decode.seconds <= small.decode.seconds + slack_s
@@ -366,11 +366,11 @@ def test_more_memory_never_makes_decode_slower(
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, BUDGETS, requests())
 def test_more_memory_makes_decode_slower_by_no_more_than_it_gives_to_prefill(
-    shape: Shape, machine: str, one: int, other: int, request: Request
+    shape: Shape, machine: str, one: int, other: int, run_config: RunConfig
 ) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    small = planned(checkpoint, profile, min(one, other), request)
-    large = planned(checkpoint, profile, max(one, other), request)
+    small = planned(checkpoint, profile, min(one, other), run_config)
+    large = planned(checkpoint, profile, max(one, other), run_config)
 
     given_bytes = max(0, large.activation_bytes - small.activation_bytes)
     slack_s = (rounding_bytes(checkpoint) + given_bytes) / large.disk_bytes_per_s
@@ -380,10 +380,12 @@ def test_more_memory_makes_decode_slower_by_no_more_than_it_gives_to_prefill(
 
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, requests())
-def test_a_faster_disk_never_makes_anything_slower(shape: Shape, machine: str, nbytes: int, request: Request) -> None:
+def test_a_faster_disk_never_makes_anything_slower(
+    shape: Shape, machine: str, nbytes: int, run_config: RunConfig
+) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    slow = planned(checkpoint, replace(profile, disk_bytes_per_s={"1": 1e9}), nbytes, request)
-    fast = planned(checkpoint, replace(profile, disk_bytes_per_s={"1": 2e9}), nbytes, request)
+    slow = planned(checkpoint, replace(profile, disk_bytes_per_s={"1": 1e9}), nbytes, run_config)
+    fast = planned(checkpoint, replace(profile, disk_bytes_per_s={"1": 2e9}), nbytes, run_config)
 
     assert fast.decode.seconds <= slow.decode.seconds
     assert fast.ttft_s.expected <= slow.ttft_s.expected
@@ -393,10 +395,10 @@ def test_a_faster_disk_never_makes_anything_slower(shape: Shape, machine: str, n
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, requests())
 def test_every_prediction_is_a_range_around_the_expected_value(
-    shape: Shape, machine: str, nbytes: int, request: Request
+    shape: Shape, machine: str, nbytes: int, run_config: RunConfig
 ) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    plan = planned(checkpoint, profile, nbytes, request)
+    plan = planned(checkpoint, profile, nbytes, run_config)
 
     for spread in (plan.decode_s_per_token, plan.ttft_s):
         assert 0 < spread.low < spread.expected < spread.high
@@ -411,15 +413,15 @@ def test_every_prediction_is_a_range_around_the_expected_value(
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, requests())
 # Near the floor 65 rows do not fit: stepping down from a prompt of 513 tokens by 64 must not end at one row.
-@example({}, "measured", 700 * MIB, Request(prompt_tokens=513, context_tokens=1024))
+@example({}, "measured", 700 * MIB, RunConfig(prompt_tokens=513, context_tokens=1024))
 def test_a_prefill_takes_no_more_passes_than_the_fewest_rows_need(
-    shape: Shape, machine: str, nbytes: int, request: Request
+    shape: Shape, machine: str, nbytes: int, run_config: RunConfig
 ) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    plan = planned(checkpoint, profile, nbytes, request)
+    plan = planned(checkpoint, profile, nbytes, run_config)
 
-    assert plan.prefill_rows * plan.prefill_passes >= request.prompt_tokens
-    assert plan.prefill_rows * (plan.prefill_passes - 1) < request.prompt_tokens
+    assert plan.prefill_rows * plan.prefill_passes >= run_config.prompt_tokens
+    assert plan.prefill_rows * (plan.prefill_passes - 1) < run_config.prompt_tokens
     assert plan.prefill_rows >= DECODE_MAX_ROWS
 
 
@@ -444,16 +446,16 @@ def test_a_context_above_the_models_is_an_error_that_names_the_limit(limit: int,
     with pytest.raises(
         ContextError, match=f"{limit + more} tokens is asked for, the model was made for {limit}$"
     ) as caught:
-        make_plan(checkpoint, MEASURED, budget_of(64 * GIB), Request(prompt_tokens=1, context_tokens=limit + more))
+        make_plan(checkpoint, MEASURED, budget_of(64 * GIB), RunConfig(prompt_tokens=1, context_tokens=limit + more))
     hint = re.search(r"--ctx-size (\d+)", str(caught.value.hint))
     assert hint is not None
-    request = Request(prompt_tokens=1, context_tokens=int(hint.group(1)))
-    assert make_plan(checkpoint, MEASURED, budget_of(64 * GIB), request).context_tokens == limit
+    run_config = RunConfig(prompt_tokens=1, context_tokens=int(hint.group(1)))
+    assert make_plan(checkpoint, MEASURED, budget_of(64 * GIB), run_config).context_tokens == limit
 
 
 def test_a_context_above_the_models_is_refused_before_memory_is() -> None:
     with pytest.raises(ContextError):
-        make_plan(model(context=512), MEASURED, budget_of(1), Request(prompt_tokens=1, context_tokens=513))
+        make_plan(model(context=512), MEASURED, budget_of(1), RunConfig(prompt_tokens=1, context_tokens=513))
 
 
 @pytest.mark.parametrize(
@@ -525,10 +527,10 @@ def check_changes(plan: Plan) -> None:
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, requests())
 def test_changes_are_three_at_most_and_each_is_faster(
-    shape: Shape, machine: str, nbytes: int, request: Request
+    shape: Shape, machine: str, nbytes: int, run_config: RunConfig
 ) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    check_changes(planned(checkpoint, profile, nbytes, request))
+    check_changes(planned(checkpoint, profile, nbytes, run_config))
 
 
 def test_a_disk_bound_plan_has_changes_and_a_fully_pinned_one_asks_for_no_memory() -> None:
@@ -546,18 +548,18 @@ def everything_pinned(plan: Plan) -> Suggestion | None:
 
 @PROPERTY
 @given(LARGE, SHARES, requests())
-@example({}, 0.3, Request())
-@example({}, 0.3, Request(prompt_tokens=4096, context_tokens=8192))
-def test_the_suggested_memory_for_pinning_everything_does_so(shape: Shape, share: float, request: Request) -> None:
+@example({}, 0.3, RunConfig())
+@example({}, 0.3, RunConfig(prompt_tokens=4096, context_tokens=8192))
+def test_the_suggested_memory_for_pinning_everything_does_so(shape: Shape, share: float, run_config: RunConfig) -> None:
     checkpoint, profile = model(**shape), SLOW_DISK
-    nbytes = scarce(checkpoint, profile, request, share)
-    change = everything_pinned(planned(checkpoint, profile, nbytes, request))
+    nbytes = scarce(checkpoint, profile, run_config, share)
+    change = everything_pinned(planned(checkpoint, profile, nbytes, run_config))
     assume(change is not None)
     assert change is not None
     match = re.match(r"--memory (\S+ ?[GM]iB): everything pinned", change.what)
     assert match is not None
 
-    plan = make_plan(checkpoint, profile, budget_of(parse_bytes(match.group(1))), request)
+    plan = make_plan(checkpoint, profile, budget_of(parse_bytes(match.group(1))), run_config)
 
     assert plan.streamed_bytes_per_pass == 0
     assert plan.decode.seconds == pytest.approx(change.s_per_token)
@@ -575,7 +577,7 @@ def test_the_memory_of_a_change_is_one_word_on_the_command_line() -> None:
 def test_a_short_context_with_a_heavy_cache_is_planned(limit: int) -> None:
     # 2.6 MB of KV cache per token: 100 tokens are more than a tenth of a budget near the floor.
     checkpoint = model(layers=80, heads=64, kv_heads=64, feed_forward=1024, vocab=32_000, context=limit)
-    plan = make_plan(checkpoint, MEASURED, budget_of(1040 * MIB), Request(prompt_tokens=16, context_tokens=100))
+    plan = make_plan(checkpoint, MEASURED, budget_of(1040 * MIB), RunConfig(prompt_tokens=16, context_tokens=100))
 
     assert plan.kv_bytes > plan.budget.nbytes // 10
     check_changes(plan)
@@ -584,8 +586,8 @@ def test_a_short_context_with_a_heavy_cache_is_planned(limit: int) -> None:
 
 def test_a_shorter_context_is_suggested_for_a_large_kv_cache() -> None:
     checkpoint = model(kv_heads=32, feed_forward=4096, vocab=32_000, kind="Q4_K", context=8192)
-    plan = make_plan(checkpoint, FAST_DISK, budget_of(5 * GIB), Request(prompt_tokens=16, context_tokens=8192))
-    slow = make_plan(checkpoint, MEASURED, budget_of(5 * GIB), Request(prompt_tokens=16, context_tokens=8192))
+    plan = make_plan(checkpoint, FAST_DISK, budget_of(5 * GIB), RunConfig(prompt_tokens=16, context_tokens=8192))
+    slow = make_plan(checkpoint, MEASURED, budget_of(5 * GIB), RunConfig(prompt_tokens=16, context_tokens=8192))
 
     assert "--ctx-size 4096" in {change.what for change in slow.changes}
     assert "--ctx-size 4096" not in {change.what for change in plan.changes}
@@ -596,9 +598,9 @@ def test_a_shorter_context_is_suggested_for_a_large_kv_cache() -> None:
 
 @PROPERTY
 @given(SHAPES, MACHINES, BUDGETS, requests())
-def test_the_plan_is_json_without_nan(shape: Shape, machine: str, nbytes: int, request: Request) -> None:
+def test_the_plan_is_json_without_nan(shape: Shape, machine: str, nbytes: int, run_config: RunConfig) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    plan = planned(checkpoint, profile, nbytes, request)
+    plan = planned(checkpoint, profile, nbytes, run_config)
 
     values = json.loads(json.dumps(plan.as_json(), allow_nan=False))
 
@@ -629,7 +631,7 @@ def test_a_known_runtime_replaces_the_profiles() -> None:
 
 
 def test_the_kv_cache_holds_k_and_v_of_every_layer_in_half_precision() -> None:
-    plan = make_plan(model(), MEASURED, budget_of(2 * GIB), Request(prompt_tokens=16, context_tokens=1000))
+    plan = make_plan(model(), MEASURED, budget_of(2 * GIB), RunConfig(prompt_tokens=16, context_tokens=1000))
 
     assert plan.kv_bytes == 2 * 32 * 8 * 128 * 2 * 1000
 
@@ -768,10 +770,10 @@ def test_single_pass_prefill_needs_more_memory() -> None:
     )
     own = shape_of(checkpoint)
     single_pass = replace(own, single_sequence=True)
-    request = Request(context_tokens=4096, prompt_tokens=2048)
+    run_config = RunConfig(context_tokens=4096, prompt_tokens=2048)
     for shape, fits in ((own, True), (single_pass, False)):
         try:
-            found = plan_memory(shape, None, MEASURED, given_budget(700 * MIB), request, None)
+            found = plan_memory(shape, None, MEASURED, given_budget(700 * MIB), run_config, None)
             assert fits
             assert found.floor <= 700 * MIB
         except BudgetError:
@@ -790,7 +792,7 @@ def test_materialised_attention_scores_are_counted() -> None:
     }
     plain = shape_of(model(**shape, tied=False))
     capped = shape_of(model(**shape, tied=False, metadata={"llama.attn_logit_softcapping": 50.0}))
-    request = Request(context_tokens=4096, prompt_tokens=512)
+    run_config = RunConfig(context_tokens=4096, prompt_tokens=512)
     budget = given_budget(4 * GIB)
-    taken = [plan_memory(one, None, MEASURED, budget, request, None).activations for one in (plain, capped)]
+    taken = [plan_memory(one, None, MEASURED, budget, run_config, None).activations for one in (plain, capped)]
     assert taken[1] - taken[0] == SCORES_BYTES

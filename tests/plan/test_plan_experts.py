@@ -8,7 +8,7 @@ import pytest
 
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.errors import BudgetError
-from headrace.plan import Plan, Request, budget_of, guessed_profile, make_plan
+from headrace.plan import Plan, RunConfig, budget_of, guessed_profile, make_plan
 from headrace.plan.checkpoint_architecture import architecture_of
 from headrace.plan.expert_cost import Experts
 from headrace.plan.routing import Routing, load_routing, routing_path, save_routing
@@ -54,8 +54,8 @@ MODEL = Checkpoint(
 
 
 def plan(memory_mib: int, **options: int) -> Plan:
-    request = Request(prompt_tokens=16, context_tokens=128, **options)
-    return make_plan(MODEL, guessed_profile(), budget_of(memory_mib * MIB), request)
+    run_config = RunConfig(prompt_tokens=16, context_tokens=128, **options)
+    return make_plan(MODEL, guessed_profile(), budget_of(memory_mib * MIB), run_config)
 
 
 def test_the_sizes_of_experts_are_read_from_the_header() -> None:

@@ -12,7 +12,7 @@ from headrace.kernels import Kernels
 from headrace.model.trace import LinearStep
 from headrace.plan import (
     Budget,
-    Request,
+    RunConfig,
     choose_drafting,
     choose_sequences,
     drafting_options,
@@ -98,9 +98,9 @@ def test_recurrent_models_are_planned_without_drafts_and_with_single_sequences(
     budget, profile = Budget(nbytes=8 << 30, reason="test"), guessed_profile()
     options = drafting_options(checkpoint, "auto")
     assert len(options) > 1
-    request = Request(context_tokens=256, prompt_tokens=64)
-    assert choose_drafting(checkpoint, profile, budget, request, options)[0] is NO_DRAFT
-    assert choose_sequences(checkpoint, profile, budget, request, options, 16).sequences == 1
+    run_config = RunConfig(context_tokens=256, prompt_tokens=64)
+    assert choose_drafting(checkpoint, profile, budget, run_config, options)[0] is NO_DRAFT
+    assert choose_sequences(checkpoint, profile, budget, run_config, options, 16).sequences == 1
 
 
 def test_a_plan_names_sparse_attention_that_is_computed_densely(tmp_path: Path) -> None:
@@ -109,6 +109,8 @@ def test_a_plan_names_sparse_attention_that_is_computed_densely(tmp_path: Path) 
     said = {
         tokens: any("512 positions" in reason for reason in plan.reasons)
         for tokens in (512, 2048)
-        for plan in [make_plan(checkpoint, guessed_profile(), budget, Request(context_tokens=tokens, prompt_tokens=64))]
+        for plan in [
+            make_plan(checkpoint, guessed_profile(), budget, RunConfig(context_tokens=tokens, prompt_tokens=64))
+        ]
     }
     assert said == {512: False, 2048: True}

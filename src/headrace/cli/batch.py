@@ -17,7 +17,7 @@ from headrace.checkpoint.identity import identity
 from headrace.cli import show
 from headrace.cli.plan import profile_for
 from headrace.errors import CheckpointError, ContextError, HeadraceError, UsageError
-from headrace.plan import Budget, Profile, Request, budget_of, choose_sequences, drafting_options
+from headrace.plan import Budget, Profile, RunConfig, budget_of, choose_sequences, drafting_options
 from headrace.plan.record import keep_record
 from headrace.units import gigabytes, rate, seconds
 
@@ -95,17 +95,17 @@ def _size(
     profile: Profile,
     budget: Budget,
     settings: BatchSettings,
-) -> Request:
+) -> RunConfig:
     """The context of the longest request, and the number of sequences that the plan finds best."""
     limit = checkpoint.context_limit(1 << 20)
     lengths = [(_length(request, tokenizer), request.max_tokens or settings.max_tokens) for request in requests]
     longest = max(length for length, _ in lengths)
     context = settings.ctx_size or min(limit, max(length + max_tokens for length, max_tokens in lengths))
-    request = Request(context_tokens=context, prompt_tokens=min(longest, context), kv_bits=settings.kv_bits)
+    run_config = RunConfig(context_tokens=context, prompt_tokens=min(longest, context), kv_bits=settings.kv_bits)
     if settings.parallel:
-        return replace(request, sequences=settings.parallel)
+        return replace(run_config, sequences=settings.parallel)
     options = drafting_options(checkpoint, settings.draft)
-    return choose_sequences(checkpoint, profile, budget, request, options, len(requests))
+    return choose_sequences(checkpoint, profile, budget, run_config, options, len(requests))
 
 
 def _length(request: BatchRequest, tokenizer: "Tokenizer") -> int:

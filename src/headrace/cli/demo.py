@@ -10,7 +10,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.cli import show
 from headrace.cli.plan import plan_command, profile_for
 from headrace.errors import HeadraceError
-from headrace.plan import Request, given_budget, make_plan
+from headrace.plan import RunConfig, given_budget, make_plan
 from headrace.plan.profile import profile_path
 from headrace.units import GIB, gigabytes
 
@@ -27,7 +27,7 @@ def demo_command(prompt: str | None, memory: int | None, as_json: bool) -> int:
     profile = profile_for(str(path), say=True)
     checkpoint = open_checkpoint(path)
     if memory is None:
-        roomy = make_plan(checkpoint, profile, given_budget(4 * GIB), Request(context_tokens=512, prompt_tokens=16))
+        roomy = make_plan(checkpoint, profile, given_budget(4 * GIB), RunConfig(context_tokens=512, prompt_tokens=16))
         memory = roomy.floor_bytes + (8 << 20)
     half = checkpoint.nbytes // 2
     budget = replace(given_budget(memory), pinned_limit_bytes=half)

@@ -29,7 +29,7 @@ from headrace.plan import (
     Plan,
     Profile,
     Range,
-    Request,
+    RunConfig,
     budget_of,
     choose_drafting,
     drafting_options,
@@ -162,13 +162,13 @@ def plan_command(
         raise UsageError(f"{checkpoint.name} has an encoder: it runs one prompt at a time", hint="use --batch 1")
     prompt_tokens = prompt_tokens or USUAL_PROMPT_TOKENS
     context = ctx_size or min(prompt_tokens + tokens, limit)
-    request = Request(
+    run_config = RunConfig(
         context_tokens=context, prompt_tokens=min(prompt_tokens, context), sequences=batch, kv_bits=kv_bits
     )
     budget = budget_of(memory)
     profile = load_profile() or guessed_profile()
-    drafting, why = choose_drafting(checkpoint, profile, budget, request, drafting_options(checkpoint, draft))
-    plan = make_plan(checkpoint, profile, budget, replace(request, drafting=drafting))
+    drafting, why = choose_drafting(checkpoint, profile, budget, run_config, drafting_options(checkpoint, draft))
+    plan = make_plan(checkpoint, profile, budget, replace(run_config, drafting=drafting))
     plan = replace(plan, reasons=(*plan.reasons, why))
     timeline = pipeline(plan)
     if html is not None:

@@ -15,7 +15,7 @@ from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.cli import show
 from headrace.cli.plan import profile_for
 from headrace.errors import HeadraceError, UsageError
-from headrace.plan import Budget, Request, budget_of, choose_drafting, drafting_options, make_plan
+from headrace.plan import Budget, RunConfig, budget_of, choose_drafting, drafting_options, make_plan
 from headrace.plan.record import keep_record
 from headrace.text import is_utf8
 
@@ -77,30 +77,30 @@ def run_command(
     if trace is not None:
         show.check_writable(trace)
     checkpoint = open_checkpoint(model)
-    request = replace(_request(checkpoint, text, None, max_tokens, ctx_size), kv_bits=kv_bits)
+    run_config = replace(_run_config(checkpoint, text, None, max_tokens, ctx_size), kv_bits=kv_bits)
     profile = profile_for(model, say=not quiet)
     budget = budget_of(memory)
-    drafting, _ = choose_drafting(checkpoint, profile, budget, request, drafting_options(checkpoint, draft))
-    plan = make_plan(checkpoint, profile, budget, replace(request, drafting=drafting))
+    drafting, _ = choose_drafting(checkpoint, profile, budget, run_config, drafting_options(checkpoint, draft))
+    plan = make_plan(checkpoint, profile, budget, replace(run_config, drafting=drafting))
     if not quiet:
         show.note(plan.line())
     load = slim_import.library().load  # torch and transformers: seconds, so only after the plan line
 
-    def exact_request(tokenizer: "Tokenizer") -> Request:
+    def exact_run_config(tokenizer: "Tokenizer") -> RunConfig:
         if text is None:
-            return request
+            return run_config
         prompt_tokens = len(tokenizer.prompt(_prompt_of(text, settings), raw=raw))
-        return replace(_request(checkpoint, text, prompt_tokens, max_tokens, ctx_size), kv_bits=kv_bits)
+        return replace(_run_config(checkpoint, text, prompt_tokens, max_tokens, ctx_size), kv_bits=kv_bits)
 
     with load(
         model,
         memory=budget,
-        context_tokens=request.context_tokens,
-        prompt_tokens=request.prompt_tokens,
+        context_tokens=run_config.context_tokens,
+        prompt_tokens=run_config.prompt_tokens,
         kv_bits=kv_bits,
         draft=draft,
         deterministic=deterministic,
-        size_for=exact_request,
+        size_for=exact_run_config,
         profile=profile,
         trace=trace is not None,
     ) as loaded:
@@ -144,17 +144,17 @@ def _prompt_of(text: str, settings: RunSettings) -> "Prompt":
     return [{"role": "system", "content": settings.system}, {"role": "user", "content": text}]
 
 
-def _request(
+def _run_config(
     checkpoint: Checkpoint, text: str | None, prompt_tokens: int | None, max_tokens: int, ctx: int | None
-) -> Request:
-    """The request to plan for. `prompt_tokens=None`: estimated from the text's bytes."""
+) -> RunConfig:
+    """The run to plan for. `prompt_tokens=None`: estimated from the text's bytes."""
     limit = checkpoint.context_limit(CHAT_CONTEXT)
     if text is None:
-        return Request(context_tokens=ctx or min(CHAT_CONTEXT, limit), prompt_tokens=CHAT_PROMPT)
+        return RunConfig(context_tokens=ctx or min(CHAT_CONTEXT, limit), prompt_tokens=CHAT_PROMPT)
     if prompt_tokens is None:
         prompt_tokens = len(text.encode()) // BYTES_PER_TOKEN + TEMPLATE_TOKENS
     context = ctx or min(prompt_tokens + max_tokens, limit)
-    return Request(context_tokens=context, prompt_tokens=max(1, min(prompt_tokens, context)))
+    return RunConfig(context_tokens=context, prompt_tokens=max(1, min(prompt_tokens, context)))
 
 
 def _sampling(model: "Model", settings: RunSettings) -> "SamplingParams":

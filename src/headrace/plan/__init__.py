@@ -5,7 +5,7 @@ from headrace.plan.choices import choose_drafting, choose_sequences, make_plan
 from headrace.plan.draft import NO_DRAFT, Drafting, drafting_options
 from headrace.plan.plan import Plan, Range
 from headrace.plan.profile import Profile, guessed_profile, load_profile
-from headrace.plan.request import Request
+from headrace.plan.run_config import RunConfig
 
 __all__ = [
     "NO_DRAFT",
@@ -14,7 +14,7 @@ __all__ = [
     "Plan",
     "Profile",
     "Range",
-    "Request",
+    "RunConfig",
     "budget_of",
     "choose_drafting",
     "choose_sequences",

@@ -11,7 +11,7 @@ from headrace.plan.draft import Drafting
 from headrace.plan.memory_plan import MARGIN_BYTES, MARGIN_SHARE
 from headrace.plan.plan import Plan, Suggestion, plan_for
 from headrace.plan.profile import Profile
-from headrace.plan.request import Request
+from headrace.plan.run_config import RunConfig
 from headrace.plan.shape import Built, shape_of
 from headrace.units import MIB, gigabytes, option, seconds
 
@@ -25,7 +25,7 @@ def make_plan(
     checkpoint: Checkpoint,
     profile: Profile,
     budget: Budget,
-    request: Request | None = None,
+    run_config: RunConfig | None = None,
     *,
     runtime_bytes: int | None = None,
     built: Built | None = None,
@@ -36,7 +36,7 @@ def make_plan(
         checkpoint: the header of a model.
         profile: measured rates of the machine.
         budget: max memory of the whole process.
-        request: prompt, context and sequences; None: one sequence with a prompt of 512 tokens.
+        run_config: prompt, context and sequences; None: one sequence with a prompt of 512 tokens.
         runtime_bytes: memory of the process without weights, if already known; None: the profile's value.
         built: facts from the built model, if it exists; None: from the header.
 
@@ -45,13 +45,13 @@ def make_plan(
         BudgetError: the budget is below the floor, given in the message.
         ContextError: the context is longer than the model's.
     """
-    request = request or Request()
-    plan = plan_for(checkpoint, profile, budget, request, runtime_bytes, built)
-    return replace(plan, changes=_changes(plan, checkpoint, profile, request, runtime_bytes, built))
+    run_config = run_config or RunConfig()
+    plan = plan_for(checkpoint, profile, budget, run_config, runtime_bytes, built)
+    return replace(plan, changes=_changes(plan, checkpoint, profile, run_config, runtime_bytes, built))
 
 
 def choose_drafting(
-    checkpoint: Checkpoint, profile: Profile, budget: Budget, request: Request, options: Sequence[Drafting]
+    checkpoint: Checkpoint, profile: Profile, budget: Budget, run_config: RunConfig, options: Sequence[Drafting]
 ) -> tuple[Drafting, str]:
     """(the best drafting method, the comparison in words). The first option must fit; a later one must gain 5 %."""
     if len(options) > 1 and shape_of(checkpoint).single_sequence:
@@ -60,13 +60,13 @@ def choose_drafting(
     words = []
     for drafting in options:
         try:
-            plan = plan_for(checkpoint, profile, budget, replace(request, drafting=drafting))
+            plan = plan_for(checkpoint, profile, budget, replace(run_config, drafting=drafting))
         except BudgetError:
             if drafting is options[0]:
                 raise
             words.append(f"{drafting.name} does not fit")
             continue
-        output_tokens = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
+        output_tokens = run_config.sequences * max(1, run_config.context_tokens - run_config.prompt_tokens)
         s_per_token = plan.decode_prediction.s_per_token + drafting.prepare_s / output_tokens
         words.append(f"{drafting.name} {seconds(s_per_token)}")
         if s_per_token < 0.95 * least:
@@ -78,17 +78,17 @@ def choose_sequences(
     checkpoint: Checkpoint,
     profile: Profile,
     budget: Budget,
-    request: Request,
+    run_config: RunConfig,
     options: Sequence[Drafting],
     most: int,
-) -> Request:
-    """The request with the number of sequences and the drafting method that give the most tokens per second.
+) -> RunConfig:
+    """The run configuration with the number of sequences and the drafting method that give the most tokens per second.
 
     More sequences share a pass; their caches take memory from pinned weights, and their rows take compute.
     """
     best, least = None, float("inf")
     for count in sorted({min(most, count) for count in ((1,) if shape_of(checkpoint).single_sequence else SEQUENCES)}):
-        wanted = replace(request, sequences=count)
+        wanted = replace(run_config, sequences=count)
         try:
             drafting, _ = choose_drafting(checkpoint, profile, budget, wanted, options)
         except BudgetError:
@@ -107,21 +107,21 @@ def _changes(
     plan: Plan,
     checkpoint: Checkpoint,
     profile: Profile,
-    request: Request,
+    run_config: RunConfig,
     runtime_bytes: int | None,
     built: Built | None,
 ) -> tuple[Suggestion, ...]:
     """The three changes that save the most time per token, each predicted by a new plan."""
     now = plan.decode_prediction.s_per_token
     # With memory for everything no buffer is reduced, so the sum of the buffers is the memory needed.
-    roomy = plan_for(checkpoint, profile, Budget(nbytes=1 << 50, reason="what if"), request, runtime_bytes, built)
+    roomy = plan_for(checkpoint, profile, Budget(nbytes=1 << 50, reason="what if"), run_config, runtime_bytes, built)
     parts = roomy.runtime_bytes + roomy.kv_bytes + roomy.draft_bytes + roomy.activation_bytes
     parts += roomy.weights_bytes + roomy.expert_bytes + MARGIN_BYTES
     enough = ceil((parts + plan.shape.page_slack_bytes) / (1 - MARGIN_SHARE)) + MIB
 
     def with_memory(nbytes: int) -> float:
         budget = Budget(nbytes=nbytes, reason="what if")
-        return plan_for(checkpoint, profile, budget, request, runtime_bytes, built).decode_prediction.s_per_token
+        return plan_for(checkpoint, profile, budget, run_config, runtime_bytes, built).decode_prediction.s_per_token
 
     candidates: list[Suggestion] = []
     streams = plan.streamed_bytes_per_pass or (plan.experts is not None and plan.expert_slots < plan.experts.total)
@@ -137,7 +137,9 @@ def _changes(
         candidates.append(Suggestion(what=what, s_per_token=faster / expected.tokens_per_pass))
     candidates += _smaller_files(plan)
     if plan.kv_bytes > plan.budget.nbytes // 10 and streams:
-        shorter = replace(request, context_tokens=min(request.context_tokens, max(256, request.context_tokens // 2)))
+        shorter = replace(
+            run_config, context_tokens=min(run_config.context_tokens, max(256, run_config.context_tokens // 2))
+        )
         s = plan_for(checkpoint, profile, plan.budget, shorter, runtime_bytes, built).decode_prediction.s_per_token
         candidates.append(Suggestion(what=f"--ctx-size {shorter.context_tokens}", s_per_token=s))
     better = sorted((c for c in candidates if c.s_per_token < 0.97 * now), key=lambda c: c.s_per_token)

@@ -13,7 +13,7 @@ from headrace.kernels import DECODE_MAX_ROWS
 from headrace.plan.budget import Budget
 from headrace.plan.expert_cost import Experts, most_slots
 from headrace.plan.profile import Profile
-from headrace.plan.request import Request
+from headrace.plan.run_config import RunConfig
 from headrace.plan.shape import Shape, page_slack
 from headrace.units import MIB, gib, option
 
@@ -70,7 +70,7 @@ def plan_memory(
     draft: Shape | None,
     profile: Profile,
     budget: Budget,
-    request: Request,
+    run_config: RunConfig,
     runtime_bytes: int | None,
 ) -> MemoryPlan:
     """Divide a budget; weights get the rest.
@@ -79,17 +79,19 @@ def plan_memory(
         BudgetError: the budget is below the floor, given in the message.
     """
     runtime = runtime_bytes or profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BYTES_PER_TOKEN
-    kv = shape.kv_bytes(request.context_tokens, request.kv_bits) * request.sequences
-    draft_bytes = _draft_bytes(draft, request, known_runtime=runtime_bytes is not None) if draft is not None else 0
+    kv = shape.kv_bytes(run_config.context_tokens, run_config.kv_bits) * run_config.sequences
+    draft_bytes = _draft_bytes(draft, run_config, known_runtime=runtime_bytes is not None) if draft is not None else 0
     slot = UNIT_BYTES + max(tensor.row_bytes * tensor.row_multiple for tensor in (*shape.linears, *shape.prefill_only))
     margin = MARGIN_BYTES + int(MARGIN_SHARE * budget.nbytes)
     base = runtime + shape.small_bytes + kv + draft_bytes + margin
     few_experts = _least_experts(shape.experts)
     least_rings = LEAST_SLOTS * slot * (2 if shape.prefill_only else 1)
     least = base - margin + MARGIN_BYTES + least_rings + few_experts
-    decode_activations = _activations(shape, request, request.verify_rows, row_invariant=True)
+    decode_activations = _activations(shape, run_config, run_config.verify_rows, row_invariant=True)
     if shape.single_sequence:  # prefill is a single pass
-        decode_activations = max(decode_activations, _activations(shape, request, _single_pass_rows(shape, request)))
+        decode_activations = max(
+            decode_activations, _activations(shape, run_config, _single_pass_rows(shape, run_config))
+        )
     floor = ceil((least + decode_activations) / (1 - MARGIN_SHARE))
     if runtime_bytes is None:
         floor = max(floor, profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BUILD_BYTES_PER_TOKEN)
@@ -99,8 +101,8 @@ def plan_memory(
             hint=_floor_hint(floor, kv),
         )
     free_bytes = budget.nbytes - base - few_experts
-    rows = _prefill_rows(shape, request, budget.nbytes, free_bytes - least_rings)
-    activations = max(decode_activations, _activations(shape, request, rows))
+    rows = _prefill_rows(shape, run_config, budget.nbytes, free_bytes - least_rings)
+    activations = max(decode_activations, _activations(shape, run_config, rows))
     if budget.pinned_limit_bytes is not None:
         ring_bytes = _slots(budget.pinned_limit_bytes, slot) * slot
         free_bytes = min(free_bytes, activations + ring_bytes + budget.pinned_limit_bytes)
@@ -167,22 +169,22 @@ def _least_experts(experts: Experts | None) -> int:
     return 0 if experts is None else LEAST_EXPERT_SLOTS * experts.slot_bytes
 
 
-def _draft_bytes(draft: Shape, request: Request, known_runtime: bool) -> int:
+def _draft_bytes(draft: Shape, run_config: RunConfig, known_runtime: bool) -> int:
     """Bytes of a draft model: all its weights, caches and activations; its modules, if not yet built."""
-    kv = draft.kv_bytes(request.context_tokens, 16) * request.sequences
-    activations = _activations(draft, request, DRAFT_PROMPT_ROWS) - PREFILL_SCRATCH_BYTES
+    kv = draft.kv_bytes(run_config.context_tokens, 16) * run_config.sequences
+    activations = _activations(draft, run_config, DRAFT_PROMPT_ROWS) - PREFILL_SCRATCH_BYTES
     built = 0 if known_runtime else draft.small_bytes + DRAFT_RUNTIME_BYTES
     return draft.all_bytes + draft.page_slack_bytes + kv + activations + built
 
 
-def _activations(shape: Shape, request: Request, rows: int, row_invariant: bool = False) -> int:
+def _activations(shape: Shape, run_config: RunConfig, rows: int, row_invariant: bool = False) -> int:
     """Peak fp32 activation bytes of a pass of `rows` rows: the wider of MLP and attention, and logits.
 
     Row-invariant rows may all need logits. In prefill only the prompt's last row and one row of every other sequence do.
     """
-    context_tokens = request.context_tokens
-    with_logits = rows if row_invariant else request.sequences
-    rows += 0 if row_invariant else request.sequences - 1
+    context_tokens = run_config.context_tokens
+    with_logits = rows if row_invariant else run_config.sequences
+    rows += 0 if row_invariant else run_config.sequences - 1
     # Three tensors of the MLP's width and two or three of the hidden size are alive at once. The rest covers fragmentation
     # and oneDNN's copies. Measured and counted MiB: 8B, 512 rows 181 and 282; 1.5B, 512 rows 165 and 190;
     # 8B, 64 rows 53 and 92; 1.5B, 64 rows 36 and 80.
@@ -220,26 +222,26 @@ def _expert_elements(experts: Experts | None) -> int:
     return 0 if experts is None else experts.per_token * 8 * (experts.hidden + experts.width)
 
 
-def _single_pass_rows(shape: Shape, request: Request) -> int:
+def _single_pass_rows(shape: Shape, run_config: RunConfig) -> int:
     """Rows of the largest pass of a single-sequence model: the prompt, or without a cache the whole context."""
-    return max(DECODE_MAX_ROWS, request.prompt_rows if shape.has_cache else request.context_tokens)
+    return max(DECODE_MAX_ROWS, run_config.prompt_rows if shape.has_cache else run_config.context_tokens)
 
 
-def _prefill_rows(shape: Shape, request: Request, budget_bytes: int, free_bytes: int) -> int:
+def _prefill_rows(shape: Shape, run_config: RunConfig, budget_bytes: int, free_bytes: int) -> int:
     """Prompt rows per pass that fit into an eighth of the budget, or 192 MiB if more: fewer passes beat more pinning there.
 
     A recurrent model or an encoder computes its prompt in a single pass.
     """
     if shape.single_sequence:
-        return _single_pass_rows(shape, request)
+        return _single_pass_rows(shape, run_config)
     limit = min(free_bytes, max(budget_bytes // 8, 192 * MIB))
-    rows = request.prompt_rows
+    rows = run_config.prompt_rows
     if rows <= DECODE_MAX_ROWS:
         return DECODE_MAX_ROWS
-    while rows > ROW_CHUNK and _activations(shape, request, rows) > limit:
+    while rows > ROW_CHUNK and _activations(shape, run_config, rows) > limit:
         rows -= ROW_CHUNK
     rows = max(rows, DECODE_MAX_ROWS)  # the last step may undershoot
-    return rows if _activations(shape, request, rows) <= limit else DECODE_MAX_ROWS
+    return rows if _activations(shape, run_config, rows) <= limit else DECODE_MAX_ROWS
 
 
 def _pin(tensors: Sequence[Tensor], free_bytes: int) -> dict[str, int]:

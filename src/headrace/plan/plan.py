@@ -18,8 +18,8 @@ from headrace.plan.draft import DecodePrediction, Drafting, predict_decode
 from headrace.plan.expert_cost import Experts
 from headrace.plan.memory_plan import READERS, UNIT_BYTES, MemoryPlan, plan_memory
 from headrace.plan.profile import Profile
-from headrace.plan.request import Request
 from headrace.plan.routing import load_routing
+from headrace.plan.run_config import RunConfig
 from headrace.plan.shape import Built, Shape, shape_of
 from headrace.units import gib, gigabytes, seconds
 
@@ -220,27 +220,27 @@ def plan_for(
     checkpoint: Checkpoint,
     profile: Profile,
     budget: Budget,
-    request: Request,
+    run_config: RunConfig,
     runtime_bytes: int | None = None,
     built: Built | None = None,
 ) -> Plan:
     """A plan without suggestions. Arguments and errors as for `choices.make_plan`."""
     shape = shape_of(checkpoint, built)
-    if request.context_tokens > shape.context_limit:
+    if run_config.context_tokens > shape.context_limit:
         raise ContextError(
-            f"a context of {request.context_tokens} tokens is asked for, the model was made for {shape.context_limit}",
+            f"a context of {run_config.context_tokens} tokens is asked for, the model was made for {shape.context_limit}",
             hint=f"use --ctx-size {shape.context_limit} or less",
         )
-    draft = shape_of(request.drafting.checkpoint) if request.drafting.checkpoint is not None else None
-    memory = plan_memory(shape, draft, profile, budget, request, runtime_bytes)
+    draft = shape_of(run_config.drafting.checkpoint) if run_config.drafting.checkpoint is not None else None
+    memory = plan_memory(shape, draft, profile, budget, run_config, runtime_bytes)
     disk = profile.disk(checkpoint.paths[0])
     rows = memory.prefill_rows
-    passes = -(-request.prompt_rows // rows)
+    passes = -(-run_config.prompt_rows // rows)
     draft_token_s = 0.0
     if draft is not None:
         repacked = _repacked(draft, {tensor.name: tensor.rows for tensor in draft.linears}, profile, in_place=True)
-        draft_token_s = compute_seconds(profile, repacked, draft.layers, request.sequences, row_invariant=True)
-    drafting = request.drafting
+        draft_token_s = compute_seconds(profile, repacked, draft.layers, run_config.sequences, row_invariant=True)
+    drafting = run_config.drafting
     experts = shape.experts
     if experts is not None:
         experts = experts.with_cached(memory.expert_slots).with_routing(load_routing(checkpoint))
@@ -250,28 +250,28 @@ def plan_for(
             return pass_cost(profile, disk, memory.streamed, weights, shape.layers, rows, row_invariant=True)
 
         decode_prediction = predict_decode(
-            drafting.acceptance_rate, request.max_draft_tokens, request.sequences, draft_token_s, cost
+            drafting.acceptance_rate, run_config.max_draft_tokens, run_config.sequences, draft_token_s, cost
         )
         cold = weights if experts is None else replace(weights, experts=experts.with_cached(0))
-        decoded = 1 if shape.prefill_only else min(rows, request.prompt_rows)
+        decoded = 1 if shape.prefill_only else min(rows, run_config.prompt_rows)
         first = pass_cost(profile, disk, shape.weights_bytes, cold, shape.layers, decoded)
         if shape.prefill_only:
             read = replace(weights, plain=shape.prefill_only_weights, repacked={}, experts=None)
             layers = checkpoint.number("block_count")
-            first += pass_cost(profile, disk, shape.prefill_only_bytes, read, layers, request.prompt_rows)
+            first += pass_cost(profile, disk, shape.prefill_only_bytes, read, layers, run_config.prompt_rows)
         later = pass_cost(profile, disk, memory.streamed + memory.decode_pinned, weights, shape.layers, rows)
         ttft = first.seconds + (passes - 1) * later.seconds
-        output_tokens = request.sequences * max(1, request.context_tokens - request.prompt_tokens)
+        output_tokens = run_config.sequences * max(1, run_config.context_tokens - run_config.prompt_tokens)
         total_s = ttft + output_tokens * decode_prediction.s_per_token
         return _Prediction(weights, decode_prediction, first, ttft, total_s)
 
-    best, copied = _best_layout(shape, memory, profile, request, experts, predict)
+    best, copied = _best_layout(shape, memory, profile, run_config, experts, predict)
     types = frozenset(best.weights.repacked)
     decode_prediction, first, ttft = best.decode_prediction, best.first, best.ttft_s
     reasons = [
         budget.reason,
         _rings(memory),
-        f"{passes} weight pass{'es' if passes > 1 else ''} of up to {rows} rows for {request.prompt_rows} prompt tokens",
+        f"{passes} weight pass{'es' if passes > 1 else ''} of up to {rows} rows for {run_config.prompt_rows} prompt tokens",
     ]
     if types:
         how = f"a second, repacked copy of {', '.join(sorted(types))} ({gib(copied)}): spare memory holds it"
@@ -281,7 +281,7 @@ def plan_for(
     if best.weights.pad_decode_rows_to_tiles:
         reasons.append("single rows padded to tiles of eight: draft tokens and other sequences pay for it")
     top_k = checkpoint.number("attention.indexer.top_k", 0)
-    if 0 < top_k < request.context_tokens:
+    if 0 < top_k < run_config.context_tokens:
         reasons.append(f"the model's indexer would choose {top_k} positions; here a token attends to all before it")
     return Plan(
         model=checkpoint.name,
@@ -309,13 +309,13 @@ def plan_for(
         repack_in_place=bool(types) and not copied,
         repacked_bytes=copied,
         kv_bytes=memory.kv,
-        kv_bits=request.kv_bits,
-        context_tokens=request.context_tokens,
-        sequences=request.sequences,
+        kv_bits=run_config.kv_bits,
+        context_tokens=run_config.context_tokens,
+        sequences=run_config.sequences,
         prefill_rows=rows,
         prefill_passes=passes,
         drafting=drafting,
-        max_draft_tokens=request.max_draft_tokens,
+        max_draft_tokens=run_config.max_draft_tokens,
         draft_bytes=memory.draft,
         decode_prediction=decode_prediction,
         activation_bytes=memory.activations,
@@ -363,7 +363,7 @@ def _best_layout(
     shape: Shape,
     memory: MemoryPlan,
     profile: Profile,
-    request: Request,
+    run_config: RunConfig,
     experts: Experts | None,
     predict: Callable[[Weights], _Prediction],
 ) -> tuple[_Prediction, int]:
@@ -375,15 +375,15 @@ def _best_layout(
         experts=experts,
         decoding_core_s_per_byte=decoding,
         read_share=share,
-        row_invariant=request.row_invariant,
+        row_invariant=run_config.row_invariant,
     )
     best, copied = predict(plain), 0
-    if request.row_invariant and profile.tiled & shape.weights.keys():
+    if run_config.row_invariant and profile.tiled & shape.weights.keys():
         found = predict(replace(plain, pad_decode_rows_to_tiles=True))
         if found.total_s < 0.97 * best.total_s:
             best = found
     # In place only for batches: the last bits of a single sequence should not depend on the budget.
-    for in_place in (False, True) if request.sequences > 1 else (False,):
+    for in_place in (False, True) if run_config.sequences > 1 else (False,):
         repacked = _repacked(shape, memory.pinned_rows, profile, in_place)
         repacked = replace(best.weights, plain=repacked.plain, repacked=repacked.repacked, in_place=in_place)
         size = 0 if in_place else sum(ceil(n * bits_per_weight(kind) / 8) for kind, n in repacked.repacked.items())

@@ -1,4 +1,4 @@
-"""The request that a plan is made for."""
+"""The run that a plan is made for."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ MOST_VERIFY_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """A workload: prompt tokens, context length, concurrent sequences, KV cache bits and drafting method."""
+class RunConfig:
+    """Sizes of a run: prompt tokens, context length, concurrent sequences, KV cache bits and drafting method."""
 
     prompt_tokens: int = 512
     context_tokens: int = 1024
