@@ -9,16 +9,32 @@ from headrace._version import __version__
 from headrace.errors import HeadraceError
 
 if TYPE_CHECKING:
-    from headrace.api import Completion, Model, Piece, load
+    from headrace.api import Model, load
+    from headrace.async_llm import AsyncLLM
+    from headrace.completion import Completion
+    from headrace.engine.request import Request, RequestOutput
     from headrace.plan import Plan
     from headrace.sampling_params import SamplingParams
 
-__all__ = ["Completion", "HeadraceError", "Model", "Piece", "Plan", "SamplingParams", "__version__", "load"]
+__all__ = [
+    "AsyncLLM",
+    "Completion",
+    "HeadraceError",
+    "Model",
+    "Plan",
+    "Request",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+    "load",
+]
 
 _HOMES = {
-    "Completion": "headrace.api",
+    "AsyncLLM": "headrace.async_llm",
+    "Completion": "headrace.completion",
     "Model": "headrace.api",
-    "Piece": "headrace.api",
+    "Request": "headrace.engine.request",
+    "RequestOutput": "headrace.engine.request",
     "load": "headrace.api",
     "SamplingParams": "headrace.sampling_params",
     "Plan": "headrace.plan",

@@ -27,6 +27,19 @@ def release_unused() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def return_pages(address: int, nbytes: int) -> None:
+    """Return the whole pages of a range of anonymous memory to the system. Their contents are lost."""
+    first = -(-address // PAGE_BYTES) * PAGE_BYTES
+    last = (address + nbytes) // PAGE_BYTES * PAGE_BYTES
+    if first < last:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+
+
+PAGE_BYTES = 4096
+_MADV_DONTNEED = 4
+
+
 def keep_freed_memory() -> None:
     """Let the allocator reuse what a pass frees instead of returning it to the system after every tensor.
 

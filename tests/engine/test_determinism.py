@@ -10,13 +10,14 @@ import pytest
 import tiny
 import torch
 from corpus import tiny_model, write_folder
+from stepping import Stepper
 from tiny import VOCAB, random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
 from headrace.engine.engine import StreamOptions
 from headrace.engine.sampler import Sampler
-from headrace.engine.scheduler import Chunks, Scheduler, SequenceState, Slot
+from headrace.engine.scheduler import Chunks
 from headrace.kernels import Kernels
 from headrace.kernels.convert import q4_k_blocks
 from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS
@@ -48,17 +49,9 @@ class LogitsKeeper(Sampler):
 
 def ask(engine: Engine, prompts: Sequence[list[int]], at_a_time: int, prefill_rows: int = 160) -> list[torch.Tensor]:
     """Logits of the tokens generated for each prompt, (NEW_TOKENS, vocab)."""
-    scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT)) for _ in range(at_a_time)], prefill_rows)
     recorders = [LogitsKeeper() for _ in prompts]
-    waiting, live = list(enumerate(prompts)), list[SequenceState]()
-    while waiting or live:
-        while waiting and scheduler.has_free_slot:
-            index, prompt = waiting.pop(0)
-            live.append(scheduler.add(prompt, NEW_TOKENS, recorders[index]))
-        for sequence, _ in scheduler.step():
-            if sequence.generated == NEW_TOKENS:
-                scheduler.remove(sequence)
-                live.remove(sequence)
+    stepper = Stepper(engine, at_a_time, CONTEXT, prefill_rows)
+    stepper.finish([stepper.add(prompt, NEW_TOKENS, one) for prompt, one in zip(prompts, recorders, strict=True)])
     return [torch.stack(tracer.logits) for tracer in recorders]
 
 
@@ -124,13 +117,10 @@ def test_chunks_of_a_prompt_give_the_logits_of_the_whole_prompt(path: Path, dete
     prompt = prompts()[9]
     with engine_of(path) as engine:
         whole = engine.step([Rows(cache=engine.new_cache(CONTEXT), tokens=prompt, row_invariant=False)])[0]
-        scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], 64, deterministic=deterministic)
+        stepper = Stepper(engine, 1, CONTEXT, 64, deterministic=deterministic)
         for start in (prompt[:21], prompt):  # the second goes on where the first ended, off a chunk's end
             keeper = LogitsKeeper()
-            sequence = scheduler.add(start, 1, keeper)
-            while not sequence.generated:
-                scheduler.step()
-            scheduler.remove(sequence)
+            stepper.finish([stepper.add(start, 1, keeper)])
     # Kernels of other row counts round differently; a wrong position changes logits by their own size.
     assert (keeper.logits[0] - whole).abs().max() < 0.05 * whole.abs().max()
 
@@ -140,13 +130,11 @@ def test_whole_chunks_of_a_prompt_are_reused(path: Path) -> None:
     with engine_of(path) as engine:
         if engine.attention_mode != "packed":
             pytest.skip("a chunk fills a pass in this attention mode")
-        scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], 160)
+        stepper = Stepper(engine, 1, CONTEXT, 160)
         rows = []
         for _ in range(2):
-            sequence, before = scheduler.add(prompt, 1, LogitsKeeper()), len(engine.passes)
-            while not sequence.generated:
-                scheduler.step()
-            scheduler.remove(sequence)
+            before = len(engine.passes)
+            stepper.finish([stepper.add(prompt, 1, LogitsKeeper())])
             rows.append(sum(one.rows for one in engine.passes[before:]))
     assert rows == [len(prompt), len(prompt) - (len(prompt) - 1) // CHUNK_ROWS * CHUNK_ROWS]
 
@@ -169,10 +157,7 @@ def test_small_chunks_are_for_the_start_of_a_prompt_only() -> None:
 def test_matrices_of_super_blocks_use_small_chunks(tmp_path: Path) -> None:
     prompt = prompts()[6]
     with engine_of(write_q4_k(tmp_path / "tiny.gguf", "qwen2")) as engine:
-        scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT)) for _ in range(3)], 160)
-        for _ in range(3):
-            scheduler.add(prompt, 1, LogitsKeeper())
-        while any(not sequence.generated for sequence in scheduler.sequences):
-            scheduler.step()
+        stepper = Stepper(engine, 3, CONTEXT, 160)
+        stepper.finish([stepper.add(prompt, 1, LogitsKeeper()) for _ in range(3)])
         shared = (len(prompt) - 1) // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS
         assert engine.passes[-1].rows == len(prompt) + 2 * (len(prompt) - shared)

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from stepping import Stepper
 from tiny import VOCAB, random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine
 from headrace.engine.drafters import MAX_BUCKET, ConfidenceBucket, Draft, DraftToken, ModelDrafter, PromptLookup
 from headrace.engine.engine import StreamOptions
+from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler, distribution, uniform
-from headrace.engine.scheduler import Scheduler, Slot
 from headrace.engine.speculation import Acceptance, Speculation, StepTimeModel
 from headrace.engine.timeline import PassStats
 from headrace.kernels import Kernels
@@ -54,22 +55,26 @@ class Oracle(ModelDrafter):
                 )
         return 9 * len(drafts)  # rows: too many for its time to count as that of a draft token
 
-    def forget(self, tokens) -> None:  # type: ignore[no-untyped-def]
+    def forget(self, sequence_id) -> None:  # type: ignore[no-untyped-def]
         pass
 
 
 def decode(
     engine: Engine, sampling: SamplingParams, count: int, speculation: Speculation | None, prompt: list[int] = PROMPT
 ) -> list[int]:
-    scheduler = Scheduler(engine, [Slot(engine.new_cache(CONTEXT))], prefill_rows=16, max_draft_tokens=12)
-    scheduler.speculation = speculation
-    sequence = scheduler.add(prompt, count, Sampler(sampling))
+    return stepped(engine, sampling, count, speculation, prompt)[0]
+
+
+def stepped(
+    engine: Engine, sampling: SamplingParams, count: int, speculation: Speculation | None, prompt: list[int] = PROMPT
+) -> tuple[list[int], Stepper]:
+    stepper = Stepper(engine, 1, CONTEXT, 16, speculation, max_draft_tokens=12)
+    sequence = stepper.add(prompt, count, Sampler(sampling))
     while sequence.generated < count:
-        scheduler.step()
+        stepper.step()
     assert sequence.generated == count, "draft tokens never run over the limit"
     assert sequence.slot.tokens == sequence.tokens[:-1]
-    assert sequence.slot.cache.length == len(sequence.tokens) - 1
-    return sequence.tokens
+    return sequence.tokens, stepper
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +117,7 @@ def test_a_draft_model_and_prompt_lookup_change_no_token(
     plain = decode(target, sampling, 40, None)
     for path in (tiny_draft, tiny_llama):  # one that is always rejected, one that is always accepted
         with engine_of(path, share=1.0) as draft:
-            model = ModelDrafter(draft, CONTEXT)
+            model = ModelDrafter(ModelRunner(draft, 1, CONTEXT))
             assert decode(target, sampling, 40, Speculation(StepTimeModel(free_rows), PromptLookup(), model)) == plain
 
 
@@ -126,57 +131,43 @@ def test_caches_roll_back_exactly_with_sliding_windows_too(family: str, tmp_path
 def test_draft_tokens_of_the_model_itself_are_always_accepted(target: Engine, tiny_llama: Path) -> None:
     sampling = SAMPLINGS[1]
     with engine_of(tiny_llama, share=1.0) as draft:
-        speculation = Speculation(StepTimeModel(free_rows), None, ModelDrafter(draft, CONTEXT))
+        speculation = Speculation(StepTimeModel(free_rows), None, ModelDrafter(ModelRunner(draft, 1, CONTEXT)))
         before = len(target.passes)
-        decode(target, sampling, 40, speculation)
-    drafted = sum(p.drafted for p in target.passes[before:])
-    assert drafted == sum(p.accepted for p in target.passes[before:])
+        _, stepper = stepped(target, sampling, 40, speculation)
+    assert stepper.drafted == stepper.accepted > 0
     assert len(target.passes) - before <= 10  # of 40 tokens: the draft length depends on measured times
 
 
 def test_sequences_together_equal_sequences_alone_with_draft_tokens_for_all(target: Engine) -> None:
     prompts = [PROMPT, [*PROMPT[:5], 8, 8, 9], [200, 3, 3, 200, 3, 3, 200], list(range(40))]
     alone = [decode(target, SAMPLINGS[1], 20, None, prompt) for prompt in prompts]
-    scheduler = Scheduler(
-        target, [Slot(target.new_cache(CONTEXT)) for _ in range(3)], prefill_rows=16, max_draft_tokens=4
-    )
-    scheduler.speculation = Speculation(StepTimeModel(free_rows), PromptLookup())
-    done, waiting, running = {}, list(enumerate(prompts)), {}
-    while waiting or running:
-        while waiting and scheduler.has_free_slot:
-            index, prompt = waiting.pop(0)
-            running[scheduler.add(prompt, 20, Sampler(SAMPLINGS[1]))] = index
-        for sequence, _ in scheduler.step():
-            if sequence.generated == 20:
-                done[running.pop(sequence)] = sequence.tokens
-                scheduler.remove(sequence)
-    assert [done[i] for i in range(4)] == alone
+    speculation = Speculation(StepTimeModel(free_rows), PromptLookup())
+    stepper = Stepper(target, 3, CONTEXT, 16, speculation, max_draft_tokens=4)
+    sequences = [stepper.add(prompt, 20, Sampler(SAMPLINGS[1])) for prompt in prompts]
+    stepper.finish(sequences)
+    assert [sequence.tokens for sequence in sequences] == alone
 
 
 def test_a_common_prefix_is_computed_once(target: Engine) -> None:
     prefix = [(7 * i) % 300 for i in range(48)]
     prompts = [[*prefix, 1, 2], [*prefix, 3], [*prefix, 4, 5, 6]]
     alone = [decode(target, SAMPLINGS[0], 6, None, prompt) for prompt in prompts]
-    scheduler = Scheduler(target, [Slot(target.new_cache(CONTEXT)) for _ in prompts], prefill_rows=16)
+    stepper = Stepper(target, len(prompts), CONTEXT, 16)
     before = len(target.passes)
-    sequences = [scheduler.add(prompt, 6, Sampler(SAMPLINGS[0])) for prompt in prompts]
-    while any(sequence.generated < 6 for sequence in sequences):
-        for sequence, _ in scheduler.step():
-            if sequence.generated == 6:
-                scheduler.remove(sequence)
+    sequences = [stepper.add(prompt, 6, Sampler(SAMPLINGS[0])) for prompt in prompts]
+    stepper.finish(sequences)
     assert [sequence.tokens for sequence in sequences] == alone
     assert sum(p.rows for p in target.passes[before:]) < 2 * len(prefix) + 3 * 6
 
 
 def test_a_sequence_does_not_wait_for_a_prefix_source_that_was_removed(target: Engine) -> None:
     prefix = [(5 * i) % 300 for i in range(40)]
-    scheduler = Scheduler(target, [Slot(target.new_cache(CONTEXT)) for _ in range(2)], prefill_rows=16)
-    first = scheduler.add([*prefix, 1], 4, Sampler(SAMPLINGS[0]))
-    second = scheduler.add([*prefix, 2], 4, Sampler(SAMPLINGS[0]))
-    scheduler.step()
-    scheduler.remove(first)
-    while second.generated < 4:
-        scheduler.step()
+    stepper = Stepper(target, 2, CONTEXT, 16)
+    first = stepper.add([*prefix, 1], 4, Sampler(SAMPLINGS[0]))
+    second = stepper.add([*prefix, 2], 4, Sampler(SAMPLINGS[0]))
+    stepper.step()
+    stepper.remove(first)
+    stepper.finish([second])
     assert second.tokens == decode(target, SAMPLINGS[0], 4, None, [*prefix, 2])
 
 
@@ -274,7 +265,7 @@ def test_random_numbers_are_uniform_and_depend_on_seed_position_and_token_alone(
 
 
 def drafted(speculation: Speculation, max_tokens: int = 16) -> int:
-    draft = Draft(PROMPT, Sampler(SAMPLINGS[0]))
+    draft = Draft(0, PROMPT, Sampler(SAMPLINGS[0]))
     speculation.propose([(draft, max_tokens)], 1)
     return len(draft.draft_tokens)
 
@@ -312,7 +303,7 @@ def test_a_drafter_that_is_always_rejected_is_soon_no_longer_asked() -> None:
     speculation = Speculation(StepTimeModel(free_rows, 0.3), None, Oracle([1] * 60, 1000))
     assert drafted(speculation) > 1
     for _ in range(40):
-        draft = Draft(PROMPT, Sampler(SAMPLINGS[0]))
+        draft = Draft(0, PROMPT, Sampler(SAMPLINGS[0]))
         speculation.propose([(draft, 16)], 1)
         speculation.record_accepted(draft, 0)
         speculation.step_times.record_step(1, 1.0)
@@ -338,7 +329,7 @@ def test_step_times_follow_measured_passes() -> None:
 
 
 def looked_up(tokens: list[int], count: int = 4) -> list[int]:
-    draft = Draft(tokens, Sampler(SAMPLINGS[0]))
+    draft = Draft(0, tokens, Sampler(SAMPLINGS[0]))
     lookup = PromptLookup()
     while len(draft.draft_tokens) < count and lookup.propose(draft):
         pass
@@ -363,13 +354,13 @@ def test_prompt_lookup_proposes_the_continuation_of_the_last_occurrence(tokens: 
 
 
 def test_a_draft_model_does_not_compute_a_cached_prefix_again(target: Engine, tiny_llama: Path) -> None:
-    drafter = ModelDrafter(target, 64)
+    drafter = ModelDrafter(ModelRunner(target, 2, 64))
     tokens = list(range(3, 33))
-    first = Draft(tokens, Sampler(SamplingParams(temperature=0)))
+    first = Draft(1, tokens, Sampler(SamplingParams(temperature=0)))
     assert drafter.propose([first]) == 30
-    drafter.forget(tokens)
+    drafter.forget(1)
     longer = [*tokens, 7, 8]
-    second = Draft(longer, Sampler(SamplingParams(temperature=0)))
+    second = Draft(2, longer, Sampler(SamplingParams(temperature=0)))
     assert drafter.propose([second]) == 2
-    other = Draft([9, 8, 7], Sampler(SamplingParams(temperature=0)))
+    other = Draft(3, [9, 8, 7], Sampler(SamplingParams(temperature=0)))
     assert drafter.propose([second, other]) >= 3

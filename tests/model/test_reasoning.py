@@ -304,7 +304,7 @@ def test_streamed_chunks_are_the_reasoning_and_the_answer_in_order(tmp_path: Pat
         tmp_path / "m.gguf", tokens_of(written), "hi", **VOCABULARY, template=OSS, eos=TOKENS.index("<|return|>")
     )
     with headrace.load(path, memory="4GiB", context_tokens=128, draft=None, profile=profile) as model:
-        chunks: Sequence[headrace.Piece] = list(model.stream("hi", sampling=GREEDY, max_tokens=100))
+        chunks: Sequence[headrace.RequestOutput] = list(model.stream("hi", sampling=GREEDY, max_tokens=100))
     assert all(before.completion_tokens <= after.completion_tokens for before, after in pairwise(chunks))
     assert "".join(chunk.reasoning for chunk in chunks) == "so"
     assert "".join("".join(chunk.text for chunk in chunks).split()) == "Plan4is"

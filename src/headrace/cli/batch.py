@@ -17,12 +17,14 @@ from headrace.checkpoint.identity import identity
 from headrace.cli import show
 from headrace.cli.plan import profile_for
 from headrace.errors import CheckpointError, ContextError, HeadraceError, UsageError
+from headrace.kernels.thresholds import KV_BLOCK_TOKENS
 from headrace.plan import Budget, Profile, RunConfig, budget_of, choose_sequences, drafting_options
 from headrace.plan.record import keep_record
 from headrace.units import gigabytes, rate, seconds
 
 if TYPE_CHECKING:
-    from headrace.api import Job, Model, Piece
+    from headrace.api import Model
+    from headrace.engine.request import Request, RequestOutput
     from headrace.model import Tokenizer
 
 
@@ -102,10 +104,16 @@ def _size(
     longest = max(length for length, _ in lengths)
     context = settings.ctx_size or min(limit, max(length + max_tokens for length, max_tokens in lengths))
     run_config = RunConfig(context_tokens=context, prompt_tokens=min(longest, context), kv_bits=settings.kv_bits)
+    needs = sorted((min(context, length + max_tokens) for length, max_tokens in lengths), reverse=True)
+
+    def kv_tokens_of(sequences: int) -> int:
+        """Tokens of the longest requests, which may run together, in whole blocks."""
+        return sum(-(-need // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS for need in needs[:sequences])
+
     if settings.parallel:
-        return replace(run_config, sequences=settings.parallel)
+        return replace(run_config, sequences=settings.parallel, kv_tokens=kv_tokens_of(settings.parallel))
     options = drafting_options(checkpoint, settings.draft)
-    return choose_sequences(checkpoint, profile, budget, run_config, options, len(requests))
+    return choose_sequences(checkpoint, profile, budget, run_config, options, len(requests), kv_tokens_of)
 
 
 def _length(request: BatchRequest, tokenizer: "Tokenizer") -> int:
@@ -144,65 +152,66 @@ class Batch:
         self._requests = requests
         self._results = results
         self._max_tokens = max_tokens
-        self._running: list[BatchRequest] = []  # requests by the index of their job
-        self._pieces: dict[int, list[Piece]] = {}
+        self._running: list[BatchRequest] = []  # requests by their index in the stream
+        self._outputs: dict[int, list[RequestOutput]] = {}
 
     def run(self, board: "Board") -> int:
         """Answer all requests; returns the exit code."""
         with board:
             try:
-                for piece in self._model.stream_jobs(self._jobs(board)):
-                    self._take(piece, board)
+                for output in self._model.stream_requests(self._stream(board)):
+                    self._take(output, board)
             except KeyboardInterrupt:
                 show.note("stopped; the same command goes on from here")
                 return show.INTERRUPTED
         return 0
 
-    def _jobs(self, board: "Board") -> Iterator["Job"]:
-        from headrace.api import Job
+    def _stream(self, board: "Board") -> Iterator["Request"]:
+        from headrace.engine.request import Request
 
         for request in self._requests:
             try:
-                tokens, tail = _prompt(request, self._model.tokenizer)
-                self._model.check_prompt(tokens)
-                sampling = replace(self._model.default_sampling(), **request.sampling)
-                self._model.check_sampling(sampling)
+                token_ids, tail = _prompt(request, self._model.tokenizer)
+                if not token_ids:
+                    raise UsageError("the prompt is empty", hint="give a prompt of at least one token")
+                found = Request(
+                    token_ids=token_ids,
+                    max_tokens=request.max_tokens or self._max_tokens,
+                    sampling=replace(self._model.default_sampling(), **request.sampling),
+                    stop=request.stop,
+                    stop_token_ids=request.stop_token_ids,
+                    tail=tail,
+                    raw=not request.chat,
+                )
+                self._model.check(found)
             except (CheckpointError, ContextError, UsageError) as error:
                 code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_request"
                 self._results.add(error_record(request.line, request.custom_id, code, str(error)), request.digest)
                 board.finished()
                 continue
             self._running.append(request)
-            yield Job(
-                tokens=tokens,
-                max_tokens=request.max_tokens or self._max_tokens,
-                sampling=sampling,
-                stop=request.stop,
-                stop_token_ids=request.stop_token_ids,
-                tail=tail,
-                raw=not request.chat,
-            )
+            yield found
 
-    def _take(self, piece: "Piece", board: "Board") -> None:
-        pieces = self._pieces.setdefault(piece.index, [])
-        pieces.append(piece)
-        board.token(piece)
-        if piece.finish_reason is None:
+    def _take(self, output: "RequestOutput", board: "Board") -> None:
+        outputs = self._outputs.setdefault(output.index, [])
+        outputs.append(output)
+        board.token(output)
+        if output.finish_reason is None:
             return
         self._results.add(
             answer_record(
-                self._running[piece.index],
-                text="".join(one.text for one in pieces),
-                reasoning="".join(one.reasoning for one in pieces),
-                finish_reason=piece.finish_reason,
-                prompt_tokens=piece.prompt_tokens,
-                completion_tokens=piece.completion_tokens,
+                self._running[output.index],
+                text="".join(one.text for one in outputs),
+                reasoning="".join(one.reasoning for one in outputs),
+                finish_reason=output.finish_reason,
+                prompt_tokens=output.prompt_tokens,
+                completion_tokens=output.completion_tokens,
                 model=self._model.plan.model,
-                logprobs=self._model.logprobs_json(pieces),
+                logprobs=self._model.logprobs_json(outputs),
             ),
-            self._running[piece.index].digest,
+            self._running[output.index].digest,
         )
-        del self._pieces[piece.index]
+        del self._outputs[output.index]
         board.finished()
 
 
@@ -232,9 +241,9 @@ class Board:
         if not self._quiet:
             show.note(f"{self._done} of {self._total} done, {self._tokens} tokens in {self._rates()}")
 
-    def token(self, piece: "Piece") -> None:
+    def token(self, output: "RequestOutput") -> None:
         """Count a token."""
-        self._tokens += piece.token is not None
+        self._tokens += output.token is not None
         self._show()
 
     def finished(self) -> None:

@@ -20,7 +20,9 @@ from headrace.plan.record import keep_record
 from headrace.text import is_utf8
 
 if TYPE_CHECKING:
-    from headrace.api import Completion, Model, Piece
+    from headrace.api import Model
+    from headrace.completion import Completion
+    from headrace.engine.request import RequestOutput
     from headrace.model import Tokenizer
     from headrace.model.tokenizer import Message, Prompt
     from headrace.sampling_params import SamplingParams
@@ -164,14 +166,11 @@ def _sampling(model: "Model", settings: RunSettings) -> "SamplingParams":
 
 def _answer(model: "Model", prompt: "Prompt", settings: RunSettings) -> tuple["Completion", bool]:
     """Generate, and print tokens as they come; returns (completion, True if Ctrl-C ended it)."""
-    import time
-
-    pieces: list[Piece] = []
+    outputs: list[RequestOutput] = []
     progress = show.ProgressLine(settings.quiet)
-    first, start = len(model.passes), time.perf_counter()
     interrupted, reasoning = False, False
     try:
-        for piece in model.stream(
+        for output in model.stream(
             prompt,
             max_tokens=settings.max_tokens,
             sampling=_sampling(model, settings),
@@ -180,15 +179,15 @@ def _answer(model: "Model", prompt: "Prompt", settings: RunSettings) -> tuple["C
             on_progress=progress.update,
         ):
             progress.clear()
-            pieces.append(piece)
-            if piece.reasoning and not (settings.as_json or settings.quiet):
-                show.reasoning(piece.reasoning)
+            outputs.append(output)
+            if output.reasoning and not (settings.as_json or settings.quiet):
+                show.reasoning(output.reasoning)
                 reasoning = True
-            if reasoning and piece.text:
+            if reasoning and output.text:
                 show.reasoning("\n\n")
                 reasoning = False
-            if not settings.as_json and piece.text:
-                click.echo(piece.text, nl=False)
+            if not settings.as_json and output.text:
+                click.echo(output.text, nl=False)
                 sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted = True
@@ -196,7 +195,7 @@ def _answer(model: "Model", prompt: "Prompt", settings: RunSettings) -> tuple["C
         progress.clear()
     if not settings.as_json:
         click.echo()
-    return model.completion(pieces, first, time.perf_counter() - start), interrupted
+    return model.completion(outputs), interrupted
 
 
 def _once(model: "Model", text: str, settings: RunSettings) -> int:

@@ -18,7 +18,8 @@ from headrace.text import printable
 from headrace.units import gib, gigabytes, rate, seconds
 
 if TYPE_CHECKING:
-    from headrace.api import Completion, Progress
+    from headrace.completion import Completion
+    from headrace.engine.request import Progress
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 

@@ -16,6 +16,7 @@ from headrace.engine import mla
 from headrace.engine.capture import CapturedStep
 from headrace.engine.mla import MAX_SCORES, KvBSplit
 from headrace.kernels.thresholds import DECODE_MAX_ROWS
+from headrace.process import return_pages
 
 if TYPE_CHECKING:
     from headrace.kernels import Kernels
@@ -170,6 +171,12 @@ class KVCache:
         assert 0 <= length <= self.length
         self.length = length
 
+    def return_memory(self) -> None:
+        """Return the memory of all positions from `length` on to the system."""
+        for held in self._held:
+            for rows in held or ():
+                rows.return_memory(self.length)
+
 
 class _Rows:
     """Keys or values of one layer: (heads, capacity, width) in fp16."""
@@ -207,6 +214,10 @@ class _Rows:
     def copy(self, other: "_Rows", count: int) -> None:
         self._data[:, :count] = other._data[:, :count]
 
+    def return_memory(self, first: int) -> None:
+        """Return the memory of positions from `first` on."""
+        _return_positions(self._data, first)
+
 
 class _Int8Rows(_Rows):
     """Rows in 8 bits, with a scale for each head and position."""
@@ -237,6 +248,16 @@ class _Int8Rows(_Rows):
         assert isinstance(other, _Int8Rows)
         super().copy(other, count)
         self._scales[:, :count] = other._scales[:, :count]
+
+    def return_memory(self, first: int) -> None:
+        super().return_memory(first)
+        _return_positions(self._scales, first)
+
+
+def _return_positions(data: torch.Tensor, first: int) -> None:
+    """Return the memory of the positions from `first` on: data is contiguous, (heads, capacity, width)."""
+    for head in data:
+        return_pages(head.data_ptr() + head[:first].nbytes, head[first:].nbytes)
 
 
 class _Int8RowsWithFp32Scales(_Int8Rows):

@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from headrace.engine.attention import CacheOverflow, KVCache
-from headrace.engine.engine import Engine, Rows
-from headrace.engine.native_cache import NativeCache
+from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler
+from headrace.engine.step import RowsInput, StepInput
 from headrace.errors import CheckpointError
 from headrace.plan.memory_plan import DRAFT_PROMPT_ROWS
 
@@ -40,6 +39,7 @@ MAX_BUCKET = 9
 class Draft:
     """The draft of one sequence: its tokens so far, its sampler, and the draft tokens proposed."""
 
+    sequence_id: int
     tokens: Sequence[int]
     sampler: Sampler
     draft_tokens: list[DraftToken] = field(default_factory=list)
@@ -97,45 +97,45 @@ class PromptLookup:
         return length
 
 
-@dataclass
-class _DraftSequence:
-    """The draft model's KV cache of one sequence, and the tokens in it."""
+@dataclass(eq=False)
+class _DraftCache:
+    """A KV cache of the draft model, and the tokens in it."""
 
-    cache: KVCache | NativeCache
-    tokens: list[int]
+    slot: int
+    tokens: list[int] = field(default_factory=list)
+    is_wide: bool = False
 
 
 class ModelDrafter:
     """A small resident model drafts. It samples with the sequence's own sampler, so that it often draws the same token."""
 
-    def __init__(self, engine: Engine, context_tokens: int, source: str = "model"):
-        """`engine` holds the draft model, `context_tokens` is the max length of a sequence."""
-        self.engine = engine
+    def __init__(self, runner: ModelRunner, source: str = "model"):
+        """`runner` holds the draft model, with as many slots as sequences run at the same time."""
+        self.runner = runner
         self.source = source
-        self._context_tokens = context_tokens
-        self._active: dict[int, _DraftSequence] = {}  # by the identity of the sequence's list of tokens
+        self._active: dict[int, _DraftCache] = {}  # by the sequence's id
         self._is_broken = False  # True after the draft model computed values that are not finite
-        self._idle: list[_DraftSequence] = []  # caches of sequences that have ended, for prefix caching
+        # Caches of sequences that have ended, for prefix caching.
+        self._idle = [_DraftCache(slot) for slot in range(runner.info.num_slots)]
 
     def propose(self, drafts: Sequence[Draft]) -> int:
         """Append a draft token to each draft in one pass of the draft model; return the rows computed."""
-        work = []
+        work, computed = [], 0
         if self._is_broken:
             return 0
-        before = len(self.engine.passes)
         for draft in drafts:
             tokens = [*draft.tokens, *(draft_token.token for draft_token in draft.draft_tokens)]
-            if len(tokens) < self._context_tokens:
+            if len(tokens) < self.runner.info.capacity:
                 work.append((draft, self._rewind_to_common_prefix(draft, tokens), tokens))
-        while behind := [
-            (held, tokens) for _, held, tokens in work if len(tokens) - held.cache.length > DRAFT_PROMPT_ROWS
-        ]:
-            held, tokens = behind[0]
-            if self._step([held], [tokens[: held.cache.length + DRAFT_PROMPT_ROWS]]) is None:
+        while behind := [(cache, t) for _, cache, t in work if len(t) - len(cache.tokens) > DRAFT_PROMPT_ROWS]:
+            cache, tokens = behind[0]
+            computed += DRAFT_PROMPT_ROWS
+            if self._step([cache], [tokens[: len(cache.tokens) + DRAFT_PROMPT_ROWS]]) is None:
                 return 0
         if not work:
             return 0
-        logits = self._step([held for _, held, _ in work], [tokens for _, _, tokens in work])
+        computed += sum(len(tokens) - len(cache.tokens) for _, cache, tokens in work)
+        logits = self._step([cache for _, cache, _ in work], [tokens for _, _, tokens in work])
         if logits is None:
             return 0
         for (draft, _, tokens), row in zip(work, logits, strict=True):
@@ -143,50 +143,49 @@ class ModelDrafter:
             draft.draft_tokens.append(
                 DraftToken(token, ConfidenceBucket(self.source, min(MAX_BUCKET, int(confidence * (MAX_BUCKET + 1)))))
             )
-        return sum(stats.rows for stats in self.engine.passes[before:])
+        return computed
 
-    def forget(self, tokens: Sequence[int]) -> None:
+    def forget(self, sequence_id: int) -> None:
         """Keep the cache of an ended sequence for prefix caching."""
-        held = self._active.pop(id(tokens), None)
-        if held is not None:
-            self._idle.append(held)
+        cache = self._active.pop(sequence_id, None)
+        if cache is not None:
+            self._idle.append(cache)
 
-    def _rewind_to_common_prefix(self, draft: Draft, tokens: list[int]) -> _DraftSequence:
+    def _rewind_to_common_prefix(self, draft: Draft, tokens: list[int]) -> _DraftCache:
         """The sequence's cache, truncated to the common prefix with `tokens`; at least one token is left to compute."""
-        held = self._active.get(id(draft.tokens))
-        if held is None:
-            held = self._active[id(draft.tokens)] = self._take(tokens)
-        length = min(common_length(held.tokens, tokens[:-1]), held.cache.length)
-        held.cache.truncate(length)
-        held.tokens = held.tokens[:length]
-        return held
+        cache = self._active.get(draft.sequence_id)
+        if cache is None:
+            cache = max(self._idle, key=lambda one: common_length(one.tokens, tokens))
+            self._idle.remove(cache)
+            self._active[draft.sequence_id] = cache
+        del cache.tokens[common_length(cache.tokens, tokens[:-1]) :]
+        return cache
 
-    def _take(self, tokens: list[int]) -> _DraftSequence:
-        """The idle cache with the longest common prefix, or a new one if none is idle."""
-        if not self._idle:
-            return _DraftSequence(self.engine.new_cache(self._context_tokens), [])
-        best = max(self._idle, key=lambda held: common_length(held.tokens, tokens))
-        self._idle.remove(best)
-        return best
-
-    def _step(self, held: Sequence[_DraftSequence], tokens: Sequence[list[int]]) -> torch.Tensor | None:
+    def _step(self, caches: Sequence[_DraftCache], tokens: Sequence[list[int]]) -> torch.Tensor | None:
         """Logits of the last tokens; None: no draft token this time."""
-        try:
-            logits = self.engine.step(
-                [
-                    Rows(cache=h.cache, tokens=t[h.cache.length :], row_invariant=True)
-                    for h, t in zip(held, tokens, strict=True)
-                ]
+        rows = [
+            RowsInput(
+                slot=cache.slot,
+                start=len(cache.tokens),
+                token_ids=tuple(t[len(cache.tokens) :]),
+                row_invariant=True,
             )
-        except CacheOverflow as overflow:  # the next draft starts over, with a wider cache
-            overflow.cache.widen()
-            return None
+            for cache, t in zip(caches, tokens, strict=True)
+        ]
+        wide = frozenset(cache.slot for cache in caches if cache.is_wide)
+        try:
+            output = self.runner.execute(StepInput(rows=tuple(rows), wide=wide))
         except CheckpointError:  # decoding goes on without drafts
             self._is_broken = True
             return None
-        for h, t in zip(held, tokens, strict=True):
-            h.tokens = list(t)
-        return logits
+        if output.overflowed is not None:  # the next draft starts over, with a wider cache
+            wider = next(cache for cache in caches if cache.slot == output.overflowed)
+            wider.is_wide = True
+            wider.tokens.clear()
+            return None
+        for cache, t in zip(caches, tokens, strict=True):
+            cache.tokens = list(t)
+        return output.logits
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:

@@ -853,7 +853,7 @@ class _Threads:
 
     def close(self) -> None:
         self._engines -= 1
-        if not self._engines and torch.get_num_threads() != self._usual:
+        if not self._engines:
             torch.set_num_threads(self._usual)
 
 

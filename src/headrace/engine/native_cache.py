@@ -74,15 +74,21 @@ class NativeCache:
         assert 0 <= length <= self.length
         if length == self.length:
             return
-        plain = type(self.states) is DynamicCache and all(type(layer) is DynamicLayer for layer in self.states.layers)
-        plain = plain and not self._places
-        if length and self.whole and not self.decoder_start_tokens:
+        if not length or not self.can_truncate:
+            self._reset()
+        elif self.whole:
             self._tokens, self.length = self._tokens[:, :length], length
-        elif length and plain:
+        else:
             self.states.crop(length - self.length)
             self.length = length
-        else:
-            self._reset()
+
+    @property
+    def can_truncate(self) -> bool:
+        """True if the last positions alone can be forgotten."""
+        if self.whole:
+            return not self.decoder_start_tokens
+        layers = self.states.layers if type(self.states) is DynamicCache else None
+        return layers is not None and all(type(layer) is DynamicLayer for layer in layers) and not self._places
 
     def commit(self) -> None:
         """Confirm a successful pass with rows of this cache."""

@@ -4,26 +4,30 @@ A sequence is a list of tokens; the KV cache holds a prefix of it. Each pass com
 a decoded token as one row, draft tokens behind it. The pass yields the accepted draft tokens and one more token. So
 prefill, decode and verification are the same code, for one sequence as for many. Sequences come and go between passes.
 
+Prompts that are computed at the same time get chunks in turn. Memory for keys and values is one pool, counted in tokens.
+Where it runs out, idle caches are dropped; then the sequence that started last is preempted and later computed again.
+
 Chunk boundaries do not depend on other work, and a chunk's results depend on its sequence alone. Only whole chunks of
 prompts are reused. So the same prompt gives the same tokens after any earlier work and beside any other sequences.
 The price: a chunk that a prompt shares in part is computed again. So are generated tokens that have become part of a
 prompt, because decode kernels round differently. `deterministic=False` reuses both.
 """
 
+import itertools
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
-from headrace.engine.attention import CacheOverflow, KVCache
 from headrace.engine.drafters import Draft, common_length
-from headrace.engine.engine import Engine, Rows
-from headrace.engine.native_cache import NativeCache
 from headrace.engine.sampler import Sampler, TokenLogprobs
 from headrace.engine.speculation import Speculation
+from headrace.engine.step import PrefixCopy, RowsInput, RunnerInfo, StepInput, StepOutput
+from headrace.engine.timeline import PassStats
 from headrace.kernels import DECODE_MAX_ROWS
-from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS
+from headrace.kernels.thresholds import CHUNK_ROWS, KV_BLOCK_TOKENS, SMALL_CHUNK_ROWS
 
 # Min length of a common prefix to wait for; a shorter one is computed again.
 MIN_SHARED_PREFIX_TOKENS = 16
@@ -52,48 +56,41 @@ class Chunks:
 
 @dataclass(eq=False)
 class Slot:
-    """A KV cache and its tokens. Kept after its sequence ends, for prefix caching."""
+    """The tokens in one KV cache. Kept after its sequence ends, for prefix caching."""
 
-    cache: KVCache | NativeCache
+    number: int
     tokens: list[int] = field(default_factory=list)
     prompt_tokens: int = 0  # number of tokens computed as a prompt
-
-    def cached_prefix_len(self, prompt: Sequence[int], chunks: "Chunks | None") -> int:
-        """Number of a prompt's tokens that need not be computed again, never its last.
-
-        `chunks`: only whole chunks of a prompt are reused; None: all tokens in the cache.
-        """
-        if self.is_wide:
-            return 0  # a wide cache is not reused by other prompts
-        common = min(common_length(self.tokens, prompt[:-1]), self.cache.length)
-        if not self.cache.accepts_multiple_rows and (chunks is not None or common < len(prompt) - 1):
-            return 0  # this cache cannot resume in the middle of a prompt
-        return common if chunks is None else chunks.whole(min(common, self.prompt_tokens))
-
-    @property
-    def is_wide(self) -> bool:
-        """True if the cache stores keys and values in its wide type."""
-        return isinstance(self.cache, KVCache) and self.cache.is_wide
+    is_wide: bool = False  # keys and values are stored in the wide type
+    last_used: int = 0  # number of the step
 
     def truncate(self, count: int) -> None:
         """Forget all but the first `count` tokens."""
-        self.cache.truncate(count)
         del self.tokens[count:]
         self.prompt_tokens = min(self.prompt_tokens, count)
 
 
 @dataclass(eq=False)
 class SequenceState:
-    """One running sequence: the prompt and the tokens generated so far."""
+    """A prompt and the tokens generated so far. It has a slot while it runs."""
 
+    sequence_id: int
     tokens: list[int]
     prompt_tokens: int
     max_tokens: int  # max tokens to generate
     sampler: Sampler
-    slot: Slot
+    running_slot: Slot | None = None
     prefix_source: "SequenceState | None" = None  # sequence that computes the common prefix
     shared_prefix_tokens: int = 0
+    cached_tokens: int = 0  # tokens of the prompt that a cache held when the sequence started
+    last_prefill: int = 0  # number of the last step with a prompt chunk
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of each generated token
+
+    @property
+    def slot(self) -> Slot:
+        """The slot of a running sequence."""
+        assert self.running_slot is not None, "the sequence runs"
+        return self.running_slot
 
     @property
     def generated(self) -> int:
@@ -101,233 +98,425 @@ class SequenceState:
         return len(self.tokens) - self.prompt_tokens
 
     @property
-    def uncomputed(self) -> list[int]:
-        """Tokens that are not computed yet."""
-        return self.tokens[self.slot.cache.length :]
+    def num_uncomputed(self) -> int:
+        """Number of tokens that are not computed yet."""
+        return len(self.tokens) - (0 if self.running_slot is None else len(self.running_slot.tokens))
+
+
+@dataclass(eq=False)
+class ScheduledSequence:
+    """The rows of one sequence in a step: chunks, and draft tokens behind them."""
+
+    sequence: SequenceState
+    start: int
+    draft: Draft
+    chunks: list[list[int]] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """Position behind the chunks."""
+        return self.start + sum(map(len, self.chunks))
+
+    @property
+    def is_complete(self) -> bool:
+        """True if all tokens are computed after the step, so that the next one can be drawn."""
+        return self.end == len(self.sequence.tokens)
+
+
+@dataclass(eq=False)
+class ScheduledStep:
+    """A step, and what is needed to go on with its output."""
+
+    step: StepInput
+    sequences: list[ScheduledSequence]
+    start_s: float
+    draft_s: float
+    is_decode: bool  # all rows are row-invariant
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceResult:
+    """New tokens of a sequence, or why it failed."""
+
+    sequence: SequenceState
+    tokens: list[int]  # empty if its prompt is not computed completely
+    drafted: int = 0
+    error: Exception | None = None
 
 
 class Scheduler:
-    """Makes passes for sequences that come and go. `speculation=None`: one token per sequence and pass."""
+    """Makes steps for sequences that come and go. `speculation=None`: one token per sequence and pass."""
 
     def __init__(
         self,
-        engine: Engine,
-        slots: Sequence[Slot],
+        info: RunnerInfo,
         prefill_rows: int,
         max_draft_tokens: int = 0,
         deterministic: bool = True,
+        kv_tokens: int | None = None,
     ):
         """Set the options that hold for all sequences.
 
         Args:
-            engine: makes the passes.
-            slots: one for each concurrent sequence.
+            info: facts about the runner.
             prefill_rows: max prompt rows of a pass.
             max_draft_tokens: max draft tokens of one sequence in a pass.
             deterministic: reuse nothing whose reuse could change the last bits of a result.
+            kv_tokens: tokens that all KV caches hold together; None: all caches may be full.
         """
-        self.engine = engine
+        self.info = info
         self.speculation: Speculation | None = None
-        self.sequences: list[SequenceState] = []
-        self._slots = list(slots)
-        self._free = list(slots)
-        self._prefill_rows = prefill_rows
+        self.running: list[SequenceState] = []  # in the order in which they started
+        self.waiting: deque[SequenceState] = deque()
+        self._slots = [Slot(number) for number in range(info.num_slots)]
+        self._free = list(self._slots)
+        self.prefill_rows = prefill_rows
         # In other attention modes than packed, a pass takes one chunk of a sequence.
-        self._one_chunk = engine.attention_mode != "packed"
-        tokens = prefill_rows if self._one_chunk else min(CHUNK_ROWS, prefill_rows)
+        tokens = prefill_rows if info.one_chunk else min(CHUNK_ROWS, prefill_rows)
         # Small chunks let more of a prefix be reused; they cost nothing if prefill is row-invariant.
-        self._small_chunks = not self._one_chunk and engine.prefill_is_row_invariant and prefill_rows > DECODE_MAX_ROWS
+        self._small_chunks = not info.one_chunk and info.prefill_is_row_invariant and prefill_rows > DECODE_MAX_ROWS
         if self._small_chunks:
             self._chunks = Chunks(SMALL_CHUNK_ROWS, tokens // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS)
         else:
             self._chunks = Chunks(tokens, tokens)
         self._reused_chunks = self._chunks if deterministic else None
         self._max_draft_tokens = max_draft_tokens
+        self._kv_blocks = None if kv_tokens is None else max(_blocks(kv_tokens), _blocks(info.capacity))
+        self._released: set[int] = set()
+        self._numbers = itertools.count()
+        self._step = 0
 
     @property
     def has_free_slot(self) -> bool:
-        """True if another sequence can be added."""
-        return bool(self._free)
+        """True if another sequence would start with the next step, memory permitting."""
+        return len(self._free) > len(self.waiting)
 
-    def add(self, prompt: list[int], max_tokens: int, sampler: Sampler) -> SequenceState:
-        """Start a sequence. A prefix of its prompt that a cache holds is not computed again."""
-        slot = max(self._free, key=lambda slot: slot.cached_prefix_len(prompt, self._reused_chunks))
-        own = slot.cached_prefix_len(prompt, self._reused_chunks)
-        sequence = SequenceState(
-            tokens=list(prompt), prompt_tokens=len(prompt), max_tokens=max_tokens, sampler=sampler, slot=slot
-        )
-        prefix_source = max(self.sequences, key=lambda other: common_length(other.tokens, prompt[:-1]), default=None)
-        shared = 0 if prefix_source is None else self._shareable_prefix(prefix_source, prompt)
-        if shared >= own + MIN_SHARED_PREFIX_TOKENS:
-            sequence.prefix_source, sequence.shared_prefix_tokens = prefix_source, shared
-        slot.truncate(own)
-        if slot.is_wide and isinstance(slot.cache, KVCache):
-            slot.cache.restore()
-        slot.prompt_tokens = len(prompt)
-        self._free.remove(slot)
-        self.sequences.append(sequence)
+    @property
+    def has_work(self) -> bool:
+        """True if a sequence runs or waits."""
+        return bool(self.running or self.waiting)
+
+    def add(self, prompt: Sequence[int], max_tokens: int, sampler: Sampler) -> SequenceState:
+        """Queue a sequence. It starts with the first step that has a slot and memory for it."""
+        sequence = SequenceState(next(self._numbers), list(prompt), len(prompt), max_tokens, sampler)
+        self.waiting.append(sequence)
         return sequence
-
-    def _shareable_prefix(self, prefix_source: SequenceState, prompt: Sequence[int]) -> int:
-        """Number of a prompt's reusable tokens that another sequence has computed or will compute."""
-        common = common_length(prefix_source.tokens, prompt[:-1])
-        return common if self._reused_chunks is None else self._chunks.whole(min(common, prefix_source.prompt_tokens))
-
-    def reset(self) -> None:
-        """Free all slots after any interruption; the caches of unfinished sequences are dropped."""
-        for slot in self._slots:
-            if slot not in self._free:
-                slot.cache.rollback()
-                slot.truncate(0)
-        self.sequences.clear()
-        self._free = list(self._slots)
 
     def remove(self, sequence: SequenceState) -> None:
         """End a sequence, finished or not. Its cache is kept for prefix caching. Safe to call twice."""
-        if sequence not in self.sequences:
-            return
-        self.sequences.remove(sequence)
-        for other in self.sequences:
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence in self.running:
+            slot = sequence.slot
+            slot.truncate(len(sequence.tokens))
+            self._stop(sequence)
+        if self.speculation is not None:
+            self.speculation.forget(sequence.sequence_id)
+
+    def fail(self, scheduled: ScheduledStep) -> list[SequenceState]:
+        """End the sequences of a step that failed; their caches are dropped."""
+        failed = [one.sequence for one in scheduled.sequences]
+        for sequence in failed:
+            if sequence in self.running:
+                sequence.slot.truncate(0)
+            self.remove(sequence)
+        return failed
+
+    def reset(self) -> list[SequenceState]:
+        """End all running sequences after a failure; their caches are dropped."""
+        failed = list(self.running)
+        for sequence in failed:
+            sequence.slot.truncate(0)
+            self.remove(sequence)
+        return failed
+
+    def _stop(self, sequence: SequenceState) -> None:
+        """Take a sequence's slot."""
+        self.running.remove(sequence)
+        for other in self.running:
             if other.prefix_source is sequence:
                 other.prefix_source = None  # the other one computes the prefix itself
-        sequence.slot.truncate(min(sequence.slot.cache.length, len(sequence.tokens)))
         self._free.append(sequence.slot)
-        if self.speculation is not None:
-            self.speculation.forget(sequence.tokens)
+        sequence.running_slot = sequence.prefix_source = None
 
-    def step(self) -> list[tuple[SequenceState, list[int]]]:
-        """Run one pass for all sequences that can go on; return new tokens of those whose prompt is computed."""
-        start = time.perf_counter()
-        loads = not self.engine.passes  # the first pass reads the pinned weights
-        try:
-            chunks = self._pending_chunks()
-            drafts = [Draft(sequence.tokens, sequence.sampler) for sequence, _ in chunks]
-            if self.speculation is not None:
-                self._propose(self.speculation, chunks, drafts)
-            draft_s = time.perf_counter() - start
-            batch = [
-                rows
-                for (sequence, own), draft in zip(chunks, drafts, strict=True)
-                for rows in self._rows(sequence, own, draft)
-            ]
-            try:
-                found = self.engine.step(batch)
-            except CacheOverflow as overflow:
-                self._widen(overflow.cache)
-                return []
-            logits = torch.split(found, [1 + len(draft.draft_tokens) for draft in drafts])
-        except BaseException:  # before the pass as well: some caches may already include a prefix that is not computed
-            for sequence in self.sequences:
-                sequence.slot.cache.rollback()
-            raise
-        news = []
-        for (sequence, _), draft, part in zip(chunks, drafts, logits, strict=True):
-            sequence.slot.tokens = sequence.tokens[: sequence.slot.cache.length]
-            if len(sequence.slot.tokens) == len(sequence.tokens):
-                news.append((sequence, self._verify(sequence, draft, part)))
-        stats = replace(
-            self.engine.passes[-1],
-            draft_s=draft_s,
-            drafted=sum(len(draft.draft_tokens) for draft in drafts),
-            accepted=sum(len(new) - 1 for _, new in news),
-        )
-        self.engine.passes.replace_last(stats)
-        if self.speculation is not None and not loads and all(rows.is_row_invariant for rows in batch):
-            self.speculation.step_times.record_pass(stats)
-            self.speculation.step_times.record_step(sum(len(new) for _, new in news), time.perf_counter() - start)
-        if self.engine.trace is not None:
-            self.engine.trace.add("draft", f"{stats.drafted} draft tokens", start, start + draft_s)
-            self.engine.trace.add("step", f"bound by {stats.bound_by}", start, time.perf_counter())
-        return news
+    # -- starting ---------------------------------------------------------------------------------------------------
 
-    def _widen(self, cache: KVCache) -> None:
-        """Compute a sequence again from its start in the wide type, after a key or value overflowed FP16."""
-        for sequence in self.sequences:
-            sequence.slot.cache.rollback()
-            if sequence.slot.cache is cache:
-                sequence.slot.tokens.clear()
-        cache.widen()
+    def _start_waiting(self) -> None:
+        while self.waiting and self._free:
+            sequence = self.waiting[0]
+            needed = len(sequence.tokens) + min(KV_BLOCK_TOKENS, sequence.max_tokens - sequence.generated)
+            slot = max(self._free, key=lambda one: (self._cached_prefix(one, sequence), not one.tokens, -one.last_used))
+            ends = {one.slot: len(one.tokens) for one in self.running}
+            if self.running and not self._make_room(slot, needed, ends):
+                return
+            self.waiting.popleft()
+            self._start(sequence, slot)
 
-    def _pending_chunks(self) -> list[tuple[SequenceState, list[list[int]]]]:
-        """Chunks of each sequence to compute in this pass, in order of arrival: whole chunks, as many as fit.
+    def _start(self, sequence: SequenceState, slot: Slot) -> None:
+        prompt = sequence.tokens[: sequence.prompt_tokens]
+        own = self._cached_prefix(slot, sequence)
+        source = max(self.running, key=lambda other: common_length(other.tokens, prompt[:-1]), default=None)
+        shared = 0 if source is None else self._shareable_prefix(source, prompt)
+        if shared >= own + MIN_SHARED_PREFIX_TOKENS:
+            sequence.prefix_source, sequence.shared_prefix_tokens = source, shared
+        slot.truncate(own)
+        slot.is_wide = False
+        slot.prompt_tokens = len(prompt)
+        sequence.running_slot = slot
+        sequence.cached_tokens = max(own, shared if sequence.prefix_source is not None else 0)
+        self._free.remove(slot)
+        self.running.append(sequence)
 
-        A chunk of one row always fits.
+    def _cached_prefix(self, slot: Slot, sequence: SequenceState) -> int:
+        """Number of a prompt's tokens in a slot that need not be computed again, never its last."""
+        if slot.is_wide:
+            return 0  # a wide cache is not reused by other prompts
+        prompt, chunks = sequence.tokens[: sequence.prompt_tokens], self._reused_chunks
+        common = common_length(slot.tokens, prompt[:-1])
+        if not self.info.accepts_multiple_rows and (chunks is not None or common < len(prompt) - 1):
+            return 0  # this cache cannot resume in the middle of a prompt
+        found = common if chunks is None else chunks.whole(min(common, slot.prompt_tokens))
+        return found if self.info.can_truncate or found == len(slot.tokens) else 0
+
+    def _shareable_prefix(self, source: SequenceState, prompt: Sequence[int]) -> int:
+        """Number of a prompt's reusable tokens that another sequence has computed or will compute."""
+        common = common_length(source.tokens, prompt[:-1])
+        return common if self._reused_chunks is None else self._chunks.whole(min(common, source.prompt_tokens))
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    def _make_room(self, slot: Slot, tokens: int, ends: "dict[Slot, int] | None" = None) -> bool:
+        """Drop idle caches until a slot may hold so many tokens; False if that is not enough.
+
+        `ends`: tokens that other slots will hold.
         """
-        budget = self._prefill_rows - 1
-        chunks: list[tuple[SequenceState, list[list[int]]]] = []
-        computed: dict[SequenceState, int] = {}  # positions after this pass
-        for sequence in self.sequences:
-            start, prefix_source = sequence.slot.cache.length, sequence.prefix_source
-            if prefix_source is not None:
-                if computed.get(prefix_source, prefix_source.slot.cache.length) < sequence.shared_prefix_tokens:
-                    continue  # the source's prompt takes several passes
-                if prefix_source.slot.cache.type == sequence.slot.cache.type:
-                    start = sequence.shared_prefix_tokens
-            own: list[list[int]] = []
-            taken = 0
-            for chunk in self._cut(sequence, start):
-                if (own and self._one_chunk) or (taken + len(chunk) > 1 + budget and (own or chunks)):
-                    break
-                own.append(chunk)
-                taken += len(chunk)
-            if not own:
-                continue
-            if prefix_source is not None and start > sequence.slot.cache.length:
-                mine, theirs = sequence.slot.cache, prefix_source.slot.cache
-                assert isinstance(mine, KVCache)
-                assert isinstance(theirs, KVCache)
-                mine.copy_prefix(theirs, start)
+        if self._kv_blocks is None:
+            return True
+        ends = ends or {}
+
+        def excess() -> int:
+            held = sum(_blocks(max(len(one.tokens), ends.get(one, 0))) for one in self._slots if one is not slot)
+            return held + _blocks(tokens) - (self._kv_blocks or 0)
+
+        idle = sorted((one for one in self._free if one.tokens and one is not slot), key=lambda one: one.last_used)
+        while idle and excess() > 0:
+            self._release(idle.pop(0))
+        return excess() <= 0
+
+    def _release(self, slot: Slot) -> None:
+        slot.truncate(0)
+        self._released.add(slot.number)
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        """Stop a sequence to take its memory. Its tokens are computed again, by the same kernels."""
+        self._release(sequence.slot)
+        self._stop(sequence)
+        self.waiting.appendleft(sequence)
+        if self.speculation is not None:
+            self.speculation.forget(sequence.sequence_id)
+
+    def _room_for(self, sequence: SequenceState, end: int, scheduled: "dict[SequenceState, ScheduledSequence]") -> bool:
+        """Make room for a sequence of `end` tokens, if necessary by preempting sequences that started after it."""
+        ends = {other.slot: one.end for other, one in scheduled.items()}
+        while not self._make_room(sequence.slot, end, ends):
+            last = self.running[-1]
+            copied = any(one.sequence.prefix_source is last for one in scheduled.values())
+            if last is sequence or last in scheduled or copied:
+                return False
+            self._preempt(last)
+        return True
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> ScheduledStep | None:
+        """The next step; None if no sequence runs or waits."""
+        start = time.perf_counter()
+        self._step += 1
+        self._start_waiting()
+        if not self.running:
+            return None
+        scheduled = self._take_chunks()
+        if self.speculation is not None:
+            self._propose(self.speculation, scheduled)
+        draft_s = time.perf_counter() - start
+        copies, rows = [], list[RowsInput]()
+        for one in scheduled:
+            sequence = one.sequence
+            source = sequence.prefix_source
+            if source is not None and one.start > len(sequence.slot.tokens):
+                copies.append(PrefixCopy(source=source.slot.number, target=sequence.slot.number, length=one.start))
             sequence.prefix_source = None
-            budget = max(0, budget - (taken - 1))
-            chunks.append((sequence, own))
-            computed[sequence] = start + taken
-        return chunks
+            sequence.slot.last_used = self._step
+            rows += self._rows(one)
+        wide = frozenset(slot.number for slot in self._slots if slot.is_wide)
+        used = {row.slot for row in rows}
+        released = tuple(sorted(self._released - used))
+        self._released.clear()
+        step = StepInput(rows=tuple(rows), copies=tuple(copies), released=released, wide=wide)
+        return ScheduledStep(step, scheduled, start, draft_s, all(row.row_invariant for row in rows))
+
+    def update(self, scheduled: ScheduledStep, output: StepOutput) -> list[SequenceResult]:
+        """Take the logits of a step: draw tokens, accept draft tokens up to the first that differs."""
+        if output.overflowed is not None:
+            self._widen(output.overflowed)
+            return []
+        assert output.logits is not None
+        parts = torch.split(output.logits, [1 + len(one.draft.draft_tokens) for one in scheduled.sequences])
+        results = []
+        for one, logits in zip(scheduled.sequences, parts, strict=True):
+            sequence, drafted = one.sequence, len(one.draft.draft_tokens)
+            if sequence.running_slot is None:
+                continue  # removed while the pass ran
+            sequence.slot.tokens = sequence.tokens[: one.end]
+            if not one.is_complete:
+                results.append(SequenceResult(sequence=sequence, tokens=[]))
+                continue
+            try:
+                tokens = self._verify(sequence, one.draft, logits)
+                results.append(SequenceResult(sequence=sequence, tokens=tokens, drafted=drafted))
+            except Exception as error:
+                results.append(SequenceResult(sequence=sequence, tokens=[], error=error))
+        return results
+
+    def record(self, scheduled: ScheduledStep, stats: PassStats, tokens: int) -> None:
+        """Learn from the time of a step that gave so many tokens."""
+        if self.speculation is not None and scheduled.is_decode:
+            self.speculation.step_times.record_pass(stats)
+            self.speculation.step_times.record_step(tokens, time.perf_counter() - scheduled.start_s)
+
+    def _widen(self, number: int) -> None:
+        """Compute a sequence again from its start in the wide type, after a key or value overflowed FP16."""
+        slot = self._slots[number]
+        slot.is_wide = True
+        slot.tokens.clear()
+
+    def _take_chunks(self) -> list[ScheduledSequence]:
+        """Whole chunks of each sequence, as many as fit. Prompts take one in turn.
+
+        First come decoded tokens, then the prompts that have waited longest. A chunk of one row always fits.
+        """
+        scheduled: dict[SequenceState, ScheduledSequence] = {}
+        cuts: dict[SequenceState, Iterator[list[int]]] = {}
+        budget, full = self.prefill_rows - 1, set[SequenceState]()
+        order = sorted(self.running, key=lambda one: (not one.generated, one.last_prefill))
+        progress = True
+        while progress:
+            progress = False
+            for sequence in order:
+                if sequence in full or sequence.running_slot is None:
+                    continue
+                if sequence not in cuts:
+                    start = self._start_of(sequence, scheduled)
+                    if start is None:
+                        continue  # the source of its prefix is not there yet
+                    draft = Draft(sequence.sequence_id, sequence.tokens, sequence.sampler)
+                    one = ScheduledSequence(sequence, start, draft)
+                    cuts[sequence] = self._cut(sequence, start)
+                else:
+                    one = scheduled[sequence]
+                chunk = next(cuts[sequence], None)
+                if chunk is None:
+                    full.add(sequence)
+                    continue
+                cost = len(chunk) - (not one.chunks)
+                fits = cost <= budget or not scheduled
+                if not fits or not self._room_for(sequence, one.end + len(chunk), scheduled):
+                    full.add(sequence)
+                    continue
+                one.chunks.append(chunk)
+                scheduled[sequence] = one
+                budget -= cost
+                progress = True
+                if self.info.one_chunk:
+                    full.add(sequence)
+                if not sequence.generated:
+                    sequence.last_prefill = self._step
+        # A prefix's source comes before the sequences that copy it.
+        return [scheduled[sequence] for sequence in self.running if sequence in scheduled]
+
+    def _start_of(self, sequence: SequenceState, scheduled: dict[SequenceState, ScheduledSequence]) -> int | None:
+        """First position to compute; None while another sequence still computes the common prefix."""
+        source = sequence.prefix_source
+        if source is None:
+            return len(sequence.slot.tokens)
+        reached = scheduled[source].end if source in scheduled else len(source.slot.tokens)
+        if reached < sequence.shared_prefix_tokens:
+            return None
+        same_type = source.slot.is_wide == sequence.slot.is_wide
+        return sequence.shared_prefix_tokens if same_type else len(sequence.slot.tokens)
 
     def _cut(self, sequence: SequenceState, start: int) -> Iterator[list[int]]:
-        """Chunks of a sequence's tokens from `start` on. They end at multiples of their size and at the end of the prompt."""
+        """Chunks of a sequence's tokens from `start` on. They end at multiples of their size and at the end of the prompt.
+
+        Generated tokens that are computed again come in chunks of row-invariant rows.
+        """
         tokens = sequence.tokens
-        if not sequence.slot.cache.accepts_multiple_rows:
+        if not self.info.accepts_multiple_rows:
             yield tokens[start:]
             return
         while start < len(tokens):
-            end = min(
-                self._chunks.end(start), sequence.prompt_tokens if start < sequence.prompt_tokens else len(tokens)
-            )
+            if start < sequence.prompt_tokens:
+                end = min(self._chunks.end(start), sequence.prompt_tokens)
+            else:
+                end = min(start + DECODE_MAX_ROWS, len(tokens))
             yield tokens[start:end]
             start = end
 
-    def _rows(self, sequence: SequenceState, chunks: Sequence[list[int]], draft: Draft) -> Iterator[Rows]:
+    def _rows(self, one: ScheduledSequence) -> Iterator[RowsInput]:
         """The chunks of a sequence, with its draft tokens behind the last chunk, whose last rows alone need logits."""
-        cache, draft_tokens = sequence.slot.cache, [draft_token.token for draft_token in draft.draft_tokens]
-        # With small chunks the prompt's length, not the chunk's, decides between decode and prefill kernels. So all reusable
-        # rows come from the prefill kernels.
-        prefill = self._small_chunks and not sequence.generated and sequence.prompt_tokens >= self._chunks.first
-        row_invariant = False if prefill else None
-        for chunk in chunks[:-1]:
-            yield Rows(cache=cache, tokens=chunk, logits=0, row_invariant=row_invariant)
-        yield Rows(
-            cache=cache,
-            tokens=chunks[-1] + draft_tokens,
-            logits=1 + len(draft_tokens),
-            row_invariant=True if draft_tokens else row_invariant,
-        )
+        position = one.start
+        draft_tokens = tuple(draft_token.token for draft_token in one.draft.draft_tokens)
+        for number, chunk in enumerate(one.chunks, 1):
+            is_last = number == len(one.chunks)
+            drafted = draft_tokens if is_last else ()
+            yield RowsInput(
+                slot=one.sequence.slot.number,
+                start=position,
+                token_ids=(*chunk, *drafted),
+                num_logits=1 + len(drafted) if is_last else 0,
+                row_invariant=bool(drafted) or self._is_row_invariant(one.sequence, position, chunk),
+            )
+            position += len(chunk)
 
-    def _propose(
-        self, speculation: Speculation, chunks: Sequence[tuple[SequenceState, list[list[int]]]], drafts: Sequence[Draft]
-    ) -> None:
-        prefills = self._small_chunks and any(not sequence.generated for sequence, _ in chunks)
-        if prefills or any(len(chunk) > DECODE_MAX_ROWS for _, own in chunks for chunk in own):
-            return  # a prompt is computed: the pass is long anyway, and rates are not those of decoding
-        limits = []
-        for (sequence, own), draft in zip(chunks, drafts, strict=True):
-            ready = sum(map(len, own)) == len(sequence.uncomputed)
-            free = sequence.slot.cache.capacity - len(sequence.tokens)
-            limit = min(self._max_draft_tokens, sequence.max_tokens - sequence.generated - 1, free) if ready else 0
-            limits.append((draft, limit))
-        speculation.propose(limits, sum(len(chunk) for _, own in chunks for chunk in own))
+    def _is_row_invariant(self, sequence: SequenceState, start: int, chunk: Sequence[int]) -> bool:
+        """True if a chunk is computed by the decode kernels.
+
+        With small chunks the prompt's length, not the chunk's, decides between decode and prefill kernels. So all reusable
+        rows come from the prefill kernels.
+        """
+        if self._small_chunks and start < sequence.prompt_tokens:
+            return sequence.prompt_tokens < self._chunks.first
+        return len(chunk) <= DECODE_MAX_ROWS
+
+    def _propose(self, speculation: Speculation, scheduled: Sequence[ScheduledSequence]) -> None:
+        """Add draft tokens to sequences that decode, where their rows pay."""
+        free = self._free_tokens(scheduled) // max(1, len(scheduled))
+        limits, rows, prefill_rows = [], 0, 0
+        for one in scheduled:
+            sequence, position, verifies = one.sequence, one.start, one.is_complete
+            for chunk in one.chunks:
+                if self._is_row_invariant(sequence, position, chunk):
+                    rows += len(chunk)
+                else:
+                    prefill_rows += len(chunk)
+                    verifies = False
+                position += len(chunk)
+            room = min(self.info.capacity - len(sequence.tokens), free)
+            limit = min(self._max_draft_tokens, sequence.max_tokens - sequence.generated - 1, room) if verifies else 0
+            limits.append((one.draft, limit))
+        if any(limit > 0 for _, limit in limits):
+            speculation.propose(limits, rows, prefill_rows)
+
+    def _free_tokens(self, scheduled: Sequence[ScheduledSequence]) -> int:
+        """Tokens that KV caches could hold beyond those of this step."""
+        if self._kv_blocks is None:
+            return self.info.capacity * self.info.num_slots
+        ends = {one.sequence.slot: one.end for one in scheduled}
+        held = sum(_blocks(max(len(slot.tokens), ends.get(slot, 0))) for slot in self._slots)
+        return max(0, self._kv_blocks - held) * KV_BLOCK_TOKENS
 
     def _verify(self, sequence: SequenceState, draft: Draft, logits: torch.Tensor) -> list[int]:
-        """Sample from each row's logits while the draft tokens agree; truncate the cache behind them."""
+        """Sample from each row's logits while the draft tokens agree; forget the rows behind them."""
         first = len(sequence.tokens)
         for row, draft_token in enumerate([*draft.draft_tokens, None]):
             token = sequence.sampler.draw(logits[row], sequence.tokens)
@@ -339,5 +528,8 @@ class Scheduler:
         if self.speculation is not None:
             self.speculation.record_accepted(draft, len(new) - 1)
         sequence.slot.tokens += new[:-1]
-        sequence.slot.cache.truncate(len(sequence.tokens) - 1)
         return new
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // KV_BLOCK_TOKENS)

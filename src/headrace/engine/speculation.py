@@ -72,9 +72,10 @@ class StepTimeModel:
         self.draft_token_s = draft_token_s
         self._tokens, self._seconds = 1.0, self.pass_s(1)
 
-    def pass_s(self, rows: int) -> float:
-        """Seconds of a pass of `rows` rows."""
-        return max(self._disk_s, self._compute_factor * self._cost(rows).compute_s)
+    def pass_s(self, rows: int, prefill_rows: int = 0) -> float:
+        """Seconds of a pass of `rows` row-invariant rows and so many prefill rows."""
+        compute_s = self._cost(rows).compute_s + (self._cost(prefill_rows).compute_s if prefill_rows else 0.0)
+        return max(self._disk_s, self._compute_factor * compute_s)
 
     @property
     def rate(self) -> float:
@@ -120,14 +121,17 @@ class Speculation:
         self.acceptance = Acceptance()
         self._lookup = lookup
         self._model = model
+        self._prefill_rows = 0  # of the pass that is being made
 
-    def propose(self, drafts: Sequence[tuple[Draft, int]], rows: int) -> None:
+    def propose(self, drafts: Sequence[tuple[Draft, int]], rows: int, prefill_rows: int = 0) -> None:
         """Fill drafts with draft tokens.
 
         Args:
             drafts: each with its max draft tokens.
-            rows: rows of the pass before any draft token is added.
+            rows: row-invariant rows of the pass before any draft token is added.
+            prefill_rows: its other rows. If they let a pass wait for the disk, rows of draft tokens are free.
         """
+        self._prefill_rows = prefill_rows
         growing = [_Open(draft, max_tokens) for draft, max_tokens in drafts if max_tokens > 0]
         while growing:
             self._ask_model([one for one in growing if not self._look_up(one)], rows)
@@ -144,10 +148,10 @@ class Speculation:
         for position, draft_token in enumerate(draft.draft_tokens[: accepted + 1]):
             self.acceptance.record(position, draft_token.confidence, position < accepted)
 
-    def forget(self, tokens: Sequence[int]) -> None:
-        """Tell the draft model that the sequence with this list of tokens has ended."""
+    def forget(self, sequence_id: int) -> None:
+        """Tell the draft model that a sequence has ended."""
         if self._model is not None:
-            self._model.forget(tokens)
+            self._model.forget(sequence_id)
 
     def _look_up(self, one: _Open) -> bool:
         """Propose by prompt lookup, unless the draft model's token is worth more, even minus its price."""
@@ -166,7 +170,7 @@ class Speculation:
         if self._model is None or not some:
             return
         worth = sum(one.probability for one in some) * self.acceptance.source_rate(self._model.source)
-        price = self.step_times.draft_token_s + self.step_times.pass_s(rows + len(some)) - self.step_times.pass_s(rows)
+        price = self.step_times.draft_token_s + self._row_price(rows, len(some))
         if worth < self.step_times.rate * price:
             return
         start = time.perf_counter()
@@ -174,13 +178,18 @@ class Speculation:
         if 0 < computed <= 3 * len(some):  # not if it had to compute a prompt first, or proposed nothing
             self.step_times.record_draft_token(time.perf_counter() - start)
 
+    def _row_price(self, rows: int, more: int) -> float:
+        """Seconds that so many more rows add to the pass."""
+        before = self.step_times.pass_s(rows, self._prefill_rows)
+        return self.step_times.pass_s(rows + more, self._prefill_rows) - before
+
     def _keep(self, one: _Open, rows: int) -> bool:
         """True if a new draft token was proposed and is worth its row; if not, it is dropped."""
         draft_tokens = one.draft.draft_tokens
         if len(draft_tokens) == one.num_tokens:
             return False
         probability = one.probability * self.acceptance.rate(draft_tokens[-1].confidence)
-        price = self.step_times.pass_s(rows + 1) - self.step_times.pass_s(rows)
+        price = self._row_price(rows, 1)
         if probability < max(_MIN_PROBABILITY, self.step_times.rate * price):
             draft_tokens.pop()
             return False

@@ -1,6 +1,6 @@
 """Choices between plans: drafting method, number of concurrent sequences, and suggestions to the user."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil
 
@@ -81,14 +81,16 @@ def choose_sequences(
     run_config: RunConfig,
     options: Sequence[Drafting],
     most: int,
+    kv_tokens_of: Callable[[int], int | None] = lambda _: None,
 ) -> RunConfig:
     """The run configuration with the number of sequences and the drafting method that give the most tokens per second.
 
     More sequences share a pass; their caches take memory from pinned weights, and their rows take compute.
+    `kv_tokens_of`: tokens that the caches of so many sequences need together; None: every cache may be full.
     """
     best, least = None, float("inf")
     for count in sorted({min(most, count) for count in ((1,) if shape_of(checkpoint).single_sequence else SEQUENCES)}):
-        wanted = replace(run_config, sequences=count)
+        wanted = replace(run_config, sequences=count, kv_tokens=kv_tokens_of(count))
         try:
             drafting, _ = choose_drafting(checkpoint, profile, budget, wanted, options)
         except BudgetError:

@@ -14,7 +14,7 @@ from headrace.plan.budget import Budget
 from headrace.plan.expert_cost import Experts, most_slots
 from headrace.plan.profile import Profile
 from headrace.plan.run_config import RunConfig
-from headrace.plan.shape import Shape, page_slack
+from headrace.plan.shape import PAGE_BYTES, Shape, page_slack
 from headrace.units import MIB, gib, option
 
 UNIT_BYTES = 2 * MIB
@@ -79,7 +79,7 @@ def plan_memory(
         BudgetError: the budget is below the floor, given in the message.
     """
     runtime = runtime_bytes or profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BYTES_PER_TOKEN
-    kv = shape.kv_bytes(run_config.context_tokens, run_config.kv_bits) * run_config.sequences
+    kv = _kv_bytes(shape, run_config)
     draft_bytes = _draft_bytes(draft, run_config, known_runtime=runtime_bytes is not None) if draft is not None else 0
     slot = UNIT_BYTES + max(tensor.row_bytes * tensor.row_multiple for tensor in (*shape.linears, *shape.prefill_only))
     margin = MARGIN_BYTES + int(MARGIN_SHARE * budget.nbytes)
@@ -152,6 +152,17 @@ def plan_memory(
         expert_slots=expert_slots,
         spare=spare,
     )
+
+
+def _kv_bytes(shape: Shape, run_config: RunConfig) -> int:
+    """Bytes of all KV caches. A pool smaller than all caches has partly used pages at the end of every sequence."""
+    one = shape.kv_bytes(run_config.context_tokens, run_config.kv_bits)
+    full = one * run_config.sequences
+    tokens = run_config.kv_pool_tokens
+    if tokens == run_config.sequences * run_config.context_tokens:
+        return full
+    pages = 2 * shape.layers * shape.kv_heads * PAGE_BYTES * run_config.sequences
+    return min(full, one * tokens // run_config.context_tokens + pages)
 
 
 def _slots(free_bytes: int, slot: int) -> int:

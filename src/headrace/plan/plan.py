@@ -72,6 +72,7 @@ class Plan:
     kv_bytes: int
     kv_bits: int
     context_tokens: int
+    kv_tokens: int  # tokens that all KV caches hold together
     sequences: int
     prefill_rows: int
     prefill_passes: int
@@ -201,6 +202,7 @@ class Plan:
                 "source": self.experts.source,
             },
             "context_tokens": self.context_tokens,
+            "kv_tokens": self.kv_tokens,
             "kv_bits": self.kv_bits,
             "sequences": self.sequences,
             "draft": {
@@ -311,6 +313,7 @@ def plan_for(
         kv_bytes=memory.kv,
         kv_bits=run_config.kv_bits,
         context_tokens=run_config.context_tokens,
+        kv_tokens=run_config.kv_pool_tokens,
         sequences=run_config.sequences,
         prefill_rows=rows,
         prefill_passes=passes,

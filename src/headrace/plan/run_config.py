@@ -15,8 +15,15 @@ class RunConfig:
     prompt_tokens: int = 512
     context_tokens: int = 1024
     sequences: int = 1  # sequences batched in every pass
+    kv_tokens: int | None = None  # tokens that all KV caches hold together; None: every cache may be full
     kv_bits: int = 16
     drafting: Drafting = NO_DRAFT
+
+    @property
+    def kv_pool_tokens(self) -> int:
+        """Tokens that all KV caches hold together: at least one whole context."""
+        full = self.sequences * self.context_tokens
+        return full if self.kv_tokens is None else min(full, max(self.kv_tokens, self.context_tokens))
 
     @property
     def prompt_rows(self) -> int:

@@ -13,7 +13,7 @@ from headrace.checkpoint.tensor import Slice, layer_of
 from headrace.errors import CheckpointError
 from headrace.plan.expert_cost import Experts
 
-_PAGE_BYTES = 4096
+PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ def stored_share(checkpoint: Checkpoint, used: Sequence[tuple[Tensor, int]]) -> 
 
 def page_slack(tensors: Sequence[Tensor]) -> int:
     """Max extra bytes of these tensors' pinned rows: two pages each."""
-    return 2 * _PAGE_BYTES * len(tensors)
+    return 2 * PAGE_BYTES * len(tensors)
 
 
 def _by_type(tensors: Sequence[Tensor]) -> dict[str, int]:
@@ -425,7 +425,7 @@ def _experts(
         for tensor in (tensor for layer in stacks.values() for tensor in layer):
             weights[tensor.type] = weights.get(tensor.type, 0) + tensor.rows * tensor.columns
         used = [(tensor, tensor.nbytes) for layer in stacks.values() for tensor in layer]
-        slot = max(sum(tensor.nbytes for tensor in layer) // count + 3 * 2 * _PAGE_BYTES for layer in stacks.values())
+        slot = max(sum(tensor.nbytes for tensor in layer) // count + 3 * 2 * PAGE_BYTES for layer in stacks.values())
     per_token = checkpoint.number("expert_used_count", min(count, 2))
     return Experts(
         layers=layers,
@@ -459,4 +459,4 @@ def _slice_bytes(weights: Slice) -> int:
 
 
 def _paged(nbytes: int) -> int:
-    return -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES + _PAGE_BYTES
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES + PAGE_BYTES
