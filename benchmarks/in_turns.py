@@ -4,13 +4,14 @@
     python benchmarks/in_turns.py --before ../before/src [--rows decode,...] [--rounds 5] [--models DIR]
         [--out benchmarks/results/DATE-MACHINE-in-turns.json]
 
-Each row has a figure, higher is better; the ratio is that of this tree to the one before. Each tree plans with a profile
-that it measured itself. Rows with a ceiling need root and a memory cgroup; their page cache is cold.
+Each row has a figure, higher is better; the ratio is that of this tree to the one before. Both plan with one profile; if their
+formats differ, each measures its own. Rows with a ceiling need root and a memory cgroup; their page cache is cold.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -92,8 +93,10 @@ def _requests(folder: Path, tokens: int) -> Path:
 
 
 def _home(source: Path, models: Path, folder: Path) -> Path:
-    """The folder of the package's own profile, measured once."""
-    home = folder / str(abs(hash(source)))
+    """The folder of a profile in the package's format, measured once."""
+    schema = re.search(r"^SCHEMA = (\d+)", (source / "headrace/plan/profile.py").read_text(), re.MULTILINE)
+    assert schema is not None
+    home = folder / schema.group(1)
     if not home.exists():
         home.mkdir()
         environment = {**os.environ, "PYTHONPATH": str(source), "HEADRACE_HOME": str(home)}
