@@ -64,7 +64,7 @@ from headrace.stream.files import File
 class Model:
     """A loaded model. A context manager. Any thread may ask and close it.
 
-    One thread of its own runs the passes. Prompts from any number of threads share them.
+    A separate thread runs the passes. Prompts from any number of threads share them.
     A process that was forked after loading cannot use it: the model's threads do not exist there.
     """
 

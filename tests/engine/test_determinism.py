@@ -15,9 +15,9 @@ from tiny import VOCAB, random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
+from headrace.engine.chunks import Chunks
 from headrace.engine.engine import StreamOptions
 from headrace.engine.sampler import Sampler
-from headrace.engine.scheduler import Chunks
 from headrace.kernels import Kernels
 from headrace.kernels.convert import q4_k_blocks
 from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS

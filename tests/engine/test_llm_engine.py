@@ -100,7 +100,7 @@ def test_sequences_that_outgrow_the_pool_are_preempted_and_lose_no_token(
     while left:
         running = set(stepper.scheduler.running)
         stepper.step()
-        slots = stepper.scheduler._slots
+        slots = stepper.scheduler.pool.slots
         held = sum(-(-len(slot.tokens) // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS for slot in slots)
         most = max(most, held)
         preempted += len([one for one in running if one in stepper.scheduler.waiting])
@@ -112,7 +112,7 @@ def test_sequences_that_outgrow_the_pool_are_preempted_and_lose_no_token(
     assert preempted > 0
 
 
-def test_idle_caches_make_room_for_new_sequences(engine: Engine) -> None:
+def test_idle_caches_are_dropped_for_new_sequences(engine: Engine) -> None:
     stepper = Stepper(engine, 3, 128, 64, kv_tokens=2 * KV_BLOCK_TOKENS)
     for seed in range(4):
         tokens = prompt(90, seed)

@@ -27,7 +27,7 @@ class RequestLimits:
 
     context_tokens: int  # prompt and answer
     model_context: int  # context that the model was made for
-    positions: int  # positions of an encoder or decoder with tables of its own
+    positions: int  # positions of an encoder or decoder with separate tables
 
 
 @dataclass(eq=False, kw_only=True)

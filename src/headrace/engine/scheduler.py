@@ -21,53 +21,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headrace.engine.drafters import Draft, common_length
+from headrace.engine.chunks import ChunkRules
+from headrace.engine.drafters import Draft
+from headrace.engine.kv_pool import KvPool, Slot
 from headrace.engine.sampler import Sampler, TokenLogprobs
 from headrace.engine.speculation import Speculation
 from headrace.engine.step import PrefixCopy, RowsInput, RunnerInfo, StepInput, StepOutput
 from headrace.engine.timeline import PassStats
-from headrace.kernels import DECODE_MAX_ROWS
-from headrace.kernels.thresholds import CHUNK_ROWS, KV_BLOCK_TOKENS, SMALL_CHUNK_ROWS
+from headrace.kernels.thresholds import KV_BLOCK_TOKENS
 
 # Min length of a common prefix to wait for; a shorter one is computed again.
 MIN_SHARED_PREFIX_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """Prompts are cut into chunks at multiples of `first` up to position `tokens`, then at multiples of `tokens`.
-
-    `first` divides `tokens`, so that `whole` is always the end of a chunk.
-    """
-
-    first: int
-    tokens: int
-
-    def end(self, start: int) -> int:
-        """End of the chunk that holds position `start`."""
-        step = self.first if start < self.tokens else self.tokens
-        return (start // step + 1) * step
-
-    def whole(self, count: int) -> int:
-        """Number of the first `count` tokens that lie in whole chunks."""
-        step = self.first if count < self.tokens else self.tokens
-        return count // step * step
-
-
-@dataclass(eq=False)
-class Slot:
-    """The tokens in one KV cache. Kept after its sequence ends, for prefix caching."""
-
-    number: int
-    tokens: list[int] = field(default_factory=list)
-    prompt_tokens: int = 0  # number of tokens computed as a prompt
-    is_wide: bool = False  # keys and values are stored in the wide type
-    last_used: int = 0  # number of the step
-
-    def truncate(self, count: int) -> None:
-        """Forget all but the first `count` tokens."""
-        del self.tokens[count:]
-        self.prompt_tokens = min(self.prompt_tokens, count)
 
 
 @dataclass(eq=False)
@@ -110,7 +74,7 @@ class ScheduledSequence:
     sequence: SequenceState
     start: int
     draft: Draft
-    chunks: list[list[int]] = field(default_factory=list)
+    chunks: list[Sequence[int]] = field(default_factory=list)
 
     @property
     def end(self) -> int:
@@ -168,28 +132,12 @@ class Scheduler:
         self.speculation: Speculation | None = None
         self.running: list[SequenceState] = []  # in the order in which they started
         self.waiting: deque[SequenceState] = deque()
-        self._slots = [Slot(number) for number in range(info.num_slots)]
-        self._free = list(self._slots)
         self.prefill_rows = prefill_rows
-        # In other attention modes than packed, a pass takes one chunk of a sequence.
-        tokens = prefill_rows if info.one_chunk else min(CHUNK_ROWS, prefill_rows)
-        # Small chunks let more of a prefix be reused; they cost nothing if prefill is row-invariant.
-        self._small_chunks = not info.one_chunk and info.prefill_is_row_invariant and prefill_rows > DECODE_MAX_ROWS
-        if self._small_chunks:
-            self._chunks = Chunks(SMALL_CHUNK_ROWS, tokens // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS)
-        else:
-            self._chunks = Chunks(tokens, tokens)
-        self._reused_chunks = self._chunks if deterministic else None
+        self.pool = KvPool(info.num_slots, info.capacity, kv_tokens)
+        self._rules = ChunkRules(info, prefill_rows, deterministic)
         self._max_draft_tokens = max_draft_tokens
-        self._kv_blocks = None if kv_tokens is None else max(_blocks(kv_tokens), _blocks(info.capacity))
-        self._released: set[int] = set()
         self._numbers = itertools.count()
         self._step = 0
-
-    @property
-    def has_free_slot(self) -> bool:
-        """True if another sequence would start with the next step, memory permitting."""
-        return len(self._free) > len(self.waiting)
 
     @property
     def has_work(self) -> bool:
@@ -236,27 +184,30 @@ class Scheduler:
         for other in self.running:
             if other.prefix_source is sequence:
                 other.prefix_source = None  # the other one computes the prefix itself
-        self._free.append(sequence.slot)
+        self.pool.free.append(sequence.slot)
         sequence.running_slot = sequence.prefix_source = None
 
     # -- starting ---------------------------------------------------------------------------------------------------
 
     def _start_waiting(self) -> None:
-        while self.waiting and self._free:
+        while self.waiting and self.pool.free:
             sequence = self.waiting[0]
+            prompt = sequence.tokens[: sequence.prompt_tokens]
+            slot = self.pool.best_free(lambda slot, prompt=prompt: self._rules.cached_prefix(slot, prompt))  # type: ignore[misc]
             needed = len(sequence.tokens) + min(KV_BLOCK_TOKENS, sequence.max_tokens - sequence.generated)
-            slot = max(self._free, key=lambda one: (self._cached_prefix(one, sequence), not one.tokens, -one.last_used))
             ends = {one.slot: len(one.tokens) for one in self.running}
-            if self.running and not self._make_room(slot, needed, ends):
+            if self.running and not self.pool.reserve(slot, needed, ends):
                 return
             self.waiting.popleft()
-            self._start(sequence, slot)
+            self._start(sequence, slot, prompt)
 
-    def _start(self, sequence: SequenceState, slot: Slot) -> None:
-        prompt = sequence.tokens[: sequence.prompt_tokens]
-        own = self._cached_prefix(slot, sequence)
-        source = max(self.running, key=lambda other: common_length(other.tokens, prompt[:-1]), default=None)
-        shared = 0 if source is None else self._shareable_prefix(source, prompt)
+    def _start(self, sequence: SequenceState, slot: Slot, prompt: Sequence[int]) -> None:
+        def shareable(other: SequenceState) -> int:
+            return self._rules.shareable_prefix(other.tokens, other.prompt_tokens, prompt)
+
+        own = self._rules.cached_prefix(slot, prompt)
+        source = max(self.running, key=shareable, default=None)
+        shared = 0 if source is None else shareable(source)
         if shared >= own + MIN_SHARED_PREFIX_TOKENS:
             sequence.prefix_source, sequence.shared_prefix_tokens = source, shared
         slot.truncate(own)
@@ -264,61 +215,21 @@ class Scheduler:
         slot.prompt_tokens = len(prompt)
         sequence.running_slot = slot
         sequence.cached_tokens = max(own, shared if sequence.prefix_source is not None else 0)
-        self._free.remove(slot)
+        self.pool.free.remove(slot)
         self.running.append(sequence)
-
-    def _cached_prefix(self, slot: Slot, sequence: SequenceState) -> int:
-        """Number of a prompt's tokens in a slot that need not be computed again, never its last."""
-        if slot.is_wide:
-            return 0  # a wide cache is not reused by other prompts
-        prompt, chunks = sequence.tokens[: sequence.prompt_tokens], self._reused_chunks
-        common = common_length(slot.tokens, prompt[:-1])
-        if not self.info.accepts_multiple_rows and (chunks is not None or common < len(prompt) - 1):
-            return 0  # this cache cannot resume in the middle of a prompt
-        found = common if chunks is None else chunks.whole(min(common, slot.prompt_tokens))
-        return found if self.info.can_truncate or found == len(slot.tokens) else 0
-
-    def _shareable_prefix(self, source: SequenceState, prompt: Sequence[int]) -> int:
-        """Number of a prompt's reusable tokens that another sequence has computed or will compute."""
-        common = common_length(source.tokens, prompt[:-1])
-        return common if self._reused_chunks is None else self._chunks.whole(min(common, source.prompt_tokens))
-
-    # -- memory -----------------------------------------------------------------------------------------------------
-
-    def _make_room(self, slot: Slot, tokens: int, ends: "dict[Slot, int] | None" = None) -> bool:
-        """Drop idle caches until a slot may hold so many tokens; False if that is not enough.
-
-        `ends`: tokens that other slots will hold.
-        """
-        if self._kv_blocks is None:
-            return True
-        ends = ends or {}
-
-        def excess() -> int:
-            held = sum(_blocks(max(len(one.tokens), ends.get(one, 0))) for one in self._slots if one is not slot)
-            return held + _blocks(tokens) - (self._kv_blocks or 0)
-
-        idle = sorted((one for one in self._free if one.tokens and one is not slot), key=lambda one: one.last_used)
-        while idle and excess() > 0:
-            self._release(idle.pop(0))
-        return excess() <= 0
-
-    def _release(self, slot: Slot) -> None:
-        slot.truncate(0)
-        self._released.add(slot.number)
 
     def _preempt(self, sequence: SequenceState) -> None:
         """Stop a sequence to take its memory. Its tokens are computed again, by the same kernels."""
-        self._release(sequence.slot)
+        self.pool.release(sequence.slot)
         self._stop(sequence)
         self.waiting.appendleft(sequence)
         if self.speculation is not None:
             self.speculation.forget(sequence.sequence_id)
 
-    def _room_for(self, sequence: SequenceState, end: int, scheduled: "dict[SequenceState, ScheduledSequence]") -> bool:
-        """Make room for a sequence of `end` tokens, if necessary by preempting sequences that started after it."""
+    def _reserve(self, sequence: SequenceState, end: int, scheduled: "dict[SequenceState, ScheduledSequence]") -> bool:
+        """Reserve memory for a sequence of `end` tokens, if necessary by preempting sequences that started after it."""
         ends = {other.slot: one.end for other, one in scheduled.items()}
-        while not self._make_room(sequence.slot, end, ends):
+        while not self.pool.reserve(sequence.slot, end, ends):
             last = self.running[-1]
             copied = any(one.sequence.prefix_source is last for one in scheduled.values())
             if last is sequence or last in scheduled or copied:
@@ -348,10 +259,8 @@ class Scheduler:
             sequence.prefix_source = None
             sequence.slot.last_used = self._step
             rows += self._rows(one)
-        wide = frozenset(slot.number for slot in self._slots if slot.is_wide)
-        used = {row.slot for row in rows}
-        released = tuple(sorted(self._released - used))
-        self._released.clear()
+        wide = frozenset(slot.number for slot in self.pool.slots if slot.is_wide)
+        released = self.pool.take_released({row.slot for row in rows})
         step = StepInput(rows=tuple(rows), copies=tuple(copies), released=released, wide=wide)
         return ScheduledStep(step, scheduled, start, draft_s, all(row.row_invariant for row in rows))
 
@@ -386,7 +295,7 @@ class Scheduler:
 
     def _widen(self, number: int) -> None:
         """Compute a sequence again from its start in the wide type, after a key or value overflowed FP16."""
-        slot = self._slots[number]
+        slot = self.pool.slots[number]
         slot.is_wide = True
         slot.tokens.clear()
 
@@ -396,7 +305,7 @@ class Scheduler:
         First come decoded tokens, then the prompts that have waited longest. A chunk of one row always fits.
         """
         scheduled: dict[SequenceState, ScheduledSequence] = {}
-        cuts: dict[SequenceState, Iterator[list[int]]] = {}
+        chunks: dict[SequenceState, Iterator[Sequence[int]]] = {}
         budget, full = self.prefill_rows - 1, set[SequenceState]()
         order = sorted(self.running, key=lambda one: (not one.generated, one.last_prefill))
         progress = True
@@ -405,22 +314,22 @@ class Scheduler:
             for sequence in order:
                 if sequence in full or sequence.running_slot is None:
                     continue
-                if sequence not in cuts:
+                if sequence not in chunks:
                     start = self._start_of(sequence, scheduled)
                     if start is None:
                         continue  # the source of its prefix is not there yet
                     draft = Draft(sequence.sequence_id, sequence.tokens, sequence.sampler)
                     one = ScheduledSequence(sequence, start, draft)
-                    cuts[sequence] = self._cut(sequence, start)
+                    chunks[sequence] = self._rules.of(sequence.tokens, sequence.prompt_tokens, start)
                 else:
                     one = scheduled[sequence]
-                chunk = next(cuts[sequence], None)
+                chunk = next(chunks[sequence], None)
                 if chunk is None:
                     full.add(sequence)
                     continue
                 cost = len(chunk) - (not one.chunks)
                 fits = cost <= budget or not scheduled
-                if not fits or not self._room_for(sequence, one.end + len(chunk), scheduled):
+                if not fits or not self._reserve(sequence, one.end + len(chunk), scheduled):
                     full.add(sequence)
                     continue
                 one.chunks.append(chunk)
@@ -445,23 +354,6 @@ class Scheduler:
         same_type = source.slot.is_wide == sequence.slot.is_wide
         return sequence.shared_prefix_tokens if same_type else len(sequence.slot.tokens)
 
-    def _cut(self, sequence: SequenceState, start: int) -> Iterator[list[int]]:
-        """Chunks of a sequence's tokens from `start` on. They end at multiples of their size and at the end of the prompt.
-
-        Generated tokens that are computed again come in chunks of row-invariant rows.
-        """
-        tokens = sequence.tokens
-        if not self.info.accepts_multiple_rows:
-            yield tokens[start:]
-            return
-        while start < len(tokens):
-            if start < sequence.prompt_tokens:
-                end = min(self._chunks.end(start), sequence.prompt_tokens)
-            else:
-                end = min(start + DECODE_MAX_ROWS, len(tokens))
-            yield tokens[start:end]
-            start = end
-
     def _rows(self, one: ScheduledSequence) -> Iterator[RowsInput]:
         """The chunks of a sequence, with its draft tokens behind the last chunk, whose last rows alone need logits."""
         position = one.start
@@ -474,46 +366,29 @@ class Scheduler:
                 start=position,
                 token_ids=(*chunk, *drafted),
                 num_logits=1 + len(drafted) if is_last else 0,
-                row_invariant=bool(drafted) or self._is_row_invariant(one.sequence, position, chunk),
+                row_invariant=bool(drafted)
+                or self._rules.is_row_invariant(one.sequence.prompt_tokens, position, len(chunk)),
             )
             position += len(chunk)
 
-    def _is_row_invariant(self, sequence: SequenceState, start: int, chunk: Sequence[int]) -> bool:
-        """True if a chunk is computed by the decode kernels.
-
-        With small chunks the prompt's length, not the chunk's, decides between decode and prefill kernels. So all reusable
-        rows come from the prefill kernels.
-        """
-        if self._small_chunks and start < sequence.prompt_tokens:
-            return sequence.prompt_tokens < self._chunks.first
-        return len(chunk) <= DECODE_MAX_ROWS
-
     def _propose(self, speculation: Speculation, scheduled: Sequence[ScheduledSequence]) -> None:
         """Add draft tokens to sequences that decode, where their rows pay."""
-        free = self._free_tokens(scheduled) // max(1, len(scheduled))
+        free = self.pool.free_tokens({one.sequence.slot: one.end for one in scheduled}) // max(1, len(scheduled))
         limits, rows, prefill_rows = [], 0, 0
         for one in scheduled:
             sequence, position, verifies = one.sequence, one.start, one.is_complete
             for chunk in one.chunks:
-                if self._is_row_invariant(sequence, position, chunk):
+                if self._rules.is_row_invariant(sequence.prompt_tokens, position, len(chunk)):
                     rows += len(chunk)
                 else:
                     prefill_rows += len(chunk)
                     verifies = False
                 position += len(chunk)
-            room = min(self.info.capacity - len(sequence.tokens), free)
-            limit = min(self._max_draft_tokens, sequence.max_tokens - sequence.generated - 1, room) if verifies else 0
+            most = min(self.info.capacity - len(sequence.tokens), free)
+            limit = min(self._max_draft_tokens, sequence.max_tokens - sequence.generated - 1, most) if verifies else 0
             limits.append((one.draft, limit))
         if any(limit > 0 for _, limit in limits):
             speculation.propose(limits, rows, prefill_rows)
-
-    def _free_tokens(self, scheduled: Sequence[ScheduledSequence]) -> int:
-        """Tokens that KV caches could hold beyond those of this step."""
-        if self._kv_blocks is None:
-            return self.info.capacity * self.info.num_slots
-        ends = {one.sequence.slot: one.end for one in scheduled}
-        held = sum(_blocks(max(len(slot.tokens), ends.get(slot, 0))) for slot in self._slots)
-        return max(0, self._kv_blocks - held) * KV_BLOCK_TOKENS
 
     def _verify(self, sequence: SequenceState, draft: Draft, logits: torch.Tensor) -> list[int]:
         """Sample from each row's logits while the draft tokens agree; forget the rows behind them."""
@@ -529,7 +404,3 @@ class Scheduler:
             self.speculation.record_accepted(draft, len(new) - 1)
         sequence.slot.tokens += new[:-1]
         return new
-
-
-def _blocks(tokens: int) -> int:
-    return -(-tokens // KV_BLOCK_TOKENS)
