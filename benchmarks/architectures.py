@@ -25,7 +25,7 @@ from tiny import FAMILIES, Family, random_model, write_gguf  # type: ignore[impo
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
-from headrace.engine.engine import StreamOptions
+from headrace.engine.model_weights import StreamOptions
 from headrace.kernels import Kernels
 from headrace.model import Tokenizer
 

@@ -9,7 +9,7 @@ from corpus import CASES, VOCAB, tiny_model, write_folder
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
 from headrace.engine.attention import KVCache
-from headrace.engine.engine import StreamOptions
+from headrace.engine.model_weights import StreamOptions
 from headrace.kernels import Kernels, ReferenceKernels
 from headrace.model import ModelSkeleton
 from headrace.model.trace import LinearStep
@@ -38,11 +38,15 @@ def outcome_of(name: str, folder: Path) -> Outcome:
         expected = model(TOKENS).logits[0]
     with opened(folder, Kernels(1)) as engine:
         ours, cache = logits_of(engine, PARTS)
-        steps = [step for step in engine.steps if isinstance(step, LinearStep)]
+        steps = [step for step in engine.weights.steps if isinstance(step, LinearStep)]
         multiplied = frozenset(tensor.name for step in steps for tensor in step.tensors)
         kept = None
         if isinstance(cache, KVCache):
-            kept = sum(one.shape[0] * one.shape[2] for layer in range(engine.layers) for one in cache.get(layer, 1))
+            kept = sum(
+                one.shape[0] * one.shape[2]
+                for layer in range(engine.model.config.get_text_config().num_hidden_layers)
+                for one in cache.get(layer, 1)
+            )
         return Outcome(engine.attention_mode, same_choice(ours, expected), divergence(ours, expected), multiplied, kept)
 
 

@@ -149,7 +149,7 @@ def test_a_load_that_fails_leaves_nothing_behind(
         with pytest.raises(BudgetError):
             headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, profile=measured)
     with monkeypatch.context() as patch:
-        patch.setattr("headrace.engine.engine.Engine._make_experts", refuse)
+        patch.setattr("headrace.engine.model_weights.ModelWeights._make_experts", refuse)
         with pytest.raises(BudgetError):
             headrace.load(str(tiny_llama), memory="4GiB", context_tokens=64, draft=str(tiny_llama), profile=measured)
     gc.collect()

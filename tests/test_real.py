@@ -9,7 +9,7 @@ import torch
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
-from headrace.engine.engine import StreamOptions
+from headrace.engine.model_weights import StreamOptions
 from headrace.kernels import Kernels, ReferenceKernels
 from headrace.model import Tokenizer
 

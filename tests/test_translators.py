@@ -157,7 +157,7 @@ def test_experts_of_encoder_and_decoder_are_read_as_they_are_chosen(tmp_path: Pa
 def test_the_header_alone_counts_the_bytes_that_the_built_model_needs(name: str, tmp_path: Path) -> None:
     from headrace.api import _built
     from headrace.engine import Engine
-    from headrace.engine.engine import StreamOptions
+    from headrace.engine.model_weights import StreamOptions
     from headrace.kernels import Kernels
     from headrace.model import ModelSkeleton
 

@@ -9,11 +9,10 @@ with headrace.load("model.gguf", memory="4GiB") as model:
 import os
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from threading import RLock
 from types import TracebackType
 from typing import Any, overload
@@ -25,10 +24,11 @@ from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.completion import Completion, logprobs_json, make_completion
 from headrace.engine import Engine, PassStats, Rows, Trace
 from headrace.engine.drafters import ModelDrafter, PromptLookup
-from headrace.engine.engine import StreamOptions
 from headrace.engine.engine_thread import EngineThread
 from headrace.engine.llm_engine import LLMEngine, RequestLimits
-from headrace.engine.request import Event, Progress, Request, RequestError, RequestOutput
+from headrace.engine.model_weights import StreamOptions
+from headrace.engine.output_stream import OutputStream
+from headrace.engine.request import Event, Progress, Request, RequestOutput
 from headrace.engine.runner import ModelRunner
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.speculation import Speculation, StepTimeModel
@@ -61,7 +61,7 @@ from headrace.stream.expert_cache import ExpertCache
 from headrace.stream.files import File
 
 
-class Model:
+class Model(AbstractContextManager["Model"]):
     """A loaded model. A context manager. Any thread may ask and close it.
 
     A separate thread runs the passes. Prompts from any number of threads share them.
@@ -78,19 +78,15 @@ class Model:
         self._engine = engine.runner.engine
         self._draft_engine = draft
         self._thread = EngineThread(engine)
-        self._closed = self._torn_down = False
+        self._torn_down = False
         self._lock = RLock()  # held during teardown
         self._process = os.getpid()
-
-    def __enter__(self) -> "Model":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
         """Stop the readers and free all memory. Safe to call twice, from any thread: it waits for a pass in progress."""
-        self._closed = True
         if os.getpid() != self._process:
             return  # threads and memory are the parent's
         self._thread.close()
@@ -102,17 +98,8 @@ class Model:
             if self._draft_engine is not None:
                 self._draft_engine.close()
             if self._engine.experts is not None and self._engine.passes:
-                self._keep_routing(self._engine.experts.stream.cache)
+                _keep_routing(self.checkpoint, self.plan, self.passes, self._engine.experts.stream.cache)
             self._engine.close()
-
-    def _keep_routing(self, cache: ExpertCache) -> None:
-        """Save router scores and the hit rate of the expert cache for the next run."""
-        single = [one for one in self._engine.passes[len(self._engine.passes) // 3 :] if one.rows == 1]
-        hits = sum(one.expert_hits for one in single)
-        requested = sum(one.expert_hits + one.expert_prefetched + one.expert_misses for one in single)
-        if requested:
-            cached = self.plan.expert_slots
-            save_routing(self.checkpoint, Routing(scores=cache.scores, cached=cached, hit_rate=hits / requested))
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -234,49 +221,7 @@ class Model:
         self, requests: Iterable[Request], on_progress: Callable[[Progress], None] | None = None
     ) -> Iterator[RequestOutput]:
         """Stream requests, each with its settings. Twice as many are taken as run at the same time."""
-        return _Stream(self._stream(iter(requests), on_progress))
-
-    def _stream(
-        self, requests: Iterator[Request], on_progress: Callable[[Progress], None] | None
-    ) -> Generator[RequestOutput]:
-        events: SimpleQueue[Event] = SimpleQueue()
-        index_of: dict[int, int] = {}  # number of the request by its id
-        taken = 0
-        exhausted = False
-        try:
-            while True:
-                while not exhausted and len(index_of) < 2 * self.plan.sequences:
-                    request = next(requests, None)
-                    if request is None:
-                        exhausted = True
-                        break
-                    number = self._thread.new_id()
-                    index_of[number], taken = taken, taken + 1
-                    self._thread.add_request(number, request, events.put, wants_progress=on_progress is not None)
-                if not index_of:
-                    return
-                event = self._next(events)
-                if isinstance(event, RequestError):
-                    raise event.error
-                if isinstance(event, Progress):
-                    if on_progress is not None:
-                        on_progress(event)
-                    continue
-                index = index_of[event.request_id]
-                if event.finish_reason is not None:
-                    del index_of[event.request_id]
-                yield replace(event, index=index)
-        finally:
-            for number in index_of:
-                self.abort(number)
-
-    def _next(self, events: "SimpleQueue[Event]") -> Event:
-        if os.getpid() != self._process:
-            raise UsageError("a stream does not go on in a forked process", hint="load the model in the child")
-        event = events.get()
-        if self._closed and not isinstance(event, RequestError):
-            raise UsageError("the model was closed while it answered", hint="close it when the stream has ended")
-        return event
+        return OutputStream(self._thread, iter(requests), 2 * self.plan.sequences, on_progress)
 
     @overload
     def generate(self, prompt: Prompt, **options: Any) -> Completion: ...
@@ -310,37 +255,16 @@ class Model:
         """The text and measurements of a request that has ended, or was interrupted after these outputs."""
         speculation = self._llm_engine.scheduler.speculation
         positions = speculation.acceptance.positions if speculation is not None else []
-        return make_completion(outputs, self.plan, self.load_s, positions, self.logprobs_json(outputs))
-
-    def logprobs_json(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]] | None:
-        """Log-probabilities of each token of a request, as in OpenAI's chat completions; None: not asked for."""
-        return logprobs_json(outputs, self.tokenizer)
+        return make_completion(outputs, self.plan, self.load_s, positions, logprobs_json(outputs, self.tokenizer))
 
 
-class _Stream(Generator[RequestOutput]):
-    """The outputs of a stream; a second thread that reads them gets a `UsageError`."""
-
-    def __init__(self, outputs: Generator[RequestOutput]):
-        self._outputs = outputs
-
-    def send(self, value: None) -> RequestOutput:
-        """The next output."""
-        try:
-            return self._outputs.send(value)
-        except ValueError as error:
-            if "already executing" not in str(error):
-                raise
-            raise UsageError(
-                "another thread is reading this stream", hint="read a stream in one thread at a time"
-            ) from error
-
-    def throw(self, *given: Any) -> RequestOutput:
-        """Throw into the generator."""
-        return self._outputs.throw(*given)
-
-    def close(self) -> None:
-        """End the stream."""
-        self._outputs.close()
+def _keep_routing(checkpoint: Checkpoint, plan: Plan, passes: Sequence[PassStats], cache: ExpertCache) -> None:
+    """Save router scores and the hit rate of the expert cache for the next run."""
+    single = [one for one in passes[len(passes) // 3 :] if one.rows == 1]
+    hits = sum(one.expert_hits for one in single)
+    requested = sum(one.expert_hits + one.expert_prefetched + one.expert_misses for one in single)
+    if requested:
+        save_routing(checkpoint, Routing(scores=cache.scores, cached=plan.expert_slots, hit_rate=hits / requested))
 
 
 def _is_many(prompt: Prompt | Sequence[Prompt]) -> bool:

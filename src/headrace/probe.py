@@ -25,7 +25,7 @@ from headrace.cgroup import usable_cores
 from headrace.checkpoint import Checkpoint, Tensor, open_checkpoint
 from headrace.checkpoint.tensor import row_bytes
 from headrace.engine import Engine, Rows
-from headrace.engine.engine import StreamOptions
+from headrace.engine.model_weights import StreamOptions
 from headrace.errors import HeadraceError
 from headrace.kernels import DECODE_MAX_ROWS, Kernels, WeightSlice
 from headrace.kernels.ggml import tile_activations
@@ -67,7 +67,7 @@ def probe(target: Path, say: Callable[[str], None] = lambda _: None) -> Profile:
     disks[str(stat(target).st_dev)] = measure_disk(target)
     say("kernels")
     kernels = Kernels(threads, row_invariant=False)
-    kernels.spin()
+    kernels.start(spins=True, pad_decode_rows_to_tiles=False)
     types = dict.fromkeys([*_types_of(target), *USUAL_TYPES])
     rates = {kind: _measure_kernel(kernels, kind) for kind in types}
     packed = {kind: {**plain, **_measure_tiles(threads, kind)} for kind, (plain, _) in rates.items()}
@@ -251,7 +251,7 @@ def _measure_kernel(kernels: Kernels, kind: str) -> tuple[dict[str, float], dict
     addresses = [arena.address + i * nbytes for i in range(copies)]
     plain = [WeightSlice(kind, WEIGHT_ROWS, at, 0) for at in addresses]
     layouts = [plain]
-    if kind in kernels.repacking.types:
+    if kind in kernels.graphs.repacking.types:
         layouts.append([replace(weight_slice, repacked=weight_slice.address) for weight_slice in plain])
     rates: tuple[dict[str, float], dict[str, float]] = {}, {}
     for rows in KERNEL_ROWS:
@@ -290,9 +290,11 @@ def _measure_tiles(threads: int, kind: str) -> Mapping[str, float]:
 def _measure_unpack(kernels: Kernels, kind: str) -> float:
     rows = 1024
     arena, nbytes = _packed(kind, rows, 4)
-    half = kernels.bf16_prefill and kind not in PRECISE_TYPES
+    half = kernels.gemm.uses_bf16 and kind not in PRECISE_TYPES
     return (
-        rows * COLUMNS / _median_s(lambda i: kernels.plain(kind, arena.address + i % 4 * nbytes, rows, COLUMNS, half))
+        rows
+        * COLUMNS
+        / _median_s(lambda i: kernels.gemm.plain(kind, arena.address + i % 4 * nbytes, rows, COLUMNS, half))
     )
 
 

@@ -131,13 +131,15 @@ def test_embedding_rows_are_read_once_and_the_oldest_are_evicted(
 ) -> None:
     with make_engine(tiny_llama) as engine:
         table = next(t for t in engine.checkpoint.tensors.values() if t.name == "token_embd.weight")
-        monkeypatch.setattr("headrace.engine.engine.MAX_CACHED_ROW_BYTES", 3 * table.row_bytes)
+        monkeypatch.setattr("headrace.engine.tensor_reader.MAX_CACHED_ROW_BYTES", 3 * table.row_bytes)
         read: list[int] = []
         monkeypatch.setattr(
-            engine, "_read", lambda path, offset, nbytes: read.append(offset) or np.zeros(nbytes, np.uint8)
+            engine._eager.parts.reader,
+            "_read",
+            lambda path, offset, nbytes: read.append(offset) or np.zeros(nbytes, np.uint8),
         )
         for index in (1, 2, 1, 3, 1, 4, 1, 2):
-            engine._row(table, index)
+            engine._eager.parts.reader._row(table, index)
     assert [(offset - table.offset) // table.row_bytes for offset in read] == [1, 2, 3, 4, 2]
 
 

@@ -16,7 +16,7 @@ from tiny import VOCAB, random_model, write_gguf
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
 from headrace.engine.chunks import Chunks
-from headrace.engine.engine import StreamOptions
+from headrace.engine.model_weights import StreamOptions
 from headrace.engine.sampler import Sampler
 from headrace.kernels import Kernels
 from headrace.kernels.convert import q4_k_blocks

@@ -12,7 +12,7 @@ from translators import CASES, FILES, REFUSED, translator, write_gguf, write_tra
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
-from headrace.engine.engine import StreamOptions
+from headrace.engine.model_weights import StreamOptions
 from headrace.errors import HeadraceError
 from headrace.kernels import Kernels
 from headrace.model import ModelSkeleton
@@ -105,7 +105,7 @@ def test_the_encoder_is_read_once_for_a_prompt_and_the_decoder_for_every_token(t
     with opened(path, share=0.5, readers=0) as engine:
         logits_of(engine)
         logits_of(engine)
-        decoder, prefill_only = (stream.layout for stream in engine._streams)
+        decoder, prefill_only = (stream.layout for stream in engine.weights._streams)
         total = decoder.streamed_bytes + decoder.pinned_bytes + prefill_only.streamed_bytes + prefill_only.pinned_bytes
         read = [stats.read_bytes for stats in engine.passes]
         expected = (

@@ -8,7 +8,7 @@ from tiny import random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows, Trace
-from headrace.engine.engine import StreamOptions
+from headrace.engine.model_weights import StreamOptions
 from headrace.errors import ContextError, ReadError
 from headrace.kernels import Kernels
 from headrace.stream import WeightFile
@@ -184,18 +184,18 @@ def test_replayed_passes_report_progress(tiny_llama: Path) -> None:
         for _ in range(6):
             seen.clear()
             engine.step([Rows(cache=cache, tokens=[1])])
-            assert seen == [(i + 1, len(engine.steps)) for i in range(len(engine.steps))]
+            assert seen == [(i + 1, len(engine.weights.steps)) for i in range(len(engine.weights.steps))]
 
 
 def test_cached_embedding_rows_stay_within_a_bound(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = next(t for t in open_checkpoint(tiny_llama).tensors.values() if t.name == "token_embd.weight").row_bytes
-    monkeypatch.setattr("headrace.engine.engine.MAX_CACHED_ROW_BYTES", 5 * row + 1)
+    monkeypatch.setattr("headrace.engine.tensor_reader.MAX_CACHED_ROW_BYTES", 5 * row + 1)
     with make_engine(tiny_llama, 0.3) as engine:
         cache = engine.new_cache(128)
         for token in (*range(40), 39, 38):
             engine.step([Rows(cache=cache, tokens=[token])])
-        assert sum(kept.nbytes for kept in engine._rows_read.values()) == 5 * row
-        assert [token for _, token in engine._rows_read] == [35, 36, 37, 39, 38]
+        assert sum(kept.nbytes for kept in engine._eager.parts.reader._rows_read.values()) == 5 * row
+        assert [token for _, token in engine._eager.parts.reader._rows_read] == [35, 36, 37, 39, 38]
 
 
 def test_the_trace_has_reads_matmuls_and_passes(tiny_llama: Path, tmp_path: Path) -> None:

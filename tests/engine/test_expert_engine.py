@@ -8,8 +8,8 @@ from corpus import VOCAB, tiny_model, write_folder
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
-from headrace.engine.engine import StreamOptions
 from headrace.engine.expert_prefetch import DISTANCE
+from headrace.engine.model_weights import StreamOptions
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels
 from headrace.model import ModelSkeleton
@@ -87,7 +87,9 @@ def test_prefetched_experts_change_no_bit_and_are_counted(folder: Path) -> None:
 def test_a_router_that_chooses_an_expert_that_does_not_exist_is_an_error(folder: Path) -> None:
     with engine_of(folder, slots=6) as engine:
         assert engine.experts is not None
-        packed = engine.steps[-1] and next(step.experts for step in engine.steps if hasattr(step, "experts"))
+        packed = engine.weights.steps[-1] and next(
+            step.experts for step in engine.weights.steps if hasattr(step, "experts")
+        )
         hidden = torch.zeros((1, 64))
         with pytest.raises(CheckpointError, match="chose expert 99 of"):
             engine.experts(packed, hidden, torch.tensor([[0, 99]]), torch.ones((1, 2)), invariant_rows=1)
@@ -98,4 +100,4 @@ def test_threads_spin_only_where_nothing_is_read(folder: Path) -> None:
         with engine_of(folder, slots=slots, share=share) as engine:
             kernels = engine.kernels
             assert isinstance(kernels, Kernels)
-            assert (kernels.decode_workers is not kernels._prefill_workers) == spins
+            assert (kernels.graphs._decode_workers is not kernels.graphs._prefill_workers) == spins

@@ -10,8 +10,8 @@ from tiny import random_model, write_gguf
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
 from headrace.engine.attention import Entry, KVCache, PackedAttention
-from headrace.engine.engine import StreamOptions
 from headrace.engine.mla import KvBSplit
+from headrace.engine.model_weights import StreamOptions
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, ReferenceKernels
 from headrace.kernels.weight_slice import WeightSlice

@@ -11,7 +11,7 @@ from tiny import VOCAB, random_model, write_gguf
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine
 from headrace.engine.drafters import MAX_BUCKET, ConfidenceBucket, Draft, DraftToken, ModelDrafter, PromptLookup
-from headrace.engine.engine import StreamOptions
+from headrace.engine.model_weights import StreamOptions
 from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler, distribution, uniform
 from headrace.engine.speculation import Acceptance, Speculation, StepTimeModel

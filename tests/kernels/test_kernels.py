@@ -189,7 +189,7 @@ def test_decode_rows_are_row_invariant_where_prefill_rows_go_through_tiles(pad_d
     packed, x = quantised("Q4_K"), torch.randn(DECODE_MAX_ROWS, COLUMNS)
     kernels = Kernels(2, tiled=["Q4_K"], pad_decode_rows_to_tiles=pad_decode_rows_to_tiles)
     together = matmul(kernels, x, "Q4_K", packed)
-    assert {dots for _, dots, _ in kernels._matmul_graphs} == {not pad_decode_rows_to_tiles}  # the requested kernel
+    assert {dots for _, dots, _ in kernels.graphs.matmuls} == {not pad_decode_rows_to_tiles}  # the requested kernel
     for first, last in ((0, 1), (3, 8), (4, 16)):
         assert torch.equal(matmul(kernels, x[first:last].clone(), "Q4_K", packed), together[first:last])
 

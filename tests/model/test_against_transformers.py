@@ -10,7 +10,7 @@ from tiny import FAMILIES, VOCAB, random_model, rounded_to, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
-from headrace.engine.engine import StreamOptions
+from headrace.engine.model_weights import StreamOptions
 from headrace.errors import UnsupportedError
 from headrace.kernels import Kernels
 from headrace.plan.shape import shape_of

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine
-from headrace.engine.engine import StreamOptions
+from headrace.engine.model_weights import StreamOptions
 from headrace.errors import HeadraceError, UnsupportedError
 from headrace.kernels import Kernels
 

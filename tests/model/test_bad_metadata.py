@@ -8,7 +8,7 @@ from tiny import FAMILIES, random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine
-from headrace.engine.engine import StreamOptions
+from headrace.engine.model_weights import StreamOptions
 from headrace.errors import CheckpointError, HeadraceError
 from headrace.kernels import Kernels
 

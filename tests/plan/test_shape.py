@@ -7,7 +7,7 @@ from tiny import random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine
-from headrace.engine.engine import StreamOptions
+from headrace.engine.model_weights import StreamOptions
 from headrace.kernels import Kernels
 from headrace.model.trace import LinearStep
 from headrace.plan import (
@@ -77,7 +77,9 @@ def test_the_headers_matrices_are_those_that_the_model_multiplies(architecture: 
         pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=1, expert_slots=4, expert_readers=1
     )
     with Engine(checkpoint, options, Kernels(1)) as engine:
-        multiplied = {tensor.name for step in engine.steps if isinstance(step, LinearStep) for tensor in step.tensors}
+        multiplied = {
+            tensor.name for step in engine.weights.steps if isinstance(step, LinearStep) for tensor in step.tensors
+        }
     by_header = {tensor.name for tensor in shape_of(checkpoint).linears}
     assert {name for name in by_header - multiplied if "ffn_gate_inp" not in name} == set()  # routers stay in memory
     assert multiplied <= by_header

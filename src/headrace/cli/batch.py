@@ -198,6 +198,8 @@ class Batch:
         board.token(output)
         if output.finish_reason is None:
             return
+        from headrace.completion import logprobs_json
+
         self._results.add(
             answer_record(
                 self._running[output.index],
@@ -207,7 +209,7 @@ class Batch:
                 prompt_tokens=output.prompt_tokens,
                 completion_tokens=output.completion_tokens,
                 model=self._model.plan.model,
-                logprobs=self._model.logprobs_json(outputs),
+                logprobs=logprobs_json(outputs, self._model.tokenizer),
             ),
             self._running[output.index].digest,
         )

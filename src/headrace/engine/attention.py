@@ -13,13 +13,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from headrace.engine import mla
-from headrace.engine.capture import CapturedStep
 from headrace.engine.mla import MAX_SCORES, KvBSplit
 from headrace.kernels.thresholds import DECODE_MAX_ROWS
 from headrace.process import return_pages
 
 if TYPE_CHECKING:
-    from headrace.kernels import Kernels
+    from headrace.kernels.backend import Backend
 
 KV_DTYPE = torch.float16
 
@@ -354,21 +353,15 @@ class Entry(NamedTuple):
 
 
 class PackedAttention:
-    """The attention function of one engine. `begin` sets the sequences of the next forward."""
+    """Attention over the KV caches of one engine. `begin` sets the sequences of the next forward."""
 
-    def __init__(self, kernels: "Kernels | None" = None) -> None:
-        """`kernels` attend for row-invariant rows; None: torch does."""
+    def __init__(self, kernels: "Backend") -> None:
+        """`kernels` attend for row-invariant rows, where they can."""
         self.batch: Sequence[Entry] = ()
+        self.buffers = FloatBuffers()
         self._kernels = kernels
         self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
-        # (KV heads, KV elements per token) of each layer that called while tracing.
-        self.layers: dict[int, tuple[int, int]] = {}
-        self.unknown_arguments: set[str] = set()  # unsupported arguments of these layers
-        self.buffers = FloatBuffers()
-        self.capture: CapturedStep | None = None  # capture in progress
         self._filled = 0  # positions of this layer that the buffers hold already
-        self.records = False  # True while tracing: calls are noted, not computed
-        self._kv_b: dict[torch.nn.Module, KvBSplit | None] = {}  # matrices of MLA layers that are about to attend
 
     def begin(self, batch: Sequence[Entry]) -> None:
         """Set the sequences of the next forward; one that copies a prefix comes after its source."""
@@ -381,62 +374,6 @@ class PackedAttention:
             return None
         cache = self.batch[0].cache
         return None if cache.halves(layer) is None else cache
-
-    def take(
-        self, layer: torch.nn.Module, kv_b: KvBSplit | None, vectors: torch.Tensor, rotated: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Announce that the next call comes from an MLA layer; return the key and value that it passes.
-
-        Args:
-            layer: the module that will call.
-            kv_b: its split `kv_b_proj`; None while tracing.
-            vectors: latents of the new rows, (1, 1, rows, rank).
-            rotated: RoPE part of their keys, (1, 1, rows, width).
-        """
-        self._kv_b[layer] = kv_b
-        return rotated, vectors
-
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
-        **others: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Query (1, heads, rows, head_dim), key and value (1, kv_heads, rows, head_dim) to (1, rows, heads, head_dim).
-
-        `s_aux` are attention sinks, one for each head: a further position without a value.
-        """
-        if self.records:
-            if key.shape[2] != query.shape[2]:
-                self.unknown_arguments.add("keys beyond those of the rows")
-            self._note(module, attention_mask, others, key, value)
-            width: Any = value.shape[3]
-            if module in self._kv_b:
-                del self._kv_b[module]
-                width = module.v_head_dim
-                if softcap is not None or s_aux is not None:
-                    self.unknown_arguments.add("MLA with soft-capping or attention sinks")
-            return query.new_zeros((1, query.shape[2], query.shape[1], width)), None
-        if module in self._kv_b:
-            return self._attend_mla(module, query[0], key, value, scaling, sliding_window), None
-        layer: int = module.layer_idx  # type: ignore[assignment]
-        arguments = (layer, query, key, value, scaling, sliding_window, softcap, s_aux)
-        shape = (1, query.shape[2], query.shape[1], value.shape[3])
-        if self.capture is None:
-            out = query.new_empty(shape)
-            self.attend(out, *arguments)
-        else:
-            out = self.capture.empty(shape)
-            self.capture.do(self.attend, out, *arguments)
-        return out, None
 
     def attend(
         self,
@@ -462,9 +399,10 @@ class PackedAttention:
             before = cache
         self._filled = 0
 
-    def _attend_mla(
+    def attend_mla(
         self,
-        module: torch.nn.Module,
+        layer: int,
+        kv_b: KvBSplit,
         query: torch.Tensor,
         rotated: torch.Tensor,
         vectors: torch.Tensor,
@@ -472,9 +410,6 @@ class PackedAttention:
         window: int | None,
     ) -> torch.Tensor:
         """Query (heads, rows, width) over cached latents: (1, rows, heads, value width)."""
-        kv_b = self._kv_b.pop(module)
-        assert kv_b is not None
-        layer: int = module.layer_idx  # type: ignore[assignment]
         out = query.new_empty((1, query.shape[1], query.shape[0], kv_b.values.shape[1]))
         for cache, part, row_invariant, start in self.batch:
             cache.put(layer, start, rotated[0, :, part], vectors[0, :, part])
@@ -499,25 +434,6 @@ class PackedAttention:
                 )
         return out
 
-    def _note(
-        self,
-        module: torch.nn.Module,
-        mask: torch.Tensor | None,
-        others: dict[str, Any],
-        key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> None:
-        """Note a call while tracing: its layer and any unsupported arguments."""
-        layer = getattr(module, "layer_idx", None)
-        if not isinstance(layer, int) or layer < 0 or layer in self.layers:
-            self.unknown_arguments.add("layers that share a place in the cache")
-        else:
-            self.layers[layer] = key.shape[1], key.shape[1] * (key.shape[3] + value.shape[3])
-        if mask is not None:
-            self.unknown_arguments.add("an attention mask")
-        asked = {name for name, value in others.items() if value is not None and value is not False}
-        self.unknown_arguments |= {name for name in asked if name not in _HARMLESS and not name.startswith("output_")}
-
     def _row_by_row(
         self,
         query: torch.Tensor,
@@ -539,7 +455,7 @@ class PackedAttention:
             visible = max(0, last - window) if window else 0
             keys, values = (one.narrow(1, visible, last - visible) for one in (all_keys, all_values))
             own, place = query.select(1, row), out.select(0, row)
-            if self._kernels is not None and softcap is None and sinks is None:
+            if self._kernels.attends and softcap is None and sinks is None:
                 own = own if own.stride(1) == 1 else own.contiguous()
                 self._kernels.attend(own, keys, values, width**-0.5 if scaling is None else scaling, place)
                 continue
@@ -633,10 +549,6 @@ def _by_scores(
     else:
         scores = scores.softmax(-1)
     return (scores.reshape(len(keys), groups * rows, -1) @ values).view(heads, rows, -1)
-
-
-# Arguments of attention functions that change nothing here: causality and positions are known.
-_HARMLESS = frozenset({"position_ids", "is_causal", "use_cache", "cache_position"})
 
 
 class ConcatenatedCache:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.kernels import DECODE_MAX_ROWS, Kernels, ReferenceKernels
+from headrace.kernels import DECODE_MAX_ROWS, Backend
 from headrace.model.packed import PackedExperts, Router
 
 DISTANCE = 2  # max layers between prediction and predicted layer
@@ -25,7 +25,7 @@ TRIALS = 32  # predictions after which the ranks are judged anew
 class ExpertPredictor:
     """Predicts experts of the next layer and the one after it, and counts the hits."""
 
-    def __init__(self, layers: Sequence[PackedExperts], per_token: int, kernels: Kernels | ReferenceKernels):
+    def __init__(self, layers: Sequence[PackedExperts], per_token: int, kernels: Backend):
         self._counts = [layer.count for layer in layers]
         self._kernels = kernels
         self._per_token = per_token
@@ -72,7 +72,7 @@ class ExpertPredictor:
 class _RouterCopy:
     """A router for predictions, its weight in 8 bits if that consists of whole blocks."""
 
-    def __init__(self, router: Router, kernels: Kernels | ReferenceKernels):
+    def __init__(self, router: Router, kernels: Backend):
         self.router = router
         self.count = len(router.weight)
         self.weight_slice, self._owner = kernels.quantise_q8(router.weight)
@@ -99,9 +99,7 @@ class _NextRouters:
     def _outputs(self, rows: int) -> list[torch.Tensor]:
         return [torch.empty((rows, copy.count)) for _, copy in self.routers]
 
-    def scores(
-        self, hidden: torch.Tensor, kernels: Kernels | ReferenceKernels
-    ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    def scores(self, hidden: torch.Tensor, kernels: Backend) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """(layers ahead, (rows, experts)) for each router."""
         outputs = self._of_one_row if len(hidden) == 1 else self._outputs(len(hidden))
         kernels.matmul(hidden, self._slices, outputs, len(hidden))

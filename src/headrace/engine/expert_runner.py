@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 
 from headrace.engine.expert_prefetch import ExpertPredictor
+from headrace.engine.group import Group, OwnedPart
 from headrace.errors import CheckpointError
-from headrace.kernels import Kernels, ReferenceKernels, WeightSlice
+from headrace.kernels import Backend, WeightSlice
 from headrace.kernels.expert_mlp import ExpertShapes
 from headrace.kernels.matmul import ExpertMatmul
 from headrace.kernels.thresholds import EXPERTS_PER_CALL
@@ -31,15 +32,18 @@ class ExpertRunner:
     def __init__(
         self,
         stream: ExpertStream,
-        kernels: Kernels | ReferenceKernels,
+        kernels: Backend,
         spans: Spans | None,
         expert_predictor: ExpertPredictor,
+        group: Group,
     ):
+        """`group`: the owners of the experts; each member computes its own, and they exchange results."""
         self.stream = stream
         self.expert_predictor = expert_predictor
         self.kernel_s = 0.0
         self._kernels = kernels
         self._spans = spans
+        self._group = group
         self._plain: dict[int, ExpertShapes | None] = {}  # shapes for `_of_one_row`, by layer; None: unsupported
 
     def __call__(
@@ -66,7 +70,7 @@ class ExpertRunner:
         """
         rows, chosen = ids.shape
         hidden = hidden.contiguous()
-        if rows == 1 and (shapes := self._plain_shapes(packed)) is not None:
+        if rows == 1 and self._group.is_alone and (shapes := self._plain_shapes(packed)) is not None:
             return self._of_one_row(packed, shapes, hidden, ids[0].numpy(), weights)
         order = ids.reshape(-1).argsort(stable=True)  # pairs of a row and an expert, expert after expert
         sizes = _counted(packed, ids.reshape(-1).numpy())
@@ -78,9 +82,9 @@ class ExpertRunner:
         self.expert_predictor.judge(packed.index, sizes)
         bundles = self.stream.bundles[packed.index]
 
-        for ready in self.stream.fetch(
-            packed.index, sizes[: packed.count], rows, partial(self._prefetch, packed, hidden)
-        ):
+        owners_of = self._group.expert_owners(packed.count)
+        own_sizes = sizes[: packed.count] * (owners_of == self._group.rank)
+        for ready in self.stream.fetch(packed.index, own_sizes, rows, partial(self._prefetch, packed, hidden)):
             start = time.perf_counter()
             for first in range(0, len(ready), EXPERTS_PER_CALL):
                 members = []
@@ -90,11 +94,13 @@ class ExpertRunner:
                     own = hidden if rows == 1 else hidden[owners[mine]]
                     groups = _groups(owners[mine], invariant_rows, chunks)
                     members.append(_Member(expert, slices, own, pairs[mine], *groups))
-                self._group(packed, members)
+                self._compute(packed, members)
             end = time.perf_counter()
             self.kernel_s += end - start
             if self._spans is not None:
                 self._spans.add("compute", f"{len(ready)} experts", start, end)
+        parts = [OwnedPart(int(rank), firsts[e], firsts[e + 1]) for e, rank in enumerate(owners_of) if sizes[e]]
+        self._group.exchange(pairs, 0, parts)
         if packed.module.has_post_expert_norm:
             pairs = packed.module.post_expert_norm(pairs)
         placed = torch.empty_like(pairs)
@@ -109,7 +115,7 @@ class ExpertRunner:
 
     def _plain_shapes(self, packed: PackedExperts) -> ExpertShapes | None:
         if packed.index not in self._plain:
-            self._plain[packed.index] = packed.plain_shapes if isinstance(self._kernels, Kernels) else None
+            self._plain[packed.index] = packed.plain_shapes if self._kernels.has_expert_mlp else None
         return self._plain[packed.index]
 
     def _of_one_row(
@@ -121,7 +127,6 @@ class ExpertRunner:
         weights: torch.Tensor,
     ) -> torch.Tensor:
         """The same for a single row, which chooses no expert twice: one call for each group."""
-        assert isinstance(self._kernels, Kernels)
         sizes = _counted(packed, chosen)
         pairs = hidden.new_empty((len(chosen), hidden.shape[1]))
         first_result, row_bytes = pairs.data_ptr(), 4 * hidden.shape[1]
@@ -145,7 +150,7 @@ class ExpertRunner:
             pairs = packed.module.post_expert_norm(pairs)
         return pairs.view(1, len(chosen), -1).mul_(weights.unsqueeze(-1)).sum(1)
 
-    def _group(self, packed: PackedExperts, members: Sequence["_Member"]) -> None:
+    def _compute(self, packed: PackedExperts, members: Sequence["_Member"]) -> None:
         """Run some experts together: gate_up_proj, activation, down_proj."""
         module = packed.module
         up, down = packed.matrices(members[0].expert)

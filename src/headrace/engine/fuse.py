@@ -5,7 +5,7 @@ differently, and attention with soft-capping, sinks or an 8-bit cache. Without a
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
@@ -13,9 +13,10 @@ import torch
 
 from headrace.engine.attention import PackedAttention
 from headrace.engine.capture import Call, put_all
+from headrace.engine.model_weights import ModelWeights
 from headrace.kernels.attention_graph import AttentionNodes, Heads, Positions
+from headrace.kernels.backend import Backend
 from headrace.kernels.fused_graph import FusedGraph
-from headrace.kernels.matmul import Kernels
 from headrace.model.trace import LinearStep
 from headrace.stream import WeightStream
 from headrace.stream.weights import Batch
@@ -33,11 +34,11 @@ class _FusedMatmul(NamedTuple):
     weights: Batch
 
 
-class WeightOwner(Protocol):
-    """The engine's interface for fused graphs."""
+class CallOwner(Protocol):
+    """The runtime's interface for fused graphs."""
 
-    def place(self, step: LinearStep) -> tuple[WeightStream, int]:
-        """The stream of a step's weights, and the index of its weight group there."""
+    def multiply(self, step: LinearStep, rows: torch.Tensor, outputs: Sequence[torch.Tensor], invariant: int) -> None:
+        """The function of captured matmuls."""
 
     def record_fused(self, steps: Sequence[LinearStep], start: float, end: float) -> None:
         """Record steps that were computed in one fused call."""
@@ -46,12 +47,13 @@ class WeightOwner(Protocol):
 class Fuser:
     """Fuses the captured steps of one engine."""
 
-    def __init__(self, kernels: Kernels, attention: PackedAttention, owner: WeightOwner, multiply: Callable[..., None]):
-        """`multiply` is the function of captured matmuls: (step, activations, outputs, invariant rows)."""
+    def __init__(self, kernels: Backend, weights: ModelWeights, attention: PackedAttention, owner: CallOwner):
+        """`owner` made the calls."""
+        self._place = weights.place
         self._kernels = kernels
         self._attention = attention
         self._owner = owner
-        self._multiply = multiply
+        self._multiply = owner.multiply
 
     def __call__(self, calls: Sequence[Call]) -> list[Call]:
         """The same calls, fused where possible."""
@@ -81,13 +83,15 @@ class Fuser:
         return len(arguments[0]) if function is _aten.cat.out else 2
 
     def _weights(self, step: LinearStep) -> Batch | None:
-        stream, place = self._owner.place(step)
+        stream, place = self._place(step)
         return stream.resident_batch(place)
 
     def _fused(self, run: list[Call]) -> list[Call]:
         done: list[Call] = []
         while len(run) > 1 and any(call.function == self._multiply for call in run):
             graph, parts = self._kernels.fused_graph(sum(map(self._operations, run))), FusedInputs()
+            if graph is None:
+                break
             count = next((i for i, call in enumerate(run) if not self._add(graph, call, parts)), len(run))
             if parts.matmuls and count > 1:
                 graph.finalize(self._kernels.row_invariant)
@@ -134,7 +138,7 @@ class Fuser:
         outputs: Sequence[torch.Tensor],
         _: int,
     ) -> bool:
-        stream, place = self._owner.place(step)
+        stream, place = self._place(step)
         weights = stream.resident_batch(place)
         if weights is None or len(x) != 1:
             return False
@@ -211,7 +215,7 @@ class FusedInputs:
 class FusedCall:
     """A run of calls fused into one."""
 
-    def __init__(self, run: Sequence[Call], graph: FusedGraph, parts: FusedInputs, owner: WeightOwner):
+    def __init__(self, run: Sequence[Call], graph: FusedGraph, parts: FusedInputs, owner: CallOwner):
         self._run = run
         self._graph = graph
         self._parts = parts

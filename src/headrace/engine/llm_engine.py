@@ -239,7 +239,7 @@ class LLMEngine:
         for live in lives:
             if live.queue_s is None:
                 live.queue_s = scheduled.start_s - live.added_s
-                live.first_passes, live.first_read_bytes = len(engine.passes), engine.read_bytes
+                live.first_passes, live.first_read_bytes = len(engine.passes), engine.weights.read_bytes
         watched = [live for live in lives if live.wants_progress and not live.count]
         engine.on_progress = (lambda done, steps: self._report(watched, done, steps)) if watched else None
         output = self.runner.execute(scheduled.step)
@@ -342,7 +342,7 @@ class LLMEngine:
                 passes=number - 1 + left,
                 done=done,
                 steps=steps,
-                read_bytes=engine.read_bytes - live.first_read_bytes,
+                read_bytes=engine.weights.read_bytes - live.first_read_bytes,
                 seconds=now - live.added_s,
             )
             self.on_progress(live.request_id, progress)

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import HeadraceError
+from headrace.kernels.backend import Backend
 from headrace.kernels.thresholds import DECODE_MAX_ROWS
 from headrace.kernels.weight_slice import WeightSlice
 from headrace.limits import check_threads
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from headrace.kernels.matmul import Kernels
     from headrace.kernels.torch_reference import ReferenceKernels
 
-__all__ = ["DECODE_MAX_ROWS", "Kernels", "ReferenceKernels", "WeightSlice", "make_kernels"]
+__all__ = ["DECODE_MAX_ROWS", "Backend", "Kernels", "ReferenceKernels", "WeightSlice", "make_kernels"]
 
 
 def make_kernels(
     threads: int, bf16_prefill: bool = True, row_invariant: bool = True, tiled: Collection[str] = ()
-) -> "tuple[Kernels | ReferenceKernels, str]":
-    """(kernels, reason): ggml's, or the slow twin where no build of ggml runs. Arguments as for `Kernels`."""
+) -> tuple[Backend, str]:
+    """(backend, reason): ggml's, or the slow twin where no build of ggml runs. Arguments as for `Kernels`."""
     check_threads(threads)
     try:
         from headrace.kernels.matmul import Kernels

@@ -11,11 +11,13 @@ a buffer supplies both fields for tensors over our own memory.
 import ctypes
 from typing import Any
 
+from headrace.checkpoint.tensor import row_bytes
 from headrace.kernels.ggml import InitParams, library, type_number
 
 ROWS = 8  # rows repacked together
 # Formats that ggml repacks on some processor; ggml says which of them it repacks here.
 _CANDIDATES = ("Q4_K", "Q4_0", "IQ4_NL", "Q2_K")
+_BLOCK_BYTES = 1 << 20  # bytes that are repacked in place at a time
 
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _silent = _Log(lambda level, text, data: None)
@@ -62,6 +64,17 @@ class Repacking:
         tensor.contents.data = target
         ggml.ggml_backend_tensor_set(tensor, source, 0, ggml.ggml_nbytes(tensor))
         ggml.ggml_free(context)
+
+    def overwrite(self, type_name: str, rows: int, columns: int, address: int) -> None:
+        """Repack rows where they lie."""
+        stride = row_bytes(type_name, columns)
+        step = max(ROWS, _BLOCK_BYTES // stride // ROWS * ROWS)
+        block = (ctypes.c_uint8 * (step * stride))()
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            at = address + first * stride
+            ctypes.memmove(block, at, count * stride)
+            self.copy(type_name, count, columns, ctypes.addressof(block), at)
 
     def close(self) -> None:
         """Free ggml's buffer and context."""

@@ -16,6 +16,7 @@ from headrace.kernels.unpacking import unpack_slices
 from headrace.kernels.weight_slice import WeightSlice
 
 if TYPE_CHECKING:
+    from headrace.kernels.expert_mlp import ExpertShapes
     from headrace.kernels.matmul import ExpertMatmul
 
 
@@ -34,17 +35,23 @@ def matmul(x: torch.Tensor, type_name: str, address: int, weight_rows: int) -> t
 
 
 class ReferenceKernels:
-    """The slow twin behind the interface of `Kernels`."""
+    """The slow twin, a backend in torch."""
+
+    attends = has_expert_mlp = False
+    row_invariant = True
 
     def __init__(self, threads: int):
         self.threads = threads
-        self.pad_decode_rows_to_tiles = False  # one kernel for any number of rows
 
-    def spin(self) -> None:
-        """As `Kernels.spin`: nothing to do, torch's threads are configured elsewhere."""
+    def start(self, *, spins: bool, pad_decode_rows_to_tiles: bool) -> None:
+        """As `Backend.start`: nothing to set."""
+
+    def has_tiles(self, type_name: str, columns: int) -> bool:
+        """As `Backend.has_tiles`."""
+        return False
 
     def repack(self, weight_slice: WeightSlice, columns: int, in_place: bool = False) -> WeightSlice:
-        """As `Kernels.repack`: there is no other layout here."""
+        """As `Backend.repack`: there is no other layout here."""
         return weight_slice
 
     def matmul(
@@ -55,7 +62,7 @@ class ReferenceKernels:
         invariant_rows: int | None = None,
         chunks: Sequence[int] = (),
     ) -> None:
-        """As `Kernels.matmul`, in fp32."""
+        """As `Backend.matmul`, in fp32."""
         if chunks and invariant_rows is not None:
             parts = torch.split(x, [1] * invariant_rows + list(chunks))
             targets = zip(*(torch.split(output, [len(part) for part in parts]) for output in outputs), strict=True)
@@ -74,28 +81,48 @@ class ReferenceKernels:
                 outputs[i][:] = part if number == 0 else outputs[i] + part
 
     def matmul_each(self, jobs: Sequence["ExpertMatmul"]) -> None:
-        """As `Kernels.matmul_each`, in fp32."""
+        """As `Backend.matmul_each`, in fp32."""
         for x, weight_slice, output, invariant_rows, chunks in jobs:
             self.matmul(x, [(0, weight_slice)], [output], invariant_rows, chunks)
 
+    def expert_mlp(
+        self, x: torch.Tensor, form: "ExpertShapes", experts: Sequence[Sequence[int]], outputs: Sequence[int]
+    ) -> None:
+        """Not implemented: `has_expert_mlp` says so."""
+        raise NotImplementedError
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, out: torch.Tensor
+    ) -> None:
+        """Not implemented: `attends` says so."""
+        raise NotImplementedError
+
+    def fused_graph(self, operations: int) -> None:
+        """As `Backend.fused_graph`: there is none."""
+
+    def cached_matmul(
+        self, x: torch.Tensor, slices: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]
+    ) -> None:
+        """As `Backend.cached_matmul`: there is none."""
+
     def quantise_q8(self, weight: torch.Tensor) -> tuple[WeightSlice, object]:
-        """As `Kernels.quantise_q8`, but unchanged."""
+        """As `Backend.quantise_q8`, but unchanged."""
         return WeightSlice("F32", len(weight), weight.data_ptr(), 0), weight
 
     def rms_norm(self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-        """As `Kernels.rms_norm`."""
+        """As `Backend.rms_norm`."""
         out.copy_(torch.rms_norm(x, weight.shape, weight, eps))
 
     def silu(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """As `Kernels.silu`."""
+        """As `Backend.silu`."""
         out.copy_(torch.nn.functional.silu(x))
 
     def unpack(self, type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
-        """As `Kernels.unpack`."""
+        """As `Backend.unpack`."""
         return unpack(type_name, address, rows, columns)
 
     def unpack_all(self, slices: Sequence[tuple[int, WeightSlice]], outputs: Sequence[torch.Tensor]) -> None:
-        """As `Kernels.unpack_all`."""
+        """As `Backend.unpack_all`."""
         unpack_slices(unpack, slices, outputs)
 
     def release(self) -> None:

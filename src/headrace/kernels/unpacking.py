@@ -1,5 +1,6 @@
 """Dequantise packed weights: to bf16 for prefill matmuls, and to each slice's place in its matrix."""
 
+import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -55,6 +56,11 @@ class ToHalf:
     def close(self) -> None:
         """Stop the threads."""
         self._pool.shutdown()
+
+
+def view_of(address: int, nbytes: int) -> torch.Tensor:
+    """Bytes at an address."""
+    return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
 
 
 def unpack_slices(

@@ -29,10 +29,8 @@ from headrace.model.config import decoder_start_ids, make_config
 from headrace.model.matrix import Matrix, below_one_another
 from headrace.model.moe import ExpertWeights, MoeLayout, moe_layout_of, patch_moe_layers
 from headrace.model.packed import (
-    Gate,
     GatheredEmbedding,
     LinearFunction,
-    Norm,
     PackedExperts,
     PackedLinear,
     RmsNorm,
@@ -40,8 +38,11 @@ from headrace.model.packed import (
     Silu,
     WeightAskedError,
 )
-from headrace.model.trace import ExpertStep, LinearStep, Step, Tracer, record_steps
+from headrace.model.runtime import RuntimeHandle
+from headrace.model.trace import ExpertStep, LinearStep, Step, TracingRuntime, record_steps
+from headrace.model.transformers_compat import initialise, keys_that_may_be_missing
 from headrace.model.weight_map import WeightMap, names_of, tied_to
+from headrace.torch_compat import has_forward_pre_hooks, own_buffers, own_parameters
 
 _USE_GGUF = "use a GGUF file of the model with llama.cpp"
 # Embedding tables smaller than this stay in memory; from larger ones only the needed rows are read.
@@ -49,7 +50,7 @@ _SMALL_TABLE_BYTES = 4 << 20
 
 
 # Attention mode: name, arguments of the traced forwards, and a check after tracing that the model supports it.
-AttentionMode: TypeAlias = tuple[str, Callable[[], Iterator[dict[str, Any]]], Callable[[], bool]]
+AttentionMode: TypeAlias = tuple[str, Callable[[], Iterator[dict[str, Any]]], Callable[[TracingRuntime], bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +98,12 @@ def _tensors(steps: Iterable[Step]) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """Functions of the engine that the model calls."""
+    """Parts of the engine that the model is built with."""
 
-    implementation: str  # name under which the engine's attention and experts are registered with transformers
-    linear: LinearFunction  # matmul of a packed linear
+    implementation: str  # name under which attention and experts of `runtime` are registered with transformers
+    runtime: RuntimeHandle  # called by the model's modules
     read: Callable[[Tensor], torch.Tensor]  # reader of a small tensor, in its shape: fp32 or integers
-    gather: Callable[[Tensor, torch.Tensor], torch.Tensor]  # reader of single rows of a table
-    norm: Norm
-    silu: Gate
-    record: Callable[[Tracer | None], None]  # setter of the tracer that receives expert calls during tracing
     attention_modes: Callable[[PreTrainedModel], Iterator[AttentionMode]]  # modes that may fit the model, best first
-    # (KV heads, KV elements per token) of each layer whose attention reached the engine during tracing
-    cached: Callable[[], tuple[tuple[int, int], ...]]
     has_cache: Callable[[PreTrainedModel], bool]  # check for native mode: does the model accept a cache?
 
 
@@ -129,9 +124,9 @@ def build_skeleton(checkpoint: Checkpoint, hooks: Hooks) -> ModelSkeleton:
         weight_map = names_of(checkpoint, model)
         tied = tied_to(model)
         derived = _fill_derived(model, weight_map, tied)
-        before = _pack_linears(model, weight_map, tied, hooks.linear)
+        before = _pack_linears(model, weight_map, tied, hooks.runtime.linear)
         elsewhere = derived | _pack_experts(model, weight_map)
-    steps, attention_mode = _record(model, before, hooks)
+    steps, attention_mode, tracer = _record(model, before, hooks)
     _scale_frequencies(checkpoint, model, hooks.read)
     _gather_tables(model, weight_map, tied, derived, hooks)
     _fill(model, weight_map, tied, elsewhere, hooks)
@@ -141,7 +136,7 @@ def build_skeleton(checkpoint: Checkpoint, hooks: Hooks) -> ModelSkeleton:
         model=model,
         steps=steps,
         attention_mode=attention_mode,
-        cached=hooks.cached() if attention_mode == "packed" else (),
+        cached=tuple(tracer.layers.values()) if attention_mode == "packed" else (),
         has_cache=attention_mode != "native" or hooks.has_cache(model),
         decoder_start_ids=decoder_start_ids(checkpoint),
         virtual_path=weight_map.virtual_path,
@@ -218,7 +213,7 @@ def _refuse_what_would_go_wrong(checkpoint: Checkpoint, model: PreTrainedModel) 
         of_many = isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1
         own = [
             one
-            for one in (module.parameters() if of_many else module._parameters.values())
+            for one in (module.parameters() if of_many else own_parameters(module).values())
             if one is not None and one.dim() > 1 and id(one) not in packed
         ]
         if (
@@ -265,7 +260,7 @@ def _pack_linears(
     experts = _expert_parameter_ids(model)
     for name, module in list(model.named_modules()):
         kind: Any = type(module)
-        if module in kept or id(module._parameters.get("weight")) in experts:
+        if module in kept or id(own_parameters(module).get("weight")) in experts:
             continue
         if not (kind.forward is Conv1D.forward or _multiplies(kind)):
             continue
@@ -298,7 +293,7 @@ def _router(model: PreTrainedModel, name: str, layout: MoeLayout) -> tuple[nn.Mo
     module, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     experts = _expert_parameter_ids(module)
     for candidate in (*module.modules(), *owner.modules()):
-        weight = candidate._parameters.get("weight")
+        weight = own_parameters(candidate).get("weight")
         if weight is None or id(weight) in experts:
             continue
         if weight.dim() == 2 and weight.shape[0] == layout.choices:
@@ -338,13 +333,12 @@ def _matrices(weight_map: WeightMap, module: str, stack: ExpertWeights, spare: i
 
 def _record(
     model: PreTrainedModel, before: Mapping[PackedLinear, tuple[str, nn.Module]], hooks: Hooks
-) -> tuple[tuple[Step, ...], str]:
-    """(steps of a pass, attention mode), by tracing. A linear whose weight is accessed becomes an ordinary one again."""
+) -> tuple[tuple[Step, ...], str, TracingRuntime]:
+    """(steps of a pass, attention mode, its tracing runtime). A linear whose weight is accessed becomes an ordinary one again."""
     refused: Exception | None = None
     for name, arguments, supported in hooks.attention_modes(model):
         while True:
-            tracer = Tracer()
-            hooks.record(tracer)
+            hooks.runtime.current = tracer = TracingRuntime()
             try:
                 steps = record_steps(model, tracer, arguments)
             except WeightAskedError as accessed:
@@ -356,10 +350,8 @@ def _record(
             except Exception as error:  # anything from transformers' code
                 refused = error
                 break
-            finally:
-                hooks.record(None)
-            if supported():
-                return steps, name
+            if supported(tracer):
+                return steps, name, tracer
             break
     raise UnsupportedError(
         f"the {model.config.model_type} model cannot be traced: {str(refused).partition('. ')[0][:200]}",
@@ -374,8 +366,8 @@ def _replace_small(model: PreTrainedModel, hooks: Hooks) -> None:
         if isinstance(module, PackedLinear) or list(module.children()):
             continue
         if isinstance(module, (nn.SiLU, SiLUActivation)):
-            model.set_submodule(name, Silu(hooks.silu))
-        elif (norm := RmsNorm.equal_to(module, hooks.norm)) is not None:
+            model.set_submodule(name, Silu(hooks.runtime.silu))
+        elif (norm := RmsNorm.equal_to(module, hooks.runtime.rms_norm)) is not None:
             model.set_submodule(name, norm)
 
 
@@ -386,7 +378,7 @@ def _fill_derived(model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[s
     biases). Returns the names of the latter. A parent module may fill its children's buffers, so parents are initialised
     as well. `_init_weights` is called on the innermost `PreTrainedModel` around each module.
     """
-    may_be_missing = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    may_be_missing = [re.compile(pattern) for pattern in keys_that_may_be_missing(model)]
     persistent = set(model.state_dict())
     missing = {
         name
@@ -395,21 +387,21 @@ def _fill_derived(model: PreTrainedModel, weight_map: WeightMap, tied: Mapping[s
     }
     owners: list[str] = []
     for name, module in model.named_modules():
-        meta = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        meta = [key for key, buffer in own_buffers(module).items() if buffer is not None and buffer.is_meta]
         own = [key for key in meta if _within(name, key) not in persistent - missing]
         for key in own:
-            module._buffers[key] = torch.empty_like(module._buffers[key], device="cpu")
-        drawn = [key for key in module._parameters if _within(name, key) in missing]
+            own_buffers(module)[key] = torch.empty_like(own_buffers(module)[key], device="cpu")
+        drawn = [key for key in own_parameters(module) if _within(name, key) in missing]
         for key in drawn:
-            empty = torch.empty_like(module._parameters[key], device="cpu")
-            module._parameters[key] = nn.Parameter(empty, requires_grad=False)
+            empty = torch.empty_like(own_parameters(module)[key], device="cpu")
+            own_parameters(module)[key] = nn.Parameter(empty, requires_grad=False)
         if own or drawn:
             owners.append(name)
     models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     for name, module in model.named_modules():
         if any(owner == name or not name or owner.startswith(f"{name}.") for owner in owners):
             around = max((m for m in models if not m or m == name or name.startswith(f"{m}.")), key=len)
-            models[around]._init_weights(module)
+            initialise(models[around], module)
     return missing
 
 
@@ -424,7 +416,7 @@ def _scale_frequencies(checkpoint: Checkpoint, model: PreTrainedModel, read: Cal
     factors = read(checkpoint.tensors["rope_freqs.weight"]).flatten()
     for module in model.modules():
         for key in ("inv_freq", "original_inv_freq"):
-            buffer = module._buffers.get(key)
+            buffer = own_buffers(module).get(key)
             if buffer is not None:
                 if buffer.shape != factors.shape:
                     raise CheckpointError(f"{checkpoint.path}: `rope_freqs.weight` does not fit the rotary width")
@@ -444,7 +436,7 @@ def _gather_tables(
         matrix = weight_map.matrix(_owner(f"{name}.weight", weight_map, tied), tuple(module.weight.shape), False)
         module.padding_idx = None  # only training uses it, and it indexes the whole table
         empty = torch.empty((0, module.embedding_dim))  # some models read the table's device
-        module._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+        own_parameters(module)["weight"] = nn.Parameter(empty, requires_grad=False)
         module.register_forward_pre_hook(GatheredEmbedding(_rows_of(matrix, hooks)))
 
 
@@ -455,7 +447,7 @@ def _rows_of(matrix: Matrix, hooks: Hooks) -> Callable[[torch.Tensor], torch.Ten
             f"`{tensor.name}` is a table whose rows do not lie one after another, which is not supported",
             hint="use a version of the model with embeddings that are not quantised",
         )
-    return lambda rows: hooks.gather(tensor, rows + first)
+    return lambda rows: hooks.runtime.gather(tensor, rows + first)
 
 
 def _fill(
@@ -466,18 +458,18 @@ def _fill(
     This includes parameters that are not on meta: some models draw random values in a way the meta device does not catch.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and module._forward_pre_hooks:
+        if isinstance(module, nn.Embedding) and has_forward_pre_hooks(module):
             continue
-        for key, parameter in list(module._parameters.items()):
+        for key, parameter in list(own_parameters(module).items()):
             if parameter is None or _within(name, key) in elsewhere:
                 continue
             full = _owner(_within(name, key), weight_map, tied)
             value = weight_map.value(full, parameter.shape, hooks.read).to(parameter.dtype)
-            module._parameters[key] = nn.Parameter(value, requires_grad=False)
-        for key, buffer in list(module._buffers.items()):
+            own_parameters(module)[key] = nn.Parameter(value, requires_grad=False)
+        for key, buffer in list(own_buffers(module).items()):
             full = _within(name, key)
             if buffer is not None and (buffer.is_meta or full in weight_map):
-                module._buffers[key] = weight_map.value(full, buffer.shape, hooks.read).to(buffer.dtype)
+                own_buffers(module)[key] = weight_map.value(full, buffer.shape, hooks.read).to(buffer.dtype)
 
 
 def _refuse_unexpected(checkpoint: Checkpoint, weight_map: WeightMap) -> None:

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from headrace.torch_compat import own_parameters
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
@@ -59,7 +61,7 @@ def moe_layout_of(module: nn.Module) -> MoeLayout | None:
         return None  # transformers has not put its experts interface around the class
     stacks = {
         key: ExpertWeights(key, tuple(parameter.shape), bool(module.is_transposed), not module.is_concatenated)
-        for key, parameter in module._parameters.items()
+        for key, parameter in own_parameters(module).items()
         if parameter is not None and parameter.dim() == 3
     }
     up, down = stacks.get("gate_up_proj") or stacks.get("up_proj"), stacks.get("down_proj")

@@ -7,11 +7,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from transformers.integrations.moe import _default_apply_gate
 
 from headrace.kernels.expert_mlp import ExpertShapes
 from headrace.kernels.thresholds import DECODE_MAX_ROWS
 from headrace.model.matrix import Matrix
+from headrace.model.transformers_compat import has_usual_gate
+from headrace.torch_compat import own_parameters
 
 # Matmul of activations (..., inputs) with the packed matrix of a linear: (..., outputs), fp32.
 LinearFunction: TypeAlias = Callable[["PackedLinear", torch.Tensor], torch.Tensor]
@@ -82,12 +83,13 @@ class Router:
     @property
     def weight(self) -> torch.Tensor:
         """(experts, hidden)."""
-        return self.module._parameters["weight"]  # type: ignore[return-value]
+        weight: torch.Tensor = own_parameters(self.module)["weight"]
+        return weight
 
     @property
     def bias(self) -> torch.Tensor | None:
         """(experts,), added to the scores."""
-        return self.module._parameters.get("bias")
+        return own_parameters(self.module).get("bias")
 
     @property
     def correction(self) -> torch.Tensor | None:
@@ -134,11 +136,7 @@ class PackedExperts:
         Biases, reordered rows and K-splits also make it None.
         """
         module = self.module
-        if (
-            module.has_bias
-            or not module.has_gate
-            or getattr(type(module), "_apply_gate", None) is not _default_apply_gate
-        ):
+        if module.has_bias or not module.has_gate or not has_usual_gate(module):
             return None
         matrices = (*self.up, *self.down)
         plain = all(one.order is None and not any(part.tensor.k_splits for part in one.slices) for one in matrices)
@@ -173,7 +171,7 @@ class GatheredEmbedding:
             unique, numbered = ids.reshape(-1), torch.arange(ids.numel()).view(ids.shape)
         else:
             unique, numbered = torch.unique(ids, return_inverse=True)
-        module._parameters["weight"] = nn.Parameter(self._gather(unique), requires_grad=False)
+        own_parameters(module)["weight"] = nn.Parameter(self._gather(unique), requires_grad=False)
         return (numbered, *arguments[1:])
 
 
@@ -196,8 +194,8 @@ class RmsNorm(nn.Module):
     def equal_to(cls, module: nn.Module, function: "Norm") -> "RmsNorm | None":
         """The same norm as `module`, or None if it is no RMSNorm. Decided by computing it, not by its name."""
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        weight = module._parameters.get("weight")
-        if not isinstance(eps, float) or weight is None or len(module._parameters) > 1 or weight.dim() != 1:
+        weight = own_parameters(module).get("weight")
+        if not isinstance(eps, float) or weight is None or len(own_parameters(module)) > 1 or weight.dim() != 1:
             return None
         if len(signature(module.forward).parameters) > 1:
             return None  # its forward may take a gate as well

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from headrace.checkpoint import Tensor
 from headrace.model.packed import PackedExperts, PackedLinear
+from headrace.model.runtime import AttentionCall
+from headrace.torch_compat import own_buffers, own_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,21 +46,71 @@ class ExpertStep:
 Step: TypeAlias = LinearStep | ExpertStep
 
 
-class Tracer:
-    """Stands in for matmuls and experts during tracing."""
+class TracingRuntime:
+    """Stands in for matmuls, attention and experts: it notes their order, and computes nothing."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[PackedLinear | PackedExperts, torch.Tensor | None]] = []
+        # (KV heads, KV elements per token) of each layer whose attention was called.
+        self.layers: dict[int, tuple[int, int]] = {}
+        self.unknown_arguments: set[str] = set()  # unsupported arguments of these layers
+        self._mla: set[nn.Module] = set()  # MLA layers that are about to attend
 
     def linear(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         """Record a call; the result has the right shape and no content."""
         self.calls.append((linear, x))
         return x.new_zeros((*x.shape[:-1], linear.matrix.outputs))
 
-    def experts(self, packed: PackedExperts, hidden: torch.Tensor) -> torch.Tensor:
+    def experts(
+        self, packed: PackedExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         """Record a call of a layer's experts; the result is zeros."""
         self.calls.append((packed, None))
         return torch.zeros_like(hidden)
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Note the layer and any unsupported arguments; the result is zeros."""
+        key, value = call.key, call.value
+        if key.shape[2] != call.query.shape[2]:
+            self.unknown_arguments.add("keys beyond those of the rows")
+        layer: Any = getattr(call.module, "layer_idx", None)
+        if not isinstance(layer, int) or layer < 0 or layer in self.layers:
+            self.unknown_arguments.add("layers that share a place in the cache")
+        else:
+            self.layers[layer] = key.shape[1], key.shape[1] * (key.shape[3] + value.shape[3])
+        if call.mask is not None:
+            self.unknown_arguments.add("an attention mask")
+        asked = {name for name, given in call.others.items() if given is not None and given is not False}
+        self.unknown_arguments |= {name for name in asked if name not in _HARMLESS and not name.startswith("output_")}
+        width: Any = value.shape[3]
+        if call.module in self._mla:
+            self._mla.discard(call.module)
+            width = call.module.v_head_dim
+            if call.softcap is not None or call.sinks is not None:
+                self.unknown_arguments.add("MLA with soft-capping or attention sinks")
+        return call.query.new_zeros((1, call.query.shape[2], call.query.shape[1], width))
+
+    def expand_kv(self, layer: Any, vectors: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Record the use of `kv_b_proj`; return the latents."""
+        layer.kv_b_proj(vectors)
+        self._mla.add(layer)
+        return rotated, vectors
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """By torch."""
+        return torch.rms_norm(x, weight.shape, weight, eps)
+
+    def silu(self, x: torch.Tensor) -> torch.Tensor:
+        """By torch."""
+        return nn.functional.silu(x)
+
+    def gather(self, tensor: Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Zeros of the right shape."""
+        return torch.zeros((len(token_ids), tensor.columns))
+
+    def route(self, forward: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
+        """The router itself."""
+        return forward(hidden, *others)
 
     def take(self) -> tuple[Step, ...]:
         """The steps recorded since the last `take`; linears on the same activations form one step."""
@@ -76,8 +128,12 @@ class Tracer:
         return tuple(LinearStep(tuple(s)) if isinstance(s, list) else ExpertStep(s) for s in steps)
 
 
+# Arguments of attention functions that change nothing here: causality and positions are known.
+_HARMLESS = frozenset({"position_ids", "is_causal", "use_cache", "cache_position"})
+
+
 def record_steps(
-    model: PreTrainedModel, tracer: Tracer, forwards: Callable[[], Iterator[dict[str, Any]]]
+    model: PreTrainedModel, tracer: TracingRuntime, forwards: Callable[[], Iterator[dict[str, Any]]]
 ) -> tuple[Step, ...]:
     """The steps of the first pass of a sequence.
 
@@ -88,13 +144,7 @@ def record_steps(
         WeightAskedError: a module accesses the weight of a packed linear.
         RuntimeError: the second forward uses weights in another order.
     """
-    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    with (
-        _replaced_linears(linears, tracer.linear),
-        _zero_weights(model),
-        _restored_attributes(model),
-        torch.inference_mode(),
-    ):
+    with _zero_weights(model), _restored_attributes(model), torch.inference_mode():
         passes = []
         for given in forwards():
             model(**{"use_cache": False, **given})
@@ -121,27 +171,13 @@ def _members(step: Step) -> tuple[PackedLinear | PackedExperts, ...]:
 
 
 @contextmanager
-def _replaced_linears(
-    linears: list[PackedLinear], function: Callable[[PackedLinear, torch.Tensor], torch.Tensor]
-) -> Any:
-    before = [linear.linear_function for linear in linears]
-    for linear in linears:
-        linear.linear_function = function
-    try:
-        yield
-    finally:
-        for linear, own in zip(linears, before, strict=True):
-            linear.linear_function = own
-
-
-@contextmanager
 def _zero_weights(model: nn.Module) -> Any:
     """Replace weights on meta by zeros, and integers by ones: one element each, expanded without taking memory.
 
     Values that depend only on tokens and positions are then the real ones.
     """
     tables: list[dict[str, Any]] = [
-        table for module in model.modules() for table in (module._buffers, module._parameters)
+        table for module in model.modules() for table in (own_buffers(module), own_parameters(module))
     ]
     held = [
         (table, key, tensor)

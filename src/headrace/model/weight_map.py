@@ -32,6 +32,7 @@ from headrace.checkpoint.tensor import Slice, block_of, layer_of
 from headrace.errors import CheckpointError, UnsupportedError
 from headrace.model.gguf_mappings import mapping_of
 from headrace.model.matrix import Matrix, matrix_of, part_of
+from headrace.model.transformers_compat import keys_that_may_be_unexpected
 
 Read = Callable[[Tensor], torch.Tensor]  # reader of a small tensor, in its shape: fp32 or integers
 
@@ -472,7 +473,7 @@ def _table(checkpoint: Checkpoint) -> gguf.TensorNameMap:
 def _ignored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
     """Tensors in files that transformers' model does not use, such as the keys of layers that share KV with others."""
     table = _table(checkpoint)
-    names = {table.get_name(f"model.{name}") for name in model._keys_to_ignore_on_load_unexpected or ()}
+    names = {table.get_name(f"model.{name}") for name in keys_that_may_be_unexpected(model)}
     return {name for name in names if name is not None}
 
 

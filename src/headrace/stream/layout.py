@@ -2,13 +2,13 @@
 
 Every tensor is cut at its own row. The rows before are pinned; the others stream in units that fit a slot of the ring. Every
 tensor pins the same share, so its matmul with the pinned rows hides the reads of its other rows. A machine that owns a range
-of rows is then no special case.
+of each tensor's rows pins and streams within that range.
 
 Some rows behind the pinned ones may be *decode-pinned*, in memory that prefill needs. While decode reuses that memory they
 are pinned; otherwise they stream with the rest.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 
@@ -18,6 +18,19 @@ from headrace.stream.arena import PAGE_BYTES, aligned
 # Weight rows that kernels take together, best first. Q4_K with 14336 columns, 512 rows of activations: 256 weight rows ran at
 # 518 GFLOP/s, 260 at 422.
 TILES = (128, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows of a tensor, from `first` on."""
+
+    first: int
+    rows: int
+
+
+def whole(tensor: Tensor) -> RowRange:
+    """All rows of a tensor."""
+    return RowRange(0, tensor.rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,29 +122,33 @@ def make_layout(
     unit_bytes: int,
     read_bytes: int = 4 << 20,
     decode_pinned_rows: Mapping[str, int] | None = None,
+    owned: Callable[[Tensor], RowRange] = whole,
 ) -> Layout:
     """Lay out a pass over groups of tensors in this order.
 
     Args:
         order: groups of tensors that share their activations, in execution order.
-        pinned_rows: rows to pin, by tensor name, from row 0 on.
+        pinned_rows: rows to pin, by tensor name, from the first owned row on.
         unit_bytes: max bytes of a streamed unit, rows permitting.
         read_bytes: max bytes of one read of pinned rows.
         decode_pinned_rows: rows behind the pinned ones that are pinned while decode reuses prefill memory.
+        owned: the rows of each tensor that are read and multiplied here.
     """
     groups: list[WeightGroup] = []
     fixed, decode_pinned = _Arena(), _Arena()
     decode_pinned_rows = decode_pinned_rows or {}
     for group in order:
         decode_residents, rest = [], []
-        pinned = tuple(fixed.place(tensor, 0, pinned_rows[tensor.name], read_bytes) for tensor in group)
-        for index, tensor in enumerate(group):
-            first = pinned[index].rows
-            decode_residents.append(
-                decode_pinned.place(tensor, first, decode_pinned_rows.get(tensor.name, 0), unit_bytes)
-            )
-            first += decode_residents[index].rows
-            rest += [(index, unit) for unit in _units(tensor, first, tensor.rows, unit_bytes, None)]
+        ranges = [owned(tensor) for tensor in group]
+        pinned = tuple(
+            fixed.place(tensor, own.first, min(own.rows, pinned_rows[tensor.name]), read_bytes)
+            for tensor, own in zip(group, ranges, strict=True)
+        )
+        for index, (tensor, own) in enumerate(zip(group, ranges, strict=True)):
+            first, last = own.first + pinned[index].rows, own.first + own.rows
+            count = min(last - first, decode_pinned_rows.get(tensor.name, 0))
+            decode_residents.append(decode_pinned.place(tensor, first, count, unit_bytes))
+            rest += [(index, unit) for unit in _units(tensor, first + count, last, unit_bytes, None)]
         decode_units = [(index, unit) for index, rows in enumerate(decode_residents) for unit in rows.units]
         groups.append(
             WeightGroup(

@@ -10,6 +10,7 @@ is never lost (it is raised in the consumer). A consumer never waits for ever (a
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -42,7 +43,7 @@ class _Load:
     arena: Arena | None = None  # if pinned
 
 
-class WeightStream:
+class WeightStream(AbstractContextManager["WeightStream"]):
     """Delivers the weight groups of a pass, in order, pass after pass. A context manager."""
 
     def __init__(
@@ -84,9 +85,6 @@ class WeightStream:
         self._next_group = self._released = 0
         self._begin_pass()
 
-    def __enter__(self) -> "WeightStream":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -102,7 +100,7 @@ class WeightStream:
         Raises:
             ReadError: a read failed or nothing has come from the disk for `stall_limit_s`.
         """
-        self._enter(index)
+        self.advance(index)
         group = self.layout.groups[index]
         pinned = self._delivered(index, self._complete, group.pinned, self._pinned, self._on_pinned)
         if self.reuses_prefill_memory:  # never repacked: a row's result must not depend on the reuse
@@ -139,10 +137,7 @@ class WeightStream:
         return batches[0] if batches and not self.layout.groups[index].streamed_in_prefill else None
 
     def advance(self, index: int) -> None:
-        """Advance past a group whose weights are known from `resident_batch`."""
-        self._enter(index)
-
-    def _enter(self, index: int) -> None:
+        """Advance past a group; its weights are delivered by `weights_of`, or known from `resident_batch`."""
         assert index == self._next_group, f"group {index} requested, {self._next_group} is next"
         self._readers.start([self._read_next] * self._readers.count if self._next is not None else [])
         self._next_group = (index + 1) % len(self.layout.groups)

@@ -1,0 +1,65 @@
+"""The owners of a model's rows: one runner that owns all, or several that own some each and exchange results."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.checkpoint import Tensor
+from headrace.stream.layout import RowRange
+
+
+class OwnedPart(NamedTuple):
+    """A range along one dimension of a result, and the rank of the member that computes it."""
+
+    rank: int
+    first: int
+    last: int
+
+
+class Group(Protocol):
+    """Members that compute one model together, in step. Each has a rank."""
+
+    @property
+    def is_alone(self) -> bool:
+        """True if one member owns everything."""
+
+    @property
+    def rank(self) -> int:
+        """The rank of this member."""
+
+    def owned(self, tensor: Tensor) -> RowRange:
+        """The rows of a matrix that this member reads and multiplies."""
+
+    def parts(self, tensor: Tensor) -> Sequence[OwnedPart]:
+        """The rows of all members."""
+
+    def expert_owners(self, count: int) -> npt.NDArray[np.integer]:
+        """The rank that owns each of `count` experts of a layer."""
+
+    def exchange(self, value: torch.Tensor, dim: int, parts: Sequence[OwnedPart]) -> None:
+        """Fill the parts of a tensor that other members computed. All members call this with the same parts."""
+
+
+class Alone:
+    """A group of one."""
+
+    is_alone = True
+    rank = 0
+
+    def owned(self, tensor: Tensor) -> RowRange:
+        """All rows."""
+        return RowRange(0, tensor.rows)
+
+    def parts(self, tensor: Tensor) -> Sequence[OwnedPart]:
+        """One part."""
+        return (OwnedPart(0, 0, tensor.rows),)
+
+    def expert_owners(self, count: int) -> npt.NDArray[np.integer]:
+        """This member."""
+        return np.zeros(count, np.int64)
+
+    def exchange(self, value: torch.Tensor, dim: int, parts: Sequence[OwnedPart]) -> None:
+        """Nothing to do."""
