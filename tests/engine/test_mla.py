@@ -104,20 +104,18 @@ def test_k_b_and_v_b_of_other_sizes_than_the_model_are_refused(tmp_path: Path) -
 
 def test_a_sliding_window_is_the_same_for_prefill_rows_and_for_each_row_alone() -> None:
     torch.manual_seed(0)
-    layer = torch.nn.Module()
-    layer.layer_idx = 0
     kv_b = KvBSplit(torch.randn(2, 8, 16), torch.randn(2, 6, 16))
     query, vectors, rotated = torch.randn(1, 2, 25, 12), torch.randn(1, 1, 25, 16), torch.randn(1, 1, 25, 4)
     results = []
     for row_invariant in (False, True):
-        attention, cache, found = PackedAttention(), KVCache(1, 64, 32), []
+        attention, cache, found = PackedAttention(ReferenceKernels(1)), KVCache(1, 64, 32), []
         for first, last in ((0, 20), (20, 25)):
             for part in attention.buffers.take((1, 64, 4), (1, 64, 16)):
                 part.fill_(torch.nan)  # positions that are not filled
             attention.begin([Entry(cache, slice(0, last - first), row_invariant, first)])
             part = slice(first, last)
-            key, value = attention.take(layer, kv_b, vectors[:, :, part], rotated[:, :, part])
-            found.append(attention(layer, query[:, :, part], key, value, None, 0.3, sliding_window=4)[0])
+            rows = query[0, :, part], rotated[:, :, part], vectors[:, :, part]
+            found.append(attention.attend_mla(0, kv_b, *rows, 0.3, 4))
             cache.length = last
         results.append(torch.cat(found, 1))
     assert torch.allclose(*results, atol=1e-5)
