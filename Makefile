@@ -3,14 +3,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: demo test check format models bench accuracy clean
+.PHONY: demo test test-zoo test-real check format models bench accuracy clean
 
 # Everything from a fresh clone: environment, install, run.
 demo: $(VENV)/demo
 	$(BIN)/headrace demo
 
-test: $(VENV)/dev models
-	$(BIN)/python -m pytest
+# Three tiers of tests, on all cores. The first needs no model and under three minutes on two cores.
+PYTEST := $(BIN)/python -m pytest -n $(shell nproc)
+
+test: $(VENV)/dev
+	$(PYTEST) -m "not zoo and not real and not stress"
+
+# Every architecture and layout, and sweeps over damaged inputs; with the imports of the command.
+test-zoo: $(VENV)/dev
+	HEADRACE_TEST_SLIM=1 $(PYTEST) -m "zoo or stress"
+
+test-real: $(VENV)/dev models
+	HEADRACE_TEST_SLIM=1 $(PYTEST) -m real
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -10,6 +10,8 @@ from corpus import ALIASES, CASES, REFUSED, WRAPPERS, tiny_model, write_folder
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+pytestmark = pytest.mark.zoo
+
 TYPES = {case.model_type for case in CASES.values()}
 
 

@@ -18,6 +18,8 @@ from headrace.plan.profile import save_profile
 from headrace.sampling_params import SamplingParams
 from headrace.units import MIB
 
+pytestmark = pytest.mark.zoo
+
 COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 ROOMY = "2GiB"
 GREEDY = SamplingParams(temperature=0.0)

@@ -25,6 +25,8 @@ from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 from headrace.units import MIB
 
+pytestmark = pytest.mark.zoo
+
 COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 # Names of the limits: the option of ulimit, the constant, and words.
 NAMES = {

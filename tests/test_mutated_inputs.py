@@ -34,6 +34,8 @@ from headrace.plan.record import PassGroup, RunRecord
 from headrace.plan.routing import Routing, routing_path, save_routing
 from headrace.units import GIB, MIB
 
+pytestmark = pytest.mark.zoo
+
 COUNTS = {"gguf": 1100, "folder": 700, "template": 800, "profile": 400}
 assert sum(COUNTS.values()) == 3000
 SECONDS = 20.0  # time limit of one input, on a busy machine

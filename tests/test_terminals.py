@@ -18,6 +18,8 @@ from headrace.cli import main
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 
+pytestmark = pytest.mark.zoo
+
 Broken: TypeAlias = Callable[[], AbstractContextManager[IO[str]]]
 
 COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]

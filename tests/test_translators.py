@@ -17,6 +17,8 @@ from headrace.model import Tokenizer
 from headrace.plan import Budget, RunConfig, guessed_profile, make_plan
 from headrace.plan.shape import shape_of
 
+pytestmark = pytest.mark.zoo
+
 PROMPT = "translate English to German: the house is big"
 OPTIONS = {"max_tokens": 12, "sampling": headrace.SamplingParams(temperature=0.0)}
 COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]

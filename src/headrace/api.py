@@ -119,7 +119,7 @@ class Model(AbstractContextManager["Model"]):
     def record(self) -> RunRecord:
         """Measurements since loading beside the predictions, for `plan.fit`."""
         passes, engine = self._engine.passes, self._llm_engine
-        later, tokens = passes[engine.first_passes :], engine.tokens - engine.first_tokens
+        later, tokens = passes[engine.passes_until_first_token :], engine.tokens - engine.first_pass_tokens
         s_per_token = sum(p.seconds + p.draft_s for p in later) / tokens if later and tokens else None
         return make_record(self.plan, passes, engine.tokens, engine.first_ttft_s, s_per_token)
 
@@ -220,7 +220,7 @@ class Model(AbstractContextManager["Model"]):
     def stream_requests(
         self, requests: Iterable[Request], on_progress: Callable[[Progress], None] | None = None
     ) -> Iterator[RequestOutput]:
-        """Stream requests, each with its settings. Twice as many are taken as run at the same time."""
+        """Stream requests, each with its settings. Up to twice the number of concurrent sequences are in flight."""
         return OutputStream(self._thread, iter(requests), 2 * self.plan.sequences, on_progress)
 
     @overload
@@ -259,7 +259,7 @@ class Model(AbstractContextManager["Model"]):
 
 
 def _keep_routing(checkpoint: Checkpoint, plan: Plan, passes: Sequence[PassStats], cache: ExpertCache) -> None:
-    """Save router scores and the hit rate of the expert cache for the next run."""
+    """Save the frequencies of experts and the hit rate of the expert cache for the next run."""
     single = [one for one in passes[len(passes) // 3 :] if one.rows == 1]
     hits = sum(one.expert_hits for one in single)
     requested = sum(one.expert_hits + one.expert_prefetched + one.expert_misses for one in single)
@@ -301,7 +301,7 @@ def _llm_engine(
         context_tokens=plan.context_tokens,
         model_context=checkpoint.context_limit(1 << 30),
         # Encoder and decoder positions are counted separately; without an encoder the context is the limit.
-        positions=checkpoint.positions_limit(1 << 30) if engine.decoder_start_ids else 1 << 30,
+        encoder_positions=checkpoint.positions_limit(1 << 30) if engine.decoder_start_ids else 1 << 30,
     )
     return LLMEngine(runner, scheduler, tokenizer, limits)
 
@@ -464,7 +464,7 @@ def _why_alone(skeleton: ModelSkeleton) -> tuple[str, str]:
 
 
 def _scores(checkpoint: Checkpoint, skeleton: ModelSkeleton) -> npt.NDArray[np.float32] | None:
-    """Router scores from earlier runs, if their shape fits this model."""
+    """Frequencies of experts in earlier runs, if their shape fits this model."""
     routing = load_routing(checkpoint)
     shape = len(skeleton.expert_slices), max(map(len, skeleton.expert_slices), default=0)
     return routing.scores if routing is not None and routing.scores.shape == shape else None

@@ -6,7 +6,7 @@ async with await AsyncLLM.load("model.gguf", memory="4GiB", sequences=8) as llm:
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,7 @@ from headrace.api import Model, load
 from headrace.completion import Completion
 from headrace.engine.request import Event, Progress, Request, RequestError, RequestOutput
 from headrace.model.tokenizer import Prompt
+from headrace.sampling_params import SamplingParams
 
 
 class AsyncLLM:
@@ -41,12 +42,22 @@ class AsyncLLM:
         """End all requests with an error, and free all memory."""
         await asyncio.to_thread(self.model.close)
 
-    async def stream(self, prompt: Prompt, **options: Any) -> AsyncGenerator[RequestOutput]:
-        """The outputs of one prompt, as they are computed; arguments and errors as in `Model.request`.
+    async def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+    ) -> AsyncGenerator[RequestOutput]:
+        """The outputs of one prompt, as they are computed; arguments and errors as in `Model.stream`.
 
         A stream that is closed, or whose task is cancelled, ends its request.
         """
-        request = await asyncio.to_thread(self.model.request, prompt, **options)
+        request = await asyncio.to_thread(
+            self.model.request, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, raw=raw
+        )
         async with aclosing(self.stream_request(request)) as outputs:
             async for output in outputs:
                 yield output
@@ -74,6 +85,16 @@ class AsyncLLM:
         finally:
             self.model.abort(number)
 
-    async def generate(self, prompt: Prompt, **options: Any) -> Completion:
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+    ) -> Completion:
         """The whole answer to one prompt; arguments and errors as in `stream`."""
-        return self.model.completion([output async for output in self.stream(prompt, **options)])
+        outputs = self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, raw=raw)
+        async with aclosing(outputs):
+            return self.model.completion([output async for output in outputs])

@@ -20,6 +20,8 @@ from headrace.checkpoint.encodings.blocks import half
 from headrace.checkpoint.tensor import block_of
 from headrace.errors import CheckpointError, UnsupportedError
 
+pytestmark = pytest.mark.zoo
+
 Array = np.ndarray[Any, Any]
 HALF = 2.0**-11  # half a step of fp16, of a value
 DTYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I8": np.int8, "U8": np.uint8}

@@ -20,6 +20,8 @@ from headrace.checkpoint.packing import compare, pack_folder
 from headrace.cli import main
 from headrace.errors import CheckpointError, HeadraceError, UnsupportedError, UsageError
 
+pytestmark = pytest.mark.zoo
+
 Array = np.ndarray[Any, Any]
 
 

@@ -33,6 +33,8 @@ from headrace.plan.record import records_path
 from headrace.plan.routing import routing_path
 from headrace.units import GIB, MIB
 
+pytestmark = pytest.mark.zoo
+
 BOUND = 300 * MIB  # max memory for a file that claims gigabytes
 HUGE = 9 * GIB
 STRING, ARRAY, UINT8, UINT32, FLOAT32 = 8, 9, 0, 4, 6

@@ -24,6 +24,8 @@ from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS
 from headrace.model import ModelSkeleton
 from headrace.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.zoo
+
 CONTEXT, NEW_TOKENS = 320, 2
 
 

@@ -17,6 +17,8 @@ from headrace.errors import HeadraceError
 from headrace.kernels import Kernels
 from headrace.model import ModelSkeleton
 
+pytestmark = pytest.mark.zoo
+
 GENERATOR = torch.Generator().manual_seed(1)
 TEXT = torch.randint(3, VOCAB, (1, 40), generator=GENERATOR)
 OUTPUT = torch.randint(3, VOCAB, (1, 12), generator=GENERATOR)

@@ -14,6 +14,8 @@ from headrace.errors import CheckpointError
 from headrace.kernels import Kernels
 from headrace.model import ModelSkeleton
 
+pytestmark = pytest.mark.zoo
+
 TOKENS = torch.randint(0, VOCAB, (64,), generator=torch.Generator().manual_seed(3)).tolist()
 
 

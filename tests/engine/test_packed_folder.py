@@ -14,6 +14,8 @@ from headrace.engine import Rows
 from headrace.plan.shape import shape_of
 from headrace.stream import WeightFile
 
+pytestmark = pytest.mark.zoo
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

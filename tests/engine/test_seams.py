@@ -18,6 +18,8 @@ from headrace.engine.model_weights import StreamOptions
 from headrace.kernels import Backend, Kernels, WeightSlice
 from headrace.model import ModelSkeleton
 
+pytestmark = pytest.mark.zoo
+
 EXPERTS = 8  # of a layer of the tiny Mixtral
 PARTS = (5, 1, 1, 1, 8)  # row-invariant rows, some of them replayed
 

@@ -13,6 +13,8 @@ import headrace
 from headrace.errors import CheckpointError
 from headrace.plan import Profile
 
+pytestmark = pytest.mark.zoo
+
 GREEDY = headrace.SamplingParams(temperature=0)
 VOCABULARY = byte_level()
 TOKEN = VOCABULARY["tokens"].index

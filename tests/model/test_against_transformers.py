@@ -15,6 +15,8 @@ from headrace.errors import UnsupportedError
 from headrace.kernels import Kernels
 from headrace.plan.shape import shape_of
 
+pytestmark = pytest.mark.zoo
+
 TOKENS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
 
 

@@ -20,6 +20,8 @@ from headrace.engine.model_weights import StreamOptions
 from headrace.errors import HeadraceError, UnsupportedError
 from headrace.kernels import Kernels
 
+pytestmark = pytest.mark.zoo
+
 COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 
 

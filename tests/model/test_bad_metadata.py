@@ -12,6 +12,8 @@ from headrace.engine.model_weights import StreamOptions
 from headrace.errors import CheckpointError, HeadraceError
 from headrace.kernels import Kernels
 
+pytestmark = pytest.mark.zoo
+
 ARCHITECTURES = ("afmoe", "ernie4_5-moe", "glm-dsa", "granitehybrid", "lfm2moe", "nemotron_h_moe", "qwen3next")
 GENERAL = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
 

@@ -35,6 +35,8 @@ from headrace.plan.record import PassGroup, RunRecord, keep_record, records_path
 from headrace.plan.routing import Routing, load_routing, routing_path, save_routing
 from headrace.units import GIB
 
+pytestmark = pytest.mark.zoo
+
 MOE, DENSE = "qwen3moe", "llama"
 # Values that GGUF's types can hold.
 VALUES: tuple[Any, ...] = (0, -1, 1 << 31, (1 << 63) - 1, True, "word", math.nan, [-1, 1 << 40])

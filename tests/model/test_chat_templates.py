@@ -609,10 +609,12 @@ def chat_in_threads(names: tuple[str, ...]) -> str:
     return str(wrong) if wrong else FINE
 
 
+@pytest.mark.zoo
 def test_a_template_that_floods_memory_is_refused() -> None:
     assert not faults(chat_within_bounds, list(FLOODS), seconds=30, memory=GIB)
 
 
+@pytest.mark.zoo
 def test_a_template_that_never_ends_is_refused_in_any_thread() -> None:
     names = tuple(HANGS)
     assert not faults(chat_in_threads, [names], workers=1, seconds=60, memory=4 * GIB)
@@ -676,6 +678,7 @@ def tokenize_within_bounds(kind: str) -> str:
         return refusal(use)
 
 
+@pytest.mark.zoo
 def test_a_tokenizer_that_expands_text_without_limit_is_refused() -> None:
     assert not faults(tokenize_within_bounds, GROWING, seconds=30, memory=GIB)
 

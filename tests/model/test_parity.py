@@ -21,6 +21,8 @@ sys.path.insert(0, str(DOCS))
 
 from make_architectures import TARGET, refusals, row  # noqa: E402
 
+pytestmark = pytest.mark.zoo
+
 PAGE = TARGET.read_text()
 # Types whose KV elements per token the header alone does not give; the built model does.
 UNKNOWN_KV_ELEMENTS = {"gemma4_text:experts", "gemma4_unified_text", "jetmoe", "longcat_flash", "mimo_v2_flash"}

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from headrace.kernels import Kernels, ReferenceKernels
 
+pytestmark = pytest.mark.zoo
+
 # Groups of 128 divide all widths; blocks of 128 x 128 do not, since keys and values have 64 outputs.
 WIDE = {**GROUPED, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 32}
 CONFIGS = {

@@ -244,6 +244,6 @@ def test_reasoning_is_split_from_the_answer(tmp_path: Path, monkeypatch: pytest.
     said = ours.encode("so</think>\n\nhello", special=False)
     for raw, expected in ((False, ("hello", "so")), (True, ("so</think>\n\nhello", ""))):
         tail = ours.tail([{"role": "user", "content": "hello"}], raw=raw)
-        stream = ours.answer(prompt, raw=raw, tail=tail)
+        stream = ours.detokenizer(prompt, raw=raw, tail=tail)
         found = [segment for token in said for segment in stream.step(token)] + stream.flush()
         assert (joined(found, Part.CONTENT), joined(found, Part.REASONING)) == expected

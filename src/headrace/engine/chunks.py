@@ -63,12 +63,12 @@ class ChunkRules:
             start = end
 
     def is_row_invariant(self, prompt_tokens: int, start: int, rows: int) -> bool:
-        """True if a chunk of so many rows is computed by the decode kernels.
+        """True if a chunk of `rows` rows is computed by the decode kernels.
 
         With small chunks the prompt's length, not the chunk's, decides. So all reusable rows come from the prefill kernels.
         """
         if self._small and start < prompt_tokens:
-            return prompt_tokens < self._chunks.first
+            return prompt_tokens < self._chunks.first  # a prompt shorter than a chunk
         return rows <= DECODE_MAX_ROWS
 
     def cached_prefix(self, slot: Slot, prompt: Sequence[int]) -> int:

@@ -17,6 +17,7 @@ from headrace.checkpoint import Checkpoint
 from headrace.engine.attention import CacheOverflow, ConcatenatedCache, Entry, KVCache, PackedAttention
 from headrace.engine.attention_modes import attention_modes
 from headrace.engine.capture import CaptureCache
+from headrace.engine.eager_runtime import CapturingRuntime, EagerRuntime, PassState, RuntimeParts, has_non_finite
 from headrace.engine.expert_runner import ExpertRunner
 from headrace.engine.fuse import Fuser
 from headrace.engine.group import Alone, Group
@@ -24,7 +25,6 @@ from headrace.engine.mla import is_mla
 from headrace.engine.model_weights import ModelWeights, StreamOptions
 from headrace.engine.native_cache import NativeCache, arguments_for, memory_of, parameters_of
 from headrace.engine.pooled_allocation import PooledAllocation
-from headrace.engine.runtime import CapturingRuntime, EagerRuntime, PassState, RuntimeParts, has_non_finite
 from headrace.engine.tensor_reader import TensorReader
 from headrace.engine.timeline import PassLog, PassStats, Trace
 from headrace.errors import CheckpointError, ContextError, UnsupportedError

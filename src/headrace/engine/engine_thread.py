@@ -45,7 +45,7 @@ class EngineThread:
 
         Raises:
             UsageError: the model is closed, the process was forked, or the request is not for this model.
-            ContextError: the prompt leaves no position for an answer.
+            ContextError: the prompt fills the context.
         """
         if os.getpid() != self._process:
             raise UsageError(
@@ -53,7 +53,7 @@ class EngineThread:
             )
         if self._closing:
             raise _closed()
-        self._sinks[request_id] = sink  # first: the owner may answer at once
+        self._sinks[request_id] = sink  # first: the owner may run it at once
         try:
             self._engine.add_request(request, request_id, wants_progress=wants_progress)
         except BaseException:

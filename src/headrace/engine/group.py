@@ -34,7 +34,7 @@ class Group(Protocol):
         """The rows of a matrix that this member reads and multiplies."""
 
     def parts(self, tensor: Tensor) -> Sequence[OwnedPart]:
-        """The rows of all members."""
+        """Ranges of a matrix's outputs, by the member that owns them."""
 
     def expert_owners(self, count: int) -> npt.NDArray[np.integer]:
         """The rank that owns each of `count` experts of a layer."""

@@ -30,7 +30,7 @@ class KvPool:
         self.slots = [Slot(number) for number in range(num_slots)]
         self.free = list(self.slots)
         self._capacity = capacity
-        self._limit = None if kv_tokens is None else max(_blocks(kv_tokens), _blocks(capacity))
+        self._limit_blocks = None if kv_tokens is None else max(_blocks(kv_tokens), _blocks(capacity))
         self._released: set[int] = set()
 
     def best_free(self, cached_prefix: Callable[[Slot], int]) -> Slot:
@@ -38,19 +38,19 @@ class KvPool:
         return max(self.free, key=lambda slot: (cached_prefix(slot), not slot.tokens, -slot.last_used))
 
     def reserve(self, slot: Slot, tokens: int, ends: Mapping[Slot, int]) -> bool:
-        """Drop idle caches until a slot may hold so many tokens; False if that is not enough.
+        """Drop idle caches until a slot may hold `tokens` tokens; False if that is not enough.
 
         `ends`: tokens that other slots will hold.
         """
-        if self._limit is None:
+        if self._limit_blocks is None:
             return True
         needed = {**ends, slot: tokens}
         idle = sorted((one for one in self.free if one.tokens and one is not slot), key=lambda one: one.last_used)
-        held = self._held(needed, without=slot)
-        while idle and held > self._limit:
+        held = self._held_blocks(needed, without=slot)
+        while idle and held > self._limit_blocks:
             self.release(idle.pop(0))
-            held = self._held(needed, without=slot)
-        return held <= self._limit
+            held = self._held_blocks(needed, without=slot)
+        return held <= self._limit_blocks
 
     def release(self, slot: Slot) -> None:
         """Drop the tokens of a slot; the next step returns its memory."""
@@ -64,12 +64,12 @@ class KvPool:
         return released
 
     def free_tokens(self, ends: Mapping[Slot, int]) -> int:
-        """Tokens that slots could hold beyond `ends`."""
-        if self._limit is None:
+        """Tokens that slots could hold beyond `ends`. Without a limit: the capacity of all slots."""
+        if self._limit_blocks is None:
             return self._capacity * len(self.slots)
-        return max(0, self._limit - self._held(ends)) * KV_BLOCK_TOKENS
+        return max(0, self._limit_blocks - self._held_blocks(ends)) * KV_BLOCK_TOKENS
 
-    def _held(self, ends: Mapping[Slot, int], without: Slot | None = None) -> int:
+    def _held_blocks(self, ends: Mapping[Slot, int], without: Slot | None = None) -> int:
         """Blocks of all slots, at least those of `ends`; the tokens that `without` holds now do not count."""
         return sum(_blocks(max(0 if slot is without else len(slot.tokens), ends.get(slot, 0))) for slot in self.slots)
 

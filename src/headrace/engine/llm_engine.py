@@ -25,14 +25,14 @@ from headrace.model.reasoning import AnswerStream, Part, Segment, joined
 class RequestLimits:
     """Limits of every request."""
 
-    context_tokens: int  # prompt and answer
+    context_tokens: int  # prompt and output
     model_context: int  # context that the model was made for
-    positions: int  # positions of an encoder or decoder with separate tables
+    encoder_positions: int  # max tokens of an encoder; also max output tokens of its decoder
 
 
 @dataclass(eq=False, kw_only=True)
-class _Live:
-    """A request on its way, with its detokeniser and stop scanner."""
+class _ActiveRequest:
+    """A queued or running request, with its detokenizer and stop scanner."""
 
     request_id: int
     request: Request
@@ -42,8 +42,8 @@ class _Live:
     scanner: StopScanner
     wants_progress: bool
     added_s: float
-    first_passes: int = 0  # passes of the engine before the first of this request
-    first_read_bytes: int = 0
+    passes_before: int = 0  # passes of the engine before the first of this request
+    read_bytes_before: int = 0
     sequence: SequenceState | None = None
     count: int = 0  # tokens generated
     queue_s: float | None = None
@@ -53,7 +53,7 @@ class _Live:
     decode: PassTotals = field(default_factory=PassTotals)
 
     def take(self, token: int, end_ids: frozenset[int]) -> tuple[list[Segment], str | None]:
-        """The text that a token adds, and the finish reason if the answer ends with it."""
+        """The text that a token adds, and the finish reason if the output ends with it."""
         self.count += 1
         ends = token in end_ids
         shown, stopped = self.scanner.push(self.text.end(token) if ends else self.text.step(token))
@@ -94,7 +94,7 @@ class _Live:
 
 
 class LLMEngine:
-    """Answers requests. `step` runs one pass over the weights for all of them."""
+    """Runs requests. `step` runs one pass over the weights for all of them."""
 
     def __init__(self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer, limits: RequestLimits):
         """Take parts that nothing else uses."""
@@ -106,11 +106,11 @@ class LLMEngine:
         # Measurements since loading, for the run record.
         self.tokens = 0
         self.first_ttft_s: float | None = None
-        self.first_passes = 0  # passes until the first token
-        self.first_tokens = 0  # tokens of the last of them
+        self.passes_until_first_token = 0
+        self.first_pass_tokens = 0  # tokens of the last of these passes
         self._end_ids = frozenset(tokenizer.end_ids)
-        self._inbox: deque[_Live | int] = deque()  # new requests, and ids of those to abort
-        self._live: dict[int, _Live] = {}
+        self._inbox: deque[_ActiveRequest | int] = deque()  # new requests, and ids of those to abort
+        self._live: dict[int, _ActiveRequest] = {}
         self._numbers = itertools.count()
 
     # -- from any thread --------------------------------------------------------------------------------------------
@@ -124,13 +124,13 @@ class LLMEngine:
 
         Raises:
             UsageError: a token or a parameter is not of this model.
-            ContextError: the prompt leaves no position for an answer.
+            ContextError: the prompt fills the context.
         """
         self.check_prompt(request.token_ids)
         self.check_sampling(request)
-        available = min(self.limits.context_tokens - len(request.token_ids), self.limits.positions)
-        text = self.tokenizer.answer(request.token_ids, raw=request.raw, tail=request.tail, stops=request.stop)
-        live = _Live(
+        available = min(self.limits.context_tokens - len(request.token_ids), self.limits.encoder_positions)
+        text = self.tokenizer.detokenizer(request.token_ids, raw=request.raw, tail=request.tail, stops=request.stop)
+        live = _ActiveRequest(
             request_id=self.new_id() if request_id is None else request_id,
             request=request,
             max_tokens=available if request.max_tokens is None else min(available, request.max_tokens),
@@ -166,9 +166,9 @@ class LLMEngine:
                 hint="the tokenizer is of another model; leave this text out",
             )
         encoded = len(token_ids) - len(engine.decoder_start_ids)
-        if encoded > self.limits.positions:
+        if encoded > self.limits.encoder_positions:
             raise ContextError(
-                f"the prompt has {encoded} tokens, the model's encoder reads at most {self.limits.positions}",
+                f"the prompt has {encoded} tokens, the model's encoder reads at most {self.limits.encoder_positions}",
                 hint="give it a shorter text",
             )
         if len(token_ids) >= self.limits.context_tokens:
@@ -177,7 +177,7 @@ class LLMEngine:
                 f"the prompt has {len(token_ids)} tokens, the context holds {self.limits.context_tokens}",
                 hint=f"use --ctx-size {min(len(token_ids) + 256, limit)}"
                 if len(token_ids) < limit
-                else f"the model was made for texts of {limit} tokens, the answer included: give it a shorter prompt",
+                else f"the model was made for texts of {limit} tokens, prompt and output together: give it a shorter prompt",
             )
 
     def check_sampling(self, request: Request) -> None:
@@ -225,7 +225,7 @@ class LLMEngine:
     def _read_inbox(self) -> None:
         while self._inbox:
             entry = self._inbox.popleft()
-            if isinstance(entry, _Live):
+            if isinstance(entry, _ActiveRequest):
                 entry.sequence = self.scheduler.add(entry.request.token_ids, entry.max_tokens, entry.sampler)
                 self._live[entry.request_id] = entry
             else:
@@ -239,7 +239,7 @@ class LLMEngine:
         for live in lives:
             if live.queue_s is None:
                 live.queue_s = scheduled.start_s - live.added_s
-                live.first_passes, live.first_read_bytes = len(engine.passes), engine.weights.read_bytes
+                live.passes_before, live.read_bytes_before = len(engine.passes), engine.weights.read_bytes
         watched = [live for live in lives if live.wants_progress and not live.count]
         engine.on_progress = (lambda done, steps: self._report(watched, done, steps)) if watched else None
         output = self.runner.execute(scheduled.step)
@@ -295,7 +295,7 @@ class LLMEngine:
             events += self._fail([result.sequence], error)
         return events
 
-    def _output(self, live: _Live, token: int, segments: list[Segment]) -> RequestOutput:
+    def _output(self, live: _ActiveRequest, token: int, segments: list[Segment]) -> RequestOutput:
         assert live.sequence is not None
         return RequestOutput(
             request_id=live.request_id,
@@ -309,16 +309,16 @@ class LLMEngine:
             logprobs=live.sequence.logprobs[live.count - 1],
         )
 
-    def _count(self, live: _Live, tokens: int) -> None:
+    def _count(self, live: _ActiveRequest, tokens: int) -> None:
         """Count tokens since loading."""
         passes = len(self.runner.engine.passes)
         if tokens and self.first_ttft_s is None:
-            self.first_ttft_s, self.first_passes = live.ttft_s, passes
+            self.first_ttft_s, self.passes_until_first_token = live.ttft_s, passes
         self.tokens += tokens
-        if passes == self.first_passes:
-            self.first_tokens += tokens
+        if passes == self.passes_until_first_token:
+            self.first_pass_tokens += tokens
 
-    def _of(self, sequences: Sequence[SequenceState]) -> list[_Live]:
+    def _of(self, sequences: Sequence[SequenceState]) -> list[_ActiveRequest]:
         wanted = set(sequences)
         return [live for live in self._live.values() if live.sequence in wanted]
 
@@ -328,21 +328,21 @@ class LLMEngine:
             del self._live[live.request_id]
         return [RequestError(request_id=live.request_id, error=error) for live in failed]
 
-    def _report(self, watched: Sequence[_Live], done: int, steps: int) -> None:
+    def _report(self, watched: Sequence[_ActiveRequest], done: int, steps: int) -> None:
         """Report the progress of prompts in the pass in progress."""
         if self.on_progress is None:
             return
         engine, now = self.runner.engine, time.perf_counter()
         for live in watched:
             assert live.sequence is not None
-            number = len(engine.passes) - live.first_passes + 1
+            number = len(engine.passes) - live.passes_before + 1
             left = max(1, -(-live.sequence.num_uncomputed // self.scheduler.prefill_rows))
             progress = Progress(
                 pass_number=number,
                 passes=number - 1 + left,
                 done=done,
                 steps=steps,
-                read_bytes=engine.weights.read_bytes - live.first_read_bytes,
+                read_bytes=engine.weights.read_bytes - live.read_bytes_before,
                 seconds=now - live.added_s,
             )
             self.on_progress(live.request_id, progress)

@@ -37,7 +37,7 @@ class StreamOptions:
     pinned_read_bytes: int = 4 << 20
     # Rows behind the pinned ones, pinned while no prompt needs the memory.
     decode_pinned_rows: Mapping[str, int] = field(default_factory=dict)
-    decode_pinned_max_rows: int = DECODE_MAX_ROWS  # max rows, all row-invariant, of a pass that reuses prefill memory
+    decode_pinned_max_rows: int = DECODE_MAX_ROWS  # max rows of a pass that reuses prefill memory
     memory_limit_bytes: int | None = None  # max bytes of the process while prefill memory is reused
     expert_slots: int = 0  # number of experts that fit into memory; 0: all
     expert_readers: int = 4
@@ -158,7 +158,7 @@ class ModelWeights:
         return self.stream.layout.reads_always or experts
 
     @property
-    def have_tiles(self) -> bool:
+    def prefill_is_row_invariant(self) -> bool:
         """True if no matmul of a prompt row depends on the rows beside it, as with ggml's tile kernel."""
         linears = [tensor for step in self.steps if isinstance(step, LinearStep) for tensor in step.tensors]
         experts = [

@@ -24,7 +24,7 @@ class OutputStream(Generator[RequestOutput]):
         max_requests: int,
         on_progress: Callable[[Progress], None] | None,
     ):
-        """`max_requests`: requests that are taken before one of them has ended."""
+        """`max_requests`: max requests in flight."""
         self._thread = thread
         self._process = os.getpid()
         self._outputs = self._run(requests, max_requests, on_progress)

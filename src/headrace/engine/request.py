@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from headrace.engine.sampler import TokenLogprobs
 from headrace.engine.timeline import PassStats
@@ -18,9 +17,9 @@ class Request:
     sampling: SamplingParams
     max_tokens: int | None = None  # None: until the model ends or the context is full
     stop: Sequence[str] = ()
-    stop_token_ids: frozenset[int] = frozenset()  # tokens that end the answer beside the model's own
+    stop_token_ids: frozenset[int] = frozenset()  # tokens that end the output beside the model's own
     tail: Sequence[int] = ()  # tokens that the chat template wrote after the conversation
-    raw: bool = False  # no separation of reasoning and answer
+    raw: bool = False  # no separation of reasoning and content
 
     def __post_init__(self) -> None:
         """Refuse values that would fail later, or never end.
@@ -102,7 +101,7 @@ class RequestStats:
     queue_s: float  # until its first pass began
     ttft_s: float
     last_token_s: float
-    cached_tokens: int  # tokens of the prompt that a KV cache held already
+    cached_tokens: int  # tokens of the prompt from a KV cache, or from a sequence that computed them
     prefill: PassTotals  # passes up to the first token
     decode: PassTotals  # passes after it
 
@@ -113,7 +112,7 @@ class RequestOutput:
 
     request_id: int
     text: str  # text that the token completed
-    reasoning: str = ""  # reasoning before the answer, where the model marks it
+    reasoning: str = ""  # reasoning before the content, where the model marks it
     token: int | None  # token id; None in the last output of a request, which says why it ended
     prompt_tokens: int
     completion_tokens: int
@@ -138,8 +137,3 @@ class RequestError:
 
 
 Event = Progress | RequestOutput | RequestError
-
-
-def json_of_totals(totals: PassTotals) -> dict[str, Any]:
-    """Draft tokens and bottlenecks, for a report."""
-    return {"drafted": totals.drafted, "accepted": totals.accepted, "passes_bound_by": dict(totals.bound_by)}

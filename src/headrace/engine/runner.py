@@ -27,8 +27,7 @@ class ModelRunner:
             num_slots=num_slots,
             capacity=capacity,
             one_chunk=engine.attention_mode != "packed",
-            shares_passes=engine.attention_mode != "native",
-            prefill_is_row_invariant=engine.weights.have_tiles,
+            prefill_is_row_invariant=engine.weights.prefill_is_row_invariant,
             accepts_multiple_rows=first.accepts_multiple_rows,
             can_truncate=not isinstance(first, NativeCache) or first.can_truncate,
         )

@@ -46,7 +46,7 @@ class SequenceState:
     running_slot: Slot | None = None
     prefix_source: "SequenceState | None" = None  # sequence that computes the common prefix
     shared_prefix_tokens: int = 0
-    cached_tokens: int = 0  # tokens of the prompt that a cache held when the sequence started
+    cached_tokens: int = 0  # tokens of the prompt from a KV cache, or from a sequence that computes them
     last_prefill: int = 0  # number of the last step with a prompt chunk
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of each generated token
 
@@ -95,7 +95,7 @@ class ScheduledStep:
     sequences: list[ScheduledSequence]
     start_s: float
     draft_s: float
-    is_decode: bool  # all rows are row-invariant
+    all_row_invariant: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +123,7 @@ class Scheduler:
 
         Args:
             info: facts about the runner.
-            prefill_rows: max prompt rows of a pass.
+            prefill_rows: max prompt rows of a pass; the first row of each sequence does not count.
             max_draft_tokens: max draft tokens of one sequence in a pass.
             deterministic: reuse nothing whose reuse could change the last bits of a result.
             kv_tokens: tokens that all KV caches hold together; None: all caches may be full.
@@ -288,8 +288,8 @@ class Scheduler:
         return results
 
     def record(self, scheduled: ScheduledStep, stats: PassStats, tokens: int) -> None:
-        """Learn from the time of a step that gave so many tokens."""
-        if self.speculation is not None and scheduled.is_decode:
+        """Learn from the time of a step that gave `tokens` tokens."""
+        if self.speculation is not None and scheduled.all_row_invariant:
             self.speculation.step_times.record_pass(stats)
             self.speculation.step_times.record_step(tokens, time.perf_counter() - scheduled.start_s)
 

@@ -73,7 +73,7 @@ class StepTimeModel:
         self._tokens, self._seconds = 1.0, self.pass_s(1)
 
     def pass_s(self, rows: int, prefill_rows: int = 0) -> float:
-        """Seconds of a pass of `rows` row-invariant rows and so many prefill rows."""
+        """Seconds of a pass of `rows` row-invariant rows and `prefill_rows` others."""
         compute_s = self._cost(rows).compute_s + (self._cost(prefill_rows).compute_s if prefill_rows else 0.0)
         return max(self._disk_s, self._compute_factor * compute_s)
 
@@ -179,7 +179,7 @@ class Speculation:
             self.step_times.record_draft_token(time.perf_counter() - start)
 
     def _row_price(self, rows: int, more: int) -> float:
-        """Seconds that so many more rows add to the pass."""
+        """Seconds that `more` further rows add to the pass."""
         before = self.step_times.pass_s(rows, self._prefill_rows)
         return self.step_times.pass_s(rows + more, self._prefill_rows) - before
 

@@ -12,7 +12,7 @@ from headrace.engine.timeline import PassStats
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowsInput:
-    """New tokens of one sequence. Before them, its KV cache forgets every position from `start` on.
+    """New tokens of one sequence. Before the first rows of a slot, its KV cache forgets every position from `start` on.
 
     The results of row-invariant rows do not depend on the rows beside them. Other rows are one prompt chunk, for the
     faster prefill kernels. Their results depend on that chunk alone.
@@ -22,7 +22,7 @@ class RowsInput:
     slot: int
     start: int
     token_ids: tuple[int, ...]
-    num_logits: int = 1  # logits are computed for so many of the last tokens
+    num_logits: int = 1  # number of last tokens that need logits
     row_invariant: bool
 
 
@@ -42,7 +42,7 @@ class StepInput:
     rows: tuple[RowsInput, ...]
     copies: tuple[PrefixCopy, ...] = ()
     released: tuple[int, ...] = ()  # slots whose memory is returned
-    wide: frozenset[int] = frozenset()  # slots that hold keys and values in the wide type
+    wide: frozenset[int] = frozenset()  # slots that hold keys and values in BF16, or in 8 bits with scales in fp32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,6 @@ class RunnerInfo:
     num_slots: int
     capacity: int  # max tokens of a sequence
     one_chunk: bool  # a pass takes one chunk of a sequence
-    shares_passes: bool  # several sequences may share a pass
     prefill_is_row_invariant: bool
     accepts_multiple_rows: bool  # any number of rows may follow cached ones
     can_truncate: bool  # a KV cache can forget its last positions; else it is computed again from the start

@@ -28,7 +28,7 @@ class Backend(Protocol):
         """Set how decode rows are computed, before the first of them.
 
         Args:
-            spins: threads start at once. Only if nothing is streamed.
+            spins: threads spin between matmuls. Only if nothing is streamed.
             pad_decode_rows_to_tiles: run row-invariant rows through the tile kernel (padded), where there is one.
         """
 
@@ -116,7 +116,7 @@ class Backend(Protocol):
         """An fp32 matrix (rows, columns) in 8 bits, or unchanged where its rows are not whole blocks; its memory's owner."""
 
     def fused_graph(self, operations: int) -> "FusedGraph | None":
-        """An empty graph for at most so many operations; None: this backend has none. It lives as long as this."""
+        """An empty graph for at most `operations` operations; None: this backend has none. It lives as long as this."""
 
     def cached_matmul(
         self, x: "torch.Tensor", slices: Sequence[tuple[int, WeightSlice]], outputs: Sequence["torch.Tensor"]

@@ -81,7 +81,7 @@ class GraphCache:
         return function
 
     def expert_mlp(self, columns: int, form: ExpertShapes, count: int) -> ExpertMlp:
-        """So many experts of these shapes, for one row."""
+        """The graph of `count` experts of these shapes, for one row."""
         key = columns, form, count
         graph = self._expert_mlps.get(key)
         if graph is None:
@@ -91,7 +91,7 @@ class GraphCache:
         return graph
 
     def attention(self, heads: Heads, positions: int, scale: float) -> AttentionGraph:
-        """Attention of one row over at most so many positions."""
+        """Attention of one row over at most `positions` positions."""
         graph = self._attentions.get((heads, positions, scale))
         if graph is None:
             graph = AttentionGraph(self._decode_workers, heads, positions, scale, self.row_invariant)
@@ -99,7 +99,7 @@ class GraphCache:
         return graph
 
     def fused(self, operations: int) -> FusedGraph:
-        """An empty graph for at most so many operations."""
+        """An empty graph for at most `operations` operations."""
         graph = FusedGraph(self._decode_workers, operations, self.repacking)
         self._fused.append(graph)
         return graph

@@ -70,7 +70,7 @@ class Kernels:
         return self._tiles.takes(type_name, columns)
 
     def repack(self, weight_slice: WeightSlice, columns: int, in_place: bool = False) -> WeightSlice:
-        """As `Backend.repack`, to ggml's interleaved layout. A copy lives as long as this.
+        """As `Backend.repack`, to ggml's CPU_REPACK layout. A copy lives as long as this.
 
         `in_place` overwrites the slice: then all matmuls with it are row-invariant, those of prefill too.
         """

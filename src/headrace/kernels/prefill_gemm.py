@@ -9,7 +9,7 @@ from headrace.checkpoint.tensor import row_bytes
 from headrace.kernels.cached_activations import CachedActivations
 from headrace.kernels.graph_cache import GraphCache
 from headrace.kernels.thresholds import PRECISE_TYPES
-from headrace.kernels.unpacking import ToHalf, view_of
+from headrace.kernels.unpacking import ToBf16, view_of
 from headrace.kernels.weight_slice import WeightSlice
 from headrace.torch_compat import multiplies_bf16
 
@@ -30,7 +30,7 @@ class PrefillGemm:
         self._graphs = graphs
         self._scratch: torch.Tensor | None = None
         self._half: torch.Tensor | None = None  # unpacked weights
-        self._to_half = ToHalf(threads)
+        self._to_bf16 = ToBf16(threads)
         self._cached = CachedActivations()
 
     def multiply(self, x: torch.Tensor, weight_slice: WeightSlice, output: torch.Tensor, chunks: Sequence[int]) -> None:
@@ -86,7 +86,7 @@ class PrefillGemm:
         if self._half is None or self._half.numel() < rows * columns:
             self._half = torch.empty(rows * columns, dtype=torch.bfloat16)
         plain = self._half[: rows * columns].view(rows, columns)
-        self._to_half(type_name, address, rows, columns, plain.data_ptr())
+        self._to_bf16(type_name, address, rows, columns, plain.data_ptr())
         return plain
 
     def unpack(self, type_name: str, address: int, rows: int, columns: int) -> torch.Tensor:
@@ -107,4 +107,4 @@ class PrefillGemm:
     def close(self) -> None:
         """Free everything."""
         self.release()
-        self._to_half.close()
+        self._to_bf16.close()

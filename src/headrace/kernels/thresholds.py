@@ -22,7 +22,7 @@ CHUNK_ROWS = 64
 # Rows of a chunk at the start of a prompt, if prefill is row-invariant: more of a prefix is shared.
 SMALL_CHUNK_ROWS = 8
 
-# Memory of a KV cache is counted in blocks of so many tokens: pages of 4 KiB hold 16 or 32 positions of a head.
+# Tokens of a block, the unit in which memory of KV caches is counted: pages of 4 KiB hold 16 or 32 positions of a head.
 KV_BLOCK_TOKENS = 64
 
 # Max rows of a chunk for which an expert's weights are multiplied packed; for more rows they are unpacked first.

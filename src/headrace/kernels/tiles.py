@@ -44,13 +44,13 @@ class TileMatmul:
         ]
         return tiled, [pair for pair in slices if pair not in tiled] if tiled else slices
 
-    def multiply(self, x: torch.Tensor, which: range, slices: Slices, outputs: Sequence[torch.Tensor]) -> None:
+    def multiply(self, x: torch.Tensor, chosen: range, slices: Slices, outputs: Sequence[torch.Tensor]) -> None:
         """Run these rows of x through the tile kernel, padded to at least `TILE_ROWS`."""
         self._last_tiles.clear()
-        rows = max(len(which), TILE_ROWS)
-        pads = len(which) < rows
+        rows = max(len(chosen), TILE_ROWS)
+        pads = len(chosen) < rows
         parts = [
-            (output[which.start : which.stop, part.first : part.first + part.rows], part, rest)
+            (output[chosen.start : chosen.stop, part.first : part.first + part.rows], part, rest)
             for output, p in ((outputs[i], p) for i, p in slices)
             for part, rest in self._whole_tiles(p, x.shape[1])
         ]
@@ -62,7 +62,7 @@ class TileMatmul:
         jobs = []
         for (out, part, rest), buffer in zip(parts, padded, strict=True):
             activations = self.activations[part.type]
-            packed, x_stride = self._quantise_activations(x, which, rows, activations)
+            packed, x_stride = self._convert_activations(x, chosen, rows, activations)
             weight_rows = part.rows + rest
             stride = 4 * (weight_rows if buffer.numel() else out.stride(0))
             to = (buffer if buffer.numel() else out).data_ptr()
@@ -71,7 +71,7 @@ class TileMatmul:
         self._graphs.run(jobs, dots=False)
         for (out, part, _), buffer in zip(parts, padded, strict=True):
             if buffer.numel():
-                out.copy_(buffer.view(rows, -1)[: len(which), : part.rows])
+                out.copy_(buffer.view(rows, -1)[: len(chosen), : part.rows])
             scale = self._cached[self.activations[part.type]].scale
             if scale is not None:
                 out.mul_(scale)
@@ -89,21 +89,21 @@ class TileMatmul:
             first = p.first + p.rows - rest
             yield replace(p, rows=rest, first=first, address=last.data_ptr()), TILE_WEIGHT_ROWS - rest
 
-    def _quantise_activations(self, x: torch.Tensor, which: range, rows: int, kind: str) -> tuple[int, int]:
+    def _convert_activations(self, x: torch.Tensor, chosen: range, rows: int, kind: str) -> tuple[int, int]:
         """(address, bytes per row) of these rows of x in a format of the tile kernel, in a buffer for `rows`."""
         columns = x.shape[1]
         stride = row_bytes(kind, columns)
         cached = self._cached.setdefault(kind, CachedActivations())
-        if not cached.are_of(x, which.start):
+        if not cached.are_of(x, chosen.start):
             buffer = cached.reserve(rows * stride, torch.uint8)
-            part, scale = x[which.start : which.stop], None
+            part, scale = x[chosen.start : chosen.stop], None
             if kind == "F16" and not bool((largest := part.abs().amax(1, keepdim=True)).amax() <= _LARGEST_F16):
                 # Rows beyond its range are divided by a power of two, and their results multiplied by it.
                 scale = (largest / _LARGEST_F16).log2().ceil().clamp_min(0).exp2()
                 part = part / scale
-            cast = self._graphs.cast("F32", kind, columns, len(which) > DECODE_MAX_ROWS)
-            cast(part.data_ptr(), buffer.data_ptr(), len(which))
-            cached.keep(x, which.start, buffer)
+            cast = self._graphs.cast("F32", kind, columns, len(chosen) > DECODE_MAX_ROWS)
+            cast(part.data_ptr(), buffer.data_ptr(), len(chosen))
+            cached.keep(x, chosen.start, buffer)
             cached.scale = scale
         return cached.value.data_ptr(), stride
 

@@ -15,7 +15,7 @@ from headrace.kernels.weight_slice import WeightSlice
 CACHED_WEIGHTS = 128 << 10
 
 
-class ToHalf:
+class ToBf16:
     """Unpacks rows to bf16 on several threads, rounding to the nearest even."""
 
     def __init__(self, threads: int):

@@ -1,7 +1,7 @@
 """What the modules of a model call: one interface, and a handle that passes calls on to its current implementation.
 
 `TracingRuntime` (`model/trace.py`) records the calls of a forward. `EagerRuntime` computes them, `CapturingRuntime` records
-them for replay as well (`engine/runtime.py`).
+them for replay as well (`engine/eager_runtime.py`).
 """
 
 from collections.abc import Callable

@@ -113,7 +113,7 @@ class Tokenizer:
         """
         return self._vocabulary.stream(before, strip_space=strip_space)
 
-    def answer(
+    def detokenizer(
         self, prompt: Sequence[int], *, raw: bool = False, tail: Sequence[int] = (), stops: Sequence[str] = ()
     ) -> AnswerStream:
         """A decoder for the output after a prompt.

@@ -86,7 +86,7 @@ def choose_sequences(
     """The run configuration with the number of sequences and the drafting method that give the most tokens per second.
 
     More sequences share a pass; their caches take memory from pinned weights, and their rows take compute.
-    `kv_tokens_of`: tokens that the caches of so many sequences need together; None: every cache may be full.
+    `kv_tokens_of`: tokens that the caches of a number of sequences need together; None: every cache may be full.
     """
     best, least = None, float("inf")
     for count in sorted({min(most, count) for count in ((1,) if shape_of(checkpoint).single_sequence else SEQUENCES)}):

@@ -46,7 +46,7 @@ class PassState:
     on_progress: Callable[[int, int], None] | None = None  # callback with (steps done, steps of the pass)
 
     def next_step(self, called: PackedLinear | PackedExperts, path: str) -> Step:
-        """The next step, which must start with this linear or be of these experts of the model at `path`."""
+        """The next traced step. Raises `UnsupportedError` if it does not start with this linear, or is of other experts."""
         step = self.order[self.position] if self.position < len(self.order) else None
         self.position += 1
         if step is None or called is not (step.linears[0] if isinstance(step, LinearStep) else step.experts):
@@ -65,7 +65,7 @@ class PassState:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeParts:
-    """What all runtimes of one engine share."""
+    """Parts of an engine that its runtimes share."""
 
     checkpoint: Checkpoint
     kernels: Backend
@@ -219,7 +219,7 @@ class EagerRuntime:
         self._exchange(step, outputs, dim=1)
         if state.inspects:
             for tensor, output in zip(step.tensors, outputs, strict=True):
-                inspect(self.parts.checkpoint.path, tensor.name, rows, output)
+                check_finite(self.parts.checkpoint.path, tensor.name, rows, output)
 
     def _use_weights(self, step: LinearStep, use: Callable[[Batch], None]) -> None:
         """Call `use` with each batch of a step's weights as it arrives."""
@@ -260,7 +260,7 @@ class EagerRuntime:
     def _rows_of(self, tensor: Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         found = self.parts.reader.rows(tensor, token_ids)
         if self._state.inspects:
-            inspect(self.parts.checkpoint.path, tensor.name, token_ids, found)
+            check_finite(self.parts.checkpoint.path, tensor.name, token_ids, found)
         return found
 
     def _sum_experts(self, packed: PackedExperts, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -268,7 +268,7 @@ class EagerRuntime:
         assert experts is not None
         out = experts(packed, hidden, *arguments)
         if self._state.inspects:
-            inspect(self.parts.checkpoint.path, f"experts of layer {packed.index}", hidden, out)
+            check_finite(self.parts.checkpoint.path, f"experts of layer {packed.index}", hidden, out)
         self._state.finish_step()
         return out
 
@@ -318,8 +318,8 @@ class CapturingRuntime(EagerRuntime):
         return super().expand_kv(layer, vectors, rotated)
 
 
-def inspect(path: str, what: str, before: torch.Tensor, after: torch.Tensor) -> None:
-    """Raise `CheckpointError` if what a tensor was given, or what came out, is not finite."""
+def check_finite(path: str, what: str, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Raise `CheckpointError` if the input or the output of tensor `what` holds NaN or infinity."""
     if not (has_non_finite(before) or has_non_finite(after)):
         return
     found = f"the input of `{what}` is" if has_non_finite(before) else f"the output of `{what}` is"
