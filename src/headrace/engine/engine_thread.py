@@ -40,8 +40,10 @@ class EngineThread:
         """An id for a request, known before it is added: so it can be aborted whatever interrupts its caller."""
         return self._engine.new_id()
 
-    def add_request(self, request_id: int, request: Request, sink: Sink, *, wants_progress: bool = False) -> None:
-        """Queue a request; `sink` gets its events.
+    def add_request(
+        self, request_id: int, request: Request, sink: Sink, *, wants_progress: bool = False, wakes: bool = True
+    ) -> None:
+        """Queue a request; `sink` gets its events. With `wakes=False` an idle owner starts it with the next one, or `wake`.
 
         Raises:
             UsageError: the model is closed, the process was forked, or the request is not for this model.
@@ -59,9 +61,14 @@ class EngineThread:
         except BaseException:
             self._sinks.pop(request_id, None)
             raise
-        self._wake.put(None)
+        if wakes:
+            self.wake()
         if self._ended and self._sinks.pop(request_id, None) is not None:
             raise _closed()
+
+    def wake(self) -> None:
+        """Let the owner look for new requests."""
+        self._wake.put(None)
 
     def abort(self, request_id: int) -> None:
         """End a request; its sink gets no further events, but for those under way. Safe for requests that have ended."""

@@ -64,7 +64,10 @@ class OutputStream(Generator[RequestOutput]):
                         break
                     number = self._thread.new_id()
                     index_of[number], taken = taken, taken + 1
-                    self._thread.add_request(number, request, events.put, wants_progress=on_progress is not None)
+                    self._thread.add_request(
+                        number, request, events.put, wants_progress=on_progress is not None, wakes=False
+                    )
+                self._thread.wake()  # all of them start with the same pass
                 if not index_of:
                     return
                 event = self._next(events)
