@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from headrace.checkpoint import Tensor
-from headrace.engine.group import OwnedPart
+from headrace.engine.tensor_parallel import Shard
 from headrace.stream.layout import RowRange
 
 
@@ -47,7 +47,7 @@ class CopyingGroup:
             raise errors[0]
         return results
 
-    def exchange(self, rank: int, value: torch.Tensor, dim: int, parts: Sequence[OwnedPart]) -> None:
+    def all_gather(self, rank: int, value: torch.Tensor, dim: int, parts: Sequence[Shard]) -> None:
         self._values[rank] = value
         self._barrier.wait(60)
         for part in parts:
@@ -60,28 +60,28 @@ class CopyingGroup:
 class Member:
     """A member of a copying group."""
 
-    is_alone = False
+    is_single = False
 
     def __init__(self, group: CopyingGroup, rank: int):
         self.rank = rank
         self.exchanged = 0
         self._group = group
 
-    def parts(self, tensor: Tensor) -> Sequence[OwnedPart]:
+    def shards(self, tensor: Tensor) -> Sequence[Shard]:
         if tensor.k_splits:  # columns, not rows
-            return (OwnedPart(0, 0, tensor.outputs),)
+            return (Shard(0, 0, tensor.outputs),)
         ends = [int(share * tensor.rows) for share in self._group.shares]
-        return [OwnedPart(rank, ends[rank], ends[rank + 1]) for rank in range(self._group.size)]
+        return [Shard(rank, ends[rank], ends[rank + 1]) for rank in range(self._group.size)]
 
     def owned(self, tensor: Tensor) -> RowRange:
         if tensor.k_splits:
             return RowRange(0, tensor.rows if self.rank == 0 else 0)
-        own = self.parts(tensor)[self.rank]
+        own = self.shards(tensor)[self.rank]
         return RowRange(own.first, own.last - own.first)
 
     def expert_owners(self, count: int) -> npt.NDArray[np.integer]:
         return np.arange(count) % self._group.size
 
-    def exchange(self, value: torch.Tensor, dim: int, parts: Sequence[OwnedPart]) -> None:
+    def all_gather(self, value: torch.Tensor, dim: int, parts: Sequence[Shard]) -> None:
         self.exchanged += 1
-        self._group.exchange(self.rank, value, dim, parts)
+        self._group.all_gather(self.rank, value, dim, parts)

@@ -231,3 +231,35 @@ def test_closing_ends_a_waiting_task_with_an_error(path: Path, profile: Profile)
             await llm.generate("hi", sampling=GREEDY)
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("at", ["output", "progress"])
+def test_a_sink_that_raises_ends_only_its_request(model: headrace.Model, at: str) -> None:
+    def raises(event: Event) -> None:
+        if isinstance(event, Progress) == (at == "progress"):
+            raise Broken
+
+    good = SimpleQueue[Event]()
+    model.add_request(model.request("hi", sampling=GREEDY), raises, wants_progress=True)
+    model.add_request(model.request("hi", sampling=GREEDY), good.put)
+    assert ended(good)[0] == SAID
+    assert model.generate("hi", sampling=GREEDY).text == SAID
+
+
+def test_a_sink_may_close_the_model(path: Path, profile: Profile) -> None:
+    model = headrace.load(path, memory="4GiB", context_tokens=64, draft=None, sequences=2, profile=profile)
+    other = SimpleQueue[Event]()
+    model.add_request(model.request("hi", sampling=GREEDY), lambda _: model.close(), wants_progress=True)
+    model.add_request(model.request("hi", sampling=GREEDY), other.put)
+    assert isinstance(ended(other)[1], RequestError)
+    model.close()
+    with pytest.raises(UsageError, match="closed"):
+        model.generate("hi", sampling=GREEDY)
+
+
+def test_tokens_behind_the_end_do_not_count(path: Path, profile: Profile) -> None:
+    with headrace.load(path, memory="4GiB", context_tokens=64, draft="prompt", profile=profile) as model:
+        answer = model.generate(SAID + "hi", sampling=GREEDY)
+        outputs = list(model.stream("hi", sampling=GREEDY, max_tokens=3))
+    assert outputs[-1].stats.prefill.tokens + outputs[-1].stats.decode.tokens == 3
+    assert answer.finish_reason == "stop"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
-from threading import RLock
+from threading import RLock, Thread
 from types import TracebackType
 from typing import Any, overload
 
@@ -90,6 +90,9 @@ class Model(AbstractContextManager["Model"]):
         if os.getpid() != self._process:
             return  # threads and memory are the parent's
         self._thread.close()
+        if self._thread.is_current:  # called by a sink, in the middle of a pass
+            Thread(target=self.close, name="headrace-close").start()
+            return
         with self._lock:
             if self._torn_down:
                 return

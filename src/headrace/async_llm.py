@@ -6,6 +6,7 @@ async with await AsyncLLM.load("model.gguf", memory="4GiB", sequences=8) as llm:
 """
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -28,7 +29,12 @@ class AsyncLLM:
     @classmethod
     async def load(cls, path: str, **options: Any) -> "AsyncLLM":
         """Load a model in a thread; arguments and errors as in `headrace.load`."""
-        return cls(await asyncio.to_thread(load, path, **options))
+        loading = asyncio.ensure_future(asyncio.to_thread(load, path, **options))
+        try:
+            return cls(await asyncio.shield(loading))
+        except asyncio.CancelledError:
+            loading.add_done_callback(_close)  # the thread cannot be stopped
+            raise
 
     async def __aenter__(self) -> "AsyncLLM":
         return self
@@ -98,3 +104,9 @@ class AsyncLLM:
         outputs = self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, raw=raw)
         async with aclosing(outputs):
             return self.model.completion([output async for output in outputs])
+
+
+def _close(loading: "asyncio.Future[Model]") -> None:
+    """Close a model that nobody waits for."""
+    if not loading.cancelled() and loading.exception() is None:
+        threading.Thread(target=loading.result().close, name="headrace-close").start()

@@ -56,7 +56,7 @@ def test_a_step_from_another_process_gives_the_same_bits(engine: Engine) -> None
             ),
             copies=(PrefixCopy(source=0, target=1, length=2),),
         ),
-        StepInput(rows=(RowsInput(slot=1, start=3, token_ids=(4,), row_invariant=True),), released=(0,)),
+        StepInput(rows=(RowsInput(slot=1, start=3, token_ids=(4,), row_invariant=True),), truncated=((0, 0),)),
     ]
     first, second = ModelRunner(engine, 2, 64), ModelRunner(engine, 2, 64)
     for step in steps:
@@ -198,3 +198,17 @@ def test_draft_tokens_that_cost_more_than_they_give_stay_out_of_a_prompts_pass(e
     stepper.step()
     assert stepper.drafted == drafted
     assert first.generated
+
+
+def test_a_sequence_that_cannot_start_leaves_idle_caches_alone(engine: Engine) -> None:
+    stepper = Stepper(engine, 3, 256, 64, kv_tokens=256)
+    idle = stepper.add(prompt(50, 1), 2, Sampler(GREEDY))
+    stepper.finish([idle])
+    long = stepper.add(prompt(120, 2), 60, Sampler(GREEDY))
+    stepper.step()
+    waiting = stepper.add(prompt(190, 3), 4, Sampler(GREEDY))
+    stepper.step()
+    assert waiting.running_slot is None
+    assert any(slot.tokens == idle.tokens[:-1] for slot in stepper.scheduler.pool.slots)
+    stepper.finish([long, waiting])
+    assert waiting.tokens == alone(engine, prompt(190, 3), 4, GREEDY)

@@ -13,8 +13,8 @@ from parity import CASES, logits_of
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine
-from headrace.engine.group import Alone, Group
 from headrace.engine.model_weights import StreamOptions
+from headrace.engine.tensor_parallel import SingleRank, TensorParallelGroup
 from headrace.kernels import Backend, Kernels, WeightSlice
 from headrace.model import ModelSkeleton
 
@@ -24,12 +24,12 @@ EXPERTS = 8  # of a layer of the tiny Mixtral
 PARTS = (5, 1, 1, 1, 8)  # row-invariant rows, some of them replayed
 
 
-def opened(path: Path, kernels: Backend, group: Group | None = None) -> Engine:
+def opened(path: Path, kernels: Backend, group: TensorParallelGroup | None = None) -> Engine:
     def options(skeleton: ModelSkeleton) -> StreamOptions:
         pinned = {t.name: int(0.3 * t.rows) // t.row_multiple * t.row_multiple for t in skeleton.linears}
         return StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, expert_slots=8)
 
-    return Engine(open_checkpoint(path), options, kernels, group=group or Alone())
+    return Engine(open_checkpoint(path), options, kernels, group=group or SingleRank())
 
 
 PACKED = [name for name, case in CASES.items() if case.kind in ("dense", "experts", "mla")]

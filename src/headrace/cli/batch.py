@@ -259,8 +259,9 @@ class Board:
 
     def _rates(self) -> str:
         spent = time.perf_counter() - self._start
-        self._read_bytes += sum(one.read_bytes for one in self._model.passes[self._passes :])
-        self._passes = len(self._model.passes)
+        passes = len(self._model.passes)
+        self._read_bytes += sum(one.read_bytes for one in self._model.passes[self._passes : passes])
+        self._passes = passes
         left = ""
         if 0 < self._done < self._total:
             left = f", {seconds(spent / self._done * (self._total - self._done))} left"

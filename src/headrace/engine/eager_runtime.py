@@ -16,9 +16,9 @@ import torch
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.attention import PackedAttention
 from headrace.engine.capture import CapturedStep
-from headrace.engine.group import Group
 from headrace.engine.mla import KvBSplit, split_kv_b
 from headrace.engine.model_weights import ModelWeights
+from headrace.engine.tensor_parallel import TensorParallelGroup
 from headrace.engine.tensor_reader import TensorReader
 from headrace.engine.timeline import Trace
 from headrace.errors import CheckpointError, UnsupportedError
@@ -73,7 +73,7 @@ class RuntimeParts:
     attention: PackedAttention
     reader: TensorReader
     trace: Trace | None
-    group: Group
+    group: TensorParallelGroup
     head: Any  # output embeddings, if the model computes them only for rows that need logits
 
 
@@ -153,7 +153,7 @@ class EagerRuntime:
         flat = torch.split(self._plain[: sum(sizes)], sizes)
         outputs = [one.view(tensor.outputs, -1) for one, tensor in zip(flat, step.tensors, strict=True)]
         self._use_weights(step, lambda slices: self._kernels.unpack_all(slices, outputs))
-        self._exchange(step, outputs, dim=0)
+        self._gather_outputs(step, outputs, dim=0)
         found = dict(zip((tensor.name for tensor in step.tensors), outputs, strict=True))
         self._kv_b[layer] = split_kv_b(layer, linear.matrix, found)
         return rotated, vectors
@@ -216,7 +216,7 @@ class EagerRuntime:
         state = self._state
         chunks = state.chunks if invariant < rows.shape[0] else ()
         self._use_weights(step, lambda slices: self._kernels.matmul(rows, slices, outputs, invariant, chunks))
-        self._exchange(step, outputs, dim=1)
+        self._gather_outputs(step, outputs, dim=1)
         if state.inspects:
             for tensor, output in zip(step.tensors, outputs, strict=True):
                 check_finite(self.parts.checkpoint.path, tensor.name, rows, output)
@@ -233,11 +233,11 @@ class EagerRuntime:
                 self.parts.trace.add("compute", step.tensors[0].name, start, end)
         self._state.finish_step()
 
-    def _exchange(self, step: LinearStep, outputs: Sequence[torch.Tensor], dim: int) -> None:
+    def _gather_outputs(self, step: LinearStep, outputs: Sequence[torch.Tensor], dim: int) -> None:
         """Get the outputs of the rows that other members of the group own."""
         group = self.parts.group
         for tensor, output in zip(step.tensors, outputs, strict=True):
-            group.exchange(output, dim, group.parts(tensor))
+            group.all_gather(output, dim, group.shards(tensor))
 
     def record_fused(self, steps: Sequence[LinearStep], start: float, end: float) -> None:
         """Record steps that were computed in one fused call."""

@@ -20,11 +20,11 @@ from headrace.engine.capture import CaptureCache
 from headrace.engine.eager_runtime import CapturingRuntime, EagerRuntime, PassState, RuntimeParts, has_non_finite
 from headrace.engine.expert_runner import ExpertRunner
 from headrace.engine.fuse import Fuser
-from headrace.engine.group import Alone, Group
 from headrace.engine.mla import is_mla
 from headrace.engine.model_weights import ModelWeights, StreamOptions
 from headrace.engine.native_cache import NativeCache, arguments_for, memory_of, parameters_of
 from headrace.engine.pooled_allocation import PooledAllocation
+from headrace.engine.tensor_parallel import SingleRank, TensorParallelGroup
 from headrace.engine.tensor_reader import TensorReader
 from headrace.engine.timeline import PassLog, PassStats, Trace
 from headrace.errors import CheckpointError, ContextError, UnsupportedError
@@ -63,7 +63,7 @@ class Rows:
         return len(self.tokens) <= DECODE_MAX_ROWS if self.row_invariant is None else self.row_invariant
 
 
-ALONE = Alone()
+SINGLE_RANK = SingleRank()
 _INSPECTED_TOKENS = 32  # max tokens of the pass that locates values that are not finite
 
 
@@ -78,7 +78,7 @@ class Engine(AbstractContextManager["Engine"]):
         *,
         trace: Trace | None = None,
         open_file: Callable[[str], File] = WeightFile,
-        group: Group = ALONE,
+        group: TensorParallelGroup = SINGLE_RANK,
     ):
         """Builds the model and the stream; nothing large is read before the first step.
 
@@ -151,7 +151,7 @@ class Engine(AbstractContextManager["Engine"]):
             if packed.router is not None:
                 packed.router.module.forward = _routed(packed.router.module.forward, self._handle)
         # Fused graphs do not exchange results with other members.
-        fuse = Fuser(kernels, self._weights, self._attention, self._capturing) if self._group.is_alone else list
+        fuse = Fuser(kernels, self._weights, self._attention, self._capturing) if self._group.is_single else list
         self._captures = CaptureCache(fuse)
         kernels.start(spins=not self._weights.reads_always, pad_decode_rows_to_tiles=options.pad_decode_rows_to_tiles)
 

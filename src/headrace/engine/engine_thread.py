@@ -36,6 +36,11 @@ class EngineThread:
         """True after `close` was called."""
         return self._closing
 
+    @property
+    def is_current(self) -> bool:
+        """True if the caller runs on the owner thread."""
+        return self._thread is threading.current_thread()
+
     def new_id(self) -> int:
         """An id for a request, known before it is added: so it can be aborted whatever interrupts its caller."""
         return self._engine.new_id()
@@ -72,15 +77,16 @@ class EngineThread:
 
     def abort(self, request_id: int) -> None:
         """End a request; its sink gets no further events, but for those under way. Safe for requests that have ended."""
-        if os.getpid() == self._process and self._sinks.pop(request_id, None) is not None:
-            self._engine.abort(request_id)
+        if os.getpid() == self._process:
+            self._engine.abort(request_id)  # first, whatever interrupts the rest
+            self._sinks.pop(request_id, None)
             self._wake.put(None)
 
     def close(self) -> None:
         """End all requests with an error, after the pass in progress. Safe to call twice, from any thread."""
         self._closing = True
         self._wake.put(None)
-        if self._thread is not threading.current_thread():
+        if not self.is_current:
             self._thread.join()
 
     def _run(self) -> None:
@@ -107,12 +113,20 @@ class EngineThread:
         ends = isinstance(event, RequestError) or event.finish_reason is not None
         sink = self._sinks.pop(event.request_id, None) if ends else self._sinks.get(event.request_id)
         if sink is not None:
+            self._give(event.request_id, sink, event)
+
+    def _give(self, request_id: int, sink: Sink, event: Event) -> None:
+        """Call a sink. If it raises, its request ends, and no other one is disturbed."""
+        try:
             sink(event)
+        except Exception:
+            self._sinks.pop(request_id, None)
+            self._engine.abort(request_id)
 
     def _on_progress(self, request_id: int, progress: Progress) -> None:
         sink = self._sinks.get(request_id)
         if sink is not None:
-            sink(progress)
+            self._give(request_id, sink, progress)
 
 
 def _closed() -> UsageError:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from headrace.engine.expert_prefetch import ExpertPredictor
-from headrace.engine.group import Group, OwnedPart
+from headrace.engine.tensor_parallel import Shard, TensorParallelGroup
 from headrace.errors import CheckpointError
 from headrace.kernels import Backend, WeightSlice
 from headrace.kernels.expert_mlp import ExpertShapes
@@ -35,7 +35,7 @@ class ExpertRunner:
         kernels: Backend,
         spans: Spans | None,
         expert_predictor: ExpertPredictor,
-        group: Group,
+        group: TensorParallelGroup,
     ):
         """`group`: the owners of the experts; each member computes its own, and they exchange results."""
         self.stream = stream
@@ -70,7 +70,7 @@ class ExpertRunner:
         """
         rows, chosen = ids.shape
         hidden = hidden.contiguous()
-        if rows == 1 and self._group.is_alone and (shapes := self._plain_shapes(packed)) is not None:
+        if rows == invariant_rows == 1 and self._group.is_single and (shapes := self._plain_shapes(packed)) is not None:
             return self._of_one_row(packed, shapes, hidden, ids[0].numpy(), weights)
         order = ids.reshape(-1).argsort(stable=True)  # pairs of a row and an expert, expert after expert
         sizes = _counted(packed, ids.reshape(-1).numpy())
@@ -99,8 +99,8 @@ class ExpertRunner:
             self.kernel_s += end - start
             if self._spans is not None:
                 self._spans.add("compute", f"{len(ready)} experts", start, end)
-        parts = [OwnedPart(int(rank), firsts[e], firsts[e + 1]) for e, rank in enumerate(owners_of) if sizes[e]]
-        self._group.exchange(pairs, 0, parts)
+        parts = [Shard(int(rank), firsts[e], firsts[e + 1]) for e, rank in enumerate(owners_of) if sizes[e]]
+        self._group.all_gather(pairs, 0, parts)
         if packed.module.has_post_expert_norm:
             pairs = packed.module.post_expert_norm(pairs)
         placed = torch.empty_like(pairs)
@@ -111,7 +111,8 @@ class ExpertRunner:
         if not self.stream.reads_always:
             return
         for layer, predicted in self.expert_predictor.predict(packed.index, hidden):
-            self.stream.prefetch(layer, predicted)
+            owners = self._group.expert_owners(len(self.stream.bundles[layer]))
+            self.stream.prefetch(layer, [expert for expert in predicted if owners[expert] == self._group.rank])
 
     def _plain_shapes(self, packed: PackedExperts) -> ExpertShapes | None:
         if packed.index not in self._plain:

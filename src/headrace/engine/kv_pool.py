@@ -31,7 +31,7 @@ class KvPool:
         self.free = list(self.slots)
         self._capacity = capacity
         self._limit_blocks = None if kv_tokens is None else max(_blocks(kv_tokens), _blocks(capacity))
-        self._released: set[int] = set()
+        self._truncated: dict[int, int] = {}  # length by slot
 
     def best_free(self, cached_prefix: Callable[[Slot], int]) -> Slot:
         """The free slot with the longest reusable prefix; among equals an empty one, then the least recently used."""
@@ -46,22 +46,29 @@ class KvPool:
             return True
         needed = {**ends, slot: tokens}
         idle = sorted((one for one in self.free if one.tokens and one is not slot), key=lambda one: one.last_used)
-        held = self._held_blocks(needed, without=slot)
-        while idle and held > self._limit_blocks:
+        excess = self._held_blocks(needed, without=slot) - self._limit_blocks
+        if excess > sum(_blocks(len(one.tokens)) for one in idle):
+            return False  # and the idle caches stay
+        while excess > 0:
+            excess -= _blocks(len(idle[0].tokens))
             self.release(idle.pop(0))
-            held = self._held_blocks(needed, without=slot)
-        return held <= self._limit_blocks
+        return True
 
     def release(self, slot: Slot) -> None:
-        """Drop the tokens of a slot; the next step returns its memory."""
-        slot.truncate(0)
-        self._released.add(slot.number)
+        """Drop the tokens of a slot."""
+        self.truncate(slot, 0)
 
-    def take_released(self, used: set[int]) -> tuple[int, ...]:
-        """Slots released since the last call, without those that the step uses."""
-        released = tuple(sorted(self._released - used))
-        self._released.clear()
-        return released
+    def truncate(self, slot: Slot, length: int) -> None:
+        """Keep the first tokens of a slot; the next step returns the memory of the others."""
+        if length < len(slot.tokens) or not length:
+            slot.truncate(length)
+            self._truncated[slot.number] = min(length, self._truncated.get(slot.number, length))
+
+    def take_truncated(self) -> tuple[tuple[int, int], ...]:
+        """(slot, length) of the slots truncated since the last call."""
+        truncated = tuple(sorted(self._truncated.items()))
+        self._truncated.clear()
+        return truncated
 
     def free_tokens(self, ends: Mapping[Slot, int]) -> int:
         """Tokens that slots could hold beyond `ends`. Without a limit: the capacity of all slots."""

@@ -69,11 +69,11 @@ class _ActiveRequest:
         more, stopped = self.scanner.push(self.text.flush())
         return shown + more + ([] if stopped else self.scanner.rest()), "stop" if stopped else "length"
 
-    def record(self, stats: PassStats, tokens: int, drafted: int) -> None:
-        """Count a pass with rows of this request."""
+    def record(self, stats: PassStats, tokens: int, drafted: int, had_tokens: bool) -> None:
+        """Count a pass with rows of this request; `had_tokens`: it came after the first token."""
         accepted = max(0, tokens - 1)
         now = time.perf_counter() - self.added_s
-        if self.count:
+        if had_tokens:
             self.decode = self.decode.plus(stats, tokens, drafted, accepted)
         else:
             self.prefill = self.prefill.plus(stats, tokens, drafted, accepted)
@@ -87,7 +87,7 @@ class _ActiveRequest:
             queue_s=self.queue_s or 0.0,
             ttft_s=self.ttft_s,
             last_token_s=self.last_token_s,
-            cached_tokens=0 if self.sequence is None else self.sequence.cached_tokens,
+            cached_tokens=(self.sequence.cached_tokens if self.sequence is not None else None) or 0,
             prefill=self.prefill,
             decode=self.decode,
         )
@@ -270,32 +270,34 @@ class LLMEngine:
         if not lives:
             return []
         live = lives[0]
-        live.record(stats, len(result.tokens), result.drafted)
-        if result.error is not None:
-            self.scheduler.remove(result.sequence)
-            return self._fail([result.sequence], result.error)
-        self._count(live, len(result.tokens))
-        events: list[Event] = []
+        taken: list[tuple[int, list[Segment], str | None]] = []  # tokens up to the end of the output
+        error = result.error
+        had_tokens = live.count > 0
         try:
             for token in result.tokens:
-                segments, reason = live.take(token, self._end_ids)
-                output = self._output(live, token, segments)
-                if reason is None:
-                    events.append(output)
-                    continue
-                self.scheduler.remove(result.sequence)
-                del self._live[live.request_id]
-                if token not in self._end_ids:
-                    events.append(output)
-                    output = replace(output, text="", reasoning="")
-                events.append(replace(output, token=None, logprobs=None, finish_reason=reason))
-                break
-        except Exception as error:
+                taken.append((token, *live.take(token, self._end_ids)))
+                if taken[-1][2] is not None:
+                    break
+        except Exception as caught:
+            error = caught
+        live.record(stats, len(taken), result.drafted, had_tokens)
+        self._count(live, len(taken))
+        events: list[Event] = []
+        for number, (token, segments, reason) in enumerate(taken, live.count - len(taken) + 1):
+            output = self._output(live, token, segments, number)
+            if reason is None or token not in self._end_ids:
+                events.append(output)
+            if reason is not None:
+                last = output if token in self._end_ids else replace(output, text="", reasoning="")
+                events.append(replace(last, token=None, logprobs=None, finish_reason=reason))
+        if error is not None or (taken and taken[-1][2] is not None):
             self.scheduler.remove(result.sequence)
-            events += self._fail([result.sequence], error)
+            if error is not None:
+                return events + self._fail([result.sequence], error)
+            del self._live[live.request_id]
         return events
 
-    def _output(self, live: _ActiveRequest, token: int, segments: list[Segment]) -> RequestOutput:
+    def _output(self, live: _ActiveRequest, token: int, segments: list[Segment], number: int) -> RequestOutput:
         assert live.sequence is not None
         return RequestOutput(
             request_id=live.request_id,
@@ -303,10 +305,10 @@ class LLMEngine:
             reasoning=joined(segments, Part.REASONING),
             token=token,
             prompt_tokens=live.sequence.prompt_tokens,
-            completion_tokens=live.count,
+            completion_tokens=number,
             stats=live.stats,
             kv_cache_type=self.runner.cache_type(live.sequence.slot.number),
-            logprobs=live.sequence.logprobs[live.count - 1],
+            logprobs=live.sequence.logprobs[number - 1],
         )
 
     def _count(self, live: _ActiveRequest, tokens: int) -> None:

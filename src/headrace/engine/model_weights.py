@@ -9,7 +9,7 @@ import numpy.typing as npt
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.engine.expert_prefetch import ExpertPredictor
 from headrace.engine.expert_runner import ExpertRunner
-from headrace.engine.group import Group
+from headrace.engine.tensor_parallel import TensorParallelGroup
 from headrace.engine.timeline import Trace
 from headrace.kernels import DECODE_MAX_ROWS, WeightSlice
 from headrace.kernels.backend import Backend
@@ -66,7 +66,7 @@ class ModelWeights:
         kernels: Backend,
         files: FileSet,
         trace: Trace | None,
-        group: Group,
+        group: TensorParallelGroup,
         unpacked: frozenset[str] = frozenset(),
     ):
         """Lay the streams out; nothing is read before the first pass.

@@ -57,6 +57,7 @@ class OutputStream(Generator[RequestOutput]):
         exhausted = False
         try:
             while True:
+                added = 0
                 while not exhausted and len(index_of) < max_requests:
                     request = next(requests, None)
                     if request is None:
@@ -67,7 +68,11 @@ class OutputStream(Generator[RequestOutput]):
                     self._thread.add_request(
                         number, request, events.put, wants_progress=on_progress is not None, wakes=False
                     )
-                self._thread.wake()  # all of them start with the same pass
+                    added += 1
+                    if added == max_requests // 2:
+                        self._thread.wake()
+                if added:
+                    self._thread.wake()  # all of them start with the same pass
                 if not index_of:
                     return
                 event = self._next(events)

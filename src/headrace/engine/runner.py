@@ -64,8 +64,8 @@ class ModelRunner:
 
     def _prepare(self, step: StepInput) -> None:
         """Change the caches as the step says, before its rows."""
-        for slot in step.released:
-            self._truncate(slot, 0)
+        for slot, length in step.truncated:
+            self._truncate(slot, min(length, self._caches[slot].length))
         copied = {copy.target for copy in step.copies}
         seen = set()
         for rows in step.rows:
@@ -81,6 +81,7 @@ class ModelRunner:
             source, target = self._caches[copy.source], self._caches[copy.target]
             assert isinstance(source, KVCache)
             assert isinstance(target, KVCache)
+            self._truncate(copy.target, min(copy.length, target.length))
             target.copy_prefix(source, copy.length)
 
     def _truncate(self, slot: int, length: int) -> None:

@@ -46,7 +46,8 @@ class SequenceState:
     running_slot: Slot | None = None
     prefix_source: "SequenceState | None" = None  # sequence that computes the common prefix
     shared_prefix_tokens: int = 0
-    cached_tokens: int = 0  # tokens of the prompt from a KV cache, or from a sequence that computes them
+    # Tokens of the prompt from a KV cache, or from a sequence that computes them; None: not started.
+    cached_tokens: int | None = None
     last_prefill: int = 0  # number of the last step with a prompt chunk
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of each generated token
 
@@ -166,7 +167,7 @@ class Scheduler:
         failed = [one.sequence for one in scheduled.sequences]
         for sequence in failed:
             if sequence in self.running:
-                sequence.slot.truncate(0)
+                self.pool.release(sequence.slot)
             self.remove(sequence)
         return failed
 
@@ -174,7 +175,7 @@ class Scheduler:
         """End all running sequences after a failure; their caches are dropped."""
         failed = list(self.running)
         for sequence in failed:
-            sequence.slot.truncate(0)
+            self.pool.release(sequence.slot)
             self.remove(sequence)
         return failed
 
@@ -210,11 +211,10 @@ class Scheduler:
         shared = 0 if source is None else shareable(source)
         if shared >= own + MIN_SHARED_PREFIX_TOKENS:
             sequence.prefix_source, sequence.shared_prefix_tokens = source, shared
-        slot.truncate(own)
+        self.pool.truncate(slot, own)
         slot.is_wide = False
         slot.prompt_tokens = len(prompt)
         sequence.running_slot = slot
-        sequence.cached_tokens = max(own, shared if sequence.prefix_source is not None else 0)
         self.pool.free.remove(slot)
         self.running.append(sequence)
 
@@ -260,8 +260,7 @@ class Scheduler:
             sequence.slot.last_used = self._step
             rows += self._rows(one)
         wide = frozenset(slot.number for slot in self.pool.slots if slot.is_wide)
-        released = self.pool.take_released({row.slot for row in rows})
-        step = StepInput(rows=tuple(rows), copies=tuple(copies), released=released, wide=wide)
+        step = StepInput(rows=tuple(rows), copies=tuple(copies), truncated=self.pool.take_truncated(), wide=wide)
         return ScheduledStep(step, scheduled, start, draft_s, all(row.row_invariant for row in rows))
 
     def update(self, scheduled: ScheduledStep, output: StepOutput) -> list[SequenceResult]:
@@ -307,7 +306,7 @@ class Scheduler:
         scheduled: dict[SequenceState, ScheduledSequence] = {}
         chunks: dict[SequenceState, Iterator[Sequence[int]]] = {}
         budget, full = self.prefill_rows - 1, set[SequenceState]()
-        order = sorted(self.running, key=lambda one: (not one.generated, one.last_prefill))
+        order = sorted(self.running, key=lambda one: (not one.generated, 0 if one.generated else one.last_prefill))
         progress = True
         while progress:
             progress = False
@@ -320,6 +319,8 @@ class Scheduler:
                         continue  # the source of its prefix is not there yet
                     draft = Draft(sequence.sequence_id, sequence.tokens, sequence.sampler)
                     one = ScheduledSequence(sequence, start, draft)
+                    if sequence.cached_tokens is None:
+                        sequence.cached_tokens = start
                     chunks[sequence] = self._rules.of(sequence.tokens, sequence.prompt_tokens, start)
                 else:
                     one = scheduled[sequence]

@@ -41,7 +41,7 @@ class StepInput:
 
     rows: tuple[RowsInput, ...]
     copies: tuple[PrefixCopy, ...] = ()
-    released: tuple[int, ...] = ()  # slots whose memory is returned
+    truncated: tuple[tuple[int, int], ...] = ()  # (slot, length): what a cache holds beyond is dropped first
     wide: frozenset[int] = frozenset()  # slots that hold keys and values in BF16, or in 8 bits with scales in fp32
 
 

@@ -96,7 +96,8 @@ class Kernels:
     ) -> None:
         """As `Backend.matmul`: dot products for decode rows; tiles or torch for the others."""
         key = None
-        if type(slices) is tuple and x.shape[0] == 1:
+        is_decode_row = x.shape[0] == 1 and (invariant_rows != 0 or not chunks)
+        if type(slices) is tuple and is_decode_row:
             key = _matmul_key(x, slices, outputs)
             cached = self._cached_matmuls.get(key)
             if cached is not None and cached.slices is slices:

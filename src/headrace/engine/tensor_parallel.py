@@ -11,7 +11,7 @@ from headrace.checkpoint import Tensor
 from headrace.stream.layout import RowRange
 
 
-class OwnedPart(NamedTuple):
+class Shard(NamedTuple):
     """A range along one dimension of a result, and the rank of the member that computes it."""
 
     rank: int
@@ -19,11 +19,11 @@ class OwnedPart(NamedTuple):
     last: int
 
 
-class Group(Protocol):
+class TensorParallelGroup(Protocol):
     """Members that compute one model together, in step. Each has a rank."""
 
     @property
-    def is_alone(self) -> bool:
+    def is_single(self) -> bool:
         """True if one member owns everything."""
 
     @property
@@ -33,33 +33,33 @@ class Group(Protocol):
     def owned(self, tensor: Tensor) -> RowRange:
         """The rows of a matrix that this member reads and multiplies."""
 
-    def parts(self, tensor: Tensor) -> Sequence[OwnedPart]:
+    def shards(self, tensor: Tensor) -> Sequence[Shard]:
         """Ranges of a matrix's outputs, by the member that owns them."""
 
     def expert_owners(self, count: int) -> npt.NDArray[np.integer]:
         """The rank that owns each of `count` experts of a layer."""
 
-    def exchange(self, value: torch.Tensor, dim: int, parts: Sequence[OwnedPart]) -> None:
+    def all_gather(self, value: torch.Tensor, dim: int, parts: Sequence[Shard]) -> None:
         """Fill the parts of a tensor that other members computed. All members call this with the same parts."""
 
 
-class Alone:
+class SingleRank:
     """A group of one."""
 
-    is_alone = True
+    is_single = True
     rank = 0
 
     def owned(self, tensor: Tensor) -> RowRange:
         """All rows."""
         return RowRange(0, tensor.rows)
 
-    def parts(self, tensor: Tensor) -> Sequence[OwnedPart]:
+    def shards(self, tensor: Tensor) -> Sequence[Shard]:
         """One part."""
-        return (OwnedPart(0, 0, tensor.rows),)
+        return (Shard(0, 0, tensor.rows),)
 
     def expert_owners(self, count: int) -> npt.NDArray[np.integer]:
         """This member."""
         return np.zeros(count, np.int64)
 
-    def exchange(self, value: torch.Tensor, dim: int, parts: Sequence[OwnedPart]) -> None:
+    def all_gather(self, value: torch.Tensor, dim: int, parts: Sequence[Shard]) -> None:
         """Nothing to do."""
