@@ -1,4 +1,4 @@
-"""The owners of a model's rows: one runner that owns all, or several that own some each and exchange results."""
+"""The owners of a model's rows: one runner that owns all, or several that own some each and gather results."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -39,8 +39,8 @@ class TensorParallelGroup(Protocol):
     def expert_owners(self, count: int) -> npt.NDArray[np.integer]:
         """The rank that owns each of `count` experts of a layer."""
 
-    def all_gather(self, value: torch.Tensor, dim: int, parts: Sequence[Shard]) -> None:
-        """Fill the parts of a tensor that other members computed. All members call this with the same parts."""
+    def all_gather(self, value: torch.Tensor, dim: int, shards: Sequence[Shard]) -> None:
+        """Fill the shards of a tensor that other members computed. All members call this with the same shards."""
 
 
 class SingleRank:
@@ -61,5 +61,5 @@ class SingleRank:
         """This member."""
         return np.zeros(count, np.int64)
 
-    def all_gather(self, value: torch.Tensor, dim: int, parts: Sequence[Shard]) -> None:
+    def all_gather(self, value: torch.Tensor, dim: int, shards: Sequence[Shard]) -> None:
         """Nothing to do."""
