@@ -15,6 +15,8 @@ from headrace.cli import main
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 
+pytestmark = pytest.mark.zoo
+
 # Effects of each: colours, the window's title, the clipboard, C1's own introducer, the line's start, the bell, a backspace,
 # a delete, right-to-left text, and an isolate of it.
 EVIL = "a\x1b[31mb\x1b]0;t\x07c\x1b]52;c;eA==\x1b\\d\x9b31me\rf\bg\x7fh\u202ei\u2066j"

@@ -17,6 +17,8 @@ from headrace.errors import HeadraceError
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 
+pytestmark = pytest.mark.zoo
+
 NOBODY = 65534
 REQUEST = '{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}\n'
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.errors import HeadraceError
 
+pytestmark = pytest.mark.zoo
+
 FUZZ = settings(max_examples=200, deadline=None)
 KINDS = {"F32": 1, "F16": 1, "Q8_0": 32, "Q4_0": 32}  # weights per block
 

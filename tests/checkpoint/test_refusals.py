@@ -29,6 +29,8 @@ from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 from headrace.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.zoo
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 4368438944\n"
 PAGE = b'<!DOCTYPE html>\n<html lang="en"><head><title>Sign in</title></head></html>\n'
 ROWS = np.zeros((8, 32), np.float32)

@@ -22,6 +22,8 @@ from headrace.checkpoint.safetensors import INDEX, Folder, read_folder, read_saf
 from headrace.errors import HeadraceError
 from headrace.units import MIB
 
+pytestmark = pytest.mark.zoo
+
 FUZZ = settings(max_examples=100, deadline=None)
 DTYPES = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,

@@ -6,6 +6,8 @@ from headrace.claims import all_claims, evaluate, find_claim, formulas
 from headrace.claims.claim import VERDICTS, Case, Claim, run_case
 from headrace.errors import UsageError
 
+pytestmark = pytest.mark.zoo
+
 CASES = [(claim, case) for claim in all_claims() for case in claim.cases]
 
 

@@ -89,12 +89,12 @@ def test_sequences_that_outgrow_the_pool_are_preempted_and_lose_no_token(
     engine: Engine, sampling: SamplingParams, lookup: bool
 ) -> None:
     prompts = [prompt(length, length) for length in (20, 50, 61, 30, 45)]
-    expected = [alone(engine, one, 100, sampling) for one in prompts]
+    expected = [alone(engine, one, 60, sampling, 128) for one in prompts]
     speculation = Speculation(StepTimeModel(free_rows), None, Oracle(expected[1], 3)) if lookup else None
-    pool = 5 * KV_BLOCK_TOKENS
+    pool = 3 * KV_BLOCK_TOKENS
     options = {"max_draft_tokens": 4 if lookup else 0, "kv_tokens": pool}
-    stepper = Stepper(engine, 4, 256, 64, speculation, **options)
-    sequences = [stepper.add(one, 100, Sampler(sampling)) for one in prompts]
+    stepper = Stepper(engine, 4, 128, 64, speculation, **options)
+    sequences = [stepper.add(one, 60, Sampler(sampling)) for one in prompts]
     most, preempted = 0, 0
     left = list(sequences)
     while left:
@@ -104,7 +104,7 @@ def test_sequences_that_outgrow_the_pool_are_preempted_and_lose_no_token(
         held = sum(-(-len(slot.tokens) // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS for slot in slots)
         most = max(most, held)
         preempted += len([one for one in running if one in stepper.scheduler.waiting])
-        for one in [one for one in left if one.generated == 100]:
+        for one in [one for one in left if one.generated == 60]:
             stepper.remove(one)
             left.remove(one)
     assert [one.tokens for one in sequences] == expected

@@ -14,6 +14,8 @@ from headrace.cli import main
 from headrace.errors import HeadraceError
 from headrace.hub import Reference, cached_models, local_path, pull
 
+pytestmark = pytest.mark.zoo
+
 REPO = Reference(repo="org/model")
 LARGE = os.urandom(5000)
 CONFIG = b'{"model_type": "llama"}'

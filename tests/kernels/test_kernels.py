@@ -16,6 +16,8 @@ from headrace.kernels.ggml import library, type_number
 from headrace.kernels.matmul import ExpertMatmul
 from headrace.kernels.thresholds import PRECISE_TYPES
 
+pytestmark = pytest.mark.zoo
+
 COLUMNS, ROWS = 512, 24
 # The gguf package cannot unpack it, so there is no twin to compare with.
 WITHOUT_TWIN = {"Q1_0"}
