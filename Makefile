@@ -10,12 +10,12 @@ demo: $(VENV)/demo
 	$(BIN)/headrace demo
 
 # Three tiers of tests, on all cores. The first needs no model and under three minutes on two cores.
-PYTEST := $(BIN)/python -m pytest -n $(shell nproc)
+PYTEST := $(BIN)/python -m pytest -n $(shell nproc) --durations=12
 
 test: $(VENV)/dev
 	$(PYTEST) -m "not zoo and not real and not stress"
 
-# Every architecture and layout, and sweeps over damaged inputs; with the imports of the command.
+# Every architecture, layout and field, and sweeps over sizes and damaged inputs; with the imports of the command.
 test-zoo: $(VENV)/dev
 	HEADRACE_TEST_SLIM=1 $(PYTEST) -m "zoo or stress"
 

@@ -20,6 +20,8 @@ from headrace.plan import guessed_profile
 from headrace.plan.profile import save_profile
 from headrace.units import MIB
 
+pytestmark = pytest.mark.zoo
+
 VOCABULARY = byte_level()
 TOKEN = VOCABULARY["tokens"].index
 START, END, NEWLINE = TOKEN("<|im_start|>"), TOKEN("<|im_end|>"), TOKEN("Ċ")

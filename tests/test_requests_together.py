@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import pytest
+import torch
 from by_position import write_says
 from scripted import CHATML, byte_level
 from test_threads import Pause, Task
@@ -115,6 +116,38 @@ def test_a_failed_pass_fails_its_requests_and_leaves_the_model_usable(path: Path
             assert isinstance(last.error, ReadError)
         fails.clear()
         assert [one.text for one in model.generate(["hi", "hi"], sampling=GREEDY)] == [SAID, SAID]
+
+
+def test_results_that_are_not_finite_fail_only_their_request(
+    model: headrace.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = model._engine._forward_in_order
+
+    def damaged(batch: Any, starts: Any, state: Any) -> torch.Tensor:
+        logits = forward(batch, starts, state).clone()
+        parts = torch.split(logits, [rows.logits for rows in batch])
+        for rows, part in zip(batch, parts, strict=True):
+            if rows.cache is bad_cache:
+                part.fill_(torch.nan)
+        return logits
+
+    runner = model._llm_engine.runner
+    bad_cache = runner._caches[1]
+    monkeypatch.setattr(model._engine, "_forward_in_order", damaged)
+    gate, good, bad = Pause(), SimpleQueue[Event](), SimpleQueue[Event]()
+
+    def hold(event: Event) -> None:
+        good.put(event)
+        gate(event)
+
+    model.add_request(model.request("hi", sampling=GREEDY), hold)
+    gate.reached()  # the first request has slot 0, so the second gets slot 1
+    model.add_request(model.request("hi", sampling=GREEDY), bad.put)
+    gate.release()
+    _, last = ended(bad)
+    assert isinstance(last, RequestError)
+    assert "not finite" in str(last.error)
+    assert ended(good)[0] == SAID
 
 
 def test_an_aborted_request_frees_its_slot(path: Path, profile: Profile) -> None:

@@ -16,6 +16,8 @@ from headrace.cli import main
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 
+pytestmark = pytest.mark.zoo
+
 GREEDY = headrace.SamplingParams(temperature=0)
 
 

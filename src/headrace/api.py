@@ -221,10 +221,16 @@ class Model(AbstractContextManager["Model"]):
         return self.stream_requests(requests, on_progress)
 
     def stream_requests(
-        self, requests: Iterable[Request], on_progress: Callable[[Progress], None] | None = None
+        self,
+        requests: Iterable[Request],
+        on_progress: Callable[[Progress], None] | None = None,
+        on_error: Callable[[int, BaseException], bool] = lambda *_: False,
     ) -> Iterator[RequestOutput]:
-        """Stream requests, each with its settings. Up to twice the number of concurrent sequences are in flight."""
-        return OutputStream(self._thread, iter(requests), 2 * self.plan.sequences, on_progress)
+        """Stream requests, each with its settings. Up to twice the number of concurrent sequences are in flight.
+
+        `on_error` is called with the number of a request that failed, and its error; False: the stream raises it.
+        """
+        return OutputStream(self._thread, iter(requests), 2 * self.plan.sequences, on_progress, on_error)
 
     @overload
     def generate(self, prompt: Prompt, **options: Any) -> Completion: ...

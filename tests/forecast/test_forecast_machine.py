@@ -10,6 +10,8 @@ from headrace.forecast.machine import Machine, find_machine
 from headrace.forecast.predict import safe_device_bytes
 from headrace.units import GB, GIB
 
+pytestmark = pytest.mark.zoo
+
 DEVICES = table("devices")
 LINKS = table("links")
 COMPLETE = sorted(

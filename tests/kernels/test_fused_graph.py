@@ -10,6 +10,8 @@ from headrace.kernels.attention_graph import AttentionNodes, Heads, Positions
 from headrace.kernels.expert_mlp import ExpertShapes
 from headrace.kernels.matmul import ExpertMatmul
 
+pytestmark = pytest.mark.zoo
+
 GENERATOR = torch.Generator().manual_seed(7)
 
 

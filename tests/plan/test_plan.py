@@ -31,6 +31,8 @@ from headrace.plan.profile import machine_name, profile_path, save_profile
 from headrace.plan.shape import shape_of
 from headrace.units import GB, GIB, MIB, gib, parse_bytes
 
+pytestmark = pytest.mark.zoo
+
 PROPERTY = settings(max_examples=120, deadline=None)
 
 BLOCKS = {"F32": (1, 4), "F16": (1, 2), "Q8_0": (32, 34), "Q6_K": (256, 210), "Q4_K": (256, 144)}

@@ -159,7 +159,10 @@ class Batch:
         """Answer all requests; returns the exit code."""
         with board:
             try:
-                for output in self._model.stream_requests(self._stream(board)):
+                outputs = self._model.stream_requests(
+                    self._stream(board), on_error=lambda index, error: self._failed(index, error, board)
+                )
+                for output in outputs:
                     self._take(output, board)
             except KeyboardInterrupt:
                 show.note("stopped; the same command goes on from here")
@@ -191,6 +194,16 @@ class Batch:
                 continue
             self._running.append(request)
             yield found
+
+    def _failed(self, index: int, error: BaseException, board: "Board") -> bool:
+        """Record a request whose results are not finite; other errors end the batch."""
+        if not isinstance(error, CheckpointError):
+            return False
+        request = self._running[index]
+        self._results.add(error_record(request.line, request.custom_id, "model_error", str(error)), request.digest)
+        self._outputs.pop(index, None)
+        board.finished()
+        return True
 
     def _take(self, output: "RequestOutput", board: "Board") -> None:
         outputs = self._outputs.setdefault(output.index, [])

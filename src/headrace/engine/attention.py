@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from headrace.engine import mla
 from headrace.engine.mla import MAX_SCORES, KvBSplit
+from headrace.errors import CheckpointError
 from headrace.kernels.thresholds import DECODE_MAX_ROWS
 from headrace.process import return_pages
 
@@ -29,6 +30,15 @@ class CacheOverflow(Exception):
     def __init__(self, cache: "KVCache"):
         super().__init__("a key or value does not fit into the KV cache")
         self.cache = cache
+
+
+class NotFinite(Exception):
+    """Sequences whose results are NaN or infinity, by their caches, and the error to report. No cache has grown."""
+
+    def __init__(self, caches: Sequence[Any], error: CheckpointError):
+        super().__init__(str(error))
+        self.caches = caches
+        self.error = error
 
 
 class KVCache:

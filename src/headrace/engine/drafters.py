@@ -175,7 +175,9 @@ class ModelDrafter:
         wide = frozenset(cache.slot for cache in caches if cache.is_wide)
         try:
             output = self.runner.execute(StepInput(rows=tuple(rows), wide=wide))
-        except CheckpointError:  # decoding goes on without drafts
+        except CheckpointError:
+            output = None
+        if output is None or output.failed:  # decoding goes on without drafts
             self._is_broken = True
             return None
         if output.overflowed is not None:  # the next draft starts over, with a wider cache

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from headrace.checkpoint import Checkpoint
-from headrace.engine.attention import CacheOverflow, ConcatenatedCache, Entry, KVCache, PackedAttention
+from headrace.engine.attention import CacheOverflow, ConcatenatedCache, Entry, KVCache, NotFinite, PackedAttention
 from headrace.engine.attention_modes import attention_modes
 from headrace.engine.capture import CaptureCache
 from headrace.engine.eager_runtime import CapturingRuntime, EagerRuntime, PassState, RuntimeParts, has_non_finite
@@ -210,6 +210,8 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             ContextError: a cache is too small for its rows.
             ReadError: the weights could not be read; no cache has grown, and the next step starts afresh.
+            CacheOverflow: a key or value needs the wide type; no cache has grown.
+            NotFinite: some sequences have results that are not finite; no cache has grown.
         """
         starts = _starts(batch)
         for rows, first in zip(batch, starts, strict=True):
@@ -278,7 +280,7 @@ class Engine(AbstractContextManager["Engine"]):
 
         Raises:
             CacheOverflow: keys or values exceed a cache's type; its wide type can hold them.
-            CheckpointError: results are not finite, and no cache is to blame.
+            NotFinite: results of some sequences are not finite.
         """
         overflowed = [
             rows.cache
@@ -295,7 +297,11 @@ class Engine(AbstractContextManager["Engine"]):
             rows.cache.rollback()
         if narrow is not None:
             raise CacheOverflow(narrow)
-        raise self._not_finite(next((rows for rows in batch if rows.tokens), batch[0]))
+        parts = torch.split(logits, [rows.logits for rows in batch])
+        culprits = [rows for rows in batch if rows.cache in overflowed] or [
+            rows for rows, part in zip(batch, parts, strict=True) if len(part) and not bool(part.amax().isfinite())
+        ]
+        raise NotFinite([rows.cache for rows in culprits], self._not_finite(culprits[0]))
 
     def _not_finite(self, rows: Rows) -> CheckpointError:
         """Find the tensor that causes values that are not finite: small tensors first, then a pass that checks each result."""
@@ -308,6 +314,8 @@ class Engine(AbstractContextManager["Engine"]):
             self.step([Rows(cache=self.new_cache(_INSPECTED_TOKENS), tokens=first, row_invariant=False)], inspects=True)
         except CheckpointError as error:
             return error
+        except NotFinite as found:
+            return found.error
         except CacheOverflow:
             pass
         return CheckpointError(f"{self.checkpoint.path}: the model computes values that are not finite", hint=hint)

@@ -244,8 +244,13 @@ class LLMEngine:
         engine.on_progress = (lambda done, steps: self._report(watched, done, steps)) if watched else None
         output = self.runner.execute(scheduled.step)
         results = self.scheduler.update(scheduled, output)
-        if output.stats is None:
-            return []  # a cache overflowed: its sequence is computed again
+        if output.stats is None:  # a cache overflowed, and its sequence is computed again; or some sequences failed
+            events: list[Event] = []
+            for result in results:
+                self.scheduler.remove(result.sequence)
+                assert result.error is not None
+                events += self._fail([result.sequence], result.error)
+            return events
         stats = replace(
             output.stats,
             draft_s=scheduled.draft_s,
@@ -259,7 +264,7 @@ class LLMEngine:
             start, draft_s = scheduled.start_s, scheduled.draft_s
             engine.trace.add("draft", f"{stats.drafted} draft tokens", start, start + draft_s)
             engine.trace.add("step", f"bound by {stats.bound_by}", start, time.perf_counter())
-        events: list[Event] = []
+        events = []
         for result in results:
             events += self._outputs(result, stats)
         return events

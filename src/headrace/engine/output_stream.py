@@ -23,8 +23,18 @@ class OutputStream(Generator[RequestOutput]):
         requests: Iterator[Request],
         max_requests: int,
         on_progress: Callable[[Progress], None] | None,
+        on_error: Callable[[int, BaseException], bool] = lambda *_: False,
     ):
-        """`max_requests`: max requests in flight."""
+        """Take nothing yet.
+
+        Args:
+            thread: runs the requests.
+            requests: taken as others end.
+            max_requests: max requests in flight.
+            on_progress: called with the progress of prompts.
+            on_error: called with the number of a request that failed, and its error; False: the stream raises it.
+        """
+        self._on_error = on_error
         self._thread = thread
         self._process = os.getpid()
         self._outputs = self._run(requests, max_requests, on_progress)
@@ -77,7 +87,10 @@ class OutputStream(Generator[RequestOutput]):
                     return
                 event = self._next(events)
                 if isinstance(event, RequestError):
-                    raise event.error
+                    if not self._on_error(index_of[event.request_id], event.error):
+                        raise event.error
+                    del index_of[event.request_id]
+                    continue
                 if isinstance(event, Progress):
                     if on_progress is not None:
                         on_progress(event)

@@ -1,6 +1,6 @@
 """The runner executes steps: it owns the KV caches and the engine that computes passes."""
 
-from headrace.engine.attention import CacheOverflow, KVCache
+from headrace.engine.attention import CacheOverflow, KVCache, NotFinite
 from headrace.engine.engine import Engine, Rows
 from headrace.engine.native_cache import NativeCache
 from headrace.engine.step import RunnerInfo, StepInput, StepOutput
@@ -57,6 +57,10 @@ class ModelRunner:
         except CacheOverflow as overflow:
             self._roll_back(step)
             return StepOutput(logits=None, stats=None, overflowed=self._slot_of(overflow.cache))
+        except NotFinite as found:
+            self._roll_back(step)
+            failed = frozenset(map(self._slot_of, found.caches))
+            return StepOutput(logits=None, stats=None, failed=failed, error=found.error)
         except BaseException:
             self._roll_back(step)
             raise
@@ -97,5 +101,5 @@ class ModelRunner:
         for slot in {rows.slot for rows in step.rows}:
             self._caches[slot].rollback()
 
-    def _slot_of(self, cache: KVCache) -> int:
+    def _slot_of(self, cache: KVCache | NativeCache) -> int:
         return next(slot for slot, one in enumerate(self._caches) if one is cache)

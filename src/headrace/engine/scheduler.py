@@ -268,6 +268,8 @@ class Scheduler:
         if output.overflowed is not None:
             self._widen(output.overflowed)
             return []
+        if output.failed:  # the others are computed again
+            return self._end_failed(scheduled, output)
         assert output.logits is not None
         parts = torch.split(output.logits, [1 + len(one.draft.draft_tokens) for one in scheduled.sequences])
         results = []
@@ -285,6 +287,13 @@ class Scheduler:
             except Exception as error:
                 results.append(SequenceResult(sequence=sequence, tokens=[], error=error))
         return results
+
+    def _end_failed(self, scheduled: ScheduledStep, output: StepOutput) -> list[SequenceResult]:
+        """Drop the caches of sequences that failed."""
+        failed = [one.sequence for one in scheduled.sequences if one.sequence.slot.number in output.failed]
+        for sequence in failed:
+            self.pool.release(sequence.slot)
+        return [SequenceResult(sequence=sequence, tokens=[], error=output.error) for sequence in failed]
 
     def record(self, scheduled: ScheduledStep, stats: PassStats, tokens: int) -> None:
         """Learn from the time of a step that gave `tokens` tokens."""

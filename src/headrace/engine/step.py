@@ -47,7 +47,7 @@ class StepInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutput:
-    """Logits of a step in the order of its rows: fp32, (sum of `num_logits`, vocab). Or the slot that overflowed.
+    """Logits of a step in the order of its rows: fp32, (sum of `num_logits`, vocab). Or the slots that have none.
 
     After an overflow no cache has grown. The sequence starts again in the wide type.
     """
@@ -55,6 +55,8 @@ class StepOutput:
     logits: torch.Tensor | None
     stats: PassStats | None
     overflowed: int | None = None
+    failed: frozenset[int] = frozenset()  # slots of sequences whose results are not finite; no cache has grown
+    error: Exception | None = None  # why they failed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

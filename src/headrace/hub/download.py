@@ -10,8 +10,9 @@ import glob
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,9 +153,9 @@ def _is_hash(text: str, digits: int) -> bool:
 
 def _link(link: Path, blob: Path) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileNotFoundError):
-        link.unlink()
-    link.symlink_to(os.path.relpath(blob, link.parent))
+    partial = link.with_name(f"{link.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    partial.symlink_to(os.path.relpath(blob, link.parent))
+    partial.replace(link)  # at once: another process may link the same file
 
 
 def _write_ref(reference: Reference, commit: str) -> None:
