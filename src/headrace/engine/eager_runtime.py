@@ -153,7 +153,7 @@ class EagerRuntime:
         flat = torch.split(self._plain[: sum(sizes)], sizes)
         outputs = [one.view(tensor.outputs, -1) for one, tensor in zip(flat, step.tensors, strict=True)]
         self._use_weights(step, lambda slices: self._kernels.unpack_all(slices, outputs))
-        self._gather_outputs(step, outputs, dim=0)
+        gather_outputs(self.parts.group, step, outputs, dim=0)
         found = dict(zip((tensor.name for tensor in step.tensors), outputs, strict=True))
         self._kv_b[layer] = split_kv_b(layer, linear.matrix, found)
         return rotated, vectors
@@ -216,7 +216,7 @@ class EagerRuntime:
         state = self._state
         chunks = state.chunks if invariant < rows.shape[0] else ()
         self._use_weights(step, lambda slices: self._kernels.matmul(rows, slices, outputs, invariant, chunks))
-        self._gather_outputs(step, outputs, dim=1)
+        gather_outputs(self.parts.group, step, outputs, dim=1)
         if state.inspects:
             for tensor, output in zip(step.tensors, outputs, strict=True):
                 check_finite(self.parts.checkpoint.path, tensor.name, rows, output)
@@ -232,12 +232,6 @@ class EagerRuntime:
             if self.parts.trace is not None:
                 self.parts.trace.add("compute", step.tensors[0].name, start, end)
         self._state.finish_step()
-
-    def _gather_outputs(self, step: LinearStep, outputs: Sequence[torch.Tensor], dim: int) -> None:
-        """Get the outputs of the rows that other members of the group own."""
-        group = self.parts.group
-        for tensor, output in zip(step.tensors, outputs, strict=True):
-            group.all_gather(output, dim, group.shards(tensor))
 
     def record_fused(self, steps: Sequence[LinearStep], start: float, end: float) -> None:
         """Record steps that were computed in one fused call."""
@@ -316,6 +310,12 @@ class CapturingRuntime(EagerRuntime):
         """As `Runtime.expand_kv`; the step cannot be captured."""
         self._recording.mark_uncapturable("a matrix is unpacked")
         return super().expand_kv(layer, vectors, rotated)
+
+
+def gather_outputs(group: TensorParallelGroup, step: LinearStep, outputs: Sequence[torch.Tensor], dim: int) -> None:
+    """Get the outputs of the rows that other members of the group own."""
+    for tensor, output in zip(step.tensors, outputs, strict=True):
+        group.all_gather(output, dim, group.shards(tensor))
 
 
 def check_finite(path: str, what: str, before: torch.Tensor, after: torch.Tensor) -> None:

@@ -266,7 +266,10 @@ class Scheduler:
     def update(self, scheduled: ScheduledStep, output: StepOutput) -> list[SequenceResult]:
         """Take the logits of a step: draw tokens, accept draft tokens up to the first that differs."""
         if output.overflowed is not None:
-            self._widen(output.overflowed)
+            # A key or value overflowed FP16: the sequence is computed again from its start, in the wide type.
+            slot = self.pool.slots[output.overflowed]
+            slot.is_wide = True
+            slot.tokens.clear()
             return []
         if output.failed:  # the others are computed again
             return self._end_failed(scheduled, output)
@@ -300,12 +303,6 @@ class Scheduler:
         if self.speculation is not None and scheduled.all_row_invariant:
             self.speculation.step_times.record_pass(stats)
             self.speculation.step_times.record_step(tokens, time.perf_counter() - scheduled.start_s)
-
-    def _widen(self, number: int) -> None:
-        """Compute a sequence again from its start in the wide type, after a key or value overflowed FP16."""
-        slot = self.pool.slots[number]
-        slot.is_wide = True
-        slot.tokens.clear()
 
     def _take_chunks(self) -> list[ScheduledSequence]:
         """Whole chunks of each sequence, as many as fit. Prompts take one in turn.
