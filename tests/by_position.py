@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scripted import write_scripted
+from scripted import CHATML, byte_level, write_scripted
 
 from headrace.checkpoint import open_checkpoint
 from headrace.model.tokenizer import Prompt, Tokenizer
@@ -61,3 +61,15 @@ def _write(path: Path, said: dict[int, int], **options: Any) -> Path:
     }  # fmt: skip
     given = {**options, "metadata": {**metadata, **(options.get("metadata") or {})}, "tensors": tensors}
     return write_scripted(path, architecture="gpt2", context=WIDTH, **given)
+
+
+VOCABULARY = byte_level()
+NUMBER = VOCABULARY["tokens"].index
+SAID = "abcdefg"
+
+
+def write_alphabet(path: Path, vocabulary: dict[str, Any] = VOCABULARY) -> Path:
+    """A model that says `SAID` to "hi", and ends."""
+    number = vocabulary["tokens"].index
+    said = [number(one) for one in SAID]
+    return write_says(path, said, "hi", **vocabulary, template=CHATML, eos=number("<|im_end|>"))

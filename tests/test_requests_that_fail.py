@@ -8,9 +8,9 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from by_position import write_says
+from by_position import SAID, write_alphabet
 from click.testing import CliRunner
-from scripted import CHATML, NORMAL, byte_level, in_turn, write_scripted
+from scripted import NORMAL, byte_level, in_turn, write_scripted
 
 import headrace
 import headrace.api
@@ -23,20 +23,12 @@ from headrace.plan.profile import save_profile
 GREEDY = headrace.SamplingParams(temperature=0)
 VOCABULARY = byte_level(more=[("hello", NORMAL)])
 NUMBER = VOCABULARY["tokens"].index
-SAID = "abcdefg"
 UNTRACED = pytest.mark.skipif(sys.gettrace() is not None, reason="a debugger or a coverage tool traces this run")
 
 
 @pytest.fixture
 def path(tmp_path: Path, profile: Profile) -> Path:
-    return write_says(
-        tmp_path / "m.gguf",
-        [NUMBER(one) for one in SAID],
-        "hi",
-        **VOCABULARY,
-        template=CHATML,
-        eos=NUMBER("<|im_end|>"),
-    )
+    return write_alphabet(tmp_path / "m.gguf", VOCABULARY)
 
 
 @pytest.fixture

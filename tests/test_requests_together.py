@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from by_position import write_says
-from scripted import CHATML, byte_level
+from by_position import SAID, write_alphabet
 from test_threads import Pause, Task
 
 import headrace
@@ -20,21 +19,11 @@ from headrace.plan import Profile
 from headrace.stream import WeightFile
 
 GREEDY = headrace.SamplingParams(temperature=0)
-VOCABULARY = byte_level()
-NUMBER = VOCABULARY["tokens"].index
-SAID = "abcdefg"
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return write_says(
-        tmp_path / "m.gguf",
-        [NUMBER(one) for one in SAID],
-        "hi",
-        **VOCABULARY,
-        template=CHATML,
-        eos=NUMBER("<|im_end|>"),
-    )
+    return write_alphabet(tmp_path / "m.gguf")
 
 
 @pytest.fixture
@@ -254,12 +243,14 @@ def test_closing_ends_a_waiting_task_with_an_error(path: Path, profile: Profile)
         options: dict[str, Any] = {"memory": "4GiB", "context_tokens": 64, "draft": None, "profile": profile}
         llm = await headrace.AsyncLLM.load(str(path), **options)
         stream = llm.stream("hi", sampling=GREEDY)
-        await anext(stream)
+        text, error = (await anext(stream)).text, ""
         await llm.close()
-        with pytest.raises(UsageError, match="closed"):
+        try:
             async for output in stream:
-                if output.finish_reason is not None:
-                    raise UsageError("closed after the answer")
+                text += output.text
+        except UsageError as caught:
+            error = str(caught)
+        assert "closed" in error or text == SAID  # unless it had ended before
         with pytest.raises(UsageError, match="closed"):
             await llm.generate("hi", sampling=GREEDY)
 
@@ -288,11 +279,3 @@ def test_a_sink_may_close_the_model(path: Path, profile: Profile) -> None:
     model.close()
     with pytest.raises(UsageError, match="closed"):
         model.generate("hi", sampling=GREEDY)
-
-
-def test_tokens_behind_the_end_do_not_count(path: Path, profile: Profile) -> None:
-    with headrace.load(path, memory="4GiB", context_tokens=64, draft="prompt", profile=profile) as model:
-        answer = model.generate(SAID + "hi", sampling=GREEDY)
-        outputs = list(model.stream("hi", sampling=GREEDY, max_tokens=3))
-    assert outputs[-1].stats.prefill.tokens + outputs[-1].stats.decode.tokens == 3
-    assert answer.finish_reason == "stop"

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from by_position import write_says
-from scripted import CHATML, byte_level
+from by_position import SAID, write_alphabet
 
 import headrace
 from headrace.errors import HeadraceError, UsageError
@@ -19,22 +18,12 @@ from headrace.plan import Profile
 from headrace.stream import WeightFile
 
 GREEDY = headrace.SamplingParams(temperature=0)
-VOCABULARY = byte_level()
-NUMBER = VOCABULARY["tokens"].index
-SAID = "abcdefg"
 PATIENCE_S = 30.0  # wait of a test before a call counts as hanging
 
 
 @pytest.fixture
 def path(tmp_path: Path, profile: Profile) -> Path:
-    return write_says(
-        tmp_path / "m.gguf",
-        [NUMBER(one) for one in SAID],
-        "hi",
-        **VOCABULARY,
-        template=CHATML,
-        eos=NUMBER("<|im_end|>"),
-    )
+    return write_alphabet(tmp_path / "m.gguf")
 
 
 Load = Callable[..., headrace.Model]

@@ -14,7 +14,7 @@ from typing import Any
 
 from headrace.api import Model, load
 from headrace.completion import Completion
-from headrace.engine.request import Event, Progress, Request, RequestError, RequestOutput
+from headrace.engine.request import Event, Request, RequestError, RequestOutput
 from headrace.model.tokenizer import Prompt
 from headrace.sampling_params import SamplingParams
 
@@ -76,7 +76,7 @@ class AsyncLLM:
             try:
                 loop.call_soon_threadsafe(events.put_nowait, event)
             except RuntimeError:  # the loop is closed, and nobody waits
-                self.model.abort(event.request_id) if not isinstance(event, Progress) else None
+                self.model.abort(number)
 
         number = self.model.add_request(request, sink)
         try:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from by_position import NUMBER, SAID, write_alphabet
 from stepping import Stepper
 from test_engine import make_engine
 from test_speculation import Oracle, free_rows
 
+import headrace
 from headrace.engine import Engine
 from headrace.engine.attention import KVCache
 from headrace.engine.runner import ModelRunner
@@ -19,6 +21,7 @@ from headrace.engine.sampler import Sampler
 from headrace.engine.speculation import Speculation, StepTimeModel
 from headrace.engine.step import PrefixCopy, RowsInput, StepInput
 from headrace.kernels.thresholds import KV_BLOCK_TOKENS
+from headrace.plan import Profile
 from headrace.process import resident_bytes
 from headrace.sampling_params import SamplingParams
 
@@ -212,3 +215,14 @@ def test_a_sequence_that_cannot_start_leaves_idle_caches_alone(engine: Engine) -
     assert any(slot.tokens == idle.tokens[:-1] for slot in stepper.scheduler.pool.slots)
     stepper.finish([long, waiting])
     assert waiting.tokens == alone(engine, prompt(190, 3), 4, GREEDY)
+
+
+def test_accepted_draft_tokens_behind_the_end_do_not_count(tmp_path: Path, profile: Profile) -> None:
+    path = write_alphabet(tmp_path / "m.gguf")
+    with headrace.load(path, memory="4GiB", context_tokens=64, draft="prompt", profile=profile) as model:
+        request = model.request("hi", sampling=GREEDY, stop="c")
+        said = [*request.token_ids, *map(NUMBER, SAID)]
+        model._llm_engine.scheduler.speculation = Speculation(StepTimeModel(free_rows), None, Oracle(said, 1000))
+        last = list(model.stream_requests([request]))[-1]
+    assert last.stats.decode.drafted > 2, "the draft went on behind the stop string"
+    assert last.completion_tokens == last.stats.prefill.tokens + last.stats.decode.tokens == 3
