@@ -422,6 +422,7 @@ def load(
             pad_decode_rows_to_tiles=plan.pad_decode_rows_to_tiles,
             repacked_types=plan.repacked_types,
             repack_in_place=plan.repack_in_place,
+            map_pinned=plan.map_pinned,
             expert_slots=plan.expert_slots,
             expert_scores=_scores(checkpoint, skeleton),
         )

@@ -51,6 +51,16 @@ def test_streamed_logits_equal_resident_ones_bit_for_bit(
         assert torch.equal(decode(engine), resident)
 
 
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_mapped_pinned_rows_give_the_same_logits(tiny_llama: Path, resident: torch.Tensor, share: float) -> None:
+    checkpoint = open_checkpoint(tiny_llama)
+    pinned = {tensor.name: int(share * tensor.rows) for tensor in checkpoint.tensors.values()}
+    options = StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, map_pinned=True)
+    with Engine(checkpoint, options, Kernels(2)) as engine:
+        assert torch.equal(decode(engine), resident)
+        assert str(tiny_llama) in Path("/proc/self/maps").read_text()
+
+
 @pytest.mark.parametrize(("limit", "reuses"), [(None, True), (1 << 20, False)])
 def test_prefill_memory_holds_weights_during_decode(
     tiny_llama: Path, limit: int | None, reuses: bool, monkeypatch: pytest.MonkeyPatch

@@ -34,6 +34,7 @@ class StreamOptions:
     pad_decode_rows_to_tiles: bool = False  # kernel of row-invariant rows (`Kernels`)
     repacked_types: frozenset[str] = frozenset()  # types whose pinned rows get ggml's repacked layout
     repack_in_place: bool = False  # repacking without a copy: no memory, but longer prompts
+    map_pinned: bool = False  # pinned rows are pages of the file where nothing writes to them, not a copy
     pinned_read_bytes: int = 4 << 20
     # Rows behind the pinned ones, pinned while no prompt needs the memory.
     decode_pinned_rows: Mapping[str, int] = field(default_factory=dict)
@@ -119,6 +120,7 @@ class ModelWeights:
             file_of=self._files.__getitem__,
             spans=self._trace,
             on_pinned=self._repack if repacks and options.repacked_types else None,
+            maps=lambda tensor: options.map_pinned and not (options.repack_in_place and self._is_repacked(tensor)),
         )
         self._streams.append(stream)
         self._places |= {step: (stream, group) for group, step in enumerate(linears)}
@@ -143,9 +145,12 @@ class ModelWeights:
         return ExpertRunner(stream, self._kernels, self._trace, predictor, self._group)
 
     def _repack(self, weight_slice: WeightSlice, tensor: Tensor) -> WeightSlice:
-        if weight_slice.type not in self._options.repacked_types or tensor.name in self._unpacked:
+        if not self._is_repacked(tensor):
             return weight_slice
         return self._kernels.repack(weight_slice, tensor.columns, self._options.repack_in_place)
+
+    def _is_repacked(self, tensor: Tensor) -> bool:
+        return tensor.type in self._options.repacked_types and tensor.name not in self._unpacked
 
     def place(self, step: Step) -> tuple[WeightStream, int]:
         """The stream of a step's weights, and the index of its weight group there."""

@@ -1,13 +1,49 @@
-"""Aligned memory, reserved once. Pages are taken from the system when they are first written."""
+"""Aligned memory, reserved once. Pages are taken from the system when they are first written, or are those of a file."""
 
 import ctypes
+import errno
 import mmap
+import os
+import sys
 from contextlib import suppress
+from functools import cache
+from typing import Any
 
 from headrace.limits import explained
 
 PAGE_BYTES = 4096
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; `mmap` has no name for it
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; `mmap` has no names for them
+_MAP_FIXED = 0x10  # the same on all processors of Linux
+_CANNOT_MAP = (
+    errno.ENODEV,
+    errno.EACCES,
+    errno.EINVAL,
+    errno.ENOMEM,
+    errno.EPERM,
+)  # errors of a file system without mmap
+
+_LIBC: Any = None
+with suppress(OSError, AttributeError):  # by libc: unlike `mmap`, its functions run beside other threads
+    if sys.platform == "linux":
+        _LIBC = ctypes.CDLL(None, use_errno=True)
+        _LIBC.mmap.restype = ctypes.c_void_p
+        _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_int64]
+        _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        _LIBC.readahead.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_size_t]
+
+
+def _madvise(address: int, nbytes: int, advice: int) -> int:
+    """0, or the error."""
+    if _LIBC is None:
+        return errno.ENOSYS
+    return ctypes.get_errno() if _LIBC.madvise(address, nbytes, advice) else 0
+
+
+@cache
+def _can_populate() -> bool:
+    """True if the system maps files and populates their pages."""
+    with mmap.mmap(-1, PAGE_BYTES) as page:
+        return _madvise(ctypes.addressof(ctypes.c_char.from_buffer(page)), PAGE_BYTES, _MADV_POPULATE_READ) == 0
 
 
 def aligned(start: int, nbytes: int) -> tuple[int, int]:
@@ -37,12 +73,35 @@ class Arena:
         On a virtual machine whose host gives memory lazily, a GiB takes 1 to 2.5 s, on bare metal 0.1 to 0.3.
         """
         start, nbytes = aligned(start, max(0, min(nbytes, self.nbytes - start)))
-        try:  # by libc: unlike `mmap.madvise`, it runs beside other threads
-            madvise = ctypes.CDLL(None).madvise
-        except (OSError, AttributeError):
+        return _madvise(self.address + start, nbytes, _MADV_POPULATE_WRITE) == 0
+
+    def map(self, start: int, nbytes: int, fd: int, offset: int) -> bool:
+        """Replace a page-aligned range by the pages of a file, from `offset` on, and read those that are not in memory.
+
+        They are the pages of the page cache: nothing is copied or cleared, and what is cached is not read again. Other
+        programs may share them, and the system may evict them. They must not be written.
+
+        Returns:
+            False: the system cannot, and the range is anonymous memory as before.
+
+        Raises:
+            OSError: the file could not be read.
+        """
+        if not _can_populate():
             return False
-        failed = madvise(ctypes.c_void_p(self.address + start), ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE)
-        return not failed
+        _LIBC.readahead(fd, offset, nbytes)  # a fault alone would ask for less at a time
+        address = self.address + start
+        if _LIBC.mmap(address, nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, fd, offset) != address:
+            failed = ctypes.get_errno()
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+            _LIBC.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+            if failed in _CANNOT_MAP:
+                return False
+            raise OSError(failed, os.strerror(failed))
+        failed = _madvise(address, nbytes, _MADV_POPULATE_READ)
+        if failed:
+            raise OSError(errno.EIO if failed == errno.EFAULT else failed, os.strerror(errno.EIO))
+        return True
 
     def give_back(self) -> None:
         """Return the pages to the system; their contents are lost."""

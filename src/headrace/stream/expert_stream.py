@@ -369,7 +369,8 @@ class ExpertStream:
         place = load.slot * self._slot_bytes + read.place
         target = self._arena.view[place : place + read.length]
         file = self._files[read.part.tensor.path]
-        count = self._readers.read(file, read.start, target, read.needed, read.part.tensor.name)
+        with self._readers.reading(read.part.tensor.name):
+            count = file.read(read.start, target, read.needed)
         with self._readers.arrived:
             self._readers.came(count)
             load.left -= 1

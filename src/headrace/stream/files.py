@@ -1,6 +1,6 @@
-"""Weights read from their own file into our memory: O_DIRECT where it is allowed, buffered where it is not.
+"""Weights of a file: read into our memory (O_DIRECT where it is allowed, buffered where it is not), or mapped.
 
-A read either delivers every requested byte or raises `ReadError` with the file and the offset.
+Either delivers every requested byte or raises `ReadError` with the file and the offset.
 """
 
 import errno
@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from headrace.errors import ReadError
-from headrace.stream.arena import PAGE_BYTES
+from headrace.stream.arena import PAGE_BYTES, Arena, aligned
 
 # Bytes of one request to the disk. Larger ones are split by the kernel, smaller ones each cost a GIL switch.
 REQUEST_BYTES = 2 << 20
@@ -23,6 +23,10 @@ class File(Protocol):
 
     def read(self, offset: int, target: memoryview, needed: int) -> int:
         """Fill `target` from `offset`; see `WeightFile.read`."""
+
+    def map(self, offset: int, arena: Arena, start: int, nbytes: int, needed: int) -> bool:
+        """Put the file's pages into an arena; see `WeightFile.map`. False: this file has none."""
+        return False
 
     def close(self) -> None:
         """Close the file."""
@@ -78,14 +82,39 @@ class WeightFile:
             if count < len(request) and (count == 0 or done % PAGE_BYTES):
                 break  # the end of the file
         if done < needed:
-            raise ReadError(
-                f"{self.path} ended at {offset + done} bytes, weights up to {offset + needed} were expected",
-                hint="the file was cut or replaced while in use; restore it and start again",
-            )
+            raise self._cut(offset + done, offset + needed)
         if not self.direct:
             with suppress(OSError, AttributeError):  # the page cache must not grow beside the budget
                 os.posix_fadvise(self._fd, offset, done, os.POSIX_FADV_DONTNEED)
         return done
+
+    def map(self, offset: int, arena: Arena, start: int, nbytes: int, needed: int) -> bool:
+        """Put the file's pages from a page-aligned offset on into an arena at `start`, all in memory.
+
+        Returns:
+            False: the system cannot map this file, so it must be read.
+
+        Raises:
+            ReadError: the disk failed, or the file ends before the bytes needed.
+        """
+        size = os.fstat(self._fd).st_size
+        if size < offset + needed:
+            raise self._cut(size, offset + needed)
+        try:
+            return arena.map(start, min(nbytes, aligned(offset, size - offset)[1]), self._fd, offset)
+        except OSError as error:
+            raise self._failed(offset, error) from error
+
+    def _cut(self, size: int, expected: int) -> ReadError:
+        return ReadError(
+            f"{self.path} ended at {size} bytes, weights up to {expected} were expected",
+            hint="the file was cut or replaced while in use; restore it and start again",
+        )
+
+    def _failed(self, offset: int, error: OSError) -> ReadError:
+        return ReadError(
+            f"reading {self.path} at {offset} failed: {error.strerror}", hint="check the disk (dmesg, smartctl)"
+        )
 
     def _pread(self, target: memoryview, offset: int) -> int:
         was_direct = self.direct  # other readers may switch to buffered reads meanwhile
@@ -95,9 +124,7 @@ class WeightFile:
             if was_direct and error.errno in _NOT_DIRECT:
                 self._go_buffered(error)
                 return self._pread(target, offset)
-            raise ReadError(
-                f"reading {self.path} at {offset} failed: {error.strerror}", hint="check the disk (dmesg, smartctl)"
-            ) from error
+            raise self._failed(offset, error) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -7,13 +7,13 @@ has `arrived`. A release wakes one reader, and the last awaited arrival wakes th
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from headrace.errors import ReadError
 from headrace.limits import too_few_threads
-from headrace.stream.files import File
 
 STALL_LIMIT_S = 60.0
 
@@ -29,7 +29,7 @@ class Spans(Protocol):
 class ReadCounters:
     """Reads of a stream so far. The difference of two copies describes a pass."""
 
-    read_bytes: int = 0  # bytes from the disk
+    read_bytes: int = 0  # bytes from the disk, those of mapped pages included
     reads: int = 0
     stall_s: float = 0.0  # time the consumer waited for reads
 
@@ -141,13 +141,13 @@ class Readers:
         if self._spans is not None:
             self._spans.add("stall", label, start, end)
 
-    def read(self, file: File, offset: int, target: memoryview, needed: int, label: str) -> int:
-        """Read and record a span; returns the number of bytes from the disk, to be counted by `came`."""
+    @contextmanager
+    def reading(self, label: str) -> Iterator[None]:
+        """Record the span of a read."""
         start = time.perf_counter()
-        count = file.read(offset, target, needed)
+        yield
         if self._spans is not None:
             self._spans.add("read", label, start, time.perf_counter())
-        return count
 
     def came(self, nbytes: int) -> None:
         """Count a finished read. Call it under the lock."""

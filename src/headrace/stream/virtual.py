@@ -16,7 +16,7 @@ from headrace.stream.arena import PAGE_BYTES, Arena, aligned
 from headrace.stream.files import File
 
 
-class VirtualFile:
+class VirtualFile(File):
     """A file of virtual tensors, decoded when they are read. For several readers at once; each has its own buffers."""
 
     def __init__(self, virtual: Sequence[tuple[Tensor, Encoding]], file_of: Callable[[str], File]):

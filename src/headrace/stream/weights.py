@@ -57,12 +57,15 @@ class WeightStream(AbstractContextManager["WeightStream"]):
         spans: Spans | None = None,
         stall_limit_s: float = STALL_LIMIT_S,
         on_pinned: Callable[[WeightSlice, Tensor], WeightSlice] | None = None,
+        maps: Callable[[Tensor], bool] = lambda _: False,
     ):
         """`readers=0` is the serial twin. `slots` is the size of the ring in units, `decode_only_slots` of them exist
         only while decode reuses prefill memory. `file_of` gives the open file of a path.
 
         `on_pinned` is called once with each pinned slice (and its tensor) when it has arrived; its result is delivered from
         then on.
+
+        `maps`: the pinned rows of a tensor are the pages of its file, where it can be mapped. `on_pinned` must not write to them.
         """
         self.layout = layout
         self.counters = ReadCounters()
@@ -73,6 +76,7 @@ class WeightStream(AbstractContextManager["WeightStream"]):
             readers, name="headrace-reader", counters=self.counters, spans=spans, stall_limit_s=stall_limit_s
         )
         self._on_pinned = on_pinned
+        self._maps = maps
         self._pinned = Arena(layout.pinned_bytes)
         self._decode_pinned = Arena(layout.decode_pinned_bytes)
         self.reuses_prefill_memory = False  # decode-pinned rows are in the arena
@@ -281,7 +285,10 @@ class WeightStream(AbstractContextManager["WeightStream"]):
     def _run(self, load: _Load) -> None:
         unit = load.unit
         file = self._files[unit.tensor.path]
-        count = self._readers.read(file, unit.start, self._target(load), unit.needed, unit.tensor.name)
+        with self._readers.reading(unit.tensor.name):
+            count = unit.length
+            if not self._map(file, load):
+                count = file.read(unit.start, self._target(load), unit.needed)
         with self._readers.arrived:
             self._readers.came(count)
             if load.number is None:
@@ -289,6 +296,14 @@ class WeightStream(AbstractContextManager["WeightStream"]):
             else:
                 self._filled.add(load.number)
             self._readers.wake()
+
+    def _map(self, file: File, load: _Load) -> bool:
+        """Map a unit that is pinned and never written. False: it must be read."""
+        unit = load.unit
+        if load.arena is not self._pinned or not self._maps(unit.tensor):
+            return False
+        assert unit.at is not None
+        return file.map(unit.start, self._pinned, unit.at, unit.length, unit.needed)
 
     def _target(self, load: _Load) -> memoryview:
         unit = load.unit
