@@ -113,7 +113,8 @@ class KVCache:
             rows.put(start, new)
             # Decode rows are checked once for all layers, after the pass.
             if not self._kind.pooled or new.shape[1] > DECODE_MAX_ROWS:
-                self._overflowed |= not bool(new.abs().amax() <= self._kind.largest)
+                least, most = torch.aminmax(new)
+                self._overflowed |= not bool(torch.maximum(most, -least) <= self._kind.largest)  # NaN is not
 
     def _rows(self, like: torch.Tensor) -> "_Rows":
         shape = (like.shape[0], self.capacity, like.shape[2])

@@ -65,6 +65,14 @@ class PooledAllocation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = buffer_for_cat(self._pool, args, LARGE_BYTES)
         return func(*args, **kwargs) if out is None else _aten.cat.out(*args, **kwargs, out=out)
 
+    def _index_select(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        x, dim, index = args
+        shape = [*x.shape]
+        if x.dtype != torch.float32 or not shape or 4 * x.numel() // max(1, shape[dim]) * len(index) < LARGE_BYTES:
+            return func(*args, **kwargs)
+        shape[dim] = len(index)
+        return _aten.index_select.out(x, dim, index, out=self._pool.empty(shape))
+
     def _empty(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         shape = args[1] if func is _aten.new_empty.default else args[0]
         dtype = kwargs.get("dtype") or (args[0].dtype if func is _aten.new_empty.default else torch.get_default_dtype())
@@ -81,6 +89,7 @@ class PooledAllocation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     _aten.cat.default: PooledAllocation._cat,
+    _aten.index_select.default: PooledAllocation._index_select,
     _aten.empty.memory_format: PooledAllocation._empty,
     _aten.new_empty.default: PooledAllocation._empty,
     _aten.rms_norm.default: PooledAllocation._rms_norm,
