@@ -1,7 +1,7 @@
 """Seconds of a pass over the weights.
 
     seconds = max(disk, compute(rows) + io_cpu_share * disk)        disk = streamed bytes * read share / rate
-    compute(rows) = sum over types of weights / kernel rate + layers * (layer_s + rows * layer_row_s)
+    compute(rows) = sum over types of weights / kernel rate + layers * (layer_s + rows * layer_row_s * width)
 
 Compute includes the wait for experts that were not prefetched. The first pass reads everything, later passes only
 streamed weights. The probe measures disk and kernel rates. Disk and compute overlap, but I/O takes CPU time (`plan.fit`).
@@ -9,10 +9,13 @@ streamed weights. The probe measures disk and kernel rates. Disk and compute ove
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from headrace.checkpoint.tensor import layer_of
 from headrace.kernels.thresholds import ACTIVATION_ROWS, DECODE_MAX_ROWS, TILE_ROWS
 from headrace.plan.expert_cost import FOUND_LATE, LAYER_S, Experts, average_weights
 from headrace.plan.profile import Profile
+from headrace.plan.shape import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,22 @@ class PassCost:
         return "disk" if self.disk_s > self.compute_s + self.io_cpu_share * self.disk_s else "compute"
 
 
+class Layers(NamedTuple):
+    """The decoder layers of a model, and their width in multiples of the model that the probe runs (`PROBED_OUTPUTS`)."""
+
+    number: int
+    width: float
+
+
+PROBED_OUTPUTS = 11776  # results of the matmuls of a layer, in elements per row
+
+
+def layers_of(shape: Shape) -> Layers:
+    """The layers of a model. What a row costs outside the kernels grows with the elements that the matmuls give."""
+    outputs = sum(tensor.outputs for tensor in shape.linears if layer_of(tensor.name) >= 0)
+    return Layers(shape.layers, outputs / shape.layers / PROBED_OUTPUTS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """Weights that a pass multiplies, counted by type: in the file's layout, and repacked (`kernels`).
@@ -60,7 +79,7 @@ class Weights:
 
 
 def compute_seconds(
-    profile: Profile, weights: Weights, layers: int, rows: int, row_invariant: bool | None = None
+    profile: Profile, weights: Weights, layers: Layers, rows: int, row_invariant: bool | None = None
 ) -> float:
     """Seconds of compute of a pass.
 
@@ -107,9 +126,9 @@ def expert_seconds(profile: Profile, experts: Experts, rows: int, dots: bool) ->
     return experts.layers * (LAYER_S + touched * kernels)
 
 
-def layer_seconds(profile: Profile, layers: int, rows: int) -> float:
+def layer_seconds(profile: Profile, layers: Layers, rows: int) -> float:
     """Seconds of a pass outside the kernels: interpreter, norms, attention."""
-    return layers * (profile.layer_s + (rows - 1) * profile.layer_row_s)
+    return layers.number * (profile.layer_s + (rows - 1) * profile.layer_row_s * layers.width)
 
 
 def row_invariant_rate(profile: Profile, weights: Weights, kind: str, rows: int) -> float:
@@ -133,7 +152,7 @@ def pass_cost(
     disk_bytes_per_s: float,
     read_bytes: int,
     weights: Weights,
-    layers: int,
+    layers: Layers,
     rows: int,
     row_invariant: bool | None = None,
 ) -> PassCost:

@@ -8,7 +8,7 @@ from math import ceil
 
 from headrace.forecast.schedule import ScheduledUnit, Timeline, simulate
 from headrace.kernels.thresholds import DECODE_MAX_ROWS
-from headrace.plan.cost import expert_seconds, layer_seconds, row_invariant_rate
+from headrace.plan.cost import expert_seconds, layer_seconds, layers_of, row_invariant_rate
 from headrace.plan.expert_cost import FOUND_LATE, Experts
 from headrace.plan.plan import Plan
 
@@ -21,7 +21,7 @@ LAYERS_AHEAD = 2  # number of next layers whose experts are prefetched (`engine.
 def pass_units(plan: Plan, rows: int) -> list[ScheduledUnit]:
     """The units of a pass in order of compute: each tensor's pinned rows alternate with its streamed units."""
     linears, profile, weights = plan.shape.linears, plan.profile, plan.weights
-    glue_s = layer_seconds(profile, plan.shape.layers, rows) / len(linears)
+    glue_s = layer_seconds(profile, layers_of(plan.shape), rows) / len(linears)
     units: list[ScheduledUnit] = []
     for tensor in linears:
         rate = row_invariant_rate(profile, weights, tensor.type, rows)

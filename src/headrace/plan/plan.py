@@ -13,7 +13,7 @@ from headrace.checkpoint import Checkpoint
 from headrace.checkpoint.tensor import bits_per_weight
 from headrace.errors import ContextError
 from headrace.plan.budget import Budget
-from headrace.plan.cost import PassCost, Weights, compute_seconds, pass_cost
+from headrace.plan.cost import PassCost, Weights, compute_seconds, layers_of, pass_cost
 from headrace.plan.draft import DecodePrediction, Drafting, predict_decode
 from headrace.plan.expert_cost import Experts
 from headrace.plan.memory_plan import READERS, UNIT_BYTES, MemoryPlan, plan_memory
@@ -159,7 +159,7 @@ class Plan:
             self.disk_bytes_per_s,
             self.streamed_bytes_per_pass,
             self.weights,
-            self.shape.layers,
+            layers_of(self.shape),
             rows,
             row_invariant=True,
         )
@@ -242,27 +242,27 @@ def plan_for(
     draft_token_s = 0.0
     if draft is not None:
         repacked = _repacked(draft, {tensor.name: tensor.rows for tensor in draft.linears}, profile, in_place=True)
-        draft_token_s = compute_seconds(profile, repacked, draft.layers, run_config.sequences, row_invariant=True)
-    drafting = run_config.drafting
+        draft_token_s = compute_seconds(profile, repacked, layers_of(draft), run_config.sequences, row_invariant=True)
+    drafting, layers = run_config.drafting, layers_of(shape)
     experts = shape.experts
     if experts is not None:
         experts = experts.with_cached(memory.expert_slots).with_routing(load_routing(checkpoint))
 
     def predict(weights: Weights) -> _Prediction:
         def cost(rows: int) -> PassCost:
-            return pass_cost(profile, disk, memory.streamed, weights, shape.layers, rows, row_invariant=True)
+            return pass_cost(profile, disk, memory.streamed, weights, layers, rows, row_invariant=True)
 
         decode_prediction = predict_decode(
             drafting.acceptance_rate, run_config.max_draft_tokens, run_config.sequences, draft_token_s, cost
         )
         cold = weights if experts is None else replace(weights, experts=experts.with_cached(0))
         decoded = 1 if shape.prefill_only else min(rows, run_config.prompt_rows)
-        first = pass_cost(profile, disk, shape.weights_bytes, cold, shape.layers, decoded)
+        first = pass_cost(profile, disk, shape.weights_bytes, cold, layers, decoded)
         if shape.prefill_only:
             read = replace(weights, plain=shape.prefill_only_weights, repacked={}, experts=None)
-            layers = checkpoint.number("block_count")
-            first += pass_cost(profile, disk, shape.prefill_only_bytes, read, layers, run_config.prompt_rows)
-        later = pass_cost(profile, disk, memory.streamed + memory.decode_pinned, weights, shape.layers, rows)
+            encoder = layers._replace(number=checkpoint.number("block_count"))
+            first += pass_cost(profile, disk, shape.prefill_only_bytes, read, encoder, run_config.prompt_rows)
+        later = pass_cost(profile, disk, memory.streamed + memory.decode_pinned, weights, layers, rows)
         ttft = first.seconds + (passes - 1) * later.seconds
         output_tokens = run_config.sequences * max(1, run_config.context_tokens - run_config.prompt_tokens)
         total_s = ttft + output_tokens * decode_prediction.s_per_token

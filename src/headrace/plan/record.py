@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from headrace.bounded import json_of, read_bounded
 from headrace.errors import UsageError
-from headrace.plan.cost import layer_seconds
+from headrace.plan.cost import layer_seconds, layers_of
 from headrace.plan.plan import Plan
 from headrace.plan.profile import profile_path
 
@@ -152,7 +152,7 @@ def make_record(
 
 def _group(plan: Plan, rows: int, passes: Sequence[Pass]) -> PassGroup:
     cost = plan.cost(rows)
-    layer_s = layer_seconds(plan.profile, plan.shape.layers, rows)
+    layer_s = layer_seconds(plan.profile, layers_of(plan.shape), rows)
     return PassGroup(
         rows=rows,
         count=len(passes),

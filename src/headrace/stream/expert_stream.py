@@ -313,7 +313,8 @@ class ExpertStream:
             self._prefetches.clear()
             unfinished = list(self._loading.values())
             self._loading.clear()
-            stops = bool(unfinished or self._unused_prefetches or self._readers.error is not None)
+            in_flight = unfinished or self._unused_prefetches or self._cancelled_prefetches
+            stops = bool(in_flight or self._readers.error is not None)
         if stops:
             self._readers.stop()  # no reader may write into a slot of another expert
             self._readers.reset()
