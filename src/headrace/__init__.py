@@ -3,7 +3,6 @@
 `load` is imported on first use, so that planning never waits for torch.
 """
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from headrace._version import __version__
@@ -16,10 +15,6 @@ if TYPE_CHECKING:
     from headrace.engine.request import Request, RequestOutput
     from headrace.plan import Plan
     from headrace.sampling_params import SamplingParams
-
-# torch's threads spin for milliseconds after each of its operations, on the cores that ggml's threads need next: a prompt of 64
-# tokens took 1.7 times as long, one of 512 1.2 times. OpenMP reads this once, when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = [
     "AsyncLLM",
@@ -51,4 +46,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module `headrace` has no attribute `{name}`")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    from headrace.process import openmp_threads_sleep
+
+    with openmp_threads_sleep():
+        return getattr(import_module(_HOMES[name]), name)

@@ -385,7 +385,7 @@ def load(
         kv_tokens=kv_tokens,
         kv_bits=kv_bits,
     )
-    options = drafting_options(checkpoint, draft)
+    options = drafting_options(checkpoint, draft, profile)
     drafting, why = choose_drafting(checkpoint, profile, budget, run_config, options)  # refuse before anything is built
     keep_freed_memory()
     check_model_type(checkpoint)

@@ -84,6 +84,17 @@ def test_auto_drafts_if_disk_bound_and_not_if_everything_fits() -> None:
     assert ample.name == "none"
 
 
+@pytest.mark.parametrize(("rate", "kind"), [(0.8, "Q4_K"), (1.0, "Q4_0")])
+def test_a_low_bit_copy_has_the_format_that_is_made_fastest_if_it_is_multiplied_as_fast(rate: float, kind: str) -> None:
+    target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)
+    profile = replace(MEASURED, repacked_weights_per_s={"Q4_K": {"1": 40e9}, "Q4_0": {"1": rate * 40e9}})
+    copy = drafting_options(target, "self", profile)[0]
+    assert copy.checkpoint is not None
+    assert {t.type for t in copy.checkpoint.tensors.values() if len(t.shape) == 2} == {kind}
+    seconds = copy.prepare_s / drafting_options(target, "self")[0].prepare_s
+    assert seconds == pytest.approx(1 if kind == "Q4_K" else 150 / 350)
+
+
 def test_a_low_bit_copy_is_not_made_for_a_short_output() -> None:
     target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)
     options = drafting_options(target, "auto")

@@ -4,23 +4,24 @@ This module makes only the table of tensors. A reader of the copy's path must qu
 (`stream.quantising`); the rest works as with any file. Nothing is written to disk.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from headrace.checkpoint.gguf import Checkpoint
 from headrace.checkpoint.tensor import Tensor, bits_per_weight, block_of, row_bytes
 
-# Formats in order of preference; the first that fits a row's length is used. Quick to make; drafts are nearly always accepted.
+# Formats in order of preference; the first that fits a row's length is used. Drafts are nearly always accepted.
 COPY_TYPES = ("Q4_K", "Q4_0")
 _PAGE_BYTES = 4096
 
 
-def low_bit_copy(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with matrices of more than 4.5 bits per weight at 4.5, in a virtual file."""
-    path = f"{checkpoint.path}[{COPY_TYPES[0]}]"
+def low_bit_copy(checkpoint: Checkpoint, types: Sequence[str] = COPY_TYPES) -> Checkpoint:
+    """The checkpoint with matrices of more than 4.5 bits per weight at 4.5, in a virtual file. `types`: as `COPY_TYPES`."""
+    path = f"{checkpoint.path}[{types[0]}]"
     tensors: dict[str, Tensor] = {}
     offset = 0
     for name, tensor in checkpoint.tensors.items():
-        type_name = next((kind for kind in COPY_TYPES if _shrinks(tensor, kind)), None)
+        type_name = next((kind for kind in types if _shrinks(tensor, kind)), None)
         if type_name is None:
             tensors[name] = tensor
             continue

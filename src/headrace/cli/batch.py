@@ -112,7 +112,7 @@ def _size(
 
     if settings.parallel:
         return replace(run_config, sequences=settings.parallel, kv_tokens=kv_tokens_of(settings.parallel))
-    options = drafting_options(checkpoint, settings.draft)
+    options = drafting_options(checkpoint, settings.draft, profile)
     return choose_sequences(checkpoint, profile, budget, run_config, options, len(requests), kv_tokens_of)
 
 

@@ -167,7 +167,9 @@ def plan_command(
     )
     budget = budget_of(memory)
     profile = load_profile() or guessed_profile()
-    drafting, why = choose_drafting(checkpoint, profile, budget, run_config, drafting_options(checkpoint, draft))
+    drafting, why = choose_drafting(
+        checkpoint, profile, budget, run_config, drafting_options(checkpoint, draft, profile)
+    )
     plan = make_plan(checkpoint, profile, budget, replace(run_config, drafting=drafting))
     plan = replace(plan, reasons=(*plan.reasons, why))
     timeline = pipeline(plan)

@@ -82,7 +82,7 @@ def run_command(
     run_config = replace(_run_config(checkpoint, text, None, max_tokens, ctx_size), kv_bits=kv_bits)
     profile = profile_for(model, say=not quiet)
     budget = budget_of(memory)
-    drafting, _ = choose_drafting(checkpoint, profile, budget, run_config, drafting_options(checkpoint, draft))
+    drafting, _ = choose_drafting(checkpoint, profile, budget, run_config, drafting_options(checkpoint, draft, profile))
     plan = make_plan(checkpoint, profile, budget, replace(run_config, drafting=drafting))
     if not quiet:
         show.note(plan.line())

@@ -286,9 +286,13 @@ class WeightStream(AbstractContextManager["WeightStream"]):
         unit = load.unit
         file = self._files[unit.tensor.path]
         with self._readers.reading(unit.tensor.name):
-            count = unit.length
-            if not self._map(file, load):
-                count = file.read(unit.start, self._target(load), unit.needed)
+            mapped = (
+                load.arena is self._pinned
+                and unit.at is not None
+                and self._maps(unit.tensor)
+                and file.map(unit.start, self._pinned, unit.at, unit.length, unit.needed)
+            )
+            count = unit.length if mapped else file.read(unit.start, self._target(load), unit.needed)
         with self._readers.arrived:
             self._readers.came(count)
             if load.number is None:
@@ -296,14 +300,6 @@ class WeightStream(AbstractContextManager["WeightStream"]):
             else:
                 self._filled.add(load.number)
             self._readers.wake()
-
-    def _map(self, file: File, load: _Load) -> bool:
-        """Map a unit that is pinned and never written. False: it must be read."""
-        unit = load.unit
-        if load.arena is not self._pinned or not self._maps(unit.tensor):
-            return False
-        assert unit.at is not None
-        return file.map(unit.start, self._pinned, unit.at, unit.length, unit.needed)
 
     def _target(self, load: _Load) -> memoryview:
         unit = load.unit
