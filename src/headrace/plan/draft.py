@@ -8,7 +8,7 @@ tokens and takes `k * draft_token_s + cost(1 + k rows)`. The rates below are fit
 16 draft tokens (chat prompts of code and prose). At run time the engine replaces them by its own counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def drafting_options(checkpoint: Checkpoint, name: str, profile: Profile | None 
 
 def _copy(checkpoint: Checkpoint, profile: Profile | None) -> Drafting:
     """A low-bit copy: in Q4_0, which is made in less than half the time, where it is multiplied as fast as Q4_K."""
-    types = COPY_TYPES
+    types: Sequence[str] = COPY_TYPES
     if profile is not None and "Q4_0" in profile.repacked_weights_per_s:
         q4_0, q4_k = (profile.kernel(kind, 1, repacked=True) for kind in ("Q4_0", "Q4_K"))
         types = ("Q4_0",) if q4_0 > 0.9 * q4_k else COPY_TYPES
