@@ -1,7 +1,6 @@
 """Imports go one way, and what plans or reads headers never waits for torch."""
 
 import ast
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,22 +69,3 @@ def test_planning_and_headers_do_not_import_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    "program", ["import headrace; headrace.load", "from headrace import slim_import; slim_import.library()"]
-)
-@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_threads_of_torch_sleep_unless_the_user_chose_otherwise(program: str, chosen: str | None) -> None:
-    """OpenMP itself says so. Programs started afterwards do not inherit it."""
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
-    found = subprocess.run(
-        [sys.executable, "-c", f"{program}; import os; print(os.environ.get('OMP_WAIT_POLICY'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
-    assert f"OMP_WAIT_POLICY = '{chosen or 'PASSIVE'}'" in found.stderr
-    assert found.stdout.strip() == str(chosen)

@@ -46,7 +46,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module `headrace` has no attribute `{name}`")
     from importlib import import_module
 
-    from headrace.process import openmp_threads_sleep
-
-    with openmp_threads_sleep():
-        return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_HOMES[name]), name)

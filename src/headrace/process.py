@@ -4,8 +4,7 @@ import ctypes
 import gc
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from headrace.errors import UsageError
@@ -54,25 +53,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
         libc.mallopt(top_pad, 16 << 20)
         libc.mallopt(mmap_threshold, 4 << 20)
-
-
-@contextmanager
-def openmp_threads_sleep() -> Iterator[None]:
-    """Import torch within this: its threads then sleep after each operation, unless the user has chosen otherwise.
-
-    By default they spin for milliseconds, on the cores that ggml's threads need next: a prompt of 64 tokens took 1.7 times as
-    long, one of 512 tokens 1.2 times. OpenMP reads the variable once, when torch is imported. Programs started later do not
-    inherit it.
-    """
-    name = "OMP_WAIT_POLICY"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "PASSIVE"
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
 
 
 def not_after_a_fork() -> None:

@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 from headrace.limits import check_address_space
-from headrace.process import openmp_threads_sleep
 
 _COMPILER = "torch._dynamo"
 _DECORATORS = ("disable", "allow_in_graph", "assume_constant_result")
@@ -28,11 +27,6 @@ _MODULES = ("modeling_utils", "masking_utils", "generation.utils", "models.auto.
 def library() -> ModuleType:
     """Import `headrace.api`, slim if transformers is not imported yet. Raises the errors of `limits.check_address_space`."""
     check_address_space()
-    with openmp_threads_sleep():
-        return _library()
-
-
-def _library() -> ModuleType:
     if "transformers" not in sys.modules and _COMPILER not in sys.modules:
         sys.meta_path.insert(0, _FINDER)
         try:
