@@ -87,7 +87,7 @@ def test_every_pass_delivers_every_byte(
 
 
 def test_mapped_rows_are_pages_of_the_file(tmp_path: Path) -> None:
-    """Those of one tensor here; the others are copies."""
+    """One tensor is mapped here, the others are copies."""
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     with WeightStream(layout_of(tensors, 1.0, 9000), slots=1, readers=2, maps=lambda t: t.name == "t1") as stream:
         assert read_pass(stream) == contents
