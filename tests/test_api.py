@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from tiny import random_model, write_gguf
 
 import headrace
+import headrace.api
 from headrace.cli import main
 from headrace.engine.timeline import PassLog, PassStats
 from headrace.errors import BudgetError, ContextError, UsageError
@@ -96,6 +97,17 @@ def test_long_prompts_are_prefilled_in_several_passes(tiny_llama: Path, measured
         whole = large.generate(prompt, max_tokens=3, sampling=GREEDY, raw=True)
         assert large.passes[0].rows == whole.prompt_tokens
     assert chunked.prompt_tokens == whole.prompt_tokens
+
+
+@pytest.mark.parametrize("maps", [True, False])
+def test_pinned_rows_are_mapped_if_the_plan_says_so(
+    tiny_llama: Path, profile: Profile, maps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = headrace.api.make_plan
+    monkeypatch.setattr(headrace.api, "make_plan", lambda *a, **more: replace(plan(*a, **more), map_pinned=maps))
+    with headrace.load(tiny_llama, memory="4GiB", context_tokens=64, draft=None, profile=profile) as model:
+        model.generate("hello", max_tokens=2, sampling=GREEDY, raw=True)
+        assert (str(tiny_llama) in Path("/proc/self/maps").read_text()) == maps
 
 
 def test_progress_is_reported_during_prefill(model: headrace.Model) -> None:

@@ -156,13 +156,13 @@ def test_a_buffer_is_reused_when_its_tensor_and_views_are_gone() -> None:
 
 
 def test_pooled_allocation_changes_no_result_and_needs_few_buffers() -> None:
-    x, weight = torch.randn(1, 700, 512), torch.randn(512)
+    x, weight, order = torch.randn(1, 700, 512), torch.randn(512), torch.randperm(512)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         y = torch.rms_norm(x, (512,), weight, 1e-5)
         heads = y.view(1, 700, 8, 64).transpose(1, 2)
         rotated = torch.cat((-heads[..., 32:], heads[..., :32]), -1) * heads
-        return x + torch.nn.functional.silu(rotated.transpose(1, 2).reshape(x.shape)) * y
+        return x + torch.nn.functional.silu(rotated.transpose(1, 2).reshape(x.shape)) * y.index_select(-1, order)
 
     with torch.inference_mode():
         expected = x
@@ -172,6 +172,7 @@ def test_pooled_allocation_changes_no_result_and_needs_few_buffers() -> None:
         with pooled:
             for _ in range(6):
                 found = layer(found)
+            assert pooled._pool.owns(x.index_select(-1, order))
     assert torch.equal(found, expected)
     assert pooled._pool.owns(found)
     assert sum(map(len, pooled._pool._buffers.values())) <= 8

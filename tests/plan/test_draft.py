@@ -84,6 +84,14 @@ def test_auto_drafts_if_disk_bound_and_not_if_everything_fits() -> None:
     assert ample.name == "none"
 
 
+def test_pinned_rows_are_mapped_if_others_are_streamed_or_copies_are_repacked() -> None:
+    target = model(layers=16, heads=16, kind="Q4_K")
+    repacked = replace(MEASURED, repacked_weights_per_s={"Q4_K": {"1": 60e9, "4": 20e9, "16": 8e9}})
+    assert make_plan(target, MEASURED, budget_of(900 * MIB), REQUEST).map_pinned
+    assert not make_plan(target, MEASURED, budget_of(20 * GIB), REQUEST).map_pinned
+    assert make_plan(target, repacked, budget_of(20 * GIB), REQUEST).map_pinned
+
+
 @pytest.mark.parametrize(("rate", "kind"), [(0.8, "Q4_K"), (1.0, "Q4_0")])
 def test_a_low_bit_copy_has_the_format_that_is_made_fastest_if_it_is_multiplied_as_fast(rate: float, kind: str) -> None:
     target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)

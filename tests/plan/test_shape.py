@@ -19,8 +19,10 @@ from headrace.plan import (
     guessed_profile,
     make_plan,
 )
+from headrace.plan.cost import layer_seconds, layers_of
 from headrace.plan.draft import NO_DRAFT
 from headrace.plan.shape import Built, shape_of
+from headrace.probe import small_model
 
 
 @pytest.mark.parametrize(
@@ -116,3 +118,16 @@ def test_a_plan_names_sparse_attention_that_is_computed_densely(tmp_path: Path) 
         ]
     }
     assert said == {512: False, 2048: True}
+
+
+def test_further_rows_of_a_wider_model_take_longer_outside_the_matmuls(tmp_path: Path) -> None:
+    """In proportion to the results of its matmuls; the first row does not."""
+    layers = []
+    for hidden in (256, 512):
+        checkpoint = small_model(tmp_path / f"{hidden}.gguf", layers=2, hidden=hidden, feed_forward=4 * hidden)
+        layers.append(layers_of(shape_of(checkpoint)))
+    one, further = ([layer_seconds(guessed_profile(), each, rows) for each in layers] for rows in (1, 17))
+    assert one[1] == one[0]
+    assert further[1] - one[1] == pytest.approx(2 * (further[0] - one[0]))
+    probed = small_model(tmp_path / "probed.gguf", layers=2)
+    assert layers_of(shape_of(probed)) == (2, 1)

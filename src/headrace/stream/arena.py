@@ -14,22 +14,26 @@ from headrace.limits import explained
 PAGE_BYTES = 4096
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; `mmap` has no names for them
 _MAP_FIXED = 0x10  # the same on all processors of Linux
-_CANNOT_MAP = (
-    errno.ENODEV,
-    errno.EACCES,
-    errno.EINVAL,
-    errno.ENOMEM,
-    errno.EPERM,
-)  # errors of a file system without mmap
+# Errors of a file that cannot be mapped, or of a process with too many mappings: such rows are read.
+_CANNOT_MAP = (errno.ENODEV, errno.EACCES, errno.EINVAL, errno.ENOMEM, errno.EPERM)
 
-_LIBC: Any = None
-with suppress(OSError, AttributeError):  # by libc: unlike `mmap`, its functions run beside other threads
-    if sys.platform == "linux":
-        _LIBC = ctypes.CDLL(None, use_errno=True)
-        _LIBC.mmap.restype = ctypes.c_void_p
-        _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_int64]
-        _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        _LIBC.readahead.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_size_t]
+
+def _bind_libc() -> Any:
+    """libc's functions, which release the GIL; None where they are missing."""
+    if sys.platform != "linux":
+        return None
+    try:
+        libc: Any = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_int64]
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        libc.readahead.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_size_t]
+    except (OSError, AttributeError):
+        return None
+    return libc
+
+
+_LIBC = _bind_libc()
 
 
 def _madvise(address: int, nbytes: int, advice: int) -> int:
@@ -100,7 +104,8 @@ class Arena:
             raise OSError(failed, os.strerror(failed))
         failed = _madvise(address, nbytes, _MADV_POPULATE_READ)
         if failed:
-            raise OSError(errno.EIO if failed == errno.EFAULT else failed, os.strerror(errno.EIO))
+            failed = errno.EIO if failed == errno.EFAULT else failed  # a page that the disk did not give
+            raise OSError(failed, os.strerror(failed))
         return True
 
     def give_back(self) -> None:
