@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from time import process_time
 
 import pytest
 import torch
@@ -29,10 +28,8 @@ def test_every_causal_model_of_transformers_is_a_case_or_has_a_reason() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_model_is_tiny_and_quick_to_build(name: str) -> None:
-    started = process_time()
+def test_a_model_is_tiny_and_finite(name: str) -> None:
     model = tiny_model(name)
-    assert process_time() - started < 1.5
     assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
 

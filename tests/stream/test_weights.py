@@ -266,14 +266,14 @@ def test_a_read_that_never_came_back_cannot_write_into_later_passes(tmp_path: Pa
     """It may still end, into memory that others have by then; so the stream stays unusable."""
     tensors, _ = make_file(tmp_path / "w", SHAPES)
     silence = threading.Event()
-    options = {"file_of": faulty(lambda: void(silence.wait(20))), "stall_limit_s": 0.2}
+    ended: list[bool] = []  # reads that came back
+    options = {"file_of": faulty(lambda: ended.append(silence.wait(20))), "stall_limit_s": 0.2}
     stream = WeightStream(layout_of(tensors, 0.3, 9000), slots=3, readers=2, **options)  # type: ignore[arg-type]
     with pytest.raises(ReadError, match="delivered nothing"):
         for _ in range(3):
             read_pass(stream)
-    start = time.monotonic()
     stream.rewind()
-    assert time.monotonic() - start < 1  # for all readers together
+    assert not ended  # it did not wait for the read
     for _ in range(2):
         with pytest.raises(ReadError, match="not come back"):
             read_pass(stream)
