@@ -2,9 +2,9 @@
 
     python benchmarks/architectures.py [--llama DIR] [ARCHITECTURE ...]
 
-The files are those of the tests (tests/tiny.py), written in fp32 as llama.cpp's converter would write the model. The tests
-compare them with the transformers model behind them, which cannot show mistakes of the writer; llama.cpp can.
-Two windows of 128 tokens of which the second half is scored, all in fp32.
+The files are those of the tests (tests/support/zoo/gguf_files.py), written in fp32 as llama.cpp's converter would write
+the model. The tests compare them with the transformers model behind them, which cannot show mistakes of the writer;
+llama.cpp can. Two windows of 128 tokens of which the second half is scored, all in fp32.
 """
 
 import argparse
@@ -21,13 +21,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from tiny import FAMILIES, Family, random_model, write_gguf  # type: ignore[import-not-found]
-
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
 from headrace.engine.model_weights import StreamOptions
 from headrace.kernels import Kernels
 from headrace.model import Tokenizer
+from support.zoo.gguf_files import FAMILIES, Family, random_model, write_gguf  # type: ignore[import-not-found]
 
 WINDOW, WINDOWS = 128, 2
 # (config, metadata) that llama.cpp requires, or the only variant it supports; the test's file differs there.

@@ -1,4 +1,6 @@
-"""Write docs/architectures.md: every architecture of tests/corpus.py, run against transformers. A test checks its words.
+"""Write docs/architectures.md: every architecture of tests/support/zoo/folders.py, run against transformers.
+
+A test checks its words.
 
 python docs/make_architectures.py
 """
@@ -11,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
-from corpus import CASES, REFUSED  # noqa: E402
-from parity import Outcome, kind_of, outcome_of  # noqa: E402
+from support.parity import Outcome, outcome_of  # noqa: E402
+from support.zoo.folders import CASES, REFUSED  # noqa: E402
 
 TARGET = Path(__file__).parent / "architectures.md"
 HEAD = """# Architectures
@@ -102,7 +104,7 @@ These language models of transformers do not run here. Half of an encoder-decode
 
 def row(name: str, outcome: Outcome) -> str:
     """A line of the table without its last column."""
-    return f"| {name} | {kind_of(name)} | {outcome.way} | {'equal' if outcome.same else 'differs'} |"
+    return f"| {name} | {CASES[name].kind} | {outcome.way} | {'equal' if outcome.same else 'differs'} |"
 
 
 def page() -> str:

@@ -16,9 +16,8 @@ settings.register_profile("reproducible", derandomize=True)
 if not os.environ.get("HEADRACE_FUZZ"):
     settings.load_profile("reproducible")
 
-from tiny import random_model, write_gguf
-
 from headrace.plan import Profile, guessed_profile
+from support.zoo.gguf_files import random_model, write_gguf
 
 gc.freeze()  # each load collects garbage, and scanning the modules' objects took 0.3 s each time
 

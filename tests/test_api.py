@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import random_model, write_gguf
 
 import headrace
 import headrace.api
@@ -22,6 +21,7 @@ from headrace.plan import Profile
 from headrace.sampling_params import recommended
 from headrace.stream import Arena
 from headrace.units import MIB
+from support.zoo.gguf_files import random_model, write_gguf
 
 GREEDY = headrace.SamplingParams(temperature=0)
 

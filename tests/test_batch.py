@@ -20,6 +20,7 @@ from headrace.errors import HeadraceError
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 from headrace.units import MIB
+from support.command import COMMAND
 
 
 def line(custom_id: str, prompt: str = "hello", **body: Any) -> dict[str, Any]:
@@ -260,7 +261,7 @@ def test_killed_at_any_moment_it_goes_on_without_loss_or_repetition(tiny_llama: 
     count = 30
     source = write(tmp_path / "in.jsonl", [line(f"r{i}", f"number {i}", max_tokens=30) for i in range(count)])
     target = tmp_path / "out.jsonl"
-    command = [sys.executable, "-c", "from headrace.cli import main; main()", "batch", str(source), str(target)]
+    command = [*COMMAND, "batch", str(source), str(target)]
     command += ["-m", str(tiny_llama), "--memory", "2GiB", "--parallel", "2", "-q"]
     kills = 0
     for results_before_kill in (1, 9, 20):

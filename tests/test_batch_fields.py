@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from llama_cpp import LlamaVocabulary
-from scripted import CHATML, byte_level, in_turn, write_scripted
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from headrace.cli import main
 from headrace.plan import guessed_profile
 from headrace.plan.profile import save_profile
 from headrace.units import MIB
+from support.llama_cpp import LlamaVocabulary
+from support.zoo.scripted import CHATML, byte_level, in_turn, write_scripted
 
 pytestmark = pytest.mark.zoo
 

@@ -9,7 +9,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,12 +17,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from scripted import CHATML, byte_level, in_turn, write_scripted
 
 from headrace.cli import main
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 from headrace.units import GIB, MIB
+from support.command import COMMAND
+from support.zoo.scripted import CHATML, byte_level, in_turn, write_scripted
 
 VOCABULARY = byte_level()
 LETTERS = [VOCABULARY["tokens"].index(chr(ord("a") + i)) for i in range(26)]
@@ -336,8 +336,7 @@ def command(source: Path, target: Path, model: Path) -> "subprocess.CompletedPro
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (3 * GIB, 3 * GIB))
 
-    start = [sys.executable, "-c", "from headrace.cli import main; main()"]
-    given = [*start, *arguments(source, target, model, "-q")]
+    given = [*COMMAND, *arguments(source, target, model, "-q")]
     return subprocess.run(given, capture_output=True, text=True, timeout=20, preexec_fn=limit)
 
 

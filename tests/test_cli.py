@@ -1,4 +1,4 @@
-"""The command as a user runs it: a second process, exit codes, stdout for data and stderr for messages."""
+"""The command as a user runs it: exit codes, stdout for data and stderr for messages; in a second process where that counts."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from tiny import random_model, write_gguf
 
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 from headrace.units import MIB
+from support.command import COMMAND, headrace, second_process
+from support.zoo.gguf_files import random_model, write_gguf
 
-COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 ROOMY = "2GiB"
 
 
@@ -29,12 +29,6 @@ def probed(own_home: None, profile: Profile) -> None:
     save_profile(replace(profile, runtime_bytes=440 * MIB, disk_bytes_per_s={"0": 2e9}))
 
 
-def headrace(*arguments: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=120, env={**os.environ, **more}
-    )
-
-
 def heed_interrupts() -> None:
     """Restore Ctrl-C: background jobs of bash start with it ignored, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -42,7 +36,7 @@ def heed_interrupts() -> None:
 
 def test_run_prints_the_answer_to_stdout_and_the_rest_to_stderr(tiny_llama: Path) -> None:
     result = headrace("run", str(tiny_llama), "hello", "--memory", ROOMY, "-n", "5", "-t", "0")
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert result.stdout.endswith("\n")
     assert "pinned" in result.stderr
     assert "per token" in result.stderr
@@ -50,14 +44,14 @@ def test_run_prints_the_answer_to_stdout_and_the_rest_to_stderr(tiny_llama: Path
 
 
 def test_json_is_one_object_with_everything_measured(tiny_llama: Path) -> None:
-    result = headrace("run", str(tiny_llama), "hello", "--memory", ROOMY, "-n", "5", "-t", "0", "--json", "-q")
+    result = second_process("run", tiny_llama, "hello", "--memory", ROOMY, "-n", "5", "-t", "0", "--json", "-q")
     assert result.stderr == ""
     answer = json.loads(result.stdout)
     assert answer["usage"]["completion_tokens"] == answer["usage"]["total_tokens"] - answer["usage"]["prompt_tokens"]
     assert answer["timings"]["passes"] >= answer["usage"]["completion_tokens"]
     assert answer["memory"]["peak_bytes"] < answer["memory"]["budget_bytes"]
     assert answer["plan"]["binding"] in ("disk", "compute")
-    assert answer["finish_reason"] in ("stop", "length")
+    assert answer["finish_reason"] == ("length" if answer["usage"]["completion_tokens"] == 5 else "stop")
 
 
 def test_the_prompt_may_come_from_stdin_or_a_file(tiny_llama: Path, tmp_path: Path) -> None:
@@ -76,8 +70,8 @@ def test_streaming_and_a_budget_at_the_floor_give_the_same_text(tiny_llama: Path
     plan = json.loads(headrace("plan", str(tiny_llama), "--memory", ROOMY, "--json").stdout)
     floor = plan["memory"]["floor_bytes"] + 2 * MIB
     options = ("-n", "8", "-t", "0", "--json", "-q", "--raw")  # short enough for the decode path alone
-    roomy = json.loads(headrace("run", str(tiny_llama), "hello", "--memory", ROOMY, *options).stdout)
-    tight = json.loads(headrace("run", str(tiny_llama), "hello", "--memory", str(floor), *options).stdout)
+    roomy = json.loads(second_process("run", str(tiny_llama), "hello", "--memory", ROOMY, *options).stdout)
+    tight = json.loads(second_process("run", str(tiny_llama), "hello", "--memory", str(floor), *options).stdout)
     assert tight["text"] == roomy["text"]
     assert tight["memory"]["peak_bytes"] <= floor
 
@@ -128,7 +122,7 @@ def test_bad_input_gets_a_message_and_the_right_exit_code(
     filled = [a.format(model=tiny_llama, text=tmp_path / "text.gguf") for a in arguments]
     result = headrace(*filled)
     assert words in result.stderr
-    assert result.returncode == code
+    assert result.exit_code == code
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
 
@@ -148,19 +142,15 @@ def test_control_c_ends_the_answer_with_130(tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, BrokenPipeError])
-def test_ctrl_c_and_a_closed_pipe_have_their_own_exit_codes(raised: type[BaseException]) -> None:
-    code = f"""
-import headrace.cli.forecast
-def interrupted(*_):
-    raise {raised.__name__}
-headrace.cli.forecast.tables_command = interrupted
-from headrace.cli import main
-main()
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code, "tables", "models"], capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == (130 if raised is KeyboardInterrupt else 0)
+def test_ctrl_c_and_a_closed_pipe_have_their_own_exit_codes(
+    raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("headrace.cli.forecast.tables_command", interrupted)
+    result = headrace("tables", "models")
+    assert result.exit_code == (130 if raised is KeyboardInterrupt else 0)
     assert "Traceback" not in result.stderr
 
 
@@ -237,7 +227,7 @@ def test_a_draft_changes_nothing_but_the_passes(tiny_llama: Path) -> None:
         draft: headrace("run", str(tiny_llama), *options, "--draft", draft)
         for draft in ("none", "prompt", str(tiny_llama))
     }
-    assert [result.returncode for result in answers.values()] == [0, 0, 0]
+    assert [result.exit_code for result in answers.values()] == [0, 0, 0]
     found = {draft: json.loads(result.stdout) for draft, result in answers.items()}
     assert len({answer["text"] for answer in found.values()}) == 1
     drafted = found[str(tiny_llama)]
@@ -258,7 +248,7 @@ def test_the_plan_compares_drafting_options(tiny_llama: Path) -> None:
 
 def test_a_draft_that_does_not_exist_is_a_usage_error(tiny_llama: Path) -> None:
     result = headrace("plan", str(tiny_llama), "--memory", ROOMY, "--draft", "nowhere.gguf")
-    assert result.returncode == 2
+    assert result.exit_code == 2
     assert "no draft model" in result.stderr
 
 
@@ -269,7 +259,7 @@ def test_batch_reports_its_progress(tiny_llama: Path, tmp_path: Path) -> None:
     result = headrace(
         "batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "-m", str(tiny_llama), "--memory", ROOMY
     )
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert "3 of 3 done" in result.stderr
     assert "tok/s" in result.stderr
 
@@ -277,12 +267,12 @@ def test_batch_reports_its_progress(tiny_llama: Path, tmp_path: Path) -> None:
 def test_run_and_bench_keep_records_and_bench_compares_with_the_plan(tiny_llama: Path, tmp_path: Path) -> None:
     page = tmp_path / "bench.html"
     result = headrace("bench", str(tiny_llama), "--memory", ROOMY, "-n", "6", "--draft", "none", "--html", str(page))
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert "reached" in result.stdout
     assert "measured, the last pass" in result.stdout
     assert "measured:" in page.read_text()
     again = headrace("run", str(tiny_llama), "hello", "--memory", ROOMY, "-n", "4", "-t", "0", "-q")
-    assert again.returncode == 0, again.stderr
+    assert again.exit_code == 0, again.stderr
     records = (Path(os.environ["HEADRACE_HOME"]) / "runs.jsonl").read_text().splitlines()
     assert len(records) == 2
     assert json.loads(records[0])["passes"][0]["count"] >= 4
@@ -291,5 +281,5 @@ def test_run_and_bench_keep_records_and_bench_compares_with_the_plan(tiny_llama:
 def test_bench_runs_an_moe_model(tmp_path: Path) -> None:
     model = write_gguf(random_model("mixtral"), "mixtral", tmp_path / "moe.gguf", "Q8_0")
     result = headrace("bench", str(model), "--memory", ROOMY, "-n", "4", "--draft", "none")
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert "reached" in result.stdout

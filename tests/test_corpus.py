@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus import ALIASES, CASES, REFUSED, WRAPPERS, tiny_model, write_folder
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from support.zoo.folders import ALIASES, CASES, REFUSED, WRAPPERS, tiny_model, write_folder
 
 pytestmark = pytest.mark.zoo
 

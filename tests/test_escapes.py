@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from scripted import byte_level, write_scripted
 
 from headrace.cli import main
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
+from support.zoo.scripted import byte_level, write_scripted
 
 pytestmark = pytest.mark.zoo
 

@@ -1,15 +1,11 @@
-"""Folders and MoE models as a user runs them: the command in a second process, and the library."""
+"""Folders and MoE models as a user runs them: the command, and the library."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from corpus import VOCAB, tiny_model, write_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import headrace as library
@@ -17,10 +13,12 @@ from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 from headrace.sampling_params import SamplingParams
 from headrace.units import MIB
+from support.command import headrace, second_process
+from support.hub import StandIn, serve
+from support.zoo.folders import VOCAB, tiny_model, write_folder
 
 pytestmark = pytest.mark.zoo
 
-COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 ROOMY = "2GiB"
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -58,18 +56,12 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_of("qwen3_next", tmp_path_factory.mktemp("folders") / "hybrid")
 
 
-def headrace(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments], input="", capture_output=True, text=True, timeout=120, env={**os.environ, **more}
-    )
-
-
 def test_an_moe_model_runs_from_its_folder_and_reports_its_expert_cache(moe_model: Path) -> None:
     planned = headrace("plan", str(moe_model), "--memory", ROOMY, "--json")
-    assert planned.returncode == 0, planned.stderr
+    assert planned.exit_code == 0, planned.stderr
     experts = json.loads(planned.stdout)["experts"]
     assert experts["total"] == experts["slots"]
-    result = headrace("run", str(moe_model), "hello", "--memory", ROOMY, "-n", "6", "-t", "0", "--json", "-q")
+    result = second_process("run", moe_model, "hello", "--memory", ROOMY, "-n", "6", "-t", "0", "--json", "-q")
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["usage"]["completion_tokens"] <= 6
@@ -134,21 +126,18 @@ def test_a_hybrid_runs_one_sequence_at_a_time_and_continues_a_conversation(hybri
 
 
 def test_a_model_at_the_hub_is_planned_from_its_headers_and_run_by_its_name(tiny_llama: Path, tmp_path: Path) -> None:
-    sys.path.insert(0, str(Path(__file__).parent / "hub"))
-    from standin import StandIn, serve
-
     hub = StandIn()
     server = serve(hub)
     padded = tiny_llama.read_bytes()
     hub.add("org/tiny", {"tiny-Q8_0.gguf": padded})
     where = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1,localhost"}
     try:
-        planned = headrace("plan", "org/tiny", "--memory", ROOMY, "--json", **where)
+        planned = second_process("plan", "org/tiny", "--memory", ROOMY, "--json", **where)
         assert planned.returncode == 0, planned.stderr
         assert not list((tmp_path / "hf").rglob("*.gguf"))  # only headers were fetched
-        first = headrace("run", "org/tiny", "hello", "--memory", ROOMY, "-n", "4", "-t", "0", **where)
+        first = second_process("run", "org/tiny", "hello", "--memory", ROOMY, "-n", "4", "-t", "0", **where)
         assert first.returncode == 0, first.stderr
-        again = headrace(
+        again = second_process(
             "run", "org/tiny", "hello", "--memory", ROOMY, "-n", "4", "-t", "0", HF_HUB_OFFLINE="1", **where
         )
         assert again.stdout == first.stdout

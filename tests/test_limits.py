@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from scripted import byte_level, in_turn, write_scripted
 
 import headrace
 from headrace.cli import main
@@ -24,10 +23,11 @@ from headrace.errors import HeadraceError
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 from headrace.units import MIB
+from support.command import COMMAND
+from support.zoo.scripted import byte_level, in_turn, write_scripted
 
 pytestmark = pytest.mark.zoo
 
-COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 # Names of the limits: the option of ulimit, the constant, and words.
 NAMES = {
     resource.RLIMIT_NPROC: ("ulimit -u", "RLIMIT_NPROC", "limit of processes", "limit of threads"),

@@ -18,11 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bounded import FINE, described, faults, verdict
 from click.testing import CliRunner
-from corpus import tiny_model, write_folder
-from scripted import CHATML, byte_level, write_scripted
-from tiny import random_model, write_gguf
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -33,6 +29,10 @@ from headrace.plan import guessed_profile
 from headrace.plan.record import PassGroup, RunRecord
 from headrace.plan.routing import Routing, routing_path, save_routing
 from headrace.units import GIB, MIB
+from support.bounded import FINE, described, faults, verdict
+from support.zoo.folders import tiny_model, write_folder
+from support.zoo.gguf_files import random_model, write_gguf
+from support.zoo.scripted import CHATML, byte_level, write_scripted
 
 pytestmark = pytest.mark.zoo
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 from click.testing import CliRunner, Result
-from scripted import byte_level, write_scripted
 
 import headrace
 from headrace.cli import main
 from headrace.errors import HeadraceError
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
+from support.zoo.scripted import byte_level, write_scripted
 
 pytestmark = pytest.mark.zoo
 

@@ -1,20 +1,18 @@
 """Real models: Gemma 3 270M and Qwen2.5-Coder 0.5B, against transformers' own loader, which dequantises to fp32."""
 
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from models import HOME, SOURCES
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
-from headrace.engine.model_weights import StreamOptions
-from headrace.kernels import Kernels, ReferenceKernels
+from headrace.kernels import Backend, ReferenceKernels
 from headrace.model import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from models import HOME, SOURCES
+from support.comparison import divergences
+from support.engines import build_engine
 
 PROMPTS = {
     "gemma-3-270m": "The water wheel is one of the oldest machines. It",
@@ -46,18 +44,8 @@ def oracle(name: str) -> tuple[list[int], list[int], torch.Tensor, object]:
     return prompt, tokens[len(prompt) :].tolist(), logits, tokenizer
 
 
-def engine_of(name: str, share: float, kernels: Kernels | ReferenceKernels | None = None) -> Engine:
-    checkpoint = open_checkpoint(path_of(name))
-    pinned = {tensor.name: int(share * tensor.rows) for tensor in checkpoint.tensors.values()}
-    options = StreamOptions(pinned_rows=pinned, unit_bytes=2 << 20, slots=8, readers=3)
-    return Engine(checkpoint, options, kernels or Kernels(2))
-
-
-def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """KL divergence of each row, from theirs to ours."""
-    return torch.nn.functional.kl_div(
-        ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1)
+def engine_of(name: str, share: float, backend: Backend | None = None) -> Engine:
+    return build_engine(path_of(name), backend, share=share, options={"unit_bytes": 2 << 20, "slots": 8, "readers": 3})
 
 
 @pytest.mark.parametrize("name", sorted(PROMPTS))
@@ -70,7 +58,7 @@ def test_with_reference_kernels_tokens_and_logits_equal_transformers_fp32(name: 
     ours = torch.cat(rows)
 
     # Only keys and values are rounded, to fp16: 5e-7 was measured for Gemma.
-    assert divergence(ours, logits[: len(ours)]).max() < 1e-4
+    assert divergences(ours, logits[: len(ours)]).max() < 1e-4
     assert ours[len(prompt) - 1 :].argmax(-1).tolist() == expected[:5]
 
 
@@ -86,7 +74,7 @@ def test_with_ggml_the_divergence_is_that_of_8_bit_activations(name: str, limit:
         # The prefill path dequantises to bf16 and keeps the activations: the prompt once more, in one pass.
         prefill = engine.step([Rows(cache=engine.new_cache(128), tokens=tokens, logits=len(tokens))])
     theirs = logits[: len(ours)]
-    decode_kl, prefill_kl = divergence(ours, theirs).mean(), divergence(prefill, theirs).mean()
+    decode_kl, prefill_kl = divergences(ours, theirs).mean(), divergences(prefill, theirs).mean()
     print(f"{name}: mean KL {decode_kl:.1e} row by row, {prefill_kl:.1e} in one pass")
     assert decode_kl < limit
     assert prefill_kl < 1e-3

@@ -8,9 +8,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from by_position import SAID, write_alphabet
 from click.testing import CliRunner
-from scripted import NORMAL, byte_level, in_turn, write_scripted
 
 import headrace
 import headrace.api
@@ -19,6 +17,8 @@ from headrace.cli import main
 from headrace.errors import HeadraceError, UsageError
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
+from support.zoo.by_position import SAID, write_alphabet
+from support.zoo.scripted import NORMAL, byte_level, in_turn, write_scripted
 
 GREEDY = headrace.SamplingParams(temperature=0)
 VOCABULARY = byte_level(more=[("hello", NORMAL)])

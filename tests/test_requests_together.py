@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from by_position import SAID, write_alphabet
-from test_threads import Pause, Task
 
 import headrace
 from headrace.engine.request import Event, Progress, RequestError
 from headrace.errors import ContextError, ReadError, UsageError
 from headrace.plan import Profile
 from headrace.stream import WeightFile
+from support.zoo.by_position import SAID, write_alphabet
+from test_threads import Pause, Task
 
 GREEDY = headrace.SamplingParams(temperature=0)
 

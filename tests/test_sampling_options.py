@@ -5,9 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from by_position import write_says
 from click.testing import CliRunner, Result
-from scripted import CHATML, NORMAL, byte_level
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import headrace
@@ -16,6 +14,8 @@ from headrace.errors import UsageError
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 from headrace.units import MIB
+from support.zoo.by_position import write_says
+from support.zoo.scripted import CHATML, NORMAL, byte_level
 
 VOCABULARY = byte_level()
 NUMBER = VOCABULARY["tokens"].index

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from by_position import write_says
 from click.testing import CliRunner
-from scripted import CHATML, NORMAL, USER_DEFINED, byte_level
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import headrace
 from headrace.cli import main
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
+from support.zoo.by_position import write_says
+from support.zoo.scripted import CHATML, NORMAL, USER_DEFINED, byte_level
 
 pytestmark = pytest.mark.zoo
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,18 +10,18 @@ from typing import IO, TypeAlias
 
 import pytest
 from click.testing import CliRunner
-from scripted import NORMAL, byte_level, in_turn, write_scripted
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from headrace.cli import main
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
+from support.command import COMMAND
+from support.zoo.scripted import NORMAL, byte_level, in_turn, write_scripted
 
 pytestmark = pytest.mark.zoo
 
 Broken: TypeAlias = Callable[[], AbstractContextManager[IO[str]]]
 
-COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 ANSWER = "caf\u00e9 \u20ac\u2192\U0001f600"  # only the first word is in Latin-1
 REQUEST = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "h", "max_tokens": 4}}
 # Commands that run no model.

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from by_position import SAID, write_alphabet
 
 import headrace
 from headrace.errors import HeadraceError, UsageError
 from headrace.plan import Profile
 from headrace.stream import WeightFile
+from support.zoo.by_position import SAID, write_alphabet
 
 GREEDY = headrace.SamplingParams(temperature=0)
 PATIENCE_S = 30.0  # wait of a test before a call counts as hanging

@@ -1,14 +1,10 @@
 """Encoder-decoder models through the public interface: texts, budgets, the plan's bytes, and refusals."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel, T5Tokenizer
-from translators import CASES, FILES, translator, vocabulary, write_gguf, write_translator
 
 import headrace
 from headrace.checkpoint import open_checkpoint
@@ -16,12 +12,13 @@ from headrace.errors import BudgetError, CheckpointError, ContextError, UsageErr
 from headrace.model import Tokenizer
 from headrace.plan import Budget, RunConfig, guessed_profile, make_plan
 from headrace.plan.shape import shape_of
+from support import command
+from support.zoo.translators import CASES, FILES, translator, vocabulary, write_gguf, write_translator
 
 pytestmark = pytest.mark.zoo
 
 PROMPT = "translate English to German: the house is big"
 OPTIONS = {"max_tokens": 12, "sampling": headrace.SamplingParams(temperature=0.0)}
-COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
@@ -200,14 +197,11 @@ def test_the_plan_counts_bytes_streamed_once_per_prompt(large: Path) -> None:
 def test_the_command_writes_the_text_and_plans_it(model: PreTrainedModel, tmp_path: Path) -> None:
     path = str(write_gguf(model, tmp_path / "t5.gguf"))
 
-    def command(*arguments: str) -> str:
-        done = subprocess.run(
-            [*COMMAND, *arguments, "--memory", "2GiB"],
-            input="", capture_output=True, text=True, timeout=120, env=dict(os.environ),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    def output(*arguments: str) -> str:
+        done = command.headrace(*arguments, "--memory", "2GiB")
+        assert done.exit_code == 0, done.stderr
         return done.stdout
 
-    written = command("run", path, PROMPT, "--max-tokens", "12", "--temperature", "0")
+    written = output("run", path, PROMPT, "--max-tokens", "12", "--temperature", "0")
     assert written.strip() == text_of_transformers(model, PROMPT).strip()
-    assert "once per prompt" in command("plan", path)
+    assert "once per prompt" in output("plan", path)

@@ -19,8 +19,6 @@ import numpy as np
 import pytest
 import sentencepiece
 from click.testing import CliRunner
-from scripted import byte_level, write_scripted
-from tiny import random_model, write_gguf
 
 import headrace
 from headrace.cli import main
@@ -28,6 +26,8 @@ from headrace.errors import HeadraceError
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 from headrace.sampling_params import SamplingParams
+from support.zoo.gguf_files import random_model, write_gguf
+from support.zoo.scripted import byte_level, write_scripted
 
 pytestmark = pytest.mark.zoo
 

@@ -14,11 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bounded import FINE, described, faults, refusal, verdict
 from click.testing import CliRunner
 from gguf import GGUFReader
 from safetensors.numpy import save_file
-from scripted import byte_level, write_scripted
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
@@ -32,6 +30,8 @@ from headrace.plan.profile import profile_path
 from headrace.plan.record import records_path
 from headrace.plan.routing import routing_path
 from headrace.units import GIB, MIB
+from support.bounded import FINE, described, faults, refusal, verdict
+from support.zoo.scripted import byte_level, write_scripted
 
 pytestmark = pytest.mark.zoo
 
@@ -393,7 +393,7 @@ def plan_with(name: str) -> str:
 
 @cache
 def moe_bytes() -> bytes:
-    from tiny import random_model, write_gguf
+    from support.zoo.gguf_files import random_model, write_gguf
 
     with tempfile.TemporaryDirectory() as folder:
         return write_gguf(random_model("qwen3moe"), "qwen3moe", Path(folder) / "tiny.gguf").read_bytes()

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from test_engine import PROMPT, make_engine
-from tiny import random_model, write_gguf
 
 from headrace.engine import Rows
 from headrace.engine.buffer_pool import BufferPool
 from headrace.engine.capture import MAX_CAPTURED_STEPS, CaptureCache, CapturedStep
 from headrace.engine.fuse import FusedCall
 from headrace.engine.pooled_allocation import PooledAllocation
+from support.zoo.gguf_files import random_model, write_gguf
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

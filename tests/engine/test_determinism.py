@@ -7,22 +7,20 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import tiny
 import torch
-from corpus import tiny_model, write_folder
-from stepping import Stepper
-from tiny import VOCAB, random_model, write_gguf
 
-from headrace.checkpoint import open_checkpoint
+import support.zoo.gguf_files as tiny
 from headrace.engine import Engine, Rows
 from headrace.engine.chunks import Chunks
-from headrace.engine.model_weights import StreamOptions
 from headrace.engine.sampler import Sampler
 from headrace.kernels import Kernels
 from headrace.kernels.convert import q4_k_blocks
 from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS
-from headrace.model import ModelSkeleton
 from headrace.sampling_params import SamplingParams
+from support.engines import build_engine
+from support.stepping import Stepper
+from support.zoo.folders import tiny_model, write_folder
+from support.zoo.gguf_files import VOCAB, random_model, write_gguf
 
 pytestmark = pytest.mark.zoo
 
@@ -58,11 +56,7 @@ def ask(engine: Engine, prompts: Sequence[list[int]], at_a_time: int, prefill_ro
 
 
 def engine_of(path: Path) -> Engine:
-    def decide(skeleton: ModelSkeleton) -> StreamOptions:
-        pinned = {t.name: int(0.5 * t.rows) // t.row_multiple * t.row_multiple for t in skeleton.linears}
-        return StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, expert_slots=24)
-
-    return Engine(open_checkpoint(path), decide, Kernels(2, tiled=["Q4_K"]))
+    return build_engine(path, Kernels(2, tiled=["Q4_K"]), options={"expert_slots": 24})
 
 
 GGUF = [

@@ -5,34 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus import write_folder
-from parity import divergence
-from tiny import VOCAB
-from translators import CASES, FILES, REFUSED, translator, write_gguf, write_translator
 
-from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
-from headrace.engine.model_weights import StreamOptions
 from headrace.errors import HeadraceError
-from headrace.kernels import Kernels
-from headrace.model import ModelSkeleton
+from support.comparison import divergence
+from support.engines import build_engine
+from support.zoo.folders import write_folder
+from support.zoo.gguf_files import VOCAB
+from support.zoo.translators import CASES, FILES, REFUSED, translator, write_gguf, write_translator
 
 pytestmark = pytest.mark.zoo
 
 GENERATOR = torch.Generator().manual_seed(1)
 TEXT = torch.randint(3, VOCAB, (1, 40), generator=GENERATOR)
 OUTPUT = torch.randint(3, VOCAB, (1, 12), generator=GENERATOR)
-
-
-def opened(path: Path, share: float = 0.5, readers: int = 2) -> Engine:
-    """This share of every linear pinned, of the encoder too, the rest through rings of three units of 16 KiB."""
-
-    def options(skeleton: ModelSkeleton) -> StreamOptions:
-        linears = (*skeleton.linears, *skeleton.prefill_only_linears)
-        pinned = {t.name: int(share * t.rows) // t.row_multiple * t.row_multiple for t in linears}
-        return StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=readers)
-
-    return Engine(open_checkpoint(path), options, Kernels(1))
 
 
 def logits_of(engine: Engine, text: torch.Tensor = TEXT, output: torch.Tensor = OUTPUT) -> torch.Tensor:
@@ -72,7 +58,7 @@ def greedy_of_transformers(model: torch.nn.Module, start: tuple[int, ...], count
 @pytest.mark.parametrize("name", CASES)
 def test_a_folder_gives_the_logits_and_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
     model = translator(name, CASES[name])
-    with opened(write_translator(model, tmp_path / "model")) as engine:
+    with build_engine(write_translator(model, tmp_path / "model")) as engine:
         # fp32 all the way; only the order of sums differs.
         assert divergence(logits_of(engine), expected_of(model, engine.decoder_start_ids)) < 1e-5
         model.config.eos_token_id = model.generation_config.eos_token_id = None
@@ -85,7 +71,7 @@ def test_a_folder_gives_the_logits_and_the_tokens_of_transformers(name: str, tmp
 @pytest.mark.parametrize("name", FILES)
 def test_a_gguf_file_gives_the_logits_of_the_model_it_was_made_of(name: str, tmp_path: Path) -> None:
     model = translator(name, FILES[name])
-    with opened(write_gguf(model, tmp_path / "tiny.gguf")) as engine:
+    with build_engine(write_gguf(model, tmp_path / "tiny.gguf")) as engine:
         assert divergence(logits_of(engine), expected_of(model, engine.decoder_start_ids)) < 1e-5
         assert type(engine.model).__name__ == type(model).__name__
 
@@ -97,14 +83,14 @@ def test_streamed_equals_resident_bit_for_bit(kind: str, tmp_path: Path) -> None
     text = TEXT if kind == "Q8_0" else TEXT[:, :12]
     found = []
     for share, readers in ((1.0, 2), (0.5, 2), (0.5, 0), (0.0, 3)):
-        with opened(path, share, readers) as engine:
+        with build_engine(path, share=share, options={"readers": readers}) as engine:
             found.append(logits_of(engine, text))
     assert all(torch.equal(found[0], one) for one in found[1:])
 
 
 def test_the_encoder_is_read_once_for_a_prompt_and_the_decoder_for_every_token(tmp_path: Path) -> None:
     path = write_gguf(translator("t5", FILES["t5"]), tmp_path / "tiny.gguf", "Q8_0")
-    with opened(path, share=0.5, readers=0) as engine:
+    with build_engine(path, options={"readers": 0}) as engine:
         logits_of(engine)
         logits_of(engine)
         decoder, prefill_only = (stream.layout for stream in engine.weights._streams)
@@ -123,7 +109,7 @@ def test_the_encoder_is_read_once_for_a_prompt_and_the_decoder_for_every_token(t
 
 def test_with_everything_pinned_nothing_is_read_after_the_first_pass(tmp_path: Path) -> None:
     path = write_gguf(translator("t5", FILES["t5"]), tmp_path / "tiny.gguf", "Q8_0")
-    with opened(path, share=1.0) as engine:
+    with build_engine(path, share=1.0) as engine:
         logits_of(engine)
         logits_of(engine)
         assert all(stats.read_bytes == 0 for stats in engine.passes[1:])
@@ -131,7 +117,7 @@ def test_with_everything_pinned_nothing_is_read_after_the_first_pass(tmp_path: P
 
 def test_sequences_do_not_touch_each_other_and_a_text_can_be_encoded_again(tmp_path: Path) -> None:
     model = translator("bart", CASES["bart"])
-    with opened(write_translator(model, tmp_path / "model")) as engine:
+    with build_engine(write_translator(model, tmp_path / "model")) as engine:
         first, second = engine.new_cache(100, 32), engine.new_cache(100, 32)
         texts = [[*TEXT[0].tolist(), 2], [*TEXT[0, ::2].tolist(), 2]]
         begun = engine.step([Rows(cache=first, tokens=texts[0]), Rows(cache=second, tokens=texts[1])])
@@ -147,7 +133,10 @@ def test_sequences_do_not_touch_each_other_and_a_text_can_be_encoded_again(tmp_p
 @pytest.mark.parametrize("name", REFUSED)
 def test_models_that_would_go_wrong_are_refused(name: str, tmp_path: Path) -> None:
     values, words = REFUSED[name]
-    with pytest.raises(HeadraceError, match=words) as refusal, opened(write_folder(translator(name, values), tmp_path)):
+    with (
+        pytest.raises(HeadraceError, match=words) as refusal,
+        build_engine(write_folder(translator(name, values), tmp_path)),
+    ):
         pass
     assert name in str(refusal.value)
     assert refusal.value.hint
@@ -167,7 +156,7 @@ def test_models_that_cannot_run_are_refused(values: dict[str, object], words: st
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))
     (folder / "generation_config.json").unlink(missing_ok=True)
-    with pytest.raises(HeadraceError, match=words) as refusal, opened(folder):
+    with pytest.raises(HeadraceError, match=words) as refusal, build_engine(folder):
         pass
     assert refusal.value.hint
 
@@ -177,6 +166,6 @@ def test_an_encoder_alone_is_refused(tmp_path: Path) -> None:
 
     model = translator("t5", CASES["t5"])
     T5EncoderModel(model.config).save_pretrained(tmp_path / "model")
-    with pytest.raises(HeadraceError) as refusal, opened(tmp_path / "model"):
+    with pytest.raises(HeadraceError) as refusal, build_engine(tmp_path / "model"):
         pass
     assert refusal.value.hint

@@ -4,25 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows, Trace
-from headrace.engine.model_weights import StreamOptions
 from headrace.errors import ContextError, ReadError
-from headrace.kernels import Kernels
 from headrace.stream import WeightFile
+from support.engines import build_engine
+from support.zoo.gguf_files import random_model, write_gguf
 
 PROMPT = [5, 17, 99, 3, 250, 41, 7, 7, 12, 130, 64, 2, 9]
-
-
-def make_engine(
-    path: Path, share: float = 0.5, unit_bytes: int = 16 << 10, slots: int = 3, readers: int = 2, **more: object
-) -> Engine:
-    checkpoint = open_checkpoint(path)
-    pinned = {tensor.name: int(share * tensor.rows) for tensor in checkpoint.tensors.values()}
-    options = StreamOptions(pinned_rows=pinned, unit_bytes=unit_bytes, slots=slots, readers=readers)
-    return Engine(checkpoint, options, Kernels(2), **more)  # type: ignore[arg-type]
 
 
 def decode(engine: Engine, steps: int = 6) -> torch.Tensor:
@@ -36,7 +26,7 @@ def decode(engine: Engine, steps: int = 6) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def resident(tiny_llama: Path) -> torch.Tensor:
-    with make_engine(tiny_llama, share=1.0) as engine:
+    with build_engine(tiny_llama, share=1.0) as engine:
         return decode(engine)
 
 
@@ -47,16 +37,15 @@ def test_streamed_logits_equal_resident_ones_bit_for_bit(
     tiny_llama: Path, resident: torch.Tensor, share: float, unit_bytes: int, slots: int, readers: int
 ) -> None:
     # unit_bytes=1 makes every row a separate unit: every tensor is then larger than the ring.
-    with make_engine(tiny_llama, share, unit_bytes, slots, readers) as engine:
+    with build_engine(
+        tiny_llama, share=share, options={"unit_bytes": unit_bytes, "slots": slots, "readers": readers}
+    ) as engine:
         assert torch.equal(decode(engine), resident)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_mapped_pinned_rows_give_the_same_logits(tiny_llama: Path, resident: torch.Tensor, share: float) -> None:
-    checkpoint = open_checkpoint(tiny_llama)
-    pinned = {tensor.name: int(share * tensor.rows) for tensor in checkpoint.tensors.values()}
-    options = StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, map_pinned=True)
-    with Engine(checkpoint, options, Kernels(2)) as engine:
+    with build_engine(tiny_llama, share=share, options={"map_pinned": True}) as engine:
         assert torch.equal(decode(engine), resident)
         assert str(tiny_llama) in Path("/proc/self/maps").read_text()
 
@@ -70,20 +59,10 @@ def test_prefill_memory_holds_weights_during_decode(
     monkeypatch.setattr("headrace.engine.engine.release_unused", lambda: collected.append(1))
 
     def conversation(reused: float) -> tuple[torch.Tensor, list[bool], list[int]]:
-        checkpoint = open_checkpoint(tiny_llama)
-        rows = {tensor.name: tensor.rows for tensor in checkpoint.tensors.values()}
-        options = StreamOptions(
-            # Multiples of 16: torch's order of summation for a prompt row may depend on the rows left over at a cut.
-            pinned_rows={name: int(0.3 * count) // 16 * 16 for name, count in rows.items()},
-            decode_pinned_rows={name: int(reused * count) // 16 * 16 for name, count in rows.items()},
-            memory_limit_bytes=limit,
-            unit_bytes=16 << 10,
-            slots=3,
-            decode_only_slots=2 if reused else 0,
-            readers=0,
-        )
+        options = {"memory_limit_bytes": limit, "decode_only_slots": 2 if reused else 0, "readers": 0}
         logits, held = [], []
-        with Engine(checkpoint, options, Kernels(2)) as engine:
+        # Multiples of 16: torch's order of summation for a prompt row may depend on the rows left over at a cut.
+        with build_engine(tiny_llama, share=0.3, decode_share=reused, row_multiple=16, options=options) as engine:
             cache = engine.new_cache(160)
             for tokens in (PROMPT * 3, [1], [2], [3], PROMPT * 3, [4], [5], [6]):
                 logits.append(engine.step([Rows(cache=cache, tokens=tokens)]))
@@ -100,7 +79,7 @@ def test_prefill_memory_holds_weights_during_decode(
 
 def test_sequences_in_one_step_equal_sequences_alone(tiny_llama: Path) -> None:
     prompts = [PROMPT[:4], PROMPT[4:5], PROMPT[5:]]
-    with make_engine(tiny_llama) as engine:
+    with build_engine(tiny_llama) as engine:
         alone = []
         for prompt in prompts:
             cache = engine.new_cache(32)
@@ -117,7 +96,7 @@ def test_sequences_in_one_step_equal_sequences_alone(tiny_llama: Path) -> None:
 
 
 def test_truncated_positions_leave_no_trace(tiny_llama: Path) -> None:
-    with make_engine(tiny_llama) as engine:
+    with build_engine(tiny_llama) as engine:
         cache = engine.new_cache(32)
         engine.step([Rows(cache=cache, tokens=PROMPT[:5])])
         expected = engine.step([Rows(cache=cache, tokens=[8])])
@@ -127,7 +106,7 @@ def test_truncated_positions_leave_no_trace(tiny_llama: Path) -> None:
 
 
 def test_rows_that_do_not_fit_are_refused_before_anything_is_computed(tiny_llama: Path) -> None:
-    with make_engine(tiny_llama) as engine:
+    with build_engine(tiny_llama) as engine:
         cache = engine.new_cache(4)
         with pytest.raises(ContextError, match="do not fit"):
             engine.step([Rows(cache=cache, tokens=[1] * 5)])
@@ -155,7 +134,7 @@ class FailsOnce:
 
 def test_after_a_read_error_the_next_step_starts_afresh(tiny_llama: Path, resident: torch.Tensor) -> None:
     FailsOnce.count = 0
-    with make_engine(tiny_llama, 0.3, open_file=FailsOnce) as engine:
+    with build_engine(tiny_llama, share=0.3, open_file=FailsOnce) as engine:
         cache = engine.new_cache(64)
         with pytest.raises(ReadError):
             for _ in range(20):
@@ -166,7 +145,7 @@ def test_after_a_read_error_the_next_step_starts_afresh(tiny_llama: Path, reside
 def test_an_interrupt_while_a_pass_is_aborted_does_not_break_the_next(
     tiny_llama: Path, resident: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with make_engine(tiny_llama, 0.3) as engine:
+    with build_engine(tiny_llama, share=0.3) as engine:
         rewind, interrupts = engine.stream.rewind, iter([KeyboardInterrupt])
 
         def interrupted() -> None:
@@ -187,7 +166,7 @@ def test_an_interrupt_while_a_pass_is_aborted_does_not_break_the_next(
 
 
 def test_replayed_passes_report_progress(tiny_llama: Path) -> None:
-    with make_engine(tiny_llama, 0.3) as engine:
+    with build_engine(tiny_llama, share=0.3) as engine:
         seen: list[tuple[int, int]] = []
         engine.on_progress = lambda done, steps: seen.append((done, steps))
         cache = engine.new_cache(64)
@@ -200,7 +179,7 @@ def test_replayed_passes_report_progress(tiny_llama: Path) -> None:
 def test_cached_embedding_rows_stay_within_a_bound(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = next(t for t in open_checkpoint(tiny_llama).tensors.values() if t.name == "token_embd.weight").row_bytes
     monkeypatch.setattr("headrace.engine.tensor_reader.MAX_CACHED_ROW_BYTES", 5 * row + 1)
-    with make_engine(tiny_llama, 0.3) as engine:
+    with build_engine(tiny_llama, share=0.3) as engine:
         cache = engine.new_cache(128)
         for token in (*range(40), 39, 38):
             engine.step([Rows(cache=cache, tokens=[token])])
@@ -210,7 +189,7 @@ def test_cached_embedding_rows_stay_within_a_bound(tiny_llama: Path, monkeypatch
 
 def test_the_trace_has_reads_matmuls_and_passes(tiny_llama: Path, tmp_path: Path) -> None:
     trace = Trace()
-    with make_engine(tiny_llama, 0.3, trace=trace) as engine:
+    with build_engine(tiny_llama, share=0.3, trace=trace) as engine:
         decode(engine, 2)
         passes = engine.passes
     kinds = {event.get("cat") for event in trace.events()}
@@ -221,7 +200,7 @@ def test_the_trace_has_reads_matmuls_and_passes(tiny_llama: Path, tmp_path: Path
 
 
 def test_every_pass_reads_the_streamed_bytes_and_no_more(tiny_llama: Path) -> None:
-    with make_engine(tiny_llama, 0.3, readers=0) as engine:
+    with build_engine(tiny_llama, share=0.3, options={"readers": 0}) as engine:
         decode(engine, 3)
         streamed = engine.stream.layout.streamed_bytes  # in whole pages, of which the file's last may be short
         assert [p.read_bytes for p in engine.passes[1:]] == pytest.approx([streamed] * 3, abs=4096)
@@ -234,18 +213,10 @@ def test_repacked_weights_give_the_same_model_and_rows_stay_row_invariant(
     tmp_path: Path, share: float, in_place: bool
 ) -> None:
     path = write_gguf(random_model("llama"), "llama", tmp_path / "tiny.gguf", "Q4_0")
-    with make_engine(path, share) as engine:
+    with build_engine(path, share=share) as engine:
         plain = decode(engine)
-    checkpoint = open_checkpoint(path)
-    options = StreamOptions(
-        pinned_rows={tensor.name: int(share * tensor.rows) // 8 * 8 for tensor in checkpoint.tensors.values()},
-        unit_bytes=16 << 10,
-        slots=3,
-        readers=2,
-        repacked_types=frozenset({"Q4_0"}),
-        repack_in_place=in_place,
-    )
-    with Engine(checkpoint, options, Kernels(2)) as engine:
+    options = {"repacked_types": frozenset({"Q4_0"}), "repack_in_place": in_place}
+    with build_engine(path, share=share, row_multiple=8, options=options) as engine:
         assert (decode(engine) - plain).norm() / plain.norm() < 0.05  # activations are rounded differently
         together = engine.step(
             [Rows(cache=engine.new_cache(40), tokens=[*PROMPT, *PROMPT], logits=26, row_invariant=True)]
@@ -260,7 +231,7 @@ def test_repacked_weights_give_the_same_model_and_rows_stay_row_invariant(
 @pytest.mark.parametrize("rows", [1, 5])
 def test_an_8_bit_kv_cache_gives_nearly_the_logits_of_16_bits(tiny_llama: Path, rows: int) -> None:
     tokens = PROMPT[:10]
-    with make_engine(tiny_llama) as engine:
+    with build_engine(tiny_llama) as engine:
         logits = []
         for bits in (16, 8):
             cache = engine.new_cache(32, bits)
@@ -277,7 +248,7 @@ def test_an_8_bit_kv_cache_gives_nearly_the_logits_of_16_bits(tiny_llama: Path, 
 
 def test_a_prefix_is_shared_within_the_pass_that_computes_it(tiny_llama: Path) -> None:
     whole = [(11 * i) % 300 for i in range(40)]
-    with make_engine(tiny_llama) as engine:
+    with build_engine(tiny_llama) as engine:
         alone = engine.step([Rows(cache=engine.new_cache(64), tokens=whole)])
         first, second, third = (engine.new_cache(64) for _ in range(3))
         second.copy_prefix(first, 30)
@@ -302,7 +273,7 @@ def test_a_failed_pass_rolls_back_a_shared_prefix(tiny_llama: Path) -> None:
                 raise ReadError("gone")
             return super().read(offset, target, needed)
 
-    with make_engine(tiny_llama, open_file=Failing) as engine:
+    with build_engine(tiny_llama, open_file=Failing) as engine:
         source = engine.new_cache(32)
         engine.step([Rows(cache=source, tokens=PROMPT)])
         cache = engine.new_cache(32)
@@ -326,6 +297,6 @@ def test_attention_over_some_heads_at_a_time_equals_attention_over_all(
     found = []
     for together in (1 << 20, 1):
         monkeypatch.setattr("headrace.engine.attention.MAX_SCORES", together)
-        with make_engine(path, 1.0) as engine:
+        with build_engine(path, share=1.0) as engine:
             found.append(decode(engine, 3))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)

@@ -4,15 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus import VOCAB, tiny_model, write_folder
 
-from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
 from headrace.engine.expert_prefetch import DISTANCE
-from headrace.engine.model_weights import StreamOptions
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels
-from headrace.model import ModelSkeleton
+from support.engines import build_engine
+from support.zoo.folders import VOCAB, tiny_model, write_folder
 
 pytestmark = pytest.mark.zoo
 
@@ -25,18 +23,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def engine_of(folder: Path, *, slots: int, readers: int = 2, share: float = 0.5) -> Engine:
-    def decide(skeleton: ModelSkeleton) -> StreamOptions:
-        pinned = {t.name: int(share * t.rows) // t.row_multiple * t.row_multiple for t in skeleton.linears}
-        return StreamOptions(
-            pinned_rows=pinned,
-            unit_bytes=16 << 10,
-            slots=3,
-            readers=readers,
-            expert_slots=slots,
-            expert_readers=readers,
-        )
-
-    return Engine(open_checkpoint(folder), decide, Kernels(2))
+    return build_engine(
+        folder, share=share, options={"readers": readers, "expert_slots": slots, "expert_readers": readers}
+    )
 
 
 def logits_of(engine: Engine, parts: tuple[int, ...]) -> torch.Tensor:

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from by_position import NUMBER, SAID, write_alphabet
-from stepping import Stepper
 from test_engine import make_engine
 from test_speculation import Oracle, free_rows
 
@@ -24,6 +22,8 @@ from headrace.kernels.thresholds import KV_BLOCK_TOKENS
 from headrace.plan import Profile
 from headrace.process import resident_bytes
 from headrace.sampling_params import SamplingParams
+from support.stepping import Stepper
+from support.zoo.by_position import NUMBER, SAID, write_alphabet
 
 GREEDY = SamplingParams(temperature=0)
 SAMPLED = SamplingParams(temperature=1.1, seed=4)

@@ -5,29 +5,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import random_model, write_gguf
 
-from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine, Rows
 from headrace.engine.attention import Entry, KVCache, PackedAttention
 from headrace.engine.mla import KvBSplit
-from headrace.engine.model_weights import StreamOptions
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, ReferenceKernels
 from headrace.kernels.weight_slice import WeightSlice
+from support.engines import build_engine
+from support.zoo.gguf_files import random_model, write_gguf
 
 PROMPT = [5, 17, 99, 3, 250, 41, 7, 7, 12, 130, 64, 2, 9]
 KINDS = [("deepseek2", "F32"), ("deepseek2", "Q8_0"), ("deepseek2-lite", "Q4_0")]
 
 
 def opened(path: Path, share: float = 0.5, repacked: bool = False) -> Engine:
-    checkpoint = open_checkpoint(path)
-    options = StreamOptions(
-        pinned_rows={tensor.name: int(share * tensor.rows) // 8 * 8 for tensor in checkpoint.tensors.values()},
-        unit_bytes=16 << 10, slots=3, readers=2, expert_slots=24, expert_readers=1,
-        repacked_types=frozenset({"Q4_0"} if repacked else ()), repack_in_place=repacked,
-    )  # fmt: skip
-    return Engine(checkpoint, options, Kernels(2))
+    options = {"repacked_types": frozenset({"Q4_0"} if repacked else ()), "repack_in_place": repacked}
+    return build_engine(path, share=share, row_multiple=8, options={"expert_slots": 24, **options})
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: "-".join(kind), scope="module")

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus import write_folder
 from test_engine import decode, make_engine
-from tiny import random_model
 
 from headrace.checkpoint import open_checkpoint
 from headrace.checkpoint.packing import pack_folder
 from headrace.engine import Rows
 from headrace.plan.shape import shape_of
 from headrace.stream import WeightFile
+from support.zoo.folders import write_folder
+from support.zoo.gguf_files import random_model
 
 pytestmark = pytest.mark.zoo
 

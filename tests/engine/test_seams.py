@@ -7,29 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from copying_group import CopyingGroup, Member
-from corpus import tiny_model, write_folder
-from parity import CASES, logits_of
 
-from headrace.checkpoint import open_checkpoint
-from headrace.engine import Engine
-from headrace.engine.model_weights import StreamOptions
-from headrace.engine.tensor_parallel import SingleRank, TensorParallelGroup
-from headrace.kernels import Backend, Kernels, WeightSlice
-from headrace.model import ModelSkeleton
+from headrace.kernels import Kernels, WeightSlice
+from support.copying_group import CopyingGroup, Member
+from support.engines import build_engine, logits_of
+from support.zoo.folders import CASES, tiny_model, write_folder
 
 pytestmark = pytest.mark.zoo
 
 EXPERTS = 8  # of a layer of the tiny Mixtral
+SHARE = 0.3  # of pinned rows
 PARTS = (5, 1, 1, 1, 8)  # row-invariant rows, some of them replayed
-
-
-def opened(path: Path, kernels: Backend, group: TensorParallelGroup | None = None) -> Engine:
-    def options(skeleton: ModelSkeleton) -> StreamOptions:
-        pinned = {t.name: int(0.3 * t.rows) // t.row_multiple * t.row_multiple for t in skeleton.linears}
-        return StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, expert_slots=8)
-
-    return Engine(open_checkpoint(path), options, kernels, group=group or SingleRank())
 
 
 PACKED = [name for name, case in CASES.items() if case.kind in ("dense", "experts", "mla")]
@@ -38,7 +26,7 @@ PACKED = [name for name, case in CASES.items() if case.kind in ("dense", "expert
 @pytest.mark.parametrize("name", PACKED)
 def test_two_runners_that_own_half_of_every_tensor_have_the_bits_of_one(name: str, tmp_path: Path) -> None:
     write_folder(tiny_model(name), tmp_path)
-    with opened(tmp_path, Kernels(1)) as engine:
+    with build_engine(tmp_path, Kernels(1), share=SHARE) as engine:
         if engine.attention_mode != "packed":
             pytest.skip("not packed attention")
         alone, _ = logits_of(engine, PARTS)
@@ -46,7 +34,7 @@ def test_two_runners_that_own_half_of_every_tensor_have_the_bits_of_one(name: st
     group = CopyingGroup([0.37])
 
     def work(member: Member) -> tuple[torch.Tensor, int, int]:
-        with opened(tmp_path, Kernels(1), member) as engine:
+        with build_engine(tmp_path, Kernels(1), share=SHARE, group=member) as engine:
             logits, _ = logits_of(engine, PARTS)
             return logits, sum(one.read_bytes for one in engine.passes), member.exchanged
 
@@ -134,7 +122,7 @@ class CountingBackend:
 def test_a_backend_that_only_counts_lays_out_and_runs_a_model(name: str, tmp_path: Path) -> None:
     write_folder(tiny_model(name), tmp_path)
     backend = CountingBackend()
-    with opened(tmp_path, backend) as engine:
+    with build_engine(tmp_path, backend, share=SHARE) as engine:
         logits, _ = logits_of(engine, (3, 1))
         rows = sum(tensor.rows for step in engine.weights.steps if hasattr(step, "tensors") for tensor in step.tensors)
         layers = len(engine.experts.stream.bundles) if engine.experts is not None else 0

@@ -5,30 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from stepping import Stepper
-from tiny import VOCAB, random_model, write_gguf
 
-from headrace.checkpoint import open_checkpoint
 from headrace.engine import Engine
 from headrace.engine.drafters import MAX_BUCKET, ConfidenceBucket, Draft, DraftToken, ModelDrafter, PromptLookup
-from headrace.engine.model_weights import StreamOptions
 from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler, distribution, uniform
 from headrace.engine.speculation import Acceptance, Speculation, StepTimeModel
 from headrace.engine.timeline import PassStats
-from headrace.kernels import Kernels
 from headrace.plan.cost import PassCost
 from headrace.sampling_params import SamplingParams
+from support.engines import build_engine
+from support.stepping import Stepper
+from support.zoo.gguf_files import VOCAB, random_model, write_gguf
 
 PROMPT = [5, 17, 99, 3, 250, 41, 7, 5, 17, 99]
 CONTEXT = 96
-
-
-def engine_of(path: Path, share: float = 0.5) -> Engine:
-    checkpoint = open_checkpoint(path)
-    pinned = {tensor.name: int(share * tensor.rows) for tensor in checkpoint.tensors.values()}
-    options = StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2)
-    return Engine(checkpoint, options, Kernels(2))
 
 
 def free_rows(rows: int) -> PassCost:
@@ -85,7 +76,7 @@ def tiny_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def target(tiny_llama: Path) -> Iterator[Engine]:
-    with engine_of(tiny_llama) as engine:
+    with build_engine(tiny_llama) as engine:
         yield engine
 
 
@@ -116,21 +107,21 @@ def test_a_draft_model_and_prompt_lookup_change_no_token(
 ) -> None:
     plain = decode(target, sampling, 40, None)
     for path in (tiny_draft, tiny_llama):  # one that is always rejected, one that is always accepted
-        with engine_of(path, share=1.0) as draft:
+        with build_engine(path, share=1.0) as draft:
             model = ModelDrafter(ModelRunner(draft, 1, CONTEXT))
             assert decode(target, sampling, 40, Speculation(StepTimeModel(free_rows), PromptLookup(), model)) == plain
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen3", "phi3"])
 def test_caches_roll_back_exactly_with_sliding_windows_too(family: str, tmp_path: Path) -> None:
-    with engine_of(write_gguf(random_model(family), family, tmp_path / "tiny.gguf", "Q8_0")) as engine:
+    with build_engine(write_gguf(random_model(family), family, tmp_path / "tiny.gguf", "Q8_0")) as engine:
         plain = decode(engine, SAMPLINGS[0], 30, None)  # longer than the windows of 8
         assert decode(engine, SAMPLINGS[0], 30, Speculation(StepTimeModel(free_rows), None, Oracle(plain, 3))) == plain
 
 
 def test_draft_tokens_of_the_model_itself_are_always_accepted(target: Engine, tiny_llama: Path) -> None:
     sampling = SAMPLINGS[1]
-    with engine_of(tiny_llama, share=1.0) as draft:
+    with build_engine(tiny_llama, share=1.0) as draft:
         speculation = Speculation(StepTimeModel(free_rows), None, ModelDrafter(ModelRunner(draft, 1, CONTEXT)))
         before = len(target.passes)
         _, stepper = stepped(target, sampling, 40, speculation)

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scripted import byte_level, in_turn, write_scripted
-from tiny import random_model, write_gguf
 
 import headrace
 from headrace.errors import CheckpointError
 from headrace.plan import Profile
+from support.zoo.gguf_files import random_model, write_gguf
+from support.zoo.scripted import byte_level, in_turn, write_scripted
 
 pytestmark = pytest.mark.zoo
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 from huggingface_hub.utils import close_session
-from standin import StandIn, serve
+
+from support.hub import StandIn, serve
 
 os.environ.setdefault("NO_PROXY", "127.0.0.1,localhost")
 

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import save
-from standin import StandIn, serve
 
 from headrace.cli import main
-
-COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
+from support.command import COMMAND
+from support.hub import StandIn, serve
 
 
 @pytest.fixture

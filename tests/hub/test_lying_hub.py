@@ -8,11 +8,11 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 from click.testing import CliRunner
-from standin import StandIn, commit_of
 
 from headrace.cli import main
 from headrace.errors import HeadraceError
 from headrace.hub import Reference, cached_models, local_path, pull
+from support.hub import StandIn, commit_of
 
 pytestmark = pytest.mark.zoo
 

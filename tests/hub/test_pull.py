@@ -10,10 +10,10 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from standin import StandIn
 
 from headrace.errors import HeadraceError, HubError, UsageError
 from headrace.hub import Reference, cached_models, local_path, pull, removal
+from support.hub import StandIn
 
 MODEL = os.urandom(1 << 20)
 OTHER = os.urandom(5000)

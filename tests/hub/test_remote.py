@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from standin import StandIn
 
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import CheckpointError, HubError
 from headrace.hub import Reference, remote_sources
 from headrace.hub.remote import BLOCK_BYTES, MAX_READ_AHEAD, RemoteSource
 from headrace.units import MIB
+from support.hub import StandIn
 
 REPO = Reference(repo="org/model")
 WORDS = [f"word number {i} of the vocabulary" for i in range(60_000)]  # 2.5 MB of header

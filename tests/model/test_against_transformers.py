@@ -6,53 +6,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, VOCAB, random_model, rounded_to, write_gguf
 
 from headrace.checkpoint import open_checkpoint
-from headrace.engine import Engine, Rows
-from headrace.engine.model_weights import StreamOptions
 from headrace.errors import UnsupportedError
 from headrace.kernels import Kernels
 from headrace.plan.shape import shape_of
+from support import engines
+from support.comparison import divergence, same_choice
+from support.engines import TOKENS, build_engine
+from support.zoo.gguf_files import FAMILIES, random_model, rounded_to, write_gguf
 
 pytestmark = pytest.mark.zoo
 
-TOKENS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
+TIE = 0.02  # of logits, within the rounding of fp16 keys
 
 
 def logits_of(path: Path, parts: tuple[int, ...], share: float = 0.5) -> torch.Tensor:
-    """Logits of every row of TOKENS, in steps of `parts` rows, with this share of the weights pinned.
+    """Logits of every row of TOKENS.
 
     Prefill runs in fp32: in bf16, errors do not average out over rows of 64 random values (tests/test_real.py has both).
     """
-    checkpoint = open_checkpoint(path)
-    pinned = {tensor.name: int(share * tensor.rows) for tensor in checkpoint.tensors.values()}
-    options = StreamOptions(
-        pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=2, expert_slots=4, expert_readers=2
-    )
-    with Engine(checkpoint, options, Kernels(2, bf16_prefill=False)) as engine:
+    with build_engine(path, Kernels(2, bf16_prefill=False), share=share) as engine:
         # With experts, keys and values stay in fp32: a row routed to another expert is far off.
-        cache = engine.new_cache(64, 32 if engine.experts is not None else 16)
-        tokens, out = TOKENS[0].tolist(), []
-        for count in parts:
-            out.append(engine.step([Rows(cache=cache, tokens=tokens[:count], logits=count)]))
-            tokens = tokens[count:]
-        return torch.cat(out)
-
-
-def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Largest KL divergence of a row, from theirs to ours."""
-    return float(
-        torch.nn.functional.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none")
-        .sum(-1)
-        .max()
-    )
-
-
-def same_choice(ours: torch.Tensor, theirs: torch.Tensor, tie: float = 0.02) -> bool:
-    """True if our likeliest token is theirs in every row, except for ties within the rounding of fp16 keys."""
-    chosen = theirs.gather(-1, ours.argmax(-1, keepdim=True))[:, 0]
-    return bool((theirs.max(-1).values - chosen < tie).all())
+        return engines.logits_of(engine, parts, kv_bits=32 if engine.experts is not None else 16)[0]
 
 
 @pytest.mark.parametrize("architecture", sorted(FAMILIES))
@@ -66,7 +42,7 @@ def test_logits_equal_those_of_the_model_the_file_was_written_from(architecture:
 
     # fp16 keys and values are the only rounding: about 1e-3 of a logit.
     assert divergence(ours, expected) < 1e-3
-    assert same_choice(ours, expected)
+    assert same_choice(ours, expected, TIE)
 
 
 def test_phi_moe_with_longrope_factors_equals_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,28 +1,21 @@
 """Folders that cannot run: each is refused with a hint, before anything large is read, and nothing hangs."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus import REFUSED, tiny_model, write_folder
-from parity import streamed
 from safetensors.torch import load_file, save_file
 
-from headrace.checkpoint import open_checkpoint
-from headrace.engine import Engine
-from headrace.engine.model_weights import StreamOptions
 from headrace.errors import HeadraceError, UnsupportedError
 from headrace.kernels import Kernels
+from support.command import headrace
+from support.engines import build_engine, streamed
+from support.zoo.folders import REFUSED, tiny_model, write_folder
 
 pytestmark = pytest.mark.zoo
-
-COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 
 
 @dataclass(frozen=True)
@@ -143,11 +136,8 @@ def test_models_that_do_not_generate_left_to_right_are_refused_by_name(model_typ
 @pytest.mark.parametrize("name", ["a missing shard", "an encoder of speech", "an unknown quantisation"])
 def test_the_command_ends_with_a_message_and_code_1(name: str, tmp_path: Path) -> None:
     folder = damaged(FAULTS[name], tmp_path / "model")
-    result = subprocess.run(
-        [*COMMAND, "run", str(folder), "hello", "--memory", "2GiB"],
-        input="", capture_output=True, text=True, timeout=120, env=dict(os.environ),
-    )  # fmt: skip
-    assert result.returncode == 1, result.stderr
+    result = headrace("run", folder, "hello", "--memory", "2GiB")
+    assert result.exit_code == 1, result.stderr
     assert FAULTS[name].words in result.stderr
     assert "hint:" in result.stderr
     assert "Traceback" not in result.stderr
@@ -170,7 +160,5 @@ def test_a_model_with_parts_for_images_is_refused(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
 
     with pytest.raises(UnsupportedError, match="images or sound") as caught:
-        Engine(
-            open_checkpoint(tmp_path), StreamOptions(pinned_rows={}, unit_bytes=1 << 14, slots=3, readers=1), Kernels(2)
-        )
+        build_engine(tmp_path)
     assert caught.value.hint

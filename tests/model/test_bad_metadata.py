@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import FAMILIES, random_model, write_gguf
 
-from headrace.checkpoint import open_checkpoint
-from headrace.engine import Engine
-from headrace.engine.model_weights import StreamOptions
 from headrace.errors import CheckpointError, HeadraceError
 from headrace.kernels import Kernels
+from support.engines import build_engine
+from support.zoo.gguf_files import FAMILIES, random_model, write_gguf
 
 pytestmark = pytest.mark.zoo
 
@@ -28,10 +26,7 @@ def wrong(value: Any) -> list[Any]:
 def is_refused(path: Path, what: str) -> bool:
     """True if the model is refused with a hint, False if it loads; any other outcome is a failure."""
     try:
-        checkpoint = open_checkpoint(path)
-        pinned = dict.fromkeys(checkpoint.tensors, 0)
-        options = StreamOptions(pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=1, expert_slots=4)
-        with Engine(checkpoint, options, Kernels(1)):
+        with build_engine(path, Kernels(1), share=0.0):
             return False
     except HeadraceError as error:
         if error.hint:
@@ -55,11 +50,6 @@ def test_any_value_of_a_key_yields_a_model_or_an_error_with_a_hint(architecture:
 
 def test_a_model_far_larger_than_its_file_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
     path = write_gguf(random_model("lfm2moe"), "lfm2moe", tmp_path / "tiny.gguf", extra={"shortconv.l_cache": 1 << 26})
-    with (
-        pytest.raises(CheckpointError, match="billion parameters") as refusal,
-        Engine(
-            open_checkpoint(path), StreamOptions(pinned_rows={}, unit_bytes=16 << 10, slots=3, readers=1), Kernels(1)
-        ),
-    ):
-        pass
+    with pytest.raises(CheckpointError, match="billion parameters") as refusal:
+        build_engine(path)
     assert refusal.value.hint

@@ -18,11 +18,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from bounded import FINE, described, faults, verdict
 from click.testing import CliRunner
-from corpus import tiny_model, write_folder
-from scripted import byte_level, write_scripted
-from tiny import FAMILIES, random_model, write_gguf
 
 import headrace
 from headrace.checkpoint import open_checkpoint
@@ -34,6 +30,10 @@ from headrace.plan.profile import load_profile, profile_path, save_profile
 from headrace.plan.record import PassGroup, RunRecord, keep_record, records_path
 from headrace.plan.routing import Routing, load_routing, routing_path, save_routing
 from headrace.units import GIB
+from support.bounded import FINE, described, faults, verdict
+from support.zoo.folders import tiny_model, write_folder
+from support.zoo.gguf_files import FAMILIES, random_model, write_gguf
+from support.zoo.scripted import byte_level, write_scripted
 
 pytestmark = pytest.mark.zoo
 

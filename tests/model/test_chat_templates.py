@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from bounded import FINE, faults, refusal, verdict
 from safetensors.numpy import save_file
-from scripted import USER_DEFINED, byte_level, write_scripted
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
@@ -28,6 +26,8 @@ from headrace.checkpoint import open_checkpoint
 from headrace.errors import CheckpointError, HeadraceError, UsageError
 from headrace.model.tokenizer import Tokenizer
 from headrace.units import GIB
+from support.bounded import FINE, faults, refusal, verdict
+from support.zoo.scripted import USER_DEFINED, byte_level, write_scripted
 
 BOS, EOS = "<s>", "</s>"
 TEXT = 'it\'s <b> & 안녕 "q"\n'

@@ -1,13 +1,11 @@
 """Every architecture of the corpus, streamed, against transformers; docs/architectures.md lists the results."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from corpus import CASES, tiny_model, write_folder
-from parity import TOKENS, divergence, opened, outcome_of, streamed
+from make_architectures import TARGET, refusals, row
 
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Rows
@@ -15,11 +13,10 @@ from headrace.errors import HeadraceError
 from headrace.kernels import Kernels
 from headrace.model import moe
 from headrace.plan.shape import shape_of
-
-DOCS = Path(__file__).parent.parent.parent / "docs"
-sys.path.insert(0, str(DOCS))
-
-from make_architectures import TARGET, refusals, row  # noqa: E402
+from support.comparison import divergence
+from support.engines import TOKENS, build_engine, streamed
+from support.parity import outcome_of
+from support.zoo.folders import CASES, tiny_model, write_folder
 
 pytestmark = pytest.mark.zoo
 
@@ -72,7 +69,7 @@ def test_sequences_are_independent_and_the_cache_rolls_back(name: str, tmp_path:
     other = TOKENS.flip(1)
     with torch.inference_mode():
         expected = [model(tokens).logits[0] for tokens in (TOKENS, other)]
-    with opened(tmp_path / "model", Kernels(1)) as engine:
+    with build_engine(tmp_path / "model", Kernels(1)) as engine:
         caches = [engine.new_cache(64, 32) for _ in expected]
         for counts in ((17, 1), (1, 9), (1, 1), (3, 2), (1, 1)):
             firsts = [cache.length for cache in caches]

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus import GROUPED, SMALL_EXPERTS, tiny_model, write_folder
-from packers import LAYOUTS, Layout, mxfp4
-from parity import TOKENS, divergence, same_choice, streamed
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from headrace.kernels import Kernels, ReferenceKernels
+from support.comparison import divergence, same_choice
+from support.engines import TOKENS, streamed
+from support.zoo.folders import GROUPED, SMALL_EXPERTS, tiny_model, write_folder
+from support.zoo.packers import LAYOUTS, Layout, mxfp4
 
 pytestmark = pytest.mark.zoo
 

@@ -5,12 +5,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from by_position import write_says
-from scripted import CHATML, USER_DEFINED, byte_level
 
 import headrace
 from headrace.model.tokenizer import Prompt
 from headrace.plan import Profile
+from support.zoo.by_position import write_says
+from support.zoo.scripted import CHATML, USER_DEFINED, byte_level
 
 GREEDY = headrace.SamplingParams(temperature=0)
 PAIRS = [

@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import vocabularies as made
-from llama_cpp import LlamaVocabulary
 from safetensors.numpy import save_file
-from scripted import in_turn, sentencepiece, write_scripted
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
@@ -20,12 +17,15 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 import headrace
+import support.zoo.vocabularies as made
 from headrace.checkpoint import open_checkpoint
 from headrace.model.pre_tokenizers import pre_tokenizer
 from headrace.model.tokenizer import Tokenizer
 from headrace.plan import Profile
 from headrace.plan.profile import save_profile
 from headrace.sampling_params import SamplingParams
+from support.llama_cpp import LlamaVocabulary
+from support.zoo.scripted import in_turn, sentencepiece, write_scripted
 
 pytestmark = pytest.mark.zoo
 

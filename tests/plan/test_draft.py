@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_plan import MEASURED, SLOW_DISK, budget_of, model
-from tiny import random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import BudgetError, UsageError
@@ -15,6 +14,7 @@ from headrace.plan import RunConfig, choose_drafting, choose_sequences, drafting
 from headrace.plan.cost import PassCost
 from headrace.plan.draft import LOOKUP, NO_DRAFT, predict_decode
 from headrace.units import GIB, MIB
+from support.zoo.gguf_files import random_model, write_gguf
 
 REQUEST = RunConfig(prompt_tokens=100, context_tokens=400)
 

@@ -3,12 +3,8 @@
 from pathlib import Path
 
 import pytest
-from tiny import random_model, write_gguf
 
 from headrace.checkpoint import open_checkpoint
-from headrace.engine import Engine
-from headrace.engine.model_weights import StreamOptions
-from headrace.kernels import Kernels
 from headrace.model.trace import LinearStep
 from headrace.plan import (
     Budget,
@@ -23,6 +19,8 @@ from headrace.plan.cost import layer_seconds, layers_of
 from headrace.plan.draft import NO_DRAFT
 from headrace.plan.shape import Built, shape_of
 from headrace.probe import small_model
+from support.engines import build_engine
+from support.zoo.gguf_files import random_model, write_gguf
 
 
 @pytest.mark.parametrize(
@@ -74,11 +72,7 @@ def test_the_kv_cache_counts_only_layers_that_have_one(
 )
 def test_the_headers_matrices_are_those_that_the_model_multiplies(architecture: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(random_model(architecture), architecture, tmp_path / "tiny.gguf"))
-    pinned = dict.fromkeys(checkpoint.tensors, 0)
-    options = StreamOptions(
-        pinned_rows=pinned, unit_bytes=16 << 10, slots=3, readers=1, expert_slots=4, expert_readers=1
-    )
-    with Engine(checkpoint, options, Kernels(1)) as engine:
+    with build_engine(Path(checkpoint.path), share=0.0) as engine:
         multiplied = {
             tensor.name for step in engine.weights.steps if isinstance(step, LinearStep) for tensor in step.tensors
         }

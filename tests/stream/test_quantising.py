@@ -6,7 +6,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tiny import random_model, write_gguf
 
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.low_bit import low_bit_copy
@@ -15,6 +14,7 @@ from headrace.stream.arena import Arena
 from headrace.stream.files import WeightFile
 from headrace.stream.quantising import with_encodings
 from headrace.stream.virtual import FileSet
+from support.zoo.gguf_files import random_model, write_gguf
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scripted import CHATML, byte_level, write_scripted
 
 from headrace.checkpoint import open_checkpoint
 from headrace.model.tokenizer import Prompt, Tokenizer
+from support.zoo.scripted import CHATML, byte_level, write_scripted
 
 WIDTH = 256  # width of the model, and tokens of the longest text
 _TOKENIZERS: dict[str, Tokenizer] = {}  # tokenizers of files written before, by their arguments

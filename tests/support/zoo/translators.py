@@ -10,9 +10,10 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from corpus import _drawn, write_folder
-from tiny import VOCAB
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, T5Tokenizer
+
+from support.zoo.folders import drawn, write_folder
+from support.zoo.gguf_files import VOCAB
 
 WORDS = ("▁translate", "▁English", "▁to", "▁German", "▁the", "▁house", "ing", "er", "▁is")
 BLANKS = 100
@@ -112,7 +113,7 @@ def translator(name: str, values: dict[str, Any]) -> PreTrainedModel:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.requires_grad:  # sinusoidal position embeddings are not learnt
-                parameter.copy_(_drawn(parameter_name, parameter))
+                parameter.copy_(drawn(parameter_name, parameter))
     model.tie_weights()
     if name in UNTIED:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.15)

@@ -461,7 +461,7 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            parameter.copy_(_drawn(parameter_name, parameter))
+            parameter.copy_(drawn(parameter_name, parameter))
         embeddings = model.get_input_embeddings().weight
         embeddings.mul_(EMBEDDING_SCALE / MATRIX_SCALE)
         _draw_buffers(model)
@@ -469,7 +469,7 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def _drawn(name: str, start: torch.Tensor) -> torch.Tensor:
+def drawn(name: str, start: torch.Tensor) -> torch.Tensor:
     """Draw vectors (norms, biases, decays) around their initial values, and matrices afresh."""
     noise = torch.randn_like(start)
     if start.dim() < 2 or name.endswith(KEPT_ABOUT_THEIR_START):
