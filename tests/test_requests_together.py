@@ -15,8 +15,8 @@ from headrace.engine.request import Event, Progress, RequestError
 from headrace.errors import ContextError, ReadError, UsageError
 from headrace.plan import Profile
 from headrace.stream import WeightFile
+from support.threads import Pause, Task
 from support.zoo.by_position import SAID, write_alphabet
-from test_threads import Pause, Task
 
 GREEDY = headrace.SamplingParams(temperature=0)
 

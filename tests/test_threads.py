@@ -15,10 +15,10 @@ import headrace
 from headrace.errors import HeadraceError, UsageError
 from headrace.plan import Profile
 from headrace.stream import WeightFile
+from support.threads import PATIENCE_S, Pause, Task
 from support.zoo.by_position import SAID, write_alphabet
 
 GREEDY = headrace.SamplingParams(temperature=0)
-PATIENCE_S = 30.0  # wait of a test before a call counts as hanging
 
 
 @pytest.fixture
@@ -37,49 +37,6 @@ def load(path: Path, profile: Profile) -> Load:
         )
 
     return loaded
-
-
-class Task(threading.Thread):
-    """A call in a separate thread, and its outcome."""
-
-    def __init__(self, call: Callable[[], Any]):
-        super().__init__(daemon=True)
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self._call = call
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.result = self._call()
-        except BaseException as error:
-            self.error = error
-
-    def outcome(self) -> Any:
-        """The result or the exception of the call."""
-        self.join(PATIENCE_S)
-        assert not self.is_alive(), "the call hangs"
-        return self.result if self.error is None else self.error
-
-
-class Pause:
-    """Blocks its n-th caller until it is released."""
-
-    def __init__(self, at: int = 1):
-        self._left = at
-        self._reached, self._released = threading.Event(), threading.Event()
-
-    def __call__(self, *_: object) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._reached.set()
-            assert self._released.wait(PATIENCE_S)
-
-    def reached(self) -> None:
-        assert self._reached.wait(PATIENCE_S)
-
-    def release(self) -> None:
-        self._released.set()
 
 
 def ask(model: headrace.Model, **options: Any) -> str:

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_engine import PROMPT, make_engine
 
 from headrace.engine import Rows
 from headrace.engine.buffer_pool import BufferPool
 from headrace.engine.capture import MAX_CAPTURED_STEPS, CaptureCache, CapturedStep
 from headrace.engine.fuse import FusedCall
 from headrace.engine.pooled_allocation import PooledAllocation
+from support.engines import PROMPT, build_engine
 from support.zoo.gguf_files import random_model, write_gguf
 
 
@@ -20,7 +20,7 @@ def test_replayed_steps_equal_eager_steps(tiny_llama: Path, share: float) -> Non
     tokens = [3, 99, 41, 250, 7, 12, 130, 64]
     found = []
     for replays in (True, False):
-        with make_engine(tiny_llama, share) as engine:
+        with build_engine(tiny_llama, share=share) as engine:
             if not replays:
                 engine._captures = NeverCaptured()
             cache = engine.new_cache(64)
@@ -129,7 +129,7 @@ def test_captures_of_passes_that_do_not_recur_are_not_kept() -> None:
 def test_embedding_rows_are_read_once_and_the_oldest_are_evicted(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with make_engine(tiny_llama) as engine:
+    with build_engine(tiny_llama) as engine:
         table = next(t for t in engine.checkpoint.tensors.values() if t.name == "token_embd.weight")
         monkeypatch.setattr("headrace.engine.tensor_reader.MAX_CACHED_ROW_BYTES", 3 * table.row_bytes)
         read: list[int] = []
@@ -183,7 +183,7 @@ def test_fused_graphs_change_no_bit_for_any_operations_between_matmuls(family: s
     path = write_gguf(random_model(family), family, tmp_path / "tiny.gguf", "Q8_0")
     found = []
     for replays in (True, False):
-        with make_engine(path, 1.0) as engine:
+        with build_engine(path, share=1.0) as engine:
             if not replays:
                 engine._captures = NeverCaptured()
             cache = engine.new_cache(64)

@@ -6,28 +6,17 @@ import pytest
 import torch
 
 from headrace.checkpoint import open_checkpoint
-from headrace.engine import Engine, Rows, Trace
+from headrace.engine import Rows, Trace
 from headrace.errors import ContextError, ReadError
 from headrace.stream import WeightFile
-from support.engines import build_engine
+from support.engines import PROMPT, build_engine, greedy_logits
 from support.zoo.gguf_files import random_model, write_gguf
-
-PROMPT = [5, 17, 99, 3, 250, 41, 7, 7, 12, 130, 64, 2, 9]
-
-
-def decode(engine: Engine, steps: int = 6) -> torch.Tensor:
-    """Logits of a prompt and of some greedy tokens after it."""
-    cache = engine.new_cache(64)
-    logits = [engine.step([Rows(cache=cache, tokens=PROMPT)])]
-    for _ in range(steps):
-        logits.append(engine.step([Rows(cache=cache, tokens=[int(logits[-1][-1].argmax())])]))
-    return torch.cat(logits)
 
 
 @pytest.fixture(scope="module")
 def resident(tiny_llama: Path) -> torch.Tensor:
     with build_engine(tiny_llama, share=1.0) as engine:
-        return decode(engine)
+        return greedy_logits(engine)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
@@ -40,13 +29,13 @@ def test_streamed_logits_equal_resident_ones_bit_for_bit(
     with build_engine(
         tiny_llama, share=share, options={"unit_bytes": unit_bytes, "slots": slots, "readers": readers}
     ) as engine:
-        assert torch.equal(decode(engine), resident)
+        assert torch.equal(greedy_logits(engine), resident)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_mapped_pinned_rows_give_the_same_logits(tiny_llama: Path, resident: torch.Tensor, share: float) -> None:
     with build_engine(tiny_llama, share=share, options={"map_pinned": True}) as engine:
-        assert torch.equal(decode(engine), resident)
+        assert torch.equal(greedy_logits(engine), resident)
         assert str(tiny_llama) in Path("/proc/self/maps").read_text()
 
 
@@ -139,7 +128,7 @@ def test_after_a_read_error_the_next_step_starts_afresh(tiny_llama: Path, reside
         with pytest.raises(ReadError):
             for _ in range(20):
                 engine.step([Rows(cache=cache, tokens=[1])])
-        assert torch.equal(decode(engine), resident)
+        assert torch.equal(greedy_logits(engine), resident)
 
 
 def test_an_interrupt_while_a_pass_is_aborted_does_not_break_the_next(
@@ -162,7 +151,7 @@ def test_an_interrupt_while_a_pass_is_aborted_does_not_break_the_next(
             with pytest.raises(KeyboardInterrupt):
                 engine.step([Rows(cache=engine.new_cache(64), tokens=[1, 2])])
         engine.on_progress = None
-        assert torch.equal(decode(engine), resident)
+        assert torch.equal(greedy_logits(engine), resident)
 
 
 def test_replayed_passes_report_progress(tiny_llama: Path) -> None:
@@ -190,7 +179,7 @@ def test_cached_embedding_rows_stay_within_a_bound(tiny_llama: Path, monkeypatch
 def test_the_trace_has_reads_matmuls_and_passes(tiny_llama: Path, tmp_path: Path) -> None:
     trace = Trace()
     with build_engine(tiny_llama, share=0.3, trace=trace) as engine:
-        decode(engine, 2)
+        greedy_logits(engine, 2)
         passes = engine.passes
     kinds = {event.get("cat") for event in trace.events()}
     assert {"read", "compute", "pass"} <= kinds
@@ -201,7 +190,7 @@ def test_the_trace_has_reads_matmuls_and_passes(tiny_llama: Path, tmp_path: Path
 
 def test_every_pass_reads_the_streamed_bytes_and_no_more(tiny_llama: Path) -> None:
     with build_engine(tiny_llama, share=0.3, options={"readers": 0}) as engine:
-        decode(engine, 3)
+        greedy_logits(engine, 3)
         streamed = engine.stream.layout.streamed_bytes  # in whole pages, of which the file's last may be short
         assert [p.read_bytes for p in engine.passes[1:]] == pytest.approx([streamed] * 3, abs=4096)
         assert engine.passes[1].read_bytes <= streamed
@@ -214,10 +203,10 @@ def test_repacked_weights_give_the_same_model_and_rows_stay_row_invariant(
 ) -> None:
     path = write_gguf(random_model("llama"), "llama", tmp_path / "tiny.gguf", "Q4_0")
     with build_engine(path, share=share) as engine:
-        plain = decode(engine)
+        plain = greedy_logits(engine)
     options = {"repacked_types": frozenset({"Q4_0"}), "repack_in_place": in_place}
     with build_engine(path, share=share, row_multiple=8, options=options) as engine:
-        assert (decode(engine) - plain).norm() / plain.norm() < 0.05  # activations are rounded differently
+        assert (greedy_logits(engine) - plain).norm() / plain.norm() < 0.05  # activations are rounded differently
         together = engine.step(
             [Rows(cache=engine.new_cache(40), tokens=[*PROMPT, *PROMPT], logits=26, row_invariant=True)]
         )
@@ -298,5 +287,5 @@ def test_attention_over_some_heads_at_a_time_equals_attention_over_all(
     for together in (1 << 20, 1):
         monkeypatch.setattr("headrace.engine.attention.MAX_SCORES", together)
         with build_engine(path, share=1.0) as engine:
-            found.append(decode(engine, 3))
+            found.append(greedy_logits(engine, 3))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import make_engine
-from test_speculation import Oracle, free_rows
 
 import headrace
 from headrace.engine import Engine
@@ -22,6 +20,8 @@ from headrace.kernels.thresholds import KV_BLOCK_TOKENS
 from headrace.plan import Profile
 from headrace.process import resident_bytes
 from headrace.sampling_params import SamplingParams
+from support.drafting import Oracle, free_rows
+from support.engines import build_engine
 from support.stepping import Stepper
 from support.zoo.by_position import NUMBER, SAID, write_alphabet
 
@@ -31,7 +31,7 @@ SAMPLED = SamplingParams(temperature=1.1, seed=4)
 
 @pytest.fixture(scope="module")
 def engine(tiny_llama: Path) -> Iterator[Engine]:
-    with make_engine(tiny_llama) as found:
+    with build_engine(tiny_llama) as found:
         yield found
 
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import decode, make_engine
 
 from headrace.checkpoint import open_checkpoint
 from headrace.checkpoint.packing import pack_folder
 from headrace.engine import Rows
 from headrace.plan.shape import shape_of
 from headrace.stream import WeightFile
+from support.engines import build_engine, greedy_logits
 from support.zoo.folders import write_folder
 from support.zoo.gguf_files import random_model
 
@@ -30,8 +30,8 @@ def test_logits_are_those_of_the_plain_folder_bit_for_bit(
 ) -> None:
     logits = []
     for folder in folders:
-        with make_engine(folder, share=share, unit_bytes=unit_bytes) as engine:
-            logits.append(decode(engine))
+        with build_engine(folder, share=share, options={"unit_bytes": unit_bytes}) as engine:
+            logits.append(greedy_logits(engine))
     assert torch.equal(*logits)
 
 
@@ -46,7 +46,7 @@ class Counting(WeightFile):
 
 def test_counted_read_bytes_are_those_that_came_from_the_disk(folders: tuple[Path, Path]) -> None:
     for folder in folders:
-        with make_engine(folder, share=0.3, readers=0, open_file=Counting) as engine:
+        with build_engine(folder, share=0.3, options={"readers": 0}, open_file=Counting) as engine:
             cache = engine.new_cache(8)
             for _ in range(2):
                 engine.step([Rows(cache=cache, tokens=[1])])

@@ -7,47 +7,20 @@ import pytest
 import torch
 
 from headrace.engine import Engine
-from headrace.engine.drafters import MAX_BUCKET, ConfidenceBucket, Draft, DraftToken, ModelDrafter, PromptLookup
+from headrace.engine.drafters import ConfidenceBucket, Draft, ModelDrafter, PromptLookup
 from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler, distribution, uniform
 from headrace.engine.speculation import Acceptance, Speculation, StepTimeModel
 from headrace.engine.timeline import PassStats
 from headrace.plan.cost import PassCost
 from headrace.sampling_params import SamplingParams
+from support.drafting import Oracle, free_rows
 from support.engines import build_engine
 from support.stepping import Stepper
-from support.zoo.gguf_files import VOCAB, random_model, write_gguf
+from support.zoo.gguf_files import random_model, write_gguf
 
 PROMPT = [5, 17, 99, 3, 250, 41, 7, 5, 17, 99]
 CONTEXT = 96
-
-
-def free_rows(rows: int) -> PassCost:
-    """A disk-bound machine: a pass takes a second for any number of rows."""
-    return PassCost(disk_s=1.0, compute_s=0.001 * rows)
-
-
-class Oracle(ModelDrafter):
-    """Proposes the given tokens, wrong ones at some positions, so that every kind of partial acceptance happens."""
-
-    def __init__(self, tokens: list[int], wrong_every: int):
-        self.source = "oracle"
-        self._tokens = tokens
-        self._wrong_every = wrong_every
-
-    def propose(self, drafts):  # type: ignore[no-untyped-def]
-        for draft in drafts:
-            at = len(draft.tokens) + len(draft.draft_tokens)
-            if at < len(self._tokens):
-                token = self._tokens[at]
-                wrong = at % self._wrong_every == 0
-                draft.draft_tokens.append(
-                    DraftToken((token + 1) % VOCAB if wrong else token, ConfidenceBucket(self.source, MAX_BUCKET))
-                )
-        return 9 * len(drafts)  # rows: too many for its time to count as that of a draft token
-
-    def forget(self, sequence_id) -> None:  # type: ignore[no-untyped-def]
-        pass
 
 
 def decode(

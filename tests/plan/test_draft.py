@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_plan import MEASURED, SLOW_DISK, budget_of, model
 
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import BudgetError, UsageError
-from headrace.plan import RunConfig, choose_drafting, choose_sequences, drafting_options, make_plan
+from headrace.plan import RunConfig, choose_drafting, choose_sequences, drafting_options, given_budget, make_plan
 from headrace.plan.cost import PassCost
 from headrace.plan.draft import LOOKUP, NO_DRAFT, predict_decode
 from headrace.units import GIB, MIB
 from support.zoo.gguf_files import random_model, write_gguf
+from support.zoo.headers import MEASURED, SLOW_DISK, model
 
 REQUEST = RunConfig(prompt_tokens=100, context_tokens=400)
 
@@ -61,9 +61,9 @@ def test_free_draft_tokens_are_used_and_costly_ones_are_not() -> None:
 
 def test_a_draft_takes_its_memory_from_pinned_weights() -> None:
     target, draft = model(layers=16, kind="F16"), model(layers=2, kind="Q4_K")
-    plain = make_plan(target, MEASURED, budget_of(2 * GIB), REQUEST)
+    plain = make_plan(target, MEASURED, given_budget(2 * GIB), REQUEST)
     drafting = replace(LOOKUP, name="small.gguf", acceptance_rate=0.8, checkpoint=draft)
-    with_draft = make_plan(target, MEASURED, budget_of(2 * GIB), replace(REQUEST, drafting=drafting))
+    with_draft = make_plan(target, MEASURED, given_budget(2 * GIB), replace(REQUEST, drafting=drafting))
     assert with_draft.draft_bytes > sum(
         t.nbytes for t in draft.tensors.values() if len(t.shape) == 2 and "blk" in t.name
     )
@@ -76,20 +76,20 @@ def test_auto_drafts_if_disk_bound_and_not_if_everything_fits() -> None:
     target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)
     options = drafting_options(target, "auto")
     assert [option.name for option in options] == ["none", "prompt", "self"]
-    scarce, why = choose_drafting(target, SLOW_DISK, budget_of(1400 * MIB), REQUEST, options)
+    scarce, why = choose_drafting(target, SLOW_DISK, given_budget(1400 * MIB), REQUEST, options)
     assert scarce.name == "self"
     assert "none" in why
     small = model(layers=16, heads=16)
-    ample, _ = choose_drafting(small, MEASURED, budget_of(20 * GIB), REQUEST, drafting_options(small, "auto"))
+    ample, _ = choose_drafting(small, MEASURED, given_budget(20 * GIB), REQUEST, drafting_options(small, "auto"))
     assert ample.name == "none"
 
 
 def test_pinned_rows_are_mapped_if_others_are_streamed_or_copies_are_repacked() -> None:
     target = model(layers=16, heads=16, kind="Q4_K")
     repacked = replace(MEASURED, repacked_weights_per_s={"Q4_K": {"1": 60e9, "4": 20e9, "16": 8e9}})
-    assert make_plan(target, MEASURED, budget_of(900 * MIB), REQUEST).map_pinned
-    assert not make_plan(target, MEASURED, budget_of(20 * GIB), REQUEST).map_pinned
-    assert make_plan(target, repacked, budget_of(20 * GIB), REQUEST).map_pinned
+    assert make_plan(target, MEASURED, given_budget(900 * MIB), REQUEST).map_pinned
+    assert not make_plan(target, MEASURED, given_budget(20 * GIB), REQUEST).map_pinned
+    assert make_plan(target, repacked, given_budget(20 * GIB), REQUEST).map_pinned
 
 
 @pytest.mark.parametrize(("rate", "kind"), [(0.8, "Q4_K"), (1.0, "Q4_0")])
@@ -109,20 +109,20 @@ def test_a_low_bit_copy_is_not_made_for_a_short_output() -> None:
     assert options[-1].prepare_s > 1
     short = RunConfig(prompt_tokens=100, context_tokens=102)
     profile = replace(SLOW_DISK, disk_bytes_per_s={"1": 2e9})
-    assert choose_drafting(target, profile, budget_of(1400 * MIB), short, options)[0].name != "self"
-    assert choose_drafting(target, profile, budget_of(1400 * MIB), REQUEST, options)[0].name == "self"
+    assert choose_drafting(target, profile, given_budget(1400 * MIB), short, options)[0].name != "self"
+    assert choose_drafting(target, profile, given_budget(1400 * MIB), REQUEST, options)[0].name == "self"
 
 
 def test_a_draft_that_does_not_fit_is_named_and_skipped() -> None:
     target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)
-    floor = make_plan(target, MEASURED, budget_of(20 * GIB), REQUEST).floor_bytes
+    floor = make_plan(target, MEASURED, given_budget(20 * GIB), REQUEST).floor_bytes
     chosen, why = choose_drafting(
-        target, SLOW_DISK, budget_of(floor + 60 * MIB), REQUEST, drafting_options(target, "auto")
+        target, SLOW_DISK, given_budget(floor + 60 * MIB), REQUEST, drafting_options(target, "auto")
     )
     assert chosen.name in ("none", "prompt")
     assert "self does not fit" in why
     with pytest.raises(BudgetError):
-        choose_drafting(target, SLOW_DISK, budget_of(floor + 60 * MIB), REQUEST, drafting_options(target, "self"))
+        choose_drafting(target, SLOW_DISK, given_budget(floor + 60 * MIB), REQUEST, drafting_options(target, "self"))
 
 
 def test_a_copy_of_a_model_in_four_bits_is_refused() -> None:
@@ -144,21 +144,21 @@ def test_a_draft_with_another_vocabulary_is_refused(tiny_llama: Path, tmp_path: 
 def test_more_sequences_until_compute_binds() -> None:
     target = model(layers=16, kind="F16", heads=16, head_dim=128, feed_forward=8192)
     options = [NO_DRAFT]
-    slow = choose_sequences(target, SLOW_DISK, budget_of(2 * GIB), REQUEST, options, 64)
+    slow = choose_sequences(target, SLOW_DISK, given_budget(2 * GIB), REQUEST, options, 64)
     fast = choose_sequences(
-        target, replace(MEASURED, disk_bytes_per_s={"1": 200e9}), budget_of(2 * GIB), REQUEST, options, 64
+        target, replace(MEASURED, disk_bytes_per_s={"1": 200e9}), given_budget(2 * GIB), REQUEST, options, 64
     )
     assert slow.sequences > fast.sequences >= 1
-    assert choose_sequences(target, SLOW_DISK, budget_of(2 * GIB), REQUEST, options, 5).sequences <= 5
+    assert choose_sequences(target, SLOW_DISK, given_budget(2 * GIB), REQUEST, options, 5).sequences <= 5
 
 
 def test_8_bit_kv_caches_take_slightly_more_than_half() -> None:
     target = model(layers=4)
     whole, half = (
-        make_plan(target, MEASURED, budget_of(2 * GIB), replace(REQUEST, kv_bits=bits)).kv_bytes for bits in (16, 8)
+        make_plan(target, MEASURED, given_budget(2 * GIB), replace(REQUEST, kv_bits=bits)).kv_bytes for bits in (16, 8)
     )
     assert 0.5 < half / whole < 0.55
-    four = make_plan(target, MEASURED, budget_of(2 * GIB), replace(REQUEST, sequences=4))
+    four = make_plan(target, MEASURED, given_budget(2 * GIB), replace(REQUEST, sequences=4))
     assert four.kv_bytes == 4 * whole
 
 
@@ -167,15 +167,15 @@ def test_a_repacked_copy_needs_spare_memory_and_repacking_in_place_needs_a_batch
         MEASURED, repacked_weights_per_s={"Q4_K": {"1": 40e9, "4": 20e9, "16": 8e9}}, disk_bytes_per_s={"1": 4e9}
     )
     target = model(layers=16, heads=16, head_dim=128, feed_forward=8192)
-    roomy = make_plan(target, repacked, budget_of(8 * GIB), REQUEST)
+    roomy = make_plan(target, repacked, given_budget(8 * GIB), REQUEST)
     assert roomy.repacked_types == {"Q4_K"}
     assert roomy.repacked_bytes > 0
     assert not roomy.repack_in_place
-    single = make_plan(target, repacked, budget_of(1100 * MIB), REQUEST)
+    single = make_plan(target, repacked, given_budget(1100 * MIB), REQUEST)
     assert single.streamed_bytes_per_pass > 0
     assert not single.repacked_types  # the disk binds: nothing to gain
     many = make_plan(
-        target, repacked, budget_of(1100 * MIB), RunConfig(prompt_tokens=16, context_tokens=216, sequences=16)
+        target, repacked, given_budget(1100 * MIB), RunConfig(prompt_tokens=16, context_tokens=216, sequences=16)
     )
     assert many.repack_in_place
     assert many.repacked_bytes == 0
@@ -205,7 +205,7 @@ def test_decode_rows_are_padded_to_tiles_at_a_high_acceptance_rate() -> None:
     assert tiled.tiled == {"Q4_K"}
     for rate, pays in ((0.05, False), (0.9, True)):
         drafting = replace(LOOKUP, acceptance_rate=rate)
-        plan = make_plan(target, tiled, budget_of(1100 * MIB), replace(REQUEST, drafting=drafting))
+        plan = make_plan(target, tiled, given_budget(1100 * MIB), replace(REQUEST, drafting=drafting))
         assert plan.pad_decode_rows_to_tiles == pays
-    alone = make_plan(target, tiled, budget_of(1100 * MIB), REQUEST)
+    alone = make_plan(target, tiled, given_budget(1100 * MIB), REQUEST)
     assert not alone.pad_decode_rows_to_tiles

@@ -2,9 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 from headrace.checkpoint import Checkpoint, Tensor
 from headrace.errors import BudgetError, CheckpointError, ContextError, HeadraceError
 from headrace.plan import (
-    Budget,
     Plan,
     Profile,
     RunConfig,
@@ -30,83 +27,11 @@ from headrace.plan.plan import Suggestion
 from headrace.plan.profile import machine_name, profile_path, save_profile
 from headrace.plan.shape import shape_of
 from headrace.units import GB, GIB, MIB, gib, parse_bytes
+from support.zoo.headers import BLOCKS, FAST_DISK, MEASURED, NO_FILE, SLOW_DISK, model, tensor
 
 pytestmark = pytest.mark.zoo
 
 PROPERTY = settings(max_examples=120, deadline=None)
-
-BLOCKS = {"F32": (1, 4), "F16": (1, 2), "Q8_0": (32, 34), "Q6_K": (256, 210), "Q4_K": (256, 144)}
-NO_FILE = "/nonexistent/model.gguf"  # so that the profile's slowest disk counts
-
-
-def tensor(name: str, shape: tuple[int, ...], kind: str = "F32") -> Tensor:
-    weights, size = BLOCKS[kind]
-    return Tensor(name=name, shape=shape, type=kind, path=NO_FILE, offset=0, nbytes=prod(shape) // weights * size)
-
-
-def model(
-    *,
-    layers: int = 32,
-    heads: int = 32,
-    head_dim: int = 128,
-    feed_forward: int = 14336,
-    kv_heads: int = 8,
-    vocab: int = 128_256,
-    kind: str = "Q4_K",
-    tied: bool = False,
-    context: int = 8192,
-    metadata: Mapping[str, object] | None = None,
-    without: tuple[str, ...] = (),
-) -> Checkpoint:
-    """The header of a llama, by default with 8 billion weights."""
-    hidden, kv_width = heads * head_dim, kv_heads * head_dim
-    tensors = [tensor("token_embd.weight", (vocab, hidden), kind), tensor("output_norm.weight", (hidden,))]
-    tensors += [] if tied else [tensor("output.weight", (vocab, hidden), kind)]
-    for layer in range(layers):
-        shapes = {
-            "attn_q": (hidden, hidden),
-            "attn_k": (kv_width, hidden),
-            "attn_v": (kv_width, hidden),
-            "attn_output": (hidden, hidden),
-            "ffn_gate": (feed_forward, hidden),
-            "ffn_up": (feed_forward, hidden),
-            "ffn_down": (hidden, feed_forward),
-        }
-        tensors += [tensor(f"blk.{layer}.{name}.weight", shape, kind) for name, shape in shapes.items()]
-        tensors += [tensor(f"blk.{layer}.{name}_norm.weight", (hidden,)) for name in ("attn", "ffn")]
-    values = {
-        "general.architecture": "llama",
-        "llama.block_count": layers,
-        "llama.embedding_length": hidden,
-        "llama.attention.head_count": heads,
-        "llama.attention.head_count_kv": kv_heads,
-        "llama.context_length": context,
-        **(metadata or {}),
-    }
-    return Checkpoint(
-        path=NO_FILE,
-        paths=(NO_FILE,),
-        metadata={key: value for key, value in values.items() if value is not None and key not in without},  # type: ignore[misc]
-        tensors={one.name: one for one in tensors if one.name not in without},
-    )
-
-
-MEASURED = replace(
-    guessed_profile(),
-    source="measured 2025-01-01",
-    disk_bytes_per_s={"1": 1.5e9, "2": 4e9},
-    repacked_weights_per_s={},
-    kernel_weights_per_s={
-        "Q4_K": {"1": 30e9, "4": 9e9, "16": 3e9},
-        "Q8_0": {"1": 25e9, "4": 9e9, "16": 3e9},
-        "F16": {"1": 10e9, "4": 6e9, "16": 2e9},
-    },
-    bf16_flop_per_s={"32": 400e9, "512": 900e9},
-    layer_s=150e-6,
-)
-FAST_DISK = replace(MEASURED, disk_bytes_per_s={"1": 1e12})
-SLOW_DISK = replace(MEASURED, disk_bytes_per_s={"1": 1e8})
-
 
 # Arguments of `model`. Rows of K-quants fill blocks of 256: so does every hidden size below.
 SHAPES = st.fixed_dictionaries(
@@ -140,14 +65,10 @@ MACHINES = st.sampled_from(sorted(PROFILES))
 BUDGETS = st.integers(450 * MIB, 12 * GIB)
 
 
-def budget_of(nbytes: int) -> Budget:
-    return given_budget(nbytes)
-
-
 def planned(checkpoint: Checkpoint, profile: Profile, nbytes: int, run_config: RunConfig) -> Plan:
     """The plan; a budget below the floor does not count as an example."""
     try:
-        return make_plan(checkpoint, profile, budget_of(nbytes), run_config)
+        return make_plan(checkpoint, profile, given_budget(nbytes), run_config)
     except BudgetError as error:
         # The error of the plan itself, not of a plan made for a suggestion.
         if f"the budget is {gib(nbytes)} " in str(error):
@@ -157,7 +78,7 @@ def planned(checkpoint: Checkpoint, profile: Profile, nbytes: int, run_config: R
 
 def scarce(checkpoint: Checkpoint, profile: Profile, run_config: RunConfig, share: float) -> int:
     """A budget that leaves about this share of the weights to be pinned, so that most of these plans stream."""
-    plan = make_plan(checkpoint, profile, budget_of(1 << 40), run_config)
+    plan = make_plan(checkpoint, profile, given_budget(1 << 40), run_config)
     return plan.runtime_bytes + plan.kv_bytes + 128 * MIB + int(share * plan.weights_bytes)
 
 
@@ -242,7 +163,7 @@ def test_a_streaming_plan_has_a_ring_and_a_pinned_one_has_none(
 @given(SHAPES, MACHINES, requests())
 def test_a_model_that_fits_is_not_streamed(shape: Shape, machine: str, run_config: RunConfig) -> None:
     checkpoint, profile = model(**shape), PROFILES[machine]
-    plan = make_plan(checkpoint, profile, budget_of(128 * GIB), run_config)
+    plan = make_plan(checkpoint, profile, given_budget(128 * GIB), run_config)
 
     assert plan.streamed_bytes_per_pass == 0
     assert plan.ring_slots == plan.ring_bytes == 0
@@ -285,7 +206,7 @@ def test_a_streaming_plan_leaves_little_of_the_budget_unused(
 
 def test_every_large_tensor_is_pinned_by_the_same_share() -> None:
     checkpoint = model()
-    plan = make_plan(checkpoint, MEASURED, budget_of(4 * GIB))
+    plan = make_plan(checkpoint, MEASURED, given_budget(4 * GIB))
     shares = {name: plan.pinned_rows[name] / one.rows for name, one in linears(checkpoint).items()}
     partial = [share for share in shares.values() if share < 1]
 
@@ -304,7 +225,7 @@ def test_below_the_floor_is_an_error_that_names_a_budget_which_works(
 ) -> None:
     checkpoint = model(**shape)
     try:
-        make_plan(checkpoint, MEASURED, budget_of(nbytes), run_config, runtime_bytes=runtime_bytes)
+        make_plan(checkpoint, MEASURED, given_budget(nbytes), run_config, runtime_bytes=runtime_bytes)
     except BudgetError as error:
         refusal = error
     else:
@@ -312,16 +233,16 @@ def test_below_the_floor_is_an_error_that_names_a_budget_which_works(
     floor = floor_named(refusal)
 
     assert floor > nbytes
-    plan = make_plan(checkpoint, MEASURED, budget_of(floor), run_config, runtime_bytes=runtime_bytes)
+    plan = make_plan(checkpoint, MEASURED, given_budget(floor), run_config, runtime_bytes=runtime_bytes)
     assert used_bytes(plan) <= floor
     # No larger than it must be: the hint is rounded up to a MiB.
     with pytest.raises(BudgetError):
-        make_plan(checkpoint, MEASURED, budget_of(floor - MIB - 1), run_config, runtime_bytes=runtime_bytes)
+        make_plan(checkpoint, MEASURED, given_budget(floor - MIB - 1), run_config, runtime_bytes=runtime_bytes)
 
 
 def test_the_message_of_a_small_budget_has_both_numbers() -> None:
     with pytest.raises(BudgetError) as caught:
-        make_plan(model(), MEASURED, budget_of(400 * MIB))
+        make_plan(model(), MEASURED, given_budget(400 * MIB))
 
     match = re.fullmatch(r"the model needs at least (\d\.\d\d GiB), the budget is 0\.39 GiB \(.*\)", str(caught.value))
     assert match is not None
@@ -330,20 +251,20 @@ def test_the_message_of_a_small_budget_has_both_numbers() -> None:
 
 
 def test_the_floor_is_the_same_for_every_budget() -> None:
-    floors = {make_plan(model(), MEASURED, budget_of(size * GIB)).floor_bytes for size in (1, 2, 8, 64)}
+    floors = {make_plan(model(), MEASURED, given_budget(size * GIB)).floor_bytes for size in (1, 2, 8, 64)}
 
     assert len(floors) == 1
-    assert make_plan(model(), MEASURED, budget_of(floors.pop()))
+    assert make_plan(model(), MEASURED, given_budget(floors.pop()))
 
 
 def test_the_hint_is_a_shorter_context_if_the_kv_cache_is_large() -> None:
     checkpoint, run_config = model(kv_heads=32, context=1 << 17), RunConfig(prompt_tokens=16, context_tokens=1 << 16)
 
     with pytest.raises(BudgetError) as caught:
-        make_plan(checkpoint, MEASURED, budget_of(GIB), run_config)
+        make_plan(checkpoint, MEASURED, given_budget(GIB), run_config)
     assert "or a smaller --ctx-size" in str(caught.value.hint)
     with pytest.raises(BudgetError) as caught:
-        make_plan(checkpoint, MEASURED, budget_of(MIB), RunConfig(prompt_tokens=16, context_tokens=32))
+        make_plan(checkpoint, MEASURED, given_budget(MIB), RunConfig(prompt_tokens=16, context_tokens=32))
     assert "--ctx-size" not in str(caught.value.hint)
 
 
@@ -428,8 +349,8 @@ def test_a_prefill_takes_no_more_passes_than_the_fewest_rows_need(
 
 
 def test_an_assumed_profile_is_less_certain_than_a_measured_one_and_says_so() -> None:
-    unmeasured = make_plan(model(), guessed_profile(), budget_of(4 * GIB))
-    measured = make_plan(model(), MEASURED, budget_of(4 * GIB))
+    unmeasured = make_plan(model(), guessed_profile(), given_budget(4 * GIB))
+    measured = make_plan(model(), MEASURED, given_budget(4 * GIB))
 
     assert "rates guessed" in unmeasured.line()
     assert "rates measured 2025-01-01" in measured.line()
@@ -448,16 +369,16 @@ def test_a_context_above_the_models_is_an_error_that_names_the_limit(limit: int,
     with pytest.raises(
         ContextError, match=f"{limit + more} tokens is asked for, the model was made for {limit}$"
     ) as caught:
-        make_plan(checkpoint, MEASURED, budget_of(64 * GIB), RunConfig(prompt_tokens=1, context_tokens=limit + more))
+        make_plan(checkpoint, MEASURED, given_budget(64 * GIB), RunConfig(prompt_tokens=1, context_tokens=limit + more))
     hint = re.search(r"--ctx-size (\d+)", str(caught.value.hint))
     assert hint is not None
     run_config = RunConfig(prompt_tokens=1, context_tokens=int(hint.group(1)))
-    assert make_plan(checkpoint, MEASURED, budget_of(64 * GIB), run_config).context_tokens == limit
+    assert make_plan(checkpoint, MEASURED, given_budget(64 * GIB), run_config).context_tokens == limit
 
 
 def test_a_context_above_the_models_is_refused_before_memory_is() -> None:
     with pytest.raises(ContextError):
-        make_plan(model(context=512), MEASURED, budget_of(1), RunConfig(prompt_tokens=1, context_tokens=513))
+        make_plan(model(context=512), MEASURED, given_budget(1), RunConfig(prompt_tokens=1, context_tokens=513))
 
 
 @pytest.mark.parametrize(
@@ -465,13 +386,13 @@ def test_a_context_above_the_models_is_refused_before_memory_is() -> None:
 )
 def test_missing_metadata_is_an_error_that_names_it(missing: str) -> None:
     with pytest.raises(CheckpointError, match=missing.removeprefix("llama.")):
-        make_plan(model(without=(missing,)), MEASURED, budget_of(8 * GIB))
+        make_plan(model(without=(missing,)), MEASURED, given_budget(8 * GIB))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_without_an_embedding_is_an_error(tied: bool) -> None:
     with pytest.raises(CheckpointError, match=r"token_embd\.weight"):
-        make_plan(model(tied=tied, without=("token_embd.weight",)), MEASURED, budget_of(8 * GIB))
+        make_plan(model(tied=tied, without=("token_embd.weight",)), MEASURED, given_budget(8 * GIB))
 
 
 def test_a_model_without_matrices_is_an_error() -> None:
@@ -479,7 +400,7 @@ def test_a_model_without_matrices_is_an_error() -> None:
     tensors = checkpoint.tensors | {"output.weight": tensor("output.weight", (4096,))}
 
     with pytest.raises(CheckpointError):
-        make_plan(replace(checkpoint, tensors=tensors), MEASURED, budget_of(8 * GIB))
+        make_plan(replace(checkpoint, tensors=tensors), MEASURED, given_budget(8 * GIB))
 
 
 NUMBERS = st.sampled_from([None, 0, 1, -1, 2, 7, 8, 64, 1 << 31, (1 << 64) - 1, -(1 << 63), 0.5, True, "8"])
@@ -507,7 +428,7 @@ NUMBERS = st.sampled_from([None, 0, 1, -1, 2, 7, 8, 64, 1 << 31, (1 << 64) - 1, 
 def test_nonsense_in_the_metadata_is_planned_or_refused(metadata: dict[str, object], nbytes: int) -> None:
     checkpoint = model(layers=2, metadata=metadata)
     try:
-        plan = make_plan(checkpoint, MEASURED, budget_of(nbytes))
+        plan = make_plan(checkpoint, MEASURED, given_budget(nbytes))
     except HeadraceError:
         return
     assert plan.kv_bytes >= 0
@@ -536,8 +457,8 @@ def test_changes_are_three_at_most_and_each_is_faster(
 
 
 def test_a_disk_bound_plan_has_changes_and_a_fully_pinned_one_asks_for_no_memory() -> None:
-    slow = make_plan(model(), MEASURED, budget_of(2 * GIB))
-    pinned = make_plan(model(), MEASURED, budget_of(64 * GIB))
+    slow = make_plan(model(), MEASURED, given_budget(2 * GIB))
+    pinned = make_plan(model(), MEASURED, given_budget(64 * GIB))
 
     assert slow.binding == "disk"
     assert len(slow.changes) == 3
@@ -561,14 +482,14 @@ def test_the_suggested_memory_for_pinning_everything_does_so(shape: Shape, share
     match = re.match(r"--memory (\S+ ?[GM]iB): everything pinned", change.what)
     assert match is not None
 
-    plan = make_plan(checkpoint, profile, budget_of(parse_bytes(match.group(1))), run_config)
+    plan = make_plan(checkpoint, profile, given_budget(parse_bytes(match.group(1))), run_config)
 
     assert plan.streamed_bytes_per_pass == 0
     assert plan.decode.seconds == pytest.approx(change.s_per_token)
 
 
 def test_the_memory_of_a_change_is_one_word_on_the_command_line() -> None:
-    plan = make_plan(model(), MEASURED, budget_of(2 * GIB))
+    plan = make_plan(model(), MEASURED, given_budget(2 * GIB))
     options = [change.what for change in plan.changes if change.what.startswith("--memory")]
 
     assert options
@@ -579,7 +500,7 @@ def test_the_memory_of_a_change_is_one_word_on_the_command_line() -> None:
 def test_a_short_context_with_a_heavy_cache_is_planned(limit: int) -> None:
     # 2.6 MB of KV cache per token: 100 tokens are more than a tenth of a budget near the floor.
     checkpoint = model(layers=80, heads=64, kv_heads=64, feed_forward=1024, vocab=32_000, context=limit)
-    plan = make_plan(checkpoint, MEASURED, budget_of(1040 * MIB), RunConfig(prompt_tokens=16, context_tokens=100))
+    plan = make_plan(checkpoint, MEASURED, given_budget(1040 * MIB), RunConfig(prompt_tokens=16, context_tokens=100))
 
     assert plan.kv_bytes > plan.budget.nbytes // 10
     check_changes(plan)
@@ -588,8 +509,8 @@ def test_a_short_context_with_a_heavy_cache_is_planned(limit: int) -> None:
 
 def test_a_shorter_context_is_suggested_for_a_large_kv_cache() -> None:
     checkpoint = model(kv_heads=32, feed_forward=4096, vocab=32_000, kind="Q4_K", context=8192)
-    plan = make_plan(checkpoint, FAST_DISK, budget_of(5 * GIB), RunConfig(prompt_tokens=16, context_tokens=8192))
-    slow = make_plan(checkpoint, MEASURED, budget_of(5 * GIB), RunConfig(prompt_tokens=16, context_tokens=8192))
+    plan = make_plan(checkpoint, FAST_DISK, given_budget(5 * GIB), RunConfig(prompt_tokens=16, context_tokens=8192))
+    slow = make_plan(checkpoint, MEASURED, given_budget(5 * GIB), RunConfig(prompt_tokens=16, context_tokens=8192))
 
     assert "--ctx-size 4096" in {change.what for change in slow.changes}
     assert "--ctx-size 4096" not in {change.what for change in plan.changes}
@@ -615,7 +536,7 @@ def test_the_plan_is_json_without_nan(shape: Shape, machine: str, nbytes: int, r
 
 
 def test_writing_into_the_json_does_not_change_the_plan() -> None:
-    plan = make_plan(model(), MEASURED, budget_of(2 * GIB))
+    plan = make_plan(model(), MEASURED, given_budget(2 * GIB))
     before = plan.ttft_s.expected
     plan.as_json()["ttft_s"]["expected"] = 0
 
@@ -623,8 +544,8 @@ def test_writing_into_the_json_does_not_change_the_plan() -> None:
 
 
 def test_a_known_runtime_replaces_the_profiles() -> None:
-    assumed = make_plan(model(), MEASURED, budget_of(2 * GIB))
-    known = make_plan(model(), MEASURED, budget_of(2 * GIB), runtime_bytes=200 * MIB)
+    assumed = make_plan(model(), MEASURED, given_budget(2 * GIB))
+    known = make_plan(model(), MEASURED, given_budget(2 * GIB), runtime_bytes=200 * MIB)
 
     norms = 65 * 4096 * 4  # two of every layer and the last one, in fp32
     assert known.runtime_bytes == 200 * MIB + norms
@@ -633,7 +554,7 @@ def test_a_known_runtime_replaces_the_profiles() -> None:
 
 
 def test_the_kv_cache_holds_k_and_v_of_every_layer_in_half_precision() -> None:
-    plan = make_plan(model(), MEASURED, budget_of(2 * GIB), RunConfig(prompt_tokens=16, context_tokens=1000))
+    plan = make_plan(model(), MEASURED, given_budget(2 * GIB), RunConfig(prompt_tokens=16, context_tokens=1000))
 
     assert plan.kv_bytes == 2 * 32 * 8 * 128 * 2 * 1000
 
@@ -641,7 +562,7 @@ def test_the_kv_cache_holds_k_and_v_of_every_layer_in_half_precision() -> None:
 def test_a_head_that_is_not_the_hidden_size_by_the_heads_counts_in_the_cache() -> None:
     checkpoint = model(metadata={"llama.attention.key_length": 256})
 
-    assert make_plan(checkpoint, MEASURED, budget_of(2 * GIB)).kv_bytes == 2 * 32 * 8 * 256 * 2 * 1024
+    assert make_plan(checkpoint, MEASURED, given_budget(2 * GIB)).kv_bytes == 2 * 32 * 8 * 256 * 2 * 1024
 
 
 # The profile

@@ -20,6 +20,7 @@ from support.zoo.folders import VOCAB
 TOKENS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
 # Rows of the passes over TOKENS: a prefill, single rows, several behind a cached prefix, single rows again.
 PARTS = (30, 1, 1, 5, 1, 1, 1)
+PROMPT = [5, 17, 99, 3, 250, 41, 7, 7, 12, 130, 64, 2, 9]
 SMALL_RING: Mapping[str, Any] = {
     "unit_bytes": 16 << 10, "slots": 3, "readers": 2, "expert_slots": 4, "expert_readers": 2,
 }  # fmt: skip
@@ -77,3 +78,12 @@ def streamed(
     """Logits of every row of TOKENS, with `parts` as rows of the passes, and the attention mode."""
     with build_engine(path, backend, share=share) as engine:
         return logits_of(engine, parts)[0], engine.attention_mode
+
+
+def greedy_logits(engine: Engine, steps: int = 6) -> torch.Tensor:
+    """Logits of PROMPT's last token and of some greedy tokens after it: (1 + steps, vocabulary)."""
+    cache = engine.new_cache(64)
+    logits = [engine.step([Rows(cache=cache, tokens=PROMPT)])]
+    for _ in range(steps):
+        logits.append(engine.step([Rows(cache=cache, tokens=[int(logits[-1][-1].argmax())])]))
+    return torch.cat(logits)

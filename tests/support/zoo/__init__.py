@@ -5,5 +5,6 @@
 - `translators`: random encoder-decoder models, as folders and as GGUF files.
 - `packers`: quantised tensors of common tools, for folders.
 - `scripted`: a model whose next token depends on the last token alone. `by_position`: on the position alone.
+- `headers`: headers of llamas of any size, without weights, for the planner.
 - `vocabularies`: tokenizers of every kind, without a model.
 """
