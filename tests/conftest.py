@@ -1,6 +1,7 @@
 # ruff: noqa: E402
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ settings.register_profile("reproducible", derandomize=True)
 if not os.environ.get("HEADRACE_FUZZ"):
     settings.load_profile("reproducible")
 
+import headrace.api  # noqa: F401  (with torch and transformers, so that they are frozen)
 from headrace.plan import Profile, guessed_profile
+from headrace.plan.profile import save_profile
+from headrace.units import MIB
 from support.zoo.gguf_files import random_model, write_gguf
 
-gc.freeze()  # each load collects garbage, and scanning the modules' objects took 0.3 s each time
+gc.freeze()  # each load collects garbage, and would look at every object of the libraries: 0.15 s
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +34,12 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def profile() -> Profile:
     return guessed_profile()
+
+
+@pytest.fixture
+def probed(own_home: None, profile: Profile) -> None:
+    """Keep a profile with the memory of a fresh process, so that no command measures the machine."""
+    save_profile(replace(profile, runtime_bytes=440 * MIB, disk_bytes_per_s={"0": 2e9}))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from click.testing import CliRunner, Result
 from headrace.batch import BadLine, BatchRequest, Results, answer_record, error_record, read_requests
 from headrace.cli import main
 from headrace.errors import HeadraceError
-from headrace.plan import Profile
-from headrace.plan.profile import save_profile
-from headrace.units import MIB
 from support.command import COMMAND
+
+pytestmark = pytest.mark.usefixtures("probed")
 
 
 def line(custom_id: str, prompt: str = "hello", **body: Any) -> dict[str, Any]:
@@ -35,11 +33,6 @@ def write(path: Path, lines: list[Any]) -> Path:
 
 def records(path: Path) -> dict[str | None, dict[str, Any]]:
     return {record["custom_id"]: record for record in map(json.loads, path.read_text().splitlines())}
-
-
-@pytest.fixture(autouse=True)
-def known_machine(profile: Profile, own_home: None) -> None:
-    save_profile(replace(profile, runtime_bytes=400 * MIB, disk_bytes_per_s={"0": 2e9}))
 
 
 def batch(source: Path, target: Path, model: Path, *options: str) -> Result:
@@ -236,6 +229,7 @@ import resource, signal, sys
 from pathlib import Path
 from headrace.batch import Results, error_record
 from headrace.errors import HeadraceError
+
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 try:

@@ -25,6 +25,8 @@ from headrace.units import GIB, MIB
 from support.command import COMMAND
 from support.zoo.scripted import CHATML, byte_level, in_turn, write_scripted
 
+pytestmark = pytest.mark.usefixtures("probed")
+
 VOCABULARY = byte_level()
 LETTERS = [VOCABULARY["tokens"].index(chr(ord("a") + i)) for i in range(26)]
 END, NEWLINE = VOCABULARY["tokens"].index("<|im_end|>"), VOCABULARY["tokens"].index("Ċ")
@@ -72,11 +74,6 @@ def text_of(record: Mapping[str, Any]) -> str:
     assert record["error"] is None, record["error"]
     choice = record["response"]["body"]["choices"][0]
     return str(choice["message"]["content"] if "message" in choice else choice["text"])
-
-
-@pytest.fixture(autouse=True)
-def known_machine(profile: Profile, own_home: None) -> None:
-    save_profile(replace(profile, runtime_bytes=400 * MIB, disk_bytes_per_s={"0": 2e9}))
 
 
 @pytest.fixture(scope="module")

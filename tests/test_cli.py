@@ -9,24 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from headrace.plan import Profile
-from headrace.plan.profile import save_profile
 from headrace.units import MIB
 from support.command import COMMAND, headrace, second_process
 from support.zoo.gguf_files import random_model, write_gguf
 
+pytestmark = pytest.mark.usefixtures("probed")
+
 ROOMY = "2GiB"
-
-
-@pytest.fixture(autouse=True)
-def probed(own_home: None, profile: Profile) -> None:
-    """Keep a profile with the memory of a fresh process, so that no test measures the machine."""
-    save_profile(replace(profile, runtime_bytes=440 * MIB, disk_bytes_per_s={"0": 2e9}))
 
 
 def heed_interrupts() -> None:

@@ -11,22 +11,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from headrace.cli import main
-from headrace.plan import Profile
-from headrace.plan.profile import save_profile
 from support.zoo.scripted import byte_level, write_scripted
 
-pytestmark = pytest.mark.zoo
+pytestmark = [pytest.mark.zoo, pytest.mark.usefixtures("probed")]
 
 # Effects of each: colours, the window's title, the clipboard, C1's own introducer, the line's start, the bell, a backspace,
 # a delete, right-to-left text, and an isolate of it.
 EVIL = "a\x1b[31mb\x1b]0;t\x07c\x1b]52;c;eA==\x1b\\d\x9b31me\rf\bg\x7fh\u202ei\u2066j"
 RAW = tuple("\x1b\x07\x9b\r\b\x7f\u202e\u2066")
 FORGED = "sound\nlicense      MIT\nhint: run something"
-
-
-@pytest.fixture(autouse=True)
-def kept_profile(own_home: None, profile: Profile) -> None:
-    save_profile(profile)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Folders and MoE models as a user runs them: the command, and the library."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,23 +8,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import headrace as library
-from headrace.plan import Profile
-from headrace.plan.profile import save_profile
 from headrace.sampling_params import SamplingParams
-from headrace.units import MIB
 from support.command import headrace, second_process
 from support.hub import StandIn, serve
 from support.zoo.folders import VOCAB, tiny_model, write_folder
 
-pytestmark = pytest.mark.zoo
+pytestmark = [pytest.mark.zoo, pytest.mark.usefixtures("probed")]
 
 ROOMY = "2GiB"
 GREEDY = SamplingParams(temperature=0.0)
-
-
-@pytest.fixture(autouse=True)
-def probed(own_home: None, profile: Profile) -> None:
-    save_profile(replace(profile, runtime_bytes=440 * MIB, disk_bytes_per_s={"0": 2e9}))
 
 
 def folder_of(name: str, path: Path) -> Path:

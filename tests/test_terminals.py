@@ -13,12 +13,10 @@ from click.testing import CliRunner
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from headrace.cli import main
-from headrace.plan import Profile
-from headrace.plan.profile import save_profile
 from support.command import COMMAND
 from support.zoo.scripted import NORMAL, byte_level, in_turn, write_scripted
 
-pytestmark = pytest.mark.zoo
+pytestmark = [pytest.mark.zoo, pytest.mark.usefixtures("probed")]
 
 Broken: TypeAlias = Callable[[], AbstractContextManager[IO[str]]]
 
@@ -49,11 +47,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked, answer, end = (vocabulary["tokens"].index(t) for t in ("h", spelled(ANSWER), "<|im_end|>"))
     path = tmp_path_factory.mktemp("model") / "model.gguf"
     return write_scripted(path, **vocabulary, eos=end, follows=in_turn(asked, answer, end))
-
-
-@pytest.fixture(autouse=True)
-def kept_profile(own_home: None, profile: Profile) -> None:
-    save_profile(profile)
 
 
 def invoke(*arguments: str | Path) -> int:

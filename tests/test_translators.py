@@ -15,7 +15,7 @@ from headrace.plan.shape import shape_of
 from support import command
 from support.zoo.translators import CASES, FILES, translator, vocabulary, write_gguf, write_translator
 
-pytestmark = pytest.mark.zoo
+pytestmark = [pytest.mark.zoo, pytest.mark.usefixtures("probed")]
 
 PROMPT = "translate English to German: the house is big"
 OPTIONS = {"max_tokens": 12, "sampling": headrace.SamplingParams(temperature=0.0)}

@@ -15,7 +15,7 @@ from support.command import headrace
 from support.engines import build_engine, streamed
 from support.zoo.folders import REFUSED, tiny_model, write_folder
 
-pytestmark = pytest.mark.zoo
+pytestmark = [pytest.mark.zoo, pytest.mark.usefixtures("probed")]
 
 
 @dataclass(frozen=True)

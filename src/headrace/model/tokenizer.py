@@ -1,6 +1,5 @@
 """Encodes and decodes text with the tokenizer and chat template of the checkpoint."""
 
-import gc
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
@@ -79,7 +78,6 @@ class Tokenizer:
         self.decoder_start_ids = decoder_start_ids(checkpoint)
         if self.has_chat_template:
             self.chat_template.start()
-        gc.collect()
 
     def close(self) -> None:
         """End the chat template's process. Safe to call twice."""
