@@ -258,7 +258,7 @@ def test_killed_at_any_moment_it_goes_on_without_loss_or_repetition(tiny_llama: 
     command = [*COMMAND, "batch", str(source), str(target)]
     command += ["-m", str(tiny_llama), "--memory", "2GiB", "--parallel", "2", "-q"]
     kills = 0
-    for results_before_kill in (1, 9, 20):
+    for results_before_kill in (1, 15):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
@@ -268,7 +268,7 @@ def test_killed_at_any_moment_it_goes_on_without_loss_or_repetition(tiny_llama: 
                 break
             time.sleep(0.002)
         process.wait(timeout=60)
-    assert kills >= 2
+    assert kills == 2
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     ids = [json.loads(text)["custom_id"] for text in target.read_text().splitlines()]

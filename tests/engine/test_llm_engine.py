@@ -39,7 +39,7 @@ def prompt(length: int, seed: int) -> list[int]:
     return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-ALONE: dict[str, list[int]] = {}  # answers found before: a sequence alone has one
+ALONE: dict[str, list[int]] = {}  # outputs by the arguments of `alone`
 
 
 def alone(engine: Engine, tokens: list[int], count: int, sampling: SamplingParams, capacity: int = 256) -> list[int]:
@@ -162,8 +162,8 @@ def test_memory_of_forgotten_positions_goes_back_to_the_system(bits: int) -> Non
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(engine: Engine) -> None:
-    stepper = Stepper(engine, 3, 2048, 128)
-    long, other = (stepper.add(prompt(1500, seed), 4, Sampler(GREEDY)) for seed in (1, 2))
+    stepper = Stepper(engine, 3, 1024, 128)
+    long, other = (stepper.add(prompt(600, seed), 4, Sampler(GREEDY)) for seed in (1, 2))
     stepper.step()
     short = stepper.add(prompt(60, 3), 4, Sampler(GREEDY))
     for _ in range(3):
