@@ -23,7 +23,12 @@ from headrace.plan.profile import save_profile
 from headrace.units import MIB
 from support.zoo.gguf_files import random_model, write_gguf
 
-gc.freeze()  # each load collects garbage, and would look at every object of the libraries: 0.15 s
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """Freeze the libraries' objects: each load of a model collects garbage, and would look at all of them for 0.15 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +38,14 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def profile() -> Profile:
-    return guessed_profile()
+    """One thread: two workers with two threads each wait for each other's cores. A command in `probed` has all cores."""
+    return replace(guessed_profile(), threads=1)
 
 
 @pytest.fixture
-def probed(own_home: None, profile: Profile) -> None:
+def probed(own_home: None) -> None:
     """Keep a profile with the memory of a fresh process, so that no command measures the machine."""
-    save_profile(replace(profile, runtime_bytes=440 * MIB, disk_bytes_per_s={"0": 2e9}))
+    save_profile(replace(guessed_profile(), runtime_bytes=440 * MIB, disk_bytes_per_s={"0": 2e9}))
 
 
 @pytest.fixture(scope="session")

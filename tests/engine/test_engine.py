@@ -8,6 +8,7 @@ import torch
 from headrace.checkpoint import open_checkpoint
 from headrace.engine import Rows, Trace
 from headrace.errors import ContextError, ReadError
+from headrace.kernels import Kernels
 from headrace.stream import WeightFile
 from support.engines import PROMPT, build_engine, greedy_logits
 from support.zoo.gguf_files import random_model, write_gguf
@@ -29,6 +30,11 @@ def test_streamed_logits_equal_resident_ones_bit_for_bit(
     with build_engine(
         tiny_llama, share=share, options={"unit_bytes": unit_bytes, "slots": slots, "readers": readers}
     ) as engine:
+        assert torch.equal(greedy_logits(engine), resident)
+
+
+def test_two_threads_give_the_bits_of_one(tiny_llama: Path, resident: torch.Tensor) -> None:
+    with build_engine(tiny_llama, Kernels(2)) as engine:
         assert torch.equal(greedy_logits(engine), resident)
 
 

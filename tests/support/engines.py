@@ -40,7 +40,7 @@ def build_engine(
 
     Args:
         path: the file or folder.
-        backend: ggml on two threads if None.
+        backend: ggml on one thread if None.
         share: share of the rows of every matrix that is pinned.
         decode_share: share that decode pins beside it.
         row_multiple: pinned rows of a matrix are a multiple of this, and of what its layout needs.
@@ -60,7 +60,7 @@ def build_engine(
             chosen["decode_pinned_rows"] = rows(decode_share)
         return StreamOptions(pinned_rows=rows(share), **chosen)
 
-    return Engine(open_checkpoint(path), decide, backend or Kernels(2), **given)
+    return Engine(open_checkpoint(path), decide, backend or Kernels(1), **given)
 
 
 def logits_of(engine: Engine, parts: Sequence[int] = PARTS, *, kv_bits: int = 32) -> tuple[torch.Tensor, object]:
