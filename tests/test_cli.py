@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.plan import Profile
+from headrace.plan import load_profile
 from headrace.units import MIB
 from support.command import COMMAND, headrace, second_process
 from support.zoo.gguf_files import random_model, write_gguf
@@ -208,9 +208,7 @@ def test_chat_keeps_the_conversation_and_survives_control_c(tiny_llama: Path) ->
     assert chat.end() == 0
 
 
-def test_the_profile_of_the_tests_is_kept(profile: Profile) -> None:
-    from headrace.plan import load_profile
-
+def test_commands_find_the_kept_profile() -> None:
     kept = load_profile()
     assert kept is not None
     assert asdict(kept)["runtime_bytes"] == 440 * MIB

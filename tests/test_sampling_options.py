@@ -35,6 +35,11 @@ def run(path: Path, *options: str) -> Result:
     return CliRunner().invoke(main, [*command, *options])
 
 
+def test_the_value_that_switches_top_k_off_elsewhere_does_so_here(path: Path) -> None:
+    assert json.loads(run(path, "--top-k", "-1").stdout)["text"] == json.loads(run(path, "--top-k", "0").stdout)["text"]
+    assert run(path, "--top-k", "-2").exit_code == 2
+
+
 def test_a_bias_and_log_probabilities_are_taken_from_the_command_line(path: Path) -> None:
     result = run(path, "--logit-bias", f"{NUMBER('z')}+100", "--logprobs", "2")
     assert result.exit_code == 0, result.stderr

@@ -63,6 +63,19 @@ assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() =
     assert result.returncode == 0, result.stderr
 
 
+def test_a_stand_in_that_somebody_kept_does_not_import_the_compiler_again() -> None:
+    code = f"""{SLIM}
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as kept
+kept()
+import torch._dynamo as first
+kept()
+import torch._dynamo as second
+assert first is second
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
 def test_torch_that_is_there_already_is_left_alone() -> None:
     code = f"import torch, torch._dynamo as before\n{SLIM}\nimport torch\nassert torch._dynamo is before"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -115,5 +115,6 @@ def _unchanged(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -
 
 
 def _real(module: str, name: str) -> Any:
-    _restore_compiler()
+    if _FINDER in sys.meta_path:  # else a stand-in that somebody kept is used after the compiler was restored
+        _restore_compiler()
     return getattr(importlib.import_module(module), name)

@@ -11,7 +11,15 @@ import torch
 
 from headrace.checkpoint.tensor import COMPUTABLE, block_of
 from headrace.errors import HeadraceError
-from headrace.kernels import DECODE_MAX_ROWS, Kernels, ReferenceKernels, WeightSlice, make_kernels, torch_reference
+from headrace.kernels import (
+    DECODE_MAX_ROWS,
+    Kernels,
+    ReferenceKernels,
+    WeightSlice,
+    dot_bits,
+    make_kernels,
+    torch_reference,
+)
 from headrace.kernels.ggml import library, type_number
 from headrace.kernels.matmul import ExpertMatmul
 from headrace.kernels.thresholds import PRECISE_TYPES
@@ -67,6 +75,16 @@ def test_the_result_of_a_row_does_not_depend_on_the_rows_beside_it(kernels: Kern
     together = matmul(kernels, x, kind, packed)
     for row in range(DECODE_MAX_ROWS):
         assert torch.equal(matmul(kernels, x[row : row + 1].clone(), kind, packed)[0], together[row])
+
+
+def test_a_matmul_with_other_bits_than_dot_products_is_not_used_for_decode_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not dot_bits.has_dot_bits("Q4_K")
+    monkeypatch.setattr(dot_bits, "_product", lambda *given: torch.tensor([1.0 + 1e-7 * given[3]]))
+    assert not dot_bits.has_dot_bits.__wrapped__("Q8_0")
+    monkeypatch.setattr(dot_bits, "_product", lambda *given: torch.tensor([1.0]))
+    assert dot_bits.has_dot_bits.__wrapped__("Q8_0")
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "F16"])

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import BudgetError, UsageError
-from headrace.plan import RunConfig, choose_drafting, choose_sequences, drafting_options, given_budget, make_plan
+from headrace.plan import RunConfig, choose_drafting, choose_sequences, draft, drafting_options, given_budget, make_plan
 from headrace.plan.cost import PassCost
 from headrace.plan.draft import LOOKUP, NO_DRAFT, predict_decode
 from headrace.units import GIB, MIB
 from support.zoo.gguf_files import random_model, write_gguf
-from support.zoo.headers import MEASURED, SLOW_DISK, model
+from support.zoo.headers import MEASURED, SLOW_DISK, model, tensor
 
 REQUEST = RunConfig(prompt_tokens=100, context_tokens=400)
 
@@ -129,6 +129,21 @@ def test_a_copy_of_a_model_in_four_bits_is_refused() -> None:
     with pytest.raises(UsageError, match="saves little"):
         drafting_options(model(kind="Q4_K"), "self")
     assert [option.name for option in drafting_options(model(kind="Q4_K"), "auto")] == ["none", "prompt"]
+
+
+def test_experts_count_in_the_average_bits() -> None:
+    """Attention in F16 beside experts in Q4_K: a copy would hold the experts again."""
+    attention = model(kind="F16", layers=1)
+    experts = tensor("blk.0.ffn_up_exps.weight", (64, 14336, 4096), "Q4_K")
+    mixed = replace(attention, tensors={**attention.tensors, experts.name: experts})
+    with pytest.raises(UsageError, match="saves little"):
+        drafting_options(mixed, "self")
+
+
+def test_only_a_model_with_the_same_matrices_is_taken_for_a_copy() -> None:
+    target = model(kind="F16")
+    assert draft._same_shape(target, model(kind="Q4_K"))
+    assert not draft._same_shape(target, model(kind="Q4_K", feed_forward=7168))
 
 
 def test_a_draft_with_another_vocabulary_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -250,6 +250,16 @@ def test_the_message_of_a_small_budget_has_both_numbers() -> None:
     assert parse_bytes(match.group(1)) == pytest.approx(floor_named(caught.value), abs=0.005 * GIB + MIB)
 
 
+@pytest.mark.parametrize("sequences", [1, 2, 8, 32])
+def test_at_the_floor_all_parts_and_the_margin_fit_for_any_number_of_sequences(sequences: int) -> None:
+    run_config = RunConfig(prompt_tokens=100, context_tokens=400, sequences=sequences)
+    with pytest.raises(BudgetError) as caught:
+        make_plan(model(), MEASURED, given_budget(600 * MIB), run_config)
+    floor = floor_named(caught.value)
+    plan = make_plan(model(), MEASURED, given_budget(floor), run_config)
+    assert floor - used_bytes(plan) >= 24 * MIB + floor // 100
+
+
 def test_the_floor_is_the_same_for_every_budget() -> None:
     floors = {make_plan(model(), MEASURED, given_budget(size * GIB)).floor_bytes for size in (1, 2, 8, 64)}
 

@@ -5,6 +5,18 @@ import threading
 from headrace.stream.readers import ReadCounters, Readers
 
 
+def test_the_first_error_of_several_readers_is_kept() -> None:
+    readers = Readers(2, name="test", counters=ReadCounters(), spans=None)
+    first, second = OSError("the cause"), OSError("what followed")
+    for error in (first, second):
+
+        def fail(error: OSError = error) -> bool:
+            raise error
+
+        readers._work(fail)
+    assert readers.error is first
+
+
 def test_the_consumer_is_woken_once_and_only_when_all_has_arrived() -> None:
     readers = Readers(1, name="test", counters=ReadCounters(), spans=None)
     notify, woken = readers.arrived.notify, []

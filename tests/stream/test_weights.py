@@ -293,6 +293,26 @@ def test_a_closed_stream_raises_a_read_error(tmp_path: Path, readers: int) -> No
         read_pass(stream)
 
 
+@pytest.mark.parametrize("readers", [0, 2])
+def test_a_stream_closed_in_a_pass_raises_a_read_error(tmp_path: Path, readers: int) -> None:
+    tensors, _ = make_file(tmp_path / "w", SHAPES)
+    stream = WeightStream(layout_of(tensors, 0.0, 9000), slots=1, readers=readers)
+    batches = stream.weights_of(0)
+    next(batches)
+    stream.close()
+    with pytest.raises(ReadError, match="closed"):
+        list(batches)
+        read_pass(stream)
+
+
+def test_a_stream_closes_the_files_that_it_opened(tmp_path: Path) -> None:
+    tensors, contents = make_file(tmp_path / "w", SHAPES)
+    before = len(os.listdir("/proc/self/fd"))
+    with WeightStream(layout_of(tensors, 0.3, 9000), slots=3, readers=2) as stream:
+        assert read_pass(stream) == contents
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def void(_: object) -> None:
     pass
 

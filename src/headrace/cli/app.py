@@ -149,7 +149,8 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="No plan, progre
 
 def _sampling_option(one: SamplingField) -> Callable[[F], F]:
     """The option of a sampling parameter. Without it, the model's own recommendation counts."""
-    least, most = (None if math.isinf(limit) else limit for limit in (one.least, one.most))
+    lowest = one.least if one.off is None else min(one.least, one.off)
+    least, most = (None if math.isinf(limit) else limit for limit in (lowest, one.most))
     kind: click.ParamType[Any] = (
         click.FloatRange(least, most, min_open=not one.least_is_allowed)
         if one.kind is float

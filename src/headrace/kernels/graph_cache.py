@@ -10,6 +10,7 @@ import torch
 
 from headrace.checkpoint.tensor import row_bytes
 from headrace.kernels.attention_graph import AttentionGraph, Heads
+from headrace.kernels.dot_bits import has_dot_bits
 from headrace.kernels.expert_mlp import ExpertMlp, ExpertShapes
 from headrace.kernels.fused_graph import FusedGraph
 from headrace.kernels.ggml_graph import Cast, MatmulGraph, MatmulPointers, MatmulShape, RowFunction, Workers
@@ -45,7 +46,7 @@ class GraphCache:
             self._decode_workers = Workers(self._threads, spin=True)
 
     def run(self, jobs: Sequence[MatmulJob], dots: bool) -> tuple[MatmulGraph, list[MatmulPointers]]:
-        """Compute matmuls in one graph; `dots`: with one dot product per row. Returns the graph and its operands."""
+        """Compute matmuls in one graph; `dots`: with the bits of one dot product per row. Returns graph and operands."""
         parts = tuple([part for part, _ in jobs])
         most_rows = 1 << (max([operands.rows for _, operands in jobs]) - 1).bit_length()
         key = (most_rows, dots, parts)
@@ -56,6 +57,8 @@ class GraphCache:
             no_thread_spins = self._decode_workers is self._prefill_workers
             if nbytes * most_rows <= _SINGLE_THREAD_BYTES and no_thread_spins:
                 workers = self._one_worker
+            if most_rows > 1 and all(not part.repacked and has_dot_bits(part.type) for part in parts):
+                dots = False
             graph = self.matmuls[key] = MatmulGraph(parts, most_rows, dots, workers, self.repacking)
         operands = [operands for _, operands in jobs]
         graph(operands)

@@ -70,17 +70,17 @@ def drafting_options(checkpoint: Checkpoint, name: str, profile: Profile | None 
     fixed = {"none": NO_DRAFT, "prompt": LOOKUP}
     if name in fixed:
         return [fixed[name]]
+    if name not in ("auto", "self"):
+        return [_model(checkpoint, name)]
     copies = [_copy(checkpoint, profile)] if _average_bits(checkpoint) >= LEAST_BITS else []
     if name == "auto":
         return [NO_DRAFT, LOOKUP, *copies]
-    if name == "self":
-        if not copies:
-            raise UsageError(
-                f"{checkpoint.name} has {_average_bits(checkpoint):.1f} bits per weight: a copy in fewer saves little",
-                hint="use --draft prompt, or a smaller model of the same family",
-            )
-        return copies
-    return [_model(checkpoint, name)]
+    if not copies:
+        raise UsageError(
+            f"{checkpoint.name} has {_average_bits(checkpoint):.1f} bits per weight: a copy in fewer saves little",
+            hint="use --draft prompt, or a smaller model of the same family",
+        )
+    return copies
 
 
 def _copy(checkpoint: Checkpoint, profile: Profile | None) -> Drafting:
@@ -114,8 +114,15 @@ def _model(checkpoint: Checkpoint, path: str) -> Drafting:
             f"{path} has another vocabulary than {checkpoint.path}: its token ids mean other tokens",
             hint="use a draft model of the same family, or --draft prompt",
         )
-    same = all(draft.get(key) == checkpoint.get(key) for key in ("block_count", "embedding_length"))
-    return _with_model(draft, Path(path).name, _copy_acceptance_rate(draft) if same else SMALLER_MODEL_ACCEPTANCE_RATE)
+    rate = _copy_acceptance_rate(draft) if _same_shape(checkpoint, draft) else SMALLER_MODEL_ACCEPTANCE_RATE
+    return _with_model(draft, Path(path).name, rate)
+
+
+def _same_shape(one: Checkpoint, other: Checkpoint) -> bool:
+    """True if both have the same matrices: probably the same model in different formats."""
+    return [(name, tensor.shape) for name, tensor in sorted(one.tensors.items())] == [
+        (name, tensor.shape) for name, tensor in sorted(other.tensors.items())
+    ]
 
 
 def _with_model(checkpoint: Checkpoint, name: str, acceptance_rate: float) -> Drafting:
@@ -136,7 +143,7 @@ def _copy_acceptance_rate(copy: Checkpoint) -> float:
 
 
 def _average_bits(checkpoint: Checkpoint) -> float:
-    matrices = [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
+    matrices = [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) >= 2]  # experts have 3 dimensions
     return 8 * sum(t.nbytes for t in matrices) / max(1, sum(t.rows * t.columns for t in matrices))
 
 

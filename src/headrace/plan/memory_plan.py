@@ -88,6 +88,9 @@ def plan_memory(
     least_rings = LEAST_SLOTS * slot * (2 if shape.prefill_only else 1)
     least = base - margin + MARGIN_BYTES + least_rings + few_experts
     decode_activations = _activations(shape, run_config, run_config.verify_rows, row_invariant=True)
+    decode_activations = max(
+        decode_activations, _activations(shape, run_config, DECODE_MAX_ROWS)
+    )  # the shortest prefill
     if shape.single_sequence:  # prefill is a single pass
         decode_activations = max(
             decode_activations, _activations(shape, run_config, _single_pass_rows(shape, run_config))
@@ -195,6 +198,7 @@ def _activations(shape: Shape, run_config: RunConfig, rows: int, row_invariant: 
     """
     context_tokens = run_config.context_tokens
     with_logits = rows if row_invariant else run_config.sequences
+    packed = row_invariant or rows <= DECODE_MAX_ROWS  # the weights are multiplied as they are, not unpacked first
     rows += 0 if row_invariant else run_config.sequences - 1
     # Three tensors of the MLP's width and two or three of the hidden size are alive at once. The rest covers fragmentation
     # and oneDNN's copies. Measured and counted MiB: 8B, 512 rows 181 and 282; 1.5B, 512 rows 165 and 190;
@@ -213,7 +217,7 @@ def _activations(shape: Shape, run_config: RunConfig, rows: int, row_invariant: 
         # Scores, decays, scores * decays and einsum's result; both factors of a state for every head.
         padded = ceil(rows / shape.scanned.chunk) * shape.scanned.chunk
         wide += 4 * shape.scanned.heads * padded * (4 * shape.scanned.chunk + 2 * shape.scanned.state)
-    if rows <= DECODE_MAX_ROWS or row_invariant:
+    if packed:
         return rows * 4 * (narrow + max(mlp, attention)) + logits + wide
     # Prefill: dequantised weights and a mask in addition.
     masked = wide + rows * context_tokens + (SCORES_BYTES if shape.makes_scores else 0)

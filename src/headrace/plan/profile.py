@@ -19,7 +19,7 @@ from headrace.errors import HeadraceError
 from headrace.kernels.thresholds import PRECISE_TYPES, TILE_ROWS
 from headrace.units import GIB, MIB
 
-SCHEMA = 7
+SCHEMA = 8
 PREFILL_ROWS = 512  # prefill rows at which matmul kernels are compared
 # Default share of the disk time that I/O costs the cores: 0.4 on two cores of a virtual machine (docs/accuracy.md).
 IO_CPU_SHARE = 0.3

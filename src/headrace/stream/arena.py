@@ -13,7 +13,7 @@ from headrace.limits import explained
 
 PAGE_BYTES = 4096
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; `mmap` has no names for them
-_MAP_FIXED = 0x10  # the same on all processors of Linux
+_MAP_FIXED = 0x10  # on x86-64 and arm64
 # Errors of a file that cannot be mapped, or of a process with too many mappings: such rows are read.
 _CANNOT_MAP = (errno.ENODEV, errno.EACCES, errno.EINVAL, errno.ENOMEM, errno.EPERM)
 
@@ -98,7 +98,10 @@ class Arena:
         if _LIBC.mmap(address, nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, fd, offset) != address:
             failed = ctypes.get_errno()
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
-            _LIBC.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+            if _LIBC.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != address:
+                raise OSError(failed, os.strerror(failed))
+            with suppress(AttributeError):
+                _madvise(address, nbytes, mmap.MADV_HUGEPAGE)
             if failed in _CANNOT_MAP:
                 return False
             raise OSError(failed, os.strerror(failed))

@@ -29,7 +29,7 @@ class Spans(Protocol):
 class ReadCounters:
     """Reads of a stream so far. The difference of two copies describes a pass."""
 
-    read_bytes: int = 0  # bytes from the disk, those of mapped pages included
+    read_bytes: int = 0  # bytes read or mapped; the page cache may hold some of them
     reads: int = 0
     stall_s: float = 0.0  # time the consumer waited for reads
 
@@ -75,7 +75,7 @@ class Readers:
                 hint="check the disk or the network share, then start again",
             )
         if self._closed:
-            raise ReadError("the weights are closed", hint="load the model again")
+            raise self.closed_error()
         if self._threads or not self.count:
             return
         for i, work in enumerate(works):
@@ -85,6 +85,11 @@ class Readers:
             except RuntimeError as error:  # running threads are stopped with the pass
                 raise too_few_threads() from error
             self._threads.append(thread)
+
+    @staticmethod
+    def closed_error() -> ReadError:
+        """The error of a consumer that asks for weights after `close`."""
+        return ReadError("the weights are closed", hint="load the model again")
 
     def stop(self) -> None:
         """Ask all threads to stop and wait until they have, each after its current read. Safe to call twice."""
@@ -98,9 +103,11 @@ class Readers:
         self._threads = []
 
     def close(self) -> None:
-        """Stop for good."""
+        """Stop for good. A consumer that waits gets an error."""
         self._closed = True
         self.stop()
+        with self.arrived:
+            self.arrived.notify_all()
 
     def reset(self) -> None:
         """Forget errors after `stop`; threads may be started again."""
@@ -110,7 +117,7 @@ class Readers:
         """Wait until `ready()` is true. It is called under the lock, by readers too.
 
         Raises:
-            ReadError: a reader has failed, or nothing has come from the disk for `stall_limit_s`.
+            ReadError: a reader has failed, the readers are closed, or nothing has come from the disk for `stall_limit_s`.
         """
         start = before = time.perf_counter()
         silence, step_s = 0.0, min(1.0, self._stall_limit_s)
@@ -121,6 +128,8 @@ class Readers:
                     raise self.error
                 if ready():
                     break
+                if self._closed:
+                    raise self.closed_error()
                 self._ready = ready
                 try:
                     self.arrived.wait(timeout=step_s)
@@ -165,6 +174,6 @@ class Readers:
                 pass
         except BaseException as error:
             with self.arrived:
-                self.error = error
+                self.error = self.error or error  # the first is the cause
                 self.arrived.notify_all()
                 self.space.notify_all()
