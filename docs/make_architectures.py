@@ -104,7 +104,7 @@ These language models of transformers do not run here. Half of an encoder-decode
 
 def row(name: str, outcome: Outcome) -> str:
     """A line of the table without its last column."""
-    return f"| {name} | {CASES[name].kind} | {outcome.way} | {'equal' if outcome.same else 'differs'} |"
+    return f"| {name} | {CASES[name].kind} | {outcome.attention_mode} | {'equal' if outcome.same else 'differs'} |"
 
 
 def page() -> str:

@@ -26,7 +26,7 @@ from support.zoo.gguf_files import random_model, write_gguf
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen() -> None:
-    """Freeze the libraries' objects: each load of a model collects garbage, and would look at all of them for 0.15 s."""
+    """Freeze what exists, for the rest of the run: each load collects garbage, and would look at all of it for 0.15 s."""
     gc.collect()
     gc.freeze()
 
@@ -38,7 +38,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def profile() -> Profile:
-    """One thread: two workers with two threads each wait for each other's cores. A command in `probed` has all cores."""
+    """A profile for one thread: pytest-xdist runs a worker on every core. Commands read the profile of `probed`, with all cores."""
     return replace(guessed_profile(), threads=1)
 
 

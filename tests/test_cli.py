@@ -16,7 +16,7 @@ import pytest
 
 from headrace.plan import load_profile
 from headrace.units import MIB
-from support.command import COMMAND, headrace, second_process
+from support.command import COMMAND, headrace, run_in_subprocess
 from support.zoo.gguf_files import random_model, write_gguf
 
 pytestmark = pytest.mark.usefixtures("probed")
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("probed")
 ROOMY = "2GiB"
 
 
-def heed_interrupts() -> None:
+def restore_sigint() -> None:
     """Restore Ctrl-C: background jobs of bash start with it ignored, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -39,7 +39,7 @@ def test_run_prints_the_answer_to_stdout_and_the_rest_to_stderr(tiny_llama: Path
 
 
 def test_json_is_one_object_with_everything_measured(tiny_llama: Path) -> None:
-    result = second_process("run", tiny_llama, "hello", "--memory", ROOMY, "-n", "5", "-t", "0", "--json", "-q")
+    result = run_in_subprocess("run", tiny_llama, "hello", "--memory", ROOMY, "-n", "5", "-t", "0", "--json", "-q")
     assert result.stderr == ""
     answer = json.loads(result.stdout)
     assert answer["usage"]["completion_tokens"] == answer["usage"]["total_tokens"] - answer["usage"]["prompt_tokens"]
@@ -64,9 +64,9 @@ def test_the_prompt_may_come_from_stdin_or_a_file(tiny_llama: Path, tmp_path: Pa
 def test_streaming_and_a_budget_at_the_floor_give_the_same_text(tiny_llama: Path) -> None:
     plan = json.loads(headrace("plan", str(tiny_llama), "--memory", ROOMY, "--json").stdout)
     floor = plan["memory"]["floor_bytes"] + 2 * MIB
-    options = ("-n", "8", "-t", "0", "--json", "-q", "--raw")  # short enough for the decode path alone
-    roomy = json.loads(second_process("run", str(tiny_llama), "hello", "--memory", ROOMY, *options).stdout)
-    tight = json.loads(second_process("run", str(tiny_llama), "hello", "--memory", str(floor), *options).stdout)
+    options = ("-n", "8", "-t", "0", "--json", "-q", "--raw")  # so short that no prefill kernel runs
+    roomy = json.loads(run_in_subprocess("run", str(tiny_llama), "hello", "--memory", ROOMY, *options).stdout)
+    tight = json.loads(run_in_subprocess("run", str(tiny_llama), "hello", "--memory", str(floor), *options).stdout)
     assert tight["text"] == roomy["text"]
     assert tight["memory"]["peak_bytes"] <= floor
 
@@ -125,7 +125,7 @@ def test_bad_input_gets_a_message_and_the_right_exit_code(
 def test_control_c_ends_the_answer_with_130(tiny_llama: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "run", str(tiny_llama), "hello", "--memory", ROOMY, "-n", "100000", "-c", "2000", "-t", "0", "--raw"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint,
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.read(3)  # the answer has begun
@@ -162,7 +162,7 @@ class Terminal:
     def __init__(self, *arguments: str):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            heed_interrupts()
+            restore_sigint()
             os.execvp(COMMAND[0], [*COMMAND, *arguments])
         self.text = ""
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import headrace as library
 from headrace.sampling_params import SamplingParams
-from support.command import headrace, second_process
+from support.command import headrace, run_in_subprocess
 from support.hub import StandIn, serve
 from support.zoo.folders import VOCAB, tiny_model, write_folder
 
@@ -52,7 +52,7 @@ def test_an_moe_model_runs_from_its_folder_and_reports_its_expert_cache(moe_mode
     assert planned.exit_code == 0, planned.stderr
     experts = json.loads(planned.stdout)["experts"]
     assert experts["total"] == experts["slots"]
-    result = second_process("run", moe_model, "hello", "--memory", ROOMY, "-n", "6", "-t", "0", "--json", "-q")
+    result = run_in_subprocess("run", moe_model, "hello", "--memory", ROOMY, "-n", "6", "-t", "0", "--json", "-q")
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["usage"]["completion_tokens"] <= 6
@@ -123,12 +123,12 @@ def test_a_model_at_the_hub_is_planned_from_its_headers_and_run_by_its_name(tiny
     hub.add("org/tiny", {"tiny-Q8_0.gguf": padded})
     where = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1,localhost"}
     try:
-        planned = second_process("plan", "org/tiny", "--memory", ROOMY, "--json", **where)
+        planned = run_in_subprocess("plan", "org/tiny", "--memory", ROOMY, "--json", **where)
         assert planned.returncode == 0, planned.stderr
         assert not list((tmp_path / "hf").rglob("*.gguf"))  # only headers were fetched
-        first = second_process("run", "org/tiny", "hello", "--memory", ROOMY, "-n", "4", "-t", "0", **where)
+        first = run_in_subprocess("run", "org/tiny", "hello", "--memory", ROOMY, "-n", "4", "-t", "0", **where)
         assert first.returncode == 0, first.stderr
-        again = second_process(
+        again = run_in_subprocess(
             "run", "org/tiny", "hello", "--memory", ROOMY, "-n", "4", "-t", "0", HF_HUB_OFFLINE="1", **where
         )
         assert again.stdout == first.stdout

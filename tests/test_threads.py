@@ -15,7 +15,7 @@ import headrace
 from headrace.errors import HeadraceError, UsageError
 from headrace.plan import Profile
 from headrace.stream import WeightFile
-from support.threads import PATIENCE_S, Pause, Task
+from support.threads import HANG_TIMEOUT_S, Pause, Task
 from support.zoo.by_position import SAID, write_alphabet
 
 GREEDY = headrace.SamplingParams(temperature=0)
@@ -237,7 +237,7 @@ def forked(call: Callable[[], object]) -> str:
     child = os.fork()
     if not child:
         try:
-            signal.alarm(int(PATIENCE_S))
+            signal.alarm(int(HANG_TIMEOUT_S))
             try:
                 said = str(call())
             except BaseException as error:
@@ -246,7 +246,7 @@ def forked(call: Callable[[], object]) -> str:
         finally:
             os._exit(0)
     os.close(writer)
-    ready, _, _ = select.select([reader], [], [], PATIENCE_S / 3)
+    ready, _, _ = select.select([reader], [], [], HANG_TIMEOUT_S / 3)
     said = os.read(reader, 4000).decode() if ready else "the call hangs"
     os.close(reader)
     os.kill(child, signal.SIGKILL)

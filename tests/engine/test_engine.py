@@ -49,7 +49,7 @@ def test_mapped_pinned_rows_give_the_same_logits(tiny_llama: Path, resident: tor
 def test_prefill_memory_holds_weights_during_decode(
     tiny_llama: Path, limit: int | None, reuses: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not if the process has not returned it: its limit is the second case. Memory is collected once after a prompt."""
+    """With a limit of 1 MiB it is not reused: the process has not returned enough. Memory is collected once after a prompt."""
     collected: list[int] = []
     monkeypatch.setattr("headrace.engine.engine.release_unused", lambda: collected.append(1))
 
@@ -247,9 +247,9 @@ def test_a_prefix_is_shared_within_the_pass_that_computes_it(tiny_llama: Path) -
         alone = engine.step([Rows(cache=engine.new_cache(64), tokens=whole)])
         first, second, third = (engine.new_cache(64) for _ in range(3))
         second.copy_prefix(first, 30)
-        third.copy_prefix(second, 38)  # its prefix source copies in the same pass
+        third.copy_prefix(second, 38)  # which is itself copied in this pass
         batch = [
-            Rows(cache=first, tokens=whole[:35]),  # prefill rows: sorted behind the row-invariant ones
+            Rows(cache=first, tokens=whole[:35]),  # prefill rows, computed after the row-invariant ones
             Rows(cache=second, tokens=whole[30:39]),
             Rows(cache=third, tokens=whole[38:]),
         ]
@@ -280,8 +280,8 @@ def test_a_failed_pass_rolls_back_a_shared_prefix(tiny_llama: Path) -> None:
         Failing.armed = False
         assert cache.length == 3
         expected = engine.new_cache(32)
-        rows = [engine.step([Rows(cache=one, tokens=PROMPT[3:6])]) for one in (cache,)]
-        assert torch.equal(rows[0], engine.step([Rows(cache=expected, tokens=PROMPT[:6])]))
+        again = engine.step([Rows(cache=cache, tokens=PROMPT[3:6])])
+        assert torch.equal(again, engine.step([Rows(cache=expected, tokens=PROMPT[:6])]))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])

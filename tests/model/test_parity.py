@@ -35,11 +35,11 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     # From the header alone, the plan must contain every multiplied weight and all KV elements per token.
     shape = shape_of(open_checkpoint(tmp_path / "model"))
     weights = {tensor.name: tensor.rows * tensor.columns for tensor in shape.linears}
-    assert outcome.multiplied <= weights.keys()
+    assert outcome.linear_tensors <= weights.keys()
     # Nearly all weights must stream: an unrecognised linear would stay in memory in fp32.
-    streamed = sum(weights[tensor] for tensor in outcome.multiplied)
+    streamed = sum(weights[tensor] for tensor in outcome.linear_tensors)
     assert streamed > 0.7 * sum(weights.values())
-    assert outcome.kept is None or name in UNKNOWN_KV_ELEMENTS or outcome.kept == shape.cached_elements
+    assert outcome.kv_elements_per_token is None or name in UNKNOWN_KV_ELEMENTS or outcome.kv_elements_per_token == shape.cached_elements
 
 
 @pytest.mark.parametrize(

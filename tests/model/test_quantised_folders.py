@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from headrace.kernels import Kernels, ReferenceKernels
-from support.comparison import divergence, same_choice
+from support.comparison import divergence, same_argmax
 from support.engines import TOKENS, streamed
 from support.zoo.folders import GROUPED, SMALL_EXPERTS, tiny_model, write_folder
 from support.zoo.packers import LAYOUTS, Layout, mxfp4
@@ -78,7 +78,7 @@ def test_quantised_folders_equal_their_plain_dequantisation(model_type: str, lay
     # fp32 on the decoded blocks. Only FP8 and act-order weights and minima are rounded, once, to fp16.
     reference, _ = streamed(tmp_path / "model", ReferenceKernels(1), parts=(38, 1, 1))
     assert divergence(reference, expected) < 1e-4
-    assert same_choice(reference, expected, 0.01)
+    assert same_argmax(reference, expected, 0.01)
 
     # The fast kernels round activations before each matmul to 8 bits per block of 32, 2^-8 of the largest. In a MoE, a row
     # near a routing tie may then use another expert, so there only most rows must agree.

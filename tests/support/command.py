@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 
 from headrace.cli import main
 
-# The words that start it as a second process.
+# Arguments that start it as another process.
 COMMAND = [sys.executable, "-c", "from headrace.cli import main; main()"]
 
 
@@ -23,8 +23,8 @@ def headrace(*arguments: object, stdin: str = "", **environment: str) -> Result:
     return CliRunner().invoke(main, list(map(str, arguments)), input=stdin, env=environment, catch_exceptions=False)
 
 
-def second_process(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in another process, as a user does; arguments as for `headrace`."""
+def run_in_subprocess(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in another process, as a user does. The arguments are those of `headrace`."""
     words = [*COMMAND, *map(str, arguments)]
     env = {**os.environ, **environment}
     return subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=120, env=env)

@@ -14,7 +14,7 @@ def divergences(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return found.sum(-1)
 
 
-def same_choice(ours: torch.Tensor, theirs: torch.Tensor, tie: float = 1e-3) -> bool:
+def same_argmax(ours: torch.Tensor, theirs: torch.Tensor, tie: float = 1e-3) -> bool:
     """True if our likeliest token is theirs in every row, but for ties within `tie` of a logit."""
     chosen = theirs.gather(-1, ours.argmax(-1, keepdim=True))[:, 0]
     return bool((theirs.max(-1).values - chosen < tie).all())

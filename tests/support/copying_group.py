@@ -14,11 +14,11 @@ from headrace.stream.layout import RowRange
 
 
 class CopyingGroup:
-    """Makes the members. `shares` are the boundaries of their rows, as shares of every tensor."""
+    """Makes the members. `split_points` are the fractions of a tensor's rows at which the owner changes."""
 
-    def __init__(self, shares: Sequence[float]):
-        self.shares = [0.0, *shares, 1.0]
-        self.size = len(self.shares) - 1
+    def __init__(self, split_points: Sequence[float]):
+        self.split_points = [0.0, *split_points, 1.0]
+        self.size = len(self.split_points) - 1
         self._barrier = threading.Barrier(self.size)
         self._values: list[Any] = [None] * self.size
 
@@ -70,7 +70,7 @@ class Member:
     def shards(self, tensor: Tensor) -> Sequence[Shard]:
         if tensor.k_splits:  # columns, not rows
             return (Shard(0, 0, tensor.outputs),)
-        ends = [int(share * tensor.rows) for share in self._group.shares]
+        ends = [int(share * tensor.rows) for share in self._group.split_points]
         return [Shard(rank, ends[rank], ends[rank + 1]) for rank in range(self._group.size)]
 
     def owned(self, tensor: Tensor) -> RowRange:

@@ -27,7 +27,7 @@ class Oracle(ModelDrafter):
                 draft.draft_tokens.append(
                     DraftToken((token + 1) % VOCAB if wrong else token, ConfidenceBucket(self.source, MAX_BUCKET))
                 )
-        return 9 * len(drafts)  # rows: too many for its time to count as that of a draft token
+        return 9 * len(drafts)  # rows: `Speculation` does not take its time for that of a draft token
 
     def forget(self, sequence_id) -> None:  # type: ignore[no-untyped-def]
         pass

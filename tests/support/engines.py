@@ -40,9 +40,9 @@ def build_engine(
 
     Args:
         path: the file or folder.
-        backend: ggml on one thread if None.
+        backend: None for ggml on one thread.
         share: share of the rows of every matrix that is pinned.
-        decode_share: share that decode pins beside it.
+        decode_share: share that is pinned beside it while decode reuses prefill memory.
         row_multiple: pinned rows of a matrix are a multiple of this, and of what its layout needs.
         options: more fields of `StreamOptions`, over those of `SMALL_RING`.
         given: more arguments of `Engine`.

@@ -8,7 +8,7 @@ import torch
 from headrace.engine.attention import KVCache
 from headrace.kernels import Kernels
 from headrace.model.trace import LinearStep
-from support.comparison import divergence, same_choice
+from support.comparison import divergence, same_argmax
 from support.engines import TOKENS, build_engine, logits_of
 from support.zoo.folders import tiny_model, write_folder
 
@@ -17,11 +17,11 @@ from support.zoo.folders import tiny_model, write_folder
 class Outcome:
     """The outcome of a case: attention mode, equality of each row's likeliest token, largest KL divergence."""
 
-    way: str
+    attention_mode: str
     same: bool
     divergence: float
-    multiplied: frozenset[str]  # names of tensors that linear layers use
-    kept: int | None  # KV elements per token, where the engine keeps the cache
+    linear_tensors: frozenset[str]  # names of tensors that linear layers use
+    kv_elements_per_token: int | None  # KV elements per token, where the engine keeps the cache
 
 
 def outcome_of(name: str, folder: Path) -> Outcome:
@@ -41,4 +41,4 @@ def outcome_of(name: str, folder: Path) -> Outcome:
                 for layer in range(engine.model.config.get_text_config().num_hidden_layers)
                 for one in cache.get(layer, 1)
             )
-        return Outcome(engine.attention_mode, same_choice(ours, expected), divergence(ours, expected), multiplied, kept)
+        return Outcome(engine.attention_mode, same_argmax(ours, expected), divergence(ours, expected), multiplied, kept)

@@ -34,7 +34,7 @@ class Stepper:
         scheduled = self.scheduler.schedule()
         assert scheduled is not None
         self.steps.append(scheduled)
-        loads = not self.runner.engine.passes
+        is_first_pass = not self.runner.engine.passes
         output = self.runner.execute(scheduled.step)
         results = self.scheduler.update(scheduled, output)
         for result in results:
@@ -43,7 +43,7 @@ class Stepper:
         new = [result for result in results if result.tokens]
         self.drafted += sum(result.drafted for result in new)
         self.accepted += sum(len(result.tokens) - 1 for result in new)
-        if isinstance(output.stats, PassStats) and not loads:
+        if isinstance(output.stats, PassStats) and not is_first_pass:
             self.scheduler.record(scheduled, output.stats, sum(len(result.tokens) for result in new))
         return [result.sequence for result in new]
 

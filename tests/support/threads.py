@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE_S = 30.0  # wait of a test before a call counts as hanging
+HANG_TIMEOUT_S = 30.0  # wait of a test before a call counts as hanging
 
 
 class Task(threading.Thread):
@@ -25,7 +25,7 @@ class Task(threading.Thread):
 
     def outcome(self) -> Any:
         """The result or the exception of the call."""
-        self.join(PATIENCE_S)
+        self.join(HANG_TIMEOUT_S)
         assert not self.is_alive(), "the call hangs"
         return self.result if self.error is None else self.error
 
@@ -41,10 +41,10 @@ class Pause:
         self._left -= 1
         if self._left == 0:
             self._reached.set()
-            assert self._released.wait(PATIENCE_S)
+            assert self._released.wait(HANG_TIMEOUT_S)
 
     def reached(self) -> None:
-        assert self._reached.wait(PATIENCE_S)
+        assert self._reached.wait(HANG_TIMEOUT_S)
 
     def release(self) -> None:
         self._released.set()

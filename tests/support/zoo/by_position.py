@@ -1,6 +1,6 @@
 """GGUF files of a model whose next token depends on the position alone.
 
-An answer may therefore hold one token several times, as messages with several marks do. The model is GPT-2 with one-hot
+An output may therefore contain one token several times, such as delimiters of reasoning. The model is GPT-2 with one-hot
 position embeddings, token embeddings of zeros, and attention and MLP that add zero.
 """
 
