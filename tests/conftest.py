@@ -38,7 +38,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def profile() -> Profile:
-    """A profile for one thread: pytest-xdist runs a worker on every core. Commands read the profile of `probed`, with all cores."""
+    """A profile for one thread: pytest-xdist has a worker on every core. Commands read that of `probed`, with all cores."""
     return replace(guessed_profile(), threads=1)
 
 

@@ -15,7 +15,7 @@ from headrace.engine.chunks import Chunks
 from headrace.engine.sampler import Sampler
 from headrace.kernels import Kernels
 from headrace.kernels.convert import q4_k_blocks
-from headrace.kernels.thresholds import CHUNK_ROWS, SMALL_CHUNK_ROWS
+from headrace.kernels.thresholds import CHUNK_ROWS, GEMM_CHUNK_ROWS, SMALL_CHUNK_ROWS
 from headrace.sampling_params import SamplingParams
 from support.engines import build_engine
 from support.stepping import Stepper
@@ -31,7 +31,7 @@ def prompts() -> list[list[int]]:
     """Prompts of lengths around the chunk sizes, some with a common prefix, some that continue others."""
     drawn = torch.Generator().manual_seed(7)
     text = torch.randint(0, VOCAB, (280,), generator=drawn).tolist()
-    found = [text[:length] for length in (3, 7, 8, 12, 16, 17, 30, 64, 70, 200)]
+    found = [text[:length] for length in (3, 7, 8, 12, 16, 17, 30, 64, 70, 200, 128, 141)]
     return [*found, text[:100] + text[7:40], torch.randint(0, VOCAB, (90,), generator=drawn).tolist()]
 
 
@@ -132,7 +132,8 @@ def test_whole_chunks_of_a_prompt_are_reused(path: Path) -> None:
             before = len(engine.passes)
             stepper.finish([stepper.add(prompt, 1, LogitsKeeper())])
             rows.append(sum(one.rows for one in engine.passes[before:]))
-    assert rows == [len(prompt), len(prompt) - (len(prompt) - 1) // CHUNK_ROWS * CHUNK_ROWS]
+        chunk = CHUNK_ROWS if stepper.runner.info.prefill_is_row_invariant else GEMM_CHUNK_ROWS
+    assert rows == [len(prompt), len(prompt) - (len(prompt) - 1) // chunk * chunk]
 
 
 @pytest.mark.parametrize("chunks", [Chunks(SMALL_CHUNK_ROWS, 64), Chunks(64, 64), Chunks(16, 16), Chunks(40, 40)])

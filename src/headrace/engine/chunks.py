@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from headrace.engine.drafters import common_length
 from headrace.engine.kv_pool import Slot
 from headrace.engine.step import RunnerInfo
-from headrace.kernels.thresholds import CHUNK_ROWS, DECODE_MAX_ROWS, SMALL_CHUNK_ROWS
+from headrace.kernels.thresholds import CHUNK_ROWS, DECODE_MAX_ROWS, GEMM_CHUNK_ROWS, SMALL_CHUNK_ROWS
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class ChunkRules:
         """`deterministic`: reuse nothing whose reuse could change the last bits of a result."""
         self.info = info
         # In other attention modes than packed, a pass takes one chunk of a sequence.
-        tokens = prefill_rows if info.one_chunk else min(CHUNK_ROWS, prefill_rows)
+        rows = CHUNK_ROWS if info.prefill_is_row_invariant else GEMM_CHUNK_ROWS
+        tokens = prefill_rows if info.one_chunk else min(rows, prefill_rows)
         # Small chunks let more of a prefix be reused; they cost nothing if prefill is row-invariant.
         self._small = not info.one_chunk and info.prefill_is_row_invariant and prefill_rows > DECODE_MAX_ROWS
         if self._small:

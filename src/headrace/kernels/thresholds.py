@@ -15,9 +15,10 @@ TILE_COLUMNS = 16
 # Rows of activations that the kernel for repacked weights takes together. Row-invariant rows are padded to a multiple.
 ACTIVATION_ROWS = 4
 
-# Rows of a prompt chunk, the unit of prefill and of prefix caching. Where a kernel is not row-invariant, chunks
-# are multiplied separately. Results then do not depend on the other rows of a pass.
+# Rows of a prompt chunk, the unit of prefill and of prefix caching. Where prefill is not row-invariant, chunks are multiplied
+# separately, so that results do not depend on the other rows of a pass; torch's GEMM needs more rows to be fast.
 CHUNK_ROWS = 64
+GEMM_CHUNK_ROWS = 128
 
 # Rows of a chunk at the start of a prompt, if prefill is row-invariant: more of a prefix is shared.
 SMALL_CHUNK_ROWS = 8
