@@ -125,7 +125,7 @@ AS_NOBODY = """
 import os, resource, sys
 from headrace.cli import main
 from headrace import slim_import
-library = slim_import.library()
+library = slim_import.import_api()
 import headrace.cli.run, headrace.model.gguf_mappings, transformers.models.llama.modeling_llama
 model, further = sys.argv[1], int(sys.argv[2])
 try:

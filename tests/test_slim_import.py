@@ -18,11 +18,11 @@ from headrace.process import peak_bytes
 loaded = [name for name in ("torch._inductor", "torch.distributed.tensor") if name in sys.modules]
 print(json.dumps({"text": text, "loaded": loaded, "peak": peak_bytes()}))
 """
-SLIM = "from headrace import slim_import; slim_import.library()"
+SLIM = "from headrace import slim_import; slim_import.import_api()"
 BREAK = """
 from headrace import slim_import
 slim_import._MODULES = (*slim_import._MODULES, "no_such_module")
-slim_import.library()
+slim_import.import_api()
 """
 
 

@@ -30,7 +30,7 @@ from headrace.errors import HeadraceError
 from headrace.kernels import DECODE_MAX_ROWS, Kernels, WeightSlice
 from headrace.kernels.ggml import tile_activations
 from headrace.kernels.thresholds import PRECISE_TYPES
-from headrace.plan.memory_plan import MOST_RING_SLOTS, READERS, UNIT_BYTES
+from headrace.plan.memory_plan import MAX_RING_SLOTS, READERS, UNIT_BYTES
 from headrace.plan.profile import Profile, load_profile, machine_name
 from headrace.plan.shape import is_linear
 from headrace.process import release_unused, resident_bytes
@@ -203,7 +203,7 @@ def _streamed(
     times = []
     with (
         closing(WeightFile(str(path))) as file,
-        WeightStream(layout, slots=MOST_RING_SLOTS, readers=READERS, file_of=lambda _: file) as stream,
+        WeightStream(layout, slots=MAX_RING_SLOTS, readers=READERS, file_of=lambda _: file) as stream,
     ):
         for round_ in range(rounds + 1):
             start = time.perf_counter()
@@ -374,7 +374,7 @@ def _measure_runtime() -> int:
     command = [
         sys.executable,
         "-c",
-        "from headrace import slim_import; slim_import.library(); from headrace import probe; probe.report_runtime()",
+        "from headrace import slim_import; slim_import.import_api(); from headrace import probe; probe.report_runtime()",
     ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

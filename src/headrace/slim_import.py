@@ -1,4 +1,4 @@
-"""Imports the library with only the needed parts of torch and transformers: 40 MiB less, and a second sooner.
+"""Imports `headrace.api` with only the needed parts of torch and transformers: 40 MiB less, and a second sooner.
 
 transformers imports distributed tensors, flex attention, and decorators of torch's compiler. Torch itself imports the
 compiler when it first computes shapes, but nothing here compiles. A stand-in therefore replaces the compiler, and its
@@ -20,13 +20,19 @@ from headrace.limits import check_address_space
 
 _COMPILER = "torch._dynamo"
 _DECORATORS = ("disable", "allow_in_graph", "assume_constant_result")
-_ABSENT = ("is_torch_distributed_available", "is_torch_flex_attn_available")
+_REPORTED_UNAVAILABLE = ("is_torch_distributed_available", "is_torch_flex_attn_available")
 # Modules of transformers that every model imports, so that they are imported while the stand-in is there.
-_MODULES = ("modeling_utils", "masking_utils", "generation.utils", "models.auto.modeling_auto", "integrations.moe")
+_TRANSFORMERS_MODULES = (
+    "modeling_utils",
+    "masking_utils",
+    "generation.utils",
+    "models.auto.modeling_auto",
+    "integrations.moe",
+)
 
 
-def library() -> ModuleType:
-    """Import `headrace.api`, slim if transformers is not imported yet. What is imported by then is exempt from collection.
+def import_api() -> ModuleType:
+    """Import `headrace.api`, slim if transformers is not imported yet. Objects alive after it are frozen (`gc.freeze`).
 
     Raises the errors of `limits.check_address_space`.
     """
@@ -34,8 +40,8 @@ def library() -> ModuleType:
     if "transformers" not in sys.modules and _COMPILER not in sys.modules:
         sys.meta_path.insert(0, _FINDER)
         try:
-            with _absent():
-                for name in _MODULES:
+            with _features_reported_unavailable():
+                for name in _TRANSFORMERS_MODULES:
                     importlib.import_module(f"transformers.{name}")
         except Exception:  # such as another version of either: half-imported modules are removed
             _restore_compiler()
@@ -48,11 +54,11 @@ def library() -> ModuleType:
 
 
 @contextmanager
-def _absent() -> Iterator[None]:
+def _features_reported_unavailable() -> Iterator[None]:
     from transformers import utils
     from transformers.utils import import_utils
 
-    kept = [(module, name, getattr(module, name)) for module in (utils, import_utils) for name in _ABSENT]
+    kept = [(module, name, getattr(module, name)) for module in (utils, import_utils) for name in _REPORTED_UNAVAILABLE]
     for module, name, _ in kept:
         setattr(module, name, lambda: False)
     try:

@@ -1,4 +1,4 @@
-"""The fast kernels against the slow twin, and row-invariance: decode rows do not influence each other."""
+"""The fast kernels against the reference implementation, and row-invariance: decode rows do not influence each other."""
 
 import ctypes
 import itertools

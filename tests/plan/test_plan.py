@@ -708,7 +708,7 @@ def test_single_pass_prefill_needs_more_memory() -> None:
         try:
             found = plan_memory(shape, None, MEASURED, given_budget(700 * MIB), run_config, None)
             assert fits
-            assert found.floor <= 700 * MIB
+            assert found.floor_bytes <= 700 * MIB
         except BudgetError:
             assert not fits
 
@@ -727,5 +727,5 @@ def test_materialised_attention_scores_are_counted() -> None:
     capped = shape_of(model(**shape, tied=False, metadata={"llama.attn_logit_softcapping": 50.0}))
     run_config = RunConfig(context_tokens=4096, prompt_tokens=512)
     budget = given_budget(4 * GIB)
-    taken = [plan_memory(one, None, MEASURED, budget, run_config, None).activations for one in (plain, capped)]
+    taken = [plan_memory(one, None, MEASURED, budget, run_config, None).activation_bytes for one in (plain, capped)]
     assert taken[1] - taken[0] == SCORES_BYTES

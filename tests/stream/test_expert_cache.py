@@ -1,4 +1,4 @@
-"""Eviction of experts: against a slow twin that recomputes every probability from the whole history."""
+"""Eviction of experts: against a reference implementation that recomputes every probability from the whole history."""
 
 import sys
 

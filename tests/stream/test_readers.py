@@ -19,8 +19,8 @@ def test_the_first_error_of_several_readers_is_kept() -> None:
 
 def test_the_consumer_is_woken_once_and_only_when_all_has_arrived() -> None:
     readers = Readers(1, name="test", counters=ReadCounters(), spans=None)
-    notify, woken = readers.arrived.notify, []
-    readers.arrived.notify = lambda n=1: (woken.append(len(arrived)), notify(n))[1]  # type: ignore[method-assign]
+    notify, woken = readers.data_ready.notify, []
+    readers.data_ready.notify = lambda n=1: (woken.append(len(arrived)), notify(n))[1]  # type: ignore[method-assign]
     arrived: list[int] = []
     asleep = threading.Event()
 
@@ -32,12 +32,12 @@ def test_the_consumer_is_woken_once_and_only_when_all_has_arrived() -> None:
     consumer.start()
     asleep.wait()
     for number in range(3):
-        with readers.arrived:
+        with readers.data_ready:
             arrived.append(number)
-            readers.wake()
+            readers.notify_if_ready()
     consumer.join(timeout=10)
     assert not consumer.is_alive()
     assert woken == [3]
-    with readers.arrived:
-        readers.wake()  # nobody waits
+    with readers.data_ready:
+        readers.notify_if_ready()  # nobody waits
     assert woken == [3]

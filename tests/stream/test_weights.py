@@ -74,14 +74,14 @@ SHAPES = [(7, 33), (64, 256), (1, 5000), (300, 40), (5, 1024)]
     unit_bytes=st.integers(1, 60_000),
     slots=st.integers(1, 20),
     readers=st.integers(0, 4),
-    maps=st.booleans(),
+    may_map=st.booleans(),
 )
 def test_every_pass_delivers_every_byte(
     tmp_path: Path, share: float, unit_bytes: int, slots: int, readers: int, maps: bool
 ) -> None:
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     layout = layout_of(tensors, share, unit_bytes)
-    with WeightStream(layout, slots=slots, readers=readers, maps=lambda _: maps) as stream:
+    with WeightStream(layout, slots=slots, readers=readers, may_map=lambda _: maps) as stream:
         for _ in range(3):
             assert read_pass(stream) == contents
 
@@ -89,7 +89,7 @@ def test_every_pass_delivers_every_byte(
 def test_mapped_rows_are_pages_of_the_file(tmp_path: Path) -> None:
     """One tensor is mapped here, the others are copies."""
     tensors, contents = make_file(tmp_path / "w", SHAPES)
-    with WeightStream(layout_of(tensors, 1.0, 9000), slots=1, readers=2, maps=lambda t: t.name == "t1") as stream:
+    with WeightStream(layout_of(tensors, 1.0, 9000), slots=1, readers=2, may_map=lambda t: t.name == "t1") as stream:
         assert read_pass(stream) == contents
         maps = Path("/proc/self/maps").read_text().splitlines()
         assert any(str(tmp_path / "w") in line for line in maps)
@@ -105,7 +105,7 @@ def test_a_file_that_was_cut_before_it_is_mapped_is_an_error(tmp_path: Path) -> 
     tensors, _ = make_file(tmp_path / "w", SHAPES)
     os.truncate(tmp_path / "w", tensors[3].offset + 100)
     with (
-        WeightStream(layout_of(tensors, 1.0, 9000), slots=1, readers=2, maps=lambda _: True) as stream,
+        WeightStream(layout_of(tensors, 1.0, 9000), slots=1, readers=2, may_map=lambda _: True) as stream,
         pytest.raises(ReadError, match="ended at") as caught,
     ):
         read_pass(stream)
@@ -115,7 +115,7 @@ def test_a_file_that_was_cut_before_it_is_mapped_is_an_error(tmp_path: Path) -> 
 def test_a_last_page_that_is_not_whole_is_mapped(tmp_path: Path) -> None:
     tensors, contents = make_file(tmp_path / "w", SHAPES)
     os.truncate(tmp_path / "w", tensors[-1].offset + tensors[-1].nbytes)
-    with WeightStream(layout_of(tensors, 1.0, 9000), slots=1, readers=2, maps=lambda _: True) as stream:
+    with WeightStream(layout_of(tensors, 1.0, 9000), slots=1, readers=2, may_map=lambda _: True) as stream:
         assert read_pass(stream) == contents
 
 

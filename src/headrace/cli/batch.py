@@ -69,7 +69,7 @@ def batch_command(source: Path, target: Path, model: str, **options: Any) -> int
 def _run(checkpoint: Checkpoint, requests: Sequence[BatchRequest], results: Results, settings: BatchSettings) -> int:
     profile = profile_for(checkpoint.path, say=not settings.quiet)
     budget = budget_of(settings.memory)
-    load = slim_import.library().load  # torch and transformers: seconds
+    load = slim_import.import_api().load  # torch and transformers: seconds
 
     small = min(settings.ctx_size or 256, checkpoint.context_limit(256))
     with load(

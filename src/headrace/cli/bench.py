@@ -26,7 +26,7 @@ def bench_command(
     if html is not None:
         show.check_writable(html)
     profile = profile_for(model, say=True)
-    load = slim_import.library().load  # torch: seconds
+    load = slim_import.import_api().load  # torch: seconds
     from headrace.sampling_params import SamplingParams
 
     with load(

@@ -292,7 +292,7 @@ def _interval(prediction: Range) -> str:
 
 def probe_command(target: Path, as_json: bool) -> None:
     """Measure, keep and print the profile."""
-    slim_import.library()
+    slim_import.import_api()
     from headrace.probe import probe
 
     profile = probe(target, lambda what: show.note(f"measuring {what}"))

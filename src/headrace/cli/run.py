@@ -86,7 +86,7 @@ def run_command(
     plan = make_plan(checkpoint, profile, budget, replace(run_config, drafting=drafting))
     if not quiet:
         show.note(plan.line())
-    load = slim_import.library().load  # torch and transformers: seconds, so only after the plan line
+    load = slim_import.import_api().load  # torch and transformers: seconds, so only after the plan line
 
     def exact_run_config(tokenizer: "Tokenizer") -> RunConfig:
         if text is None:

@@ -120,7 +120,7 @@ class ModelWeights:
             file_of=self._files.__getitem__,
             spans=self._trace,
             on_pinned=self._repack if repacks and options.repacked_types else None,
-            maps=lambda tensor: options.map_pinned and not (options.repack_in_place and self._is_repacked(tensor)),
+            may_map=lambda tensor: options.map_pinned and not (options.repack_in_place and self._is_repacked(tensor)),
         )
         self._streams.append(stream)
         self._places |= {step: (stream, group) for group, step in enumerate(linears)}

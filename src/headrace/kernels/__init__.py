@@ -3,7 +3,7 @@
 Three paths behind one call. Decode rows: ggml's dot-product kernel on the packed blocks; a row's result does not depend on
 the rows beside it. Prefill rows: ggml's tile kernel in the formats that measured faster with it; it unpacks some weights for
 all rows at once. Other formats: blocks of weights are unpacked and multiplied by torch, which is not row-invariant.
-`torch_reference` is the slow twin of all.
+`torch_reference` is the reference implementation.
 """
 
 from collections.abc import Collection
@@ -25,7 +25,7 @@ __all__ = ["DECODE_MAX_ROWS", "Backend", "Kernels", "ReferenceKernels", "WeightS
 def make_kernels(
     threads: int, bf16_prefill: bool = True, row_invariant: bool = True, tiled: Collection[str] = ()
 ) -> tuple[Backend, str]:
-    """(backend, reason): ggml's, or the slow twin where no build of ggml runs. Arguments as for `Kernels`."""
+    """(backend, reason): ggml's, or the reference implementation where no build of ggml runs. Arguments as for `Kernels`."""
     check_threads(threads)
     try:
         from headrace.kernels.matmul import Kernels
@@ -38,7 +38,7 @@ def make_kernels(
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Kernels` and its slow twin when used: the planner only needs the thresholds."""
+    """Import `Kernels` and its reference implementation when used: the planner only needs the thresholds."""
     if name == "Kernels":
         from headrace.kernels.matmul import Kernels
 

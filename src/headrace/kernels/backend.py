@@ -1,6 +1,6 @@
 """What computes: one interface to matmuls, attention and norms on packed weights.
 
-`Kernels` (ggml on the CPU) and `ReferenceKernels` (the slow twin) implement it.
+`Kernels` (ggml on the CPU) and `ReferenceKernels` (the reference implementation) implement it.
 """
 
 from collections.abc import Sequence

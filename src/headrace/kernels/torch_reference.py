@@ -1,6 +1,7 @@
-"""The slow twin: the same matmuls through the `gguf` package's own dequantisation and torch, nothing shared with ggml.
+"""The reference implementation: the same matmuls through the `gguf` package's own dequantisation and torch.
 
-Tests compare the fast kernels with it. It runs where ggml is not installed: exact in fp32, and tens of times slower.
+It shares nothing with ggml. Tests compare the fast kernels with it. It runs where ggml is not installed: exact in fp32, and tens
+of times slower.
 """
 
 import ctypes
@@ -35,7 +36,7 @@ def matmul(x: torch.Tensor, type_name: str, address: int, weight_rows: int) -> t
 
 
 class ReferenceKernels:
-    """The slow twin, a backend in torch."""
+    """The reference implementation, a backend in torch."""
 
     attends = has_expert_mlp = False
     row_invariant = True

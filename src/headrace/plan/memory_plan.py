@@ -1,6 +1,8 @@
 """The memory plan: parts of the process's memory, whose sum is the budget:
 
-budget = runtime + small tensors + KV caches + draft model + activations + ring + margin + pinned weights + experts
+budget = runtime + small tensors + KV caches + draft model + activations + rings + margin + pinned weights + experts
+
+Decode-pinned rows lie in the memory of the activations. The second ring is that of prefill-only weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +22,13 @@ from headrace.units import MIB, gib, option
 UNIT_BYTES = 2 * MIB
 RING_SLOTS = 16
 PROMPT_SLOTS = 8  # ring slots during prefill, which is compute-bound
-MOST_RING_SLOTS = 48  # max ring slots (docs/LEARNED.md)
-RING_SHARE = 1 / 16  # max share of the memory for weights, above `RING_SLOTS`
-LEAST_SLOTS = 3
-LEAST_EXPERT_SLOTS = 4
+MAX_RING_SLOTS = 48  # max ring slots (docs/LEARNED.md)
+RING_SHARE = 1 / 16  # max share of the memory for weights; counts beyond `RING_SLOTS` slots only
+MIN_RING_SLOTS = 3
+MIN_EXPERT_SLOTS = 4
 READERS = 4
 # Min streamed bytes of a tensor; below it the tensor is fully pinned, because each read has a fixed cost.
-SMALLEST_READ_BYTES = 512 << 10
+MIN_STREAMED_BYTES = 512 << 10
 TOKENIZER_BYTES_PER_TOKEN = 450
 # Memory to build the tokenizer from the metadata, before any weights: 1400 bytes measured for Gemma's 262,144 tokens.
 TOKENIZER_BUILD_BYTES_PER_TOKEN = 1500
@@ -37,7 +39,7 @@ SCORES_BYTES = 32 * MIB  # attention scores of heads that are computed together
 KEPT_BYTES = 32 * MIB  # prefill memory that the allocator and oneDNN retain
 MARGIN_BYTES = 24 * MIB
 MARGIN_SHARE = 0.01
-ROW_CHUNK = 64
+PREFILL_ROWS_STEP = 64
 ROW_MULTIPLE = 16  # multiple of pinned rows: kernels process these together
 
 
@@ -45,24 +47,24 @@ ROW_MULTIPLE = 16  # multiple of pinned rows: kernels process these together
 class MemoryPlan:
     """Bytes by purpose, and the sizes they imply: prefill rows per pass, ring slots, pinned rows of every tensor."""
 
-    floor: int
-    runtime: int  # includes the model's small tensors
-    kv: int
-    draft: int
-    activations: int
+    floor_bytes: int
+    runtime_bytes: int  # includes the model's small tensors
+    kv_bytes: int
+    draft_bytes: int
+    activation_bytes: int
     prefill_rows: int
     slots: int
     decode_only_slots: int  # ring slots in reused prefill memory, part of `slots`
     prefill_only_slots: int  # ring slots of the prefill-only weights
-    slot: int
+    slot_bytes: int
     pinned_rows: Mapping[str, int]
-    pinned: int
+    pinned_bytes: int
     decode_pinned_rows: Mapping[str, int]  # rows after the pinned ones, in prefill memory reused during decode
-    decode_pinned: int
-    streamed: int  # bytes per decode pass
-    prefill_only_streamed: int  # bytes once per prompt
+    decode_pinned_bytes: int
+    streamed_bytes: int  # bytes per decode pass
+    prefill_only_streamed_bytes: int  # bytes once per prompt
     expert_slots: int
-    spare: int  # bytes left when everything is pinned
+    spare_bytes: int  # bytes left when everything is pinned
 
 
 def plan_memory(
@@ -83,10 +85,10 @@ def plan_memory(
     draft_bytes = _draft_bytes(draft, run_config, known_runtime=runtime_bytes is not None) if draft is not None else 0
     slot = UNIT_BYTES + max(tensor.row_bytes * tensor.row_multiple for tensor in (*shape.linears, *shape.prefill_only))
     margin = MARGIN_BYTES + int(MARGIN_SHARE * budget.nbytes)
-    base = runtime + shape.small_bytes + kv + draft_bytes + margin
-    few_experts = _least_experts(shape.experts)
-    least_rings = LEAST_SLOTS * slot * (2 if shape.prefill_only else 1)
-    least = base - margin + MARGIN_BYTES + least_rings + few_experts
+    fixed_bytes = runtime + shape.small_bytes + kv + draft_bytes + margin
+    min_expert_bytes = _least_experts(shape.experts)
+    min_ring_bytes = MIN_RING_SLOTS * slot * (2 if shape.prefill_only else 1)
+    min_bytes = fixed_bytes - margin + MARGIN_BYTES + min_ring_bytes + min_expert_bytes
     decode_activations = _activations(shape, run_config, run_config.verify_rows, row_invariant=True)
     decode_activations = max(
         decode_activations, _activations(shape, run_config, DECODE_MAX_ROWS)
@@ -95,7 +97,7 @@ def plan_memory(
         decode_activations = max(
             decode_activations, _activations(shape, run_config, _single_pass_rows(shape, run_config))
         )
-    floor = ceil((least + decode_activations) / (1 - MARGIN_SHARE))
+    floor = ceil((min_bytes + decode_activations) / (1 - MARGIN_SHARE))
     if runtime_bytes is None:
         floor = max(floor, profile.runtime_bytes + shape.checkpoint.vocab_size * TOKENIZER_BUILD_BYTES_PER_TOKEN)
     if budget.nbytes < floor:
@@ -103,15 +105,15 @@ def plan_memory(
             f"the model needs at least {gib(floor)}, the budget is {gib(budget.nbytes)} ({budget.reason})",
             hint=_floor_hint(floor, kv),
         )
-    free_bytes = budget.nbytes - base - few_experts
-    rows = _prefill_rows(shape, run_config, budget.nbytes, free_bytes - least_rings)
+    free_bytes = budget.nbytes - fixed_bytes - min_expert_bytes
+    rows = _prefill_rows(shape, run_config, budget.nbytes, free_bytes - min_ring_bytes)
     activations = max(decode_activations, _activations(shape, run_config, rows))
     if budget.pinned_limit_bytes is not None:
         ring_bytes = _slots(budget.pinned_limit_bytes, slot) * slot
         free_bytes = min(free_bytes, activations + ring_bytes + budget.pinned_limit_bytes)
     free_bytes -= activations
-    fits = free_bytes >= shape.weights_bytes + shape.prefill_only_bytes + shape.page_slack_bytes
-    prefill_only_slots = 0 if fits or not shape.prefill_only else _slots(free_bytes // 2, slot)
+    all_fits = free_bytes >= shape.weights_bytes + shape.prefill_only_bytes + shape.page_slack_bytes
+    prefill_only_slots = 0 if all_fits or not shape.prefill_only else _slots(free_bytes // 2, slot)
     left = free_bytes - prefill_only_slots * slot
     slots = 0 if left >= shape.weights_bytes + shape.page_slack_bytes else _slots(left, slot)
     reusable = 0 if shape.prefill_only else max(0, activations - decode_activations - KEPT_BYTES)
@@ -130,30 +132,30 @@ def plan_memory(
     # Every pass needs all of the dense weights, so prefill-only weights get the rest.
     prefill_only_rows = _pin(shape.prefill_only, left - own_ring - pinned - page_slack(shape.linears))
     prefill_only_pinned = _pinned_bytes(shape.prefill_only, prefill_only_rows)
-    spare = free_bytes - pinned - prefill_only_pinned - shape.page_slack_bytes if fits else 0
+    spare = free_bytes - pinned - prefill_only_pinned - shape.page_slack_bytes if all_fits else 0
     expert_slots = 0
     if shape.experts is not None:  # a pass needs all dense weights but only some experts, so experts come last
-        expert_slots = most_slots(shape.experts, few_experts + spare)
+        expert_slots = most_slots(shape.experts, min_expert_bytes + spare)
         spare = 0
     return MemoryPlan(
-        floor=floor,
-        runtime=runtime + shape.small_bytes,
-        kv=kv,
-        draft=draft_bytes,
-        activations=activations,
+        floor_bytes=floor,
+        runtime_bytes=runtime + shape.small_bytes,
+        kv_bytes=kv,
+        draft_bytes=draft_bytes,
+        activation_bytes=activations,
         prefill_rows=rows,
         slots=slots,
         decode_only_slots=decode_only_slots,
         prefill_only_slots=prefill_only_slots if prefill_only_pinned < shape.prefill_only_bytes else 0,
-        slot=slot,
+        slot_bytes=slot,
         pinned_rows={**prefill_only_rows, **pinned_rows},
-        pinned=pinned + prefill_only_pinned,
+        pinned_bytes=pinned + prefill_only_pinned,
         decode_pinned_rows=decode_pinned_rows,
-        decode_pinned=decode_pinned,
-        streamed=shape.weights_bytes - pinned - decode_pinned,
-        prefill_only_streamed=shape.prefill_only_bytes - prefill_only_pinned,
+        decode_pinned_bytes=decode_pinned,
+        streamed_bytes=shape.weights_bytes - pinned - decode_pinned,
+        prefill_only_streamed_bytes=shape.prefill_only_bytes - prefill_only_pinned,
         expert_slots=expert_slots,
-        spare=spare,
+        spare_bytes=spare,
     )
 
 
@@ -170,8 +172,8 @@ def _kv_bytes(shape: Shape, run_config: RunConfig) -> int:
 
 def _slots(free_bytes: int, slot: int) -> int:
     """Ring slots that fit into `free_bytes`."""
-    most = max(RING_SLOTS, min(MOST_RING_SLOTS, int(RING_SHARE * free_bytes) // slot))
-    return max(LEAST_SLOTS, min(most, free_bytes // slot))
+    most = max(RING_SLOTS, min(MAX_RING_SLOTS, int(RING_SHARE * free_bytes) // slot))
+    return max(MIN_RING_SLOTS, min(most, free_bytes // slot))
 
 
 def _pinned_bytes(tensors: Sequence[Tensor], pinned_rows: Mapping[str, int]) -> int:
@@ -180,7 +182,7 @@ def _pinned_bytes(tensors: Sequence[Tensor], pinned_rows: Mapping[str, int]) -> 
 
 def _least_experts(experts: Experts | None) -> int:
     """Bytes of the fewest slots that let one expert be read while another is multiplied."""
-    return 0 if experts is None else LEAST_EXPERT_SLOTS * experts.slot_bytes
+    return 0 if experts is None else MIN_EXPERT_SLOTS * experts.slot_bytes
 
 
 def _draft_bytes(draft: Shape, run_config: RunConfig, known_runtime: bool) -> int:
@@ -243,7 +245,7 @@ def _single_pass_rows(shape: Shape, run_config: RunConfig) -> int:
 
 
 def _prefill_rows(shape: Shape, run_config: RunConfig, budget_bytes: int, free_bytes: int) -> int:
-    """Prompt rows per pass that fit into an eighth of the budget, or 192 MiB if more: fewer passes beat more pinning there.
+    """Prompt rows per pass whose activations take at most max(budget / 8, 192 MiB): up to there fewer passes beat more pinning.
 
     A recurrent model or an encoder computes its prompt in a single pass.
     """
@@ -253,8 +255,8 @@ def _prefill_rows(shape: Shape, run_config: RunConfig, budget_bytes: int, free_b
     rows = run_config.prompt_rows
     if rows <= DECODE_MAX_ROWS:
         return DECODE_MAX_ROWS
-    while rows > ROW_CHUNK and _activations(shape, run_config, rows) > limit:
-        rows -= ROW_CHUNK
+    while rows > PREFILL_ROWS_STEP and _activations(shape, run_config, rows) > limit:
+        rows -= PREFILL_ROWS_STEP
     rows = max(rows, DECODE_MAX_ROWS)  # the last step may undershoot
     return rows if _activations(shape, run_config, rows) <= limit else DECODE_MAX_ROWS
 
@@ -270,7 +272,7 @@ def _pin(tensors: Sequence[Tensor], free_bytes: int) -> dict[str, int]:
         rest = [tensor for tensor in tensors if tensor.name not in full]
         spent = total - sum(tensor.nbytes for tensor in rest)
         share = max(0.0, (free_bytes - spent) / max(1, sum(tensor.nbytes for tensor in rest)))
-        more = {t.name for t in rest if (1 - share) * t.nbytes < SMALLEST_READ_BYTES}
+        more = {t.name for t in rest if (1 - share) * t.nbytes < MIN_STREAMED_BYTES}
         cost = sum(t.nbytes for t in rest if t.name in more)
         if not more or spent + cost > free_bytes:
             break

@@ -250,7 +250,7 @@ def plan_for(
 
     def predict(weights: Weights) -> _Prediction:
         def cost(rows: int) -> PassCost:
-            return pass_cost(profile, disk, memory.streamed, weights, layers, rows, row_invariant=True)
+            return pass_cost(profile, disk, memory.streamed_bytes, weights, layers, rows, row_invariant=True)
 
         decode_prediction = predict_decode(
             drafting.acceptance_rate, run_config.max_draft_tokens, run_config.sequences, draft_token_s, cost
@@ -262,7 +262,7 @@ def plan_for(
             read = replace(weights, plain=shape.prefill_only_weights, repacked={}, experts=None)
             encoder = layers._replace(number=checkpoint.number("block_count"))
             first += pass_cost(profile, disk, shape.prefill_only_bytes, read, encoder, run_config.prompt_rows)
-        later = pass_cost(profile, disk, memory.streamed + memory.decode_pinned, weights, layers, rows)
+        later = pass_cost(profile, disk, memory.streamed_bytes + memory.decode_pinned_bytes, weights, layers, rows)
         ttft = first.seconds + (passes - 1) * later.seconds
         output_tokens = run_config.sequences * max(1, run_config.context_tokens - run_config.prompt_tokens)
         total_s = ttft + output_tokens * decode_prediction.s_per_token
@@ -290,20 +290,20 @@ def plan_for(
         model=checkpoint.name,
         type_bits=8 * shape.all_bytes / shape.weights_count,
         budget=budget,
-        floor_bytes=memory.floor,
+        floor_bytes=memory.floor_bytes,
         weights_bytes=shape.weights_bytes + shape.prefill_only_bytes,
         pinned_rows=memory.pinned_rows,
-        pinned_bytes=memory.pinned,
+        pinned_bytes=memory.pinned_bytes,
         decode_pinned_rows=memory.decode_pinned_rows,
-        decode_pinned_bytes=memory.decode_pinned,
-        streamed_bytes_per_pass=memory.streamed,
+        decode_pinned_bytes=memory.decode_pinned_bytes,
+        streamed_bytes_per_pass=memory.streamed_bytes,
         prefill_only_bytes=shape.prefill_only_bytes,
-        streamed_bytes_per_prompt=memory.prefill_only_streamed,
+        streamed_bytes_per_prompt=memory.prefill_only_streamed_bytes,
         unit_bytes=UNIT_BYTES,
         ring_slots=memory.slots,
         prefill_only_slots=memory.prefill_only_slots,
         decode_only_slots=memory.decode_only_slots,
-        ring_bytes=(memory.slots - memory.decode_only_slots + memory.prefill_only_slots) * memory.slot,
+        ring_bytes=(memory.slots - memory.decode_only_slots + memory.prefill_only_slots) * memory.slot_bytes,
         readers=READERS,
         threads=profile.threads,
         bf16_prefill=profile.bf16_pays,
@@ -311,9 +311,9 @@ def plan_for(
         repacked_types=types,
         repack_in_place=bool(types) and not copied,
         # Its pages are small: decode from them alone is 6 % slower. A disk hides that, and so do repacked copies.
-        map_pinned=bool(memory.streamed or copied),
+        map_pinned=bool(memory.streamed_bytes or copied),
         repacked_bytes=copied,
-        kv_bytes=memory.kv,
+        kv_bytes=memory.kv_bytes,
         kv_bits=run_config.kv_bits,
         context_tokens=run_config.context_tokens,
         kv_tokens=run_config.kv_pool_tokens,
@@ -322,10 +322,10 @@ def plan_for(
         prefill_passes=passes,
         drafting=drafting,
         max_draft_tokens=run_config.max_draft_tokens,
-        draft_bytes=memory.draft,
+        draft_bytes=memory.draft_bytes,
         decode_prediction=decode_prediction,
-        activation_bytes=memory.activations,
-        runtime_bytes=memory.runtime,
+        activation_bytes=memory.activation_bytes,
+        runtime_bytes=memory.runtime_bytes,
         disk_bytes_per_s=disk,
         prefill=first,
         decode_s_per_token=_spread(decode_prediction.s_per_token, profile),
@@ -346,7 +346,7 @@ def _rings(memory: MemoryPlan) -> str:
     apart = (
         f", {memory.prefill_only_slots} of them for what is read once per prompt" if memory.prefill_only_slots else ""
     )
-    return f"{slots} ring slots of {gib(memory.slot)}{apart}"
+    return f"{slots} ring slots of {gib(memory.slot_bytes)}{apart}"
 
 
 def _spread(expected: float, profile: Profile) -> Range:
@@ -393,7 +393,7 @@ def _best_layout(
         repacked = _repacked(shape, memory.pinned_rows, profile, in_place)
         repacked = replace(best.weights, plain=repacked.plain, repacked=repacked.repacked, in_place=in_place)
         size = 0 if in_place else sum(ceil(n * bits_per_weight(kind) / 8) for kind, n in repacked.repacked.items())
-        if not repacked.repacked or (size + len(shape.linears) * 4096 > memory.spare and not in_place):
+        if not repacked.repacked or (size + len(shape.linears) * 4096 > memory.spare_bytes and not in_place):
             continue
         found = predict(repacked)
         if found.total_s < (0.97 if in_place else 0.99) * best.total_s:  # the memory for a copy is spare

@@ -169,7 +169,7 @@ class ExpertStream:
         self._readers.start([self._read] * self._readers.count + [self._populate])
         held: list[int] = []
         try:
-            with self._readers.space:
+            with self._readers.slot_free:
                 self.cache.note(layer, counts, rows)
                 ready, missing = self._look_up(layer, np.flatnonzero(counts).tolist(), held)
                 self._issue(layer, missing, held)
@@ -246,7 +246,7 @@ class ExpertStream:
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Prefetch these experts of a layer, whenever nothing else is to be read, if they are not in memory."""
-        with self._readers.space:
+        with self._readers.slot_free:
             prefetches = self._prefetches.setdefault(layer, {})
             in_flight = sum(map(len, self._prefetches.values()))
             for expert in experts[: max(0, MAX_PREFETCHED - in_flight)]:
@@ -258,7 +258,7 @@ class ExpertStream:
                 reads = self.bundles[layer][expert].reads
                 load = prefetches[expert] = _ExpertLoad(layer, expert, slot, len(reads))
                 self._prefetch_queue.extend((load, read) for read in reads)
-                self._readers.space.notify(len(reads))
+                self._readers.slot_free.notify(len(reads))
 
     def _issue(self, layer: int, missing: deque[int], held: list[int]) -> None:
         """Request missing experts, a few at a time: each takes the slot of another, until its matmuls are done."""
@@ -272,12 +272,12 @@ class ExpertStream:
             load = _ExpertLoad(layer, expert, slot, len(reads))
             self._loading[expert] = load
             self._queue.extend((load, read) for read in reads)
-            self._readers.space.notify(len(reads))
+            self._readers.slot_free.notify(len(reads))
 
     def _wait(self, layer: int, missing: deque[int], held: list[int], together: bool) -> list[tuple[int, int]]:
         """Request missing experts as slots allow; return arrived ones: at least one, or all of them if `together`."""
         if not self._readers.count:
-            with self._readers.space:
+            with self._readers.slot_free:
                 self._issue(layer, missing, held)
             while self._queue:
                 self._run(*self._queue.popleft())
@@ -297,7 +297,7 @@ class ExpertStream:
         return [(expert, self._arena.address + slot * self._slot_bytes) for expert, slot in ready]
 
     def _release(self, slots: Sequence[int], held: list[int]) -> None:
-        with self._readers.space:
+        with self._readers.slot_free:
             for slot in slots:
                 self.cache.release(slot)
                 held.remove(slot)
@@ -306,7 +306,7 @@ class ExpertStream:
         """End a layer that is done, or whose pass has failed: experts in flight are awaited and forgotten."""
         if not held and not self._loading and self._readers.error is None:
             return
-        with self._readers.space:
+        with self._readers.slot_free:
             self._queue.clear()
             for prefetches in self._prefetches.values():
                 self._drop(prefetches.values())
@@ -318,7 +318,7 @@ class ExpertStream:
         if stops:
             self._readers.stop()  # no reader may write into a slot of another expert
             self._readers.reset()
-        with self._readers.space:
+        with self._readers.slot_free:
             for load in unfinished:
                 self.cache.forget(load.slot)
             for load in self._unused_prefetches.values():  # its reader has failed
@@ -357,9 +357,9 @@ class ExpertStream:
 
     def _read(self) -> bool:
         """Run the next read, as soon as one is queued; False when the readers stop."""
-        with self._readers.space:
+        with self._readers.slot_free:
             while not (self._queue or self._prefetch_queue or self._readers.stopping):
-                self._readers.space.wait()
+                self._readers.slot_free.wait()
             if self._readers.stopping:
                 return False
             load, read = (self._queue or self._prefetch_queue).popleft()
@@ -372,11 +372,11 @@ class ExpertStream:
         file = self._files[read.part.tensor.path]
         with self._readers.reading(read.part.tensor.name):
             count = file.read(read.start, target, read.needed)
-        with self._readers.arrived:
-            self._readers.came(count)
+        with self._readers.data_ready:
+            self._readers.count_read(count)
             load.left -= 1
             if not load.left:
                 if load.unused:
                     self._unused_prefetches.pop((load.layer, load.expert), None)
                     self.cache.release(load.slot)
-                self._readers.wake()
+                self._readers.notify_if_ready()

@@ -42,13 +42,15 @@ class Unit:
     rows: int
     start: int  # page-aligned offset in the file
     length: int  # page-aligned bytes to read
-    delta: int  # bytes before the first row
-    at: int | None  # offset in the arena of pinned or decode-pinned rows; None: only ever in a slot of the ring
+    row_offset: int  # bytes before the first row
+    arena_offset: (
+        int | None
+    )  # offset in the arena of pinned or decode-pinned rows; None: only ever in a slot of the ring
 
     @property
     def needed(self) -> int:
         """Bytes from `start` to the end of the last row."""
-        return self.delta + self.rows * self.tensor.row_bytes
+        return self.row_offset + self.rows * self.tensor.row_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +59,7 @@ class Resident:
 
     first: int
     rows: int
-    address: int  # offset of row `first` in the arena
+    arena_offset: int  # of row `first`
     units: tuple[Unit, ...]
 
 
@@ -113,7 +115,7 @@ class _Arena:
         start, length = aligned(offset, rows * tensor.row_bytes)
         base, self.nbytes = self.nbytes, self.nbytes + (length if rows else 0)
         units = tuple(_units(tensor, first, first + rows, read_bytes, base - start))
-        return Resident(first=first, rows=rows, address=base + offset - start, units=units)
+        return Resident(first=first, rows=rows, arena_offset=base + offset - start, units=units)
 
 
 def make_layout(
@@ -187,6 +189,6 @@ def _units(tensor: Tensor, first: int, last: int, unit_bytes: int, base: int | N
             rows=rows,
             start=start,
             length=length,
-            delta=offset - start,
-            at=None if base is None else base + start,
+            row_offset=offset - start,
+            arena_offset=None if base is None else base + start,
         )

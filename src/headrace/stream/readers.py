@@ -46,10 +46,10 @@ class Readers:
         spans: Spans | None,
         stall_limit_s: float = STALL_LIMIT_S,
     ):
-        """`name` is the threads' name; silence of the disk for `stall_limit_s` is an error."""
+        """`name` is the threads' name; no completed read for `stall_limit_s` is an error."""
         lock = threading.Lock()
-        self.space = threading.Condition(lock)
-        self.arrived = threading.Condition(lock)
+        self.slot_free = threading.Condition(lock)
+        self.data_ready = threading.Condition(lock)
         self.count = count
         self.error: BaseException | None = None  # exception of a reader
         self.stopping = False
@@ -93,9 +93,9 @@ class Readers:
 
     def stop(self) -> None:
         """Ask all threads to stop and wait until they have, each after its current read. Safe to call twice."""
-        with self.space:
+        with self.slot_free:
             self.stopping = True
-            self.space.notify_all()
+            self.slot_free.notify_all()
         until = time.monotonic() + self._stall_limit_s
         for thread in self._threads:
             thread.join(timeout=max(0.0, until - time.monotonic()))
@@ -106,8 +106,8 @@ class Readers:
         """Stop for good. A consumer that waits gets an error."""
         self._closed = True
         self.stop()
-        with self.arrived:
-            self.arrived.notify_all()
+        with self.data_ready:
+            self.data_ready.notify_all()
 
     def reset(self) -> None:
         """Forget errors after `stop`; threads may be started again."""
@@ -121,7 +121,7 @@ class Readers:
         """
         start = before = time.perf_counter()
         silence, step_s = 0.0, min(1.0, self._stall_limit_s)
-        with self.arrived:
+        with self.data_ready:
             reads = self._counters.reads
             while True:
                 if self.error is not None:
@@ -132,7 +132,7 @@ class Readers:
                     raise self.closed_error()
                 self._ready = ready
                 try:
-                    self.arrived.wait(timeout=step_s)
+                    self.data_ready.wait(timeout=step_s)
                 finally:
                     self._ready = None
                 now = time.perf_counter()
@@ -158,22 +158,22 @@ class Readers:
         if self._spans is not None:
             self._spans.add("read", label, start, time.perf_counter())
 
-    def came(self, nbytes: int) -> None:
+    def count_read(self, nbytes: int) -> None:
         """Count a finished read. Call it under the lock."""
         self._counters.read_bytes += nbytes
         self._counters.reads += 1
 
-    def wake(self) -> None:
+    def notify_if_ready(self) -> None:
         """Wake the consumer if all that it waits for has arrived. Call it under the lock."""
         if self._ready is not None and self._ready():
-            self.arrived.notify()
+            self.data_ready.notify()
 
     def _work(self, work: Callable[[], bool]) -> None:
         try:
             while not self.stopping and work():
                 pass
         except BaseException as error:
-            with self.arrived:
+            with self.data_ready:
                 self.error = self.error or error  # the first is the cause
-                self.arrived.notify_all()
-                self.space.notify_all()
+                self.data_ready.notify_all()
+                self.slot_free.notify_all()

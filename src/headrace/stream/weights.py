@@ -22,9 +22,9 @@ from headrace.stream.layout import Layout, Resident, Unit, rows_that_fit
 from headrace.stream.readers import STALL_LIMIT_S, ReadCounters, Readers, Spans
 
 # Bytes of pinned rows multiplied between two streamed units. In their 3 ms of compute the disk fills a fifth of the ring.
-SLICE_BYTES = 32 << 20
+PINNED_SLICE_BYTES = 32 << 20
 # Max units multiplied in one call, if a quarter of the ring holds them. One takes 0.1 ms, as long as threads take to wake.
-UNITS_TOGETHER = 4
+MAX_UNITS_PER_CALL = 4
 
 Batch: TypeAlias = Sequence[tuple[int, WeightSlice]]  # a tuple, if the next pass delivers the same one
 
@@ -57,16 +57,16 @@ class WeightStream(AbstractContextManager["WeightStream"]):
         spans: Spans | None = None,
         stall_limit_s: float = STALL_LIMIT_S,
         on_pinned: Callable[[WeightSlice, Tensor], WeightSlice] | None = None,
-        maps: Callable[[Tensor], bool] = lambda _: False,
+        may_map: Callable[[Tensor], bool] = lambda _: False,
     ):
-        """`readers=0` is the serial twin. `slots` is the size of the ring in units, `decode_only_slots` of them exist
+        """`readers=0` is the synchronous mode. `slots` is the size of the ring in units, `decode_only_slots` of them exist
         only while decode reuses prefill memory. `file_of` gives the open file of a path; without it, the stream opens and
         closes them.
 
         `on_pinned` is called once with each pinned slice (and its tensor) when it has arrived; its result is delivered from
         then on.
 
-        `maps`: the pinned rows of a tensor are the pages of its file, where it can be mapped. `on_pinned` must not write to them.
+        `may_map`: the pinned rows of a tensor are pages of its file, if it can be mapped. `on_pinned` must not write to them.
         """
         self.layout = layout
         self.counters = ReadCounters()
@@ -77,7 +77,7 @@ class WeightStream(AbstractContextManager["WeightStream"]):
             readers, name="headrace-reader", counters=self.counters, spans=spans, stall_limit_s=stall_limit_s
         )
         self._on_pinned = on_pinned
-        self._maps = maps
+        self._may_map = may_map
         self._pinned = Arena(layout.pinned_bytes)
         self._decode_pinned = Arena(layout.decode_pinned_bytes)
         self.reuses_prefill_memory = False  # decode-pinned rows are in the arena
@@ -86,8 +86,8 @@ class WeightStream(AbstractContextManager["WeightStream"]):
         self._files = {path: (file_of or WeightFile)(path) for path in sorted(paths)}
         self._own_files = () if file_of else tuple(self._files.values())
         self._loaded: set[int] = set()  # ids of pinned units in memory
-        self._complete: dict[int, list[Batch]] = {}  # pinned slices of groups, once all are in memory
-        self._complete_decode_pinned: dict[int, list[Batch]] = {}
+        self._pinned_batches: dict[int, list[Batch]] = {}  # pinned slices of groups, once all are in memory
+        self._decode_pinned_batches: dict[int, list[Batch]] = {}
         self._next_group = self._released = 0
         self._begin_pass()
 
@@ -108,17 +108,17 @@ class WeightStream(AbstractContextManager["WeightStream"]):
         """
         self.advance(index)
         group = self.layout.groups[index]
-        pinned = self._delivered(index, self._complete, group.pinned, self._pinned, self._on_pinned)
+        pinned = self._batches_of(index, self._pinned_batches, group.pinned, self._pinned, self._on_pinned)
         if self.reuses_prefill_memory:  # never repacked: a row's result must not depend on the reuse
-            pinned = pinned + self._delivered(
-                index, self._complete_decode_pinned, group.decode_pinned, self._decode_pinned, None
+            pinned = pinned + self._batches_of(
+                index, self._decode_pinned_batches, group.decode_pinned, self._decode_pinned, None
             )
         streamed = group.streamed if self.reuses_prefill_memory else group.streamed_in_prefill
         done = 0
         if group.in_order:  # pinned rows are the first ones
             yield from pinned
             done = len(pinned)
-        together = max(1, min(UNITS_TOGETHER, self._slots // 4))
+        together = max(1, min(MAX_UNITS_PER_CALL, self._slots // 4))
         for count in range(0, len(streamed), together):
             while done * len(streamed) <= count * len(pinned) and done < len(pinned):
                 yield pinned[done]
@@ -127,19 +127,19 @@ class WeightStream(AbstractContextManager["WeightStream"]):
             numbers = range(self._released, self._released + len(units))
             self._wait(lambda some=numbers: self._filled.issuperset(some), units[0][1].tensor.name)  # type: ignore[misc]
             yield [(i, self._slice_in(number, unit)) for number, (i, unit) in zip(numbers, units, strict=True)]
-            with self._readers.space:
+            with self._readers.slot_free:
                 self._filled.difference_update(numbers)
                 self._released += len(units)
-                self._readers.space.notify(len(units))
+                self._readers.slot_free.notify(len(units))
         yield from pinned[done:]
 
     def _slice_in(self, number: int, unit: Unit) -> WeightSlice:
         slot = self._ring.address + number % self._slots * self.layout.slot_bytes
-        return weight_slice_of(unit.tensor, unit.first, unit.rows, slot + unit.delta)
+        return weight_slice_of(unit.tensor, unit.first, unit.rows, slot + unit.row_offset)
 
     def resident_batch(self, index: int) -> Batch | None:
         """The one batch of a fully pinned group, once it has been delivered. The pass does not advance."""
-        batches = self._complete.get(index)
+        batches = self._pinned_batches.get(index)
         return batches[0] if batches and not self.layout.groups[index].streamed_in_prefill else None
 
     def advance(self, index: int) -> None:
@@ -163,7 +163,7 @@ class WeightStream(AbstractContextManager["WeightStream"]):
             self._loaded.difference_update(
                 id(unit) for group in self.layout.groups for rows in group.decode_pinned for unit in rows.units
             )
-            self._complete_decode_pinned.clear()
+            self._decode_pinned_batches.clear()
             self._decode_pinned.give_back()
             self._ring.give_back()
         self.reuses_prefill_memory = reuse
@@ -191,7 +191,7 @@ class WeightStream(AbstractContextManager["WeightStream"]):
                 raise self._readers.closed_error()
         self._readers.wait(ready, label)
 
-    def _delivered(
+    def _batches_of(
         self,
         index: int,
         complete: dict[int, list[Batch]],
@@ -203,14 +203,14 @@ class WeightStream(AbstractContextManager["WeightStream"]):
         batches = complete.get(index)
         if batches is None:
             try:
-                batches = complete[index] = self._resident_batches(index, residents, arena, on_pinned)
+                batches = complete[index] = self._make_batches(index, residents, arena, on_pinned)
             except BaseException:  # an interrupt may have left slices half repacked: they are read again
-                with self._readers.arrived:
+                with self._readers.data_ready:
                     self._loaded.difference_update(id(unit) for rows in residents for unit in rows.units)
                 raise
         return batches
 
-    def _resident_batches(
+    def _make_batches(
         self,
         index: int,
         residents: Sequence[Resident],
@@ -224,9 +224,9 @@ class WeightStream(AbstractContextManager["WeightStream"]):
             self._wait(lambda: self._loaded.issuperset(units), f"weight group {index}")
         slices: list[tuple[int, WeightSlice]] = []
         for i, (tensor, found) in enumerate(zip(group.tensors, residents, strict=True)):
-            step = rows_that_fit(tensor, SLICE_BYTES) if group.streamed_in_prefill else max(1, found.rows)
+            step = rows_that_fit(tensor, PINNED_SLICE_BYTES) if group.streamed_in_prefill else max(1, found.rows)
             for row in range(0, found.rows, step):
-                address = arena.address + found.address + row * tensor.row_bytes
+                address = arena.address + found.arena_offset + row * tensor.row_bytes
                 slices.append((i, weight_slice_of(tensor, found.first + row, min(step, found.rows - row), address)))
         if on_pinned is not None:
             slices = [(i, on_pinned(weight_slice, group.tensors[i])) for i, weight_slice in slices]
@@ -274,14 +274,14 @@ class WeightStream(AbstractContextManager["WeightStream"]):
     def _take(self) -> _Load | None:
         """The next load, once the ring has space for it. None when there is nothing more to read."""
         readers = self._readers
-        with readers.space:
+        with readers.slot_free:
             while not readers.stopping and readers.error is None and (load := self._next) is not None:
                 if self._fits(load):
                     self._next = next(self._loads, None)
                     if self._next is not None and self._fits(self._next):
-                        readers.space.notify()
+                        readers.slot_free.notify()
                     return load
-                readers.space.wait()
+                readers.slot_free.wait()
             return None
 
     def _fits(self, load: _Load) -> bool:
@@ -293,24 +293,24 @@ class WeightStream(AbstractContextManager["WeightStream"]):
         with self._readers.reading(unit.tensor.name):
             mapped = (
                 load.arena is self._pinned
-                and unit.at is not None
-                and self._maps(unit.tensor)
-                and file.map(unit.start, self._pinned, unit.at, unit.length, unit.needed)
+                and unit.arena_offset is not None
+                and self._may_map(unit.tensor)
+                and file.map(unit.start, self._pinned, unit.arena_offset, unit.length, unit.needed)
             )
             count = unit.length if mapped else file.read(unit.start, self._target(load), unit.needed)
-        with self._readers.arrived:
-            self._readers.came(count)
+        with self._readers.data_ready:
+            self._readers.count_read(count)
             if load.number is None:
                 self._loaded.add(id(unit))
             else:
                 self._filled.add(load.number)
-            self._readers.wake()
+            self._readers.notify_if_ready()
 
     def _target(self, load: _Load) -> memoryview:
         unit = load.unit
         if load.number is None:
             assert load.arena is not None
-            assert unit.at is not None
-            return load.arena.view[unit.at : unit.at + unit.length]
+            assert unit.arena_offset is not None
+            return load.arena.view[unit.arena_offset : unit.arena_offset + unit.length]
         start = load.number % self._slots * self.layout.slot_bytes
         return self._ring.view[start : start + unit.length]
