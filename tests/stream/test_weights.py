@@ -74,7 +74,7 @@ SHAPES = [(7, 33), (64, 256), (1, 5000), (300, 40), (5, 1024)]
     unit_bytes=st.integers(1, 60_000),
     slots=st.integers(1, 20),
     readers=st.integers(0, 4),
-    may_map=st.booleans(),
+    maps=st.booleans(),
 )
 def test_every_pass_delivers_every_byte(
     tmp_path: Path, share: float, unit_bytes: int, slots: int, readers: int, maps: bool
