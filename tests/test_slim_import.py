@@ -21,7 +21,7 @@ print(json.dumps({"text": text, "loaded": loaded, "peak": peak_bytes()}))
 SLIM = "from headrace import slim_import; slim_import.import_api()"
 BREAK = """
 from headrace import slim_import
-slim_import._MODULES = (*slim_import._MODULES, "no_such_module")
+slim_import._TRANSFORMERS_MODULES = (*slim_import._TRANSFORMERS_MODULES, "no_such_module")
 slim_import.import_api()
 """
 
