@@ -183,7 +183,7 @@ class Model(AbstractContextManager["Model"]):
         return number
 
     def abort(self, request_id: int) -> None:
-        """End a request before the next pass. Safe for requests that have ended."""
+        """End a request before the next pass; its `sink` gets no more events. Safe for requests that have ended."""
         self._thread.abort(request_id)
 
     def stream(

@@ -15,7 +15,7 @@ from headrace.engine.chunks import Chunks
 from headrace.engine.sampler import Sampler
 from headrace.kernels import Kernels
 from headrace.kernels.convert import q4_k_blocks
-from headrace.kernels.thresholds import CHUNK_ROWS, GEMM_CHUNK_ROWS, SMALL_CHUNK_ROWS
+from headrace.kernels.thresholds import CHUNK_ROWS, DECODE_MAX_ROWS, GEMM_CHUNK_ROWS, SMALL_CHUNK_ROWS
 from headrace.sampling_params import SamplingParams
 from support.engines import build_engine
 from support.stepping import Stepper
@@ -106,6 +106,14 @@ def test_earlier_prompts_and_other_sequences_of_a_pass_change_no_bit(path: Path)
     for index, expected in enumerate(alone):
         for found in (forwards, backwards, together, [some[-1], *some[:-1]]):
             assert torch.equal(found[index], expected), f"prompt {index} of {len(texts[index])} tokens"
+
+
+def test_a_short_prompt_does_not_depend_on_the_rows_that_the_plan_gives_a_pass(path: Path) -> None:
+    """A run of short prompts alone is planned with 16 rows a pass."""
+    texts = [text for text in prompts() if len(text) <= DECODE_MAX_ROWS]
+    with engine_of(path) as engine:
+        some, more = (ask(engine, texts, 1, rows) for rows in (DECODE_MAX_ROWS, 160))
+    assert all(map(torch.equal, some, more))
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -57,7 +57,7 @@ def kernels() -> Kernels:
 
 @pytest.mark.parametrize("rows", [1, 3, DECODE_MAX_ROWS, DECODE_MAX_ROWS + 1, 70])
 @pytest.mark.parametrize("kind", TYPES)
-def test_matmuls_equal_the_slow_twin(kernels: Kernels, kind: str, rows: int) -> None:
+def test_matmuls_equal_the_reference_implementation(kernels: Kernels, kind: str, rows: int) -> None:
     packed = quantised(kind)
     x = torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(rows))
     expected = torch_reference.matmul(x, kind, packed.data_ptr(), ROWS)

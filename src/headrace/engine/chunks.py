@@ -40,7 +40,7 @@ class ChunkRules:
         rows = CHUNK_ROWS if info.prefill_is_row_invariant else GEMM_CHUNK_ROWS
         tokens = prefill_rows if info.one_chunk else min(rows, prefill_rows)
         # Small chunks let more of a prefix be reused; they cost nothing if prefill is row-invariant.
-        self._small = not info.one_chunk and info.prefill_is_row_invariant and prefill_rows > DECODE_MAX_ROWS
+        self._small = not info.one_chunk and info.prefill_is_row_invariant
         if self._small:
             self._chunks = Chunks(SMALL_CHUNK_ROWS, tokens // SMALL_CHUNK_ROWS * SMALL_CHUNK_ROWS)
         else:

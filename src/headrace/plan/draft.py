@@ -120,9 +120,11 @@ def _model(checkpoint: Checkpoint, path: str) -> Drafting:
 
 def _same_shape(one: Checkpoint, other: Checkpoint) -> bool:
     """True if both have the same matrices: probably the same model in different formats."""
-    return [(name, tensor.shape) for name, tensor in sorted(one.tensors.items())] == [
-        (name, tensor.shape) for name, tensor in sorted(other.tensors.items())
-    ]
+    shapes, others = (
+        {name: tensor.shape for name, tensor in checkpoint.tensors.items() if len(tensor.shape) >= 2}
+        for checkpoint in (one, other)
+    )
+    return shapes == others
 
 
 def _with_model(checkpoint: Checkpoint, name: str, acceptance_rate: float) -> Drafting:

@@ -90,9 +90,8 @@ def plan_memory(
     min_ring_bytes = MIN_RING_SLOTS * slot * (2 if shape.prefill_only else 1)
     min_bytes = fixed_bytes - margin + MARGIN_BYTES + min_ring_bytes + min_expert_bytes
     decode_activations = _activations(shape, run_config, run_config.verify_rows, row_invariant=True)
-    decode_activations = max(
-        decode_activations, _activations(shape, run_config, DECODE_MAX_ROWS)
-    )  # the shortest prefill
+    shortest_prefill = _activations(shape, run_config, DECODE_MAX_ROWS)
+    decode_activations = max(decode_activations, shortest_prefill)
     if shape.single_sequence:  # prefill is a single pass
         decode_activations = max(
             decode_activations, _activations(shape, run_config, _single_pass_rows(shape, run_config))

@@ -43,9 +43,7 @@ class Unit:
     start: int  # page-aligned offset in the file
     length: int  # page-aligned bytes to read
     row_offset: int  # bytes before the first row
-    arena_offset: (
-        int | None
-    )  # offset in the arena of pinned or decode-pinned rows; None: only ever in a slot of the ring
+    arena_offset: int | None  # in the arena of pinned or decode-pinned rows; None: only ever in a slot of the ring
 
     @property
     def needed(self) -> int:

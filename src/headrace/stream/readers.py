@@ -174,6 +174,6 @@ class Readers:
                 pass
         except BaseException as error:
             with self.data_ready:
-                self.error = self.error or error  # the first is the cause
+                self.error = error if self.error is None else self.error  # the first is the cause
                 self.data_ready.notify_all()
                 self.slot_free.notify_all()

@@ -17,7 +17,7 @@ from typing import TypeAlias
 from headrace.checkpoint import Tensor
 from headrace.kernels import WeightSlice
 from headrace.stream.arena import Arena
-from headrace.stream.files import File, WeightFile
+from headrace.stream.files import File
 from headrace.stream.layout import Layout, Resident, Unit, rows_that_fit
 from headrace.stream.readers import STALL_LIMIT_S, ReadCounters, Readers, Spans
 
@@ -52,7 +52,7 @@ class WeightStream(AbstractContextManager["WeightStream"]):
         *,
         slots: int,
         readers: int,
-        file_of: Callable[[str], File] | None = None,
+        file_of: Callable[[str], File],
         decode_only_slots: int = 0,
         spans: Spans | None = None,
         stall_limit_s: float = STALL_LIMIT_S,
@@ -60,8 +60,7 @@ class WeightStream(AbstractContextManager["WeightStream"]):
         may_map: Callable[[Tensor], bool] = lambda _: False,
     ):
         """`readers=0` is the synchronous mode. `slots` is the size of the ring in units, `decode_only_slots` of them exist
-        only while decode reuses prefill memory. `file_of` gives the open file of a path; without it, the stream opens and
-        closes them.
+        only while decode reuses prefill memory. `file_of` gives the open file of a path.
 
         `on_pinned` is called once with each pinned slice (and its tensor) when it has arrived; its result is delivered from
         then on.
@@ -83,8 +82,7 @@ class WeightStream(AbstractContextManager["WeightStream"]):
         self.reuses_prefill_memory = False  # decode-pinned rows are in the arena
         self._ring = Arena(slots * layout.slot_bytes if layout.streamed_units else 0)
         paths = {tensor.path for group in layout.groups for tensor in group.tensors}
-        self._files = {path: (file_of or WeightFile)(path) for path in sorted(paths)}
-        self._own_files = () if file_of else tuple(self._files.values())
+        self._files = {path: file_of(path) for path in sorted(paths)}
         self._loaded: set[int] = set()  # ids of pinned units in memory
         self._pinned_batches: dict[int, list[Batch]] = {}  # pinned slices of groups, once all are in memory
         self._decode_pinned_batches: dict[int, list[Batch]] = {}
@@ -176,10 +174,8 @@ class WeightStream(AbstractContextManager["WeightStream"]):
         self._begin_pass()
 
     def close(self) -> None:
-        """Stop the readers, release the memory, close the files that the stream opened. Safe to call twice."""
+        """Stop the readers, release the memory. The files belong to whoever opened them. Safe to call twice."""
         self._readers.close()
-        for file in self._own_files:
-            file.close()
         for arena in (self._pinned, self._decode_pinned, self._ring):
             arena.give_back()
 
